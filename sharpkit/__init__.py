@@ -1,0 +1,3 @@
+"""sharpkit measures why trained networks generalize."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,36 @@
+"""The errors that sharpkit raises for input it cannot use.
+
+Every one says what was found, where, and what was expected. Catch `SharpkitError` for all of them.
+"""
+
+
+class SharpkitError(Exception):
+    """Base of every error that a user's input can cause."""
+
+
+class ZooFormatError(SharpkitError):
+    """A file or directory of a zoo is missing, corrupt, or not in the expected layout."""
+
+
+class ModelError(SharpkitError):
+    """A model, its weights or its loss cannot be measured (NaN, wrong shape, no gradient)."""
+
+
+class DataError(SharpkitError):
+    """The examples or labels given do not fit the model, the loss or the request."""
+
+
+class ArgumentError(SharpkitError, ValueError):
+    """An argument is outside its allowed range."""
+
+
+class ScoreError(SharpkitError):
+    """A measure cannot be scored (missing predictions, unusable hyperparameter grid)."""
+
+
+class RunError(SharpkitError):
+    """A run directory cannot be used (other configuration, other driver, damaged store)."""
+
+
+class DownloadError(SharpkitError):
+    """An archive could not be downloaded or unpacked safely."""
