@@ -1,0 +1,5 @@
+"""m-sharpness of any module (Foret et al. 2021, section 4.1)."""
+
+from sharpkit.sharpness.m_sharpness import SharpnessResult, m_sharpness
+
+__all__ = ["SharpnessResult", "m_sharpness"]

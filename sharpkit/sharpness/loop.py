@@ -1,0 +1,181 @@
+"""The plain engine: one group after the other, whole weight vectors, nothing shared.
+
+It is the reference that the vectorised engine is tested against, and what is used for models whose
+operations cannot be vectorised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sharpkit.errors import ModelError
+from sharpkit.functional import Examples
+from sharpkit.sharpness.ascent import Ascent, gaussian_direction
+from sharpkit.sharpness.engine import Groupwise, Objective
+
+
+class Loop:
+    """All m and rho by a Python loop; the same interface as the vectorised `Sweep`.
+
+    Args:
+        objective: What is measured.
+        examples: In the order of the groups.
+        ms: Group sizes.
+        rhos: Radii.
+        ascent: How the inner maximum is found.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        examples: Examples,
+        ms: Sequence[int],
+        rhos: Sequence[float],
+        ascent: Ascent,
+    ) -> None:
+        self.objective, self.examples, self.rhos, self.ascent = objective, examples, rhos, ascent
+        self.levels = [Groupwise(m) for m in ms]
+
+    def extend(self, start: int, stop: int, advance: Callable[[int], object]) -> None:
+        """Measure the groups of examples start to stop, which are whole except at the end."""
+        for level in self.levels:
+            for a in range(start, stop, level.m):
+                group = self.examples.slice(a, min(a + level.m, stop))
+                group = group.to(self.objective.model.device, self.objective.model.dtype)
+                values, moved = _one_group(
+                    self.objective, group, level.m, self.rhos, self.ascent, len(level.sizes)
+                )
+                level.increases.append(torch.tensor(values, dtype=torch.float64).unsqueeze(1))
+                level.sizes.append(len(group))
+                level.zero_gradients += not moved
+        advance(stop - start)
+
+
+def _one_group(
+    objective: Objective,
+    group: Examples,
+    m: int,
+    rhos: Sequence[float],
+    ascent: Ascent,
+    number: int,
+) -> tuple[list[float], bool]:
+    w = torch.cat([t.flatten() for t in objective.weights.values()])
+    scale = w.abs() if ascent.adaptive else torch.ones_like(w)
+    base = _loss(objective, group, w)
+    if not torch.isfinite(base):
+        raise ModelError(f"the loss is not finite at the unperturbed weights (group {number})")
+    if ascent.kind == "average":
+        return [
+            sum(
+                float(_loss(objective, group, w + rho * scale * z) - base)
+                for z in _gaussians(objective, ascent, m, number)
+            )
+            / ascent.steps
+            for rho in rhos
+        ], True
+    first = _dual(scale * _gradient(objective, group, w), ascent.p)
+    if not bool(first.any()):
+        return [0.0 for _ in rhos], False
+    values = []
+    for rho in rhos:
+        if ascent.kind == "one_step":
+            increase = _loss(objective, group, w + rho * scale * first) - base
+        else:
+            increase = _ascend(objective, group, w, scale, first, base, rho, ascent)
+        if not torch.isfinite(increase):
+            raise ModelError(
+                f"the loss is not finite at the perturbed weights (m = {m}, rho = {rho})"
+            )
+        values.append(float(increase))
+    return values, True
+
+
+def _ascend(
+    objective: Objective,
+    group: Examples,
+    w: Tensor,
+    scale: Tensor,
+    direction: Tensor,
+    base: Tensor,
+    rho: float,
+    ascent: Ascent,
+) -> Tensor:
+    best = torch.zeros_like(base)
+    u = torch.zeros_like(w)
+    for step in range(ascent.steps):
+        u = u + rho / (step + 1) ** 0.5 * direction
+        if ascent.p == 2.0:
+            length = torch.linalg.vector_norm(u, dtype=torch.float64)
+            u = u * min(1.0, rho / float(length)) if length > 0 else u
+        else:
+            u = u.clamp(-rho, rho)
+        best = torch.maximum(best, _loss(objective, group, w + scale * u) - base)
+        direction = _dual(scale * _gradient(objective, group, w + scale * u), ascent.p)
+    return best
+
+
+def _unflatten(objective: Objective, flat: Tensor) -> dict[str, Tensor]:
+    sizes = [t.numel() for t in objective.weights.values()]
+    return {
+        name: part.view_as(t)
+        for (name, t), part in zip(objective.weights.items(), torch.split(flat, sizes), strict=True)
+    }
+
+
+def _loss(objective: Objective, group: Examples, w: Tensor) -> Tensor:
+    """The mean loss of a group, in slices that fit in memory, as float64."""
+    weights = _unflatten(objective, w)
+    total = torch.zeros((), dtype=torch.float64, device=w.device)
+    with torch.no_grad():
+        for start in range(0, len(group), objective.chunk):
+            part = group.slice(start, start + objective.chunk)
+            total += objective.at(weights, part.inputs, part.labels).double() * len(part)
+    return total / len(group)
+
+
+def _gradient(objective: Objective, group: Examples, w: Tensor) -> Tensor:
+    """The gradient of a group's loss; up to a positive factor that keeps it from underflow."""
+    w = w.detach().requires_grad_()
+    total = torch.zeros_like(w)
+    for start in range(0, len(group), objective.chunk):
+        part = group.slice(start, start + objective.chunk)
+        with torch.enable_grad():
+            out = objective.model(_unflatten(objective, w), part.inputs)
+            leaf = out.detach().requires_grad_()
+            loss = objective.loss(leaf, part.labels) * (len(part) / len(group))
+        (delta,) = torch.autograd.grad(loss, leaf)
+        top = delta.abs().max().double()
+        if len(part) == len(group) and bool(top > 0):  # one slice: any factor will do
+            delta = (delta.double() / top).to(delta.dtype)
+        total += torch.autograd.grad(out, w, delta)[0]
+    return total
+
+
+def _dual(g: Tensor, p: float) -> Tensor:
+    """The unit vector of the p-norm with the largest inner product with g; 0 for g = 0."""
+    top = g.abs().max()
+    if not bool(top > 0):
+        return torch.zeros_like(g)
+    g = (g.double() / top.double()).to(g.dtype)
+    if p == torch.inf:
+        return g.sign()
+    if p == 1.0:
+        out = torch.zeros_like(g)
+        index = int(g.abs().argmax())
+        out[index] = g[index].sign()
+        return out
+    d = g.sign() * g.abs() ** (1.0 / (p - 1.0))  # q − 1 = 1 / (p − 1)
+    unit: Tensor = d / torch.linalg.vector_norm(d, ord=p, dtype=torch.float64).to(d.dtype)
+    return unit
+
+
+def _gaussians(objective: Objective, ascent: Ascent, m: int, number: int) -> list[Tensor]:
+    flat = []
+    for sample in range(ascent.steps):
+        z = gaussian_direction(ascent, objective.weights, m, number, 1, sample)
+        vector = torch.cat([t.flatten() for t in z.tensors.values()])
+        flat.append(vector * z.coefficient.to(vector.dtype))
+    return flat

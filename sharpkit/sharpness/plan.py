@@ -1,0 +1,113 @@
+"""How a measurement is laid out: examples per chunk, and which linear weights stay factored.
+
+Both follow from sizes alone, never from timings, so that two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sharpkit.errors import ArgumentError
+from sharpkit.functional import Examples, FunctionalModel
+from sharpkit.sharpness import low_rank
+from sharpkit.sharpness.engine import LossFn, pays
+from sharpkit.sharpness.geometry import Tensors
+
+# what fits the last-level cache runs fastest on a CPU (benchmarks/bench_m_sharpness.py)
+_CPU_WORKING_SET = 32 * 2**20
+_CPU_MEMORY_BUDGET = 4 * 2**30
+
+
+def factored_weights(
+    model: FunctionalModel, weights: Tensors, examples: Examples
+) -> dict[str, int]:
+    """Rows per example of every weight matrix that is used by linear layers and nothing else.
+
+    Args:
+        model: The model.
+        weights: The perturbed parameters.
+        examples: One example, on the model's device.
+    """
+    matrices = {name: w for name, w in weights.items() if w.ndim == 2}
+    rows = dict.fromkeys(matrices, 0)
+
+    def rule(name: str, call: int, layer_input: Tensor, out: Tensor) -> Tensor:
+        rows[name] += low_rank.rows(layer_input).shape[0]
+        return out
+
+    with torch.no_grad(), low_rank.Calls(matrices, rule) as calls:
+        model(weights, examples.inputs)
+    return {
+        name: count
+        for name, count in rows.items()
+        if count and name not in calls.elsewhere and pays(weights[name], count)
+    }
+
+
+def activation_bytes(model: FunctionalModel, weights: Tensors, loss: LossFn, one: Examples) -> int:
+    """Bytes that the gradient pass keeps per example: what autograd saves for one example."""
+    own = {w.untyped_storage().data_ptr() for w in weights.values()}
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        loss(model(leaves, one.inputs), one.labels)
+    return sum(saved.values())
+
+
+def default_memory_budget(device: torch.device) -> int:
+    """4 GiB on a CPU, half of the memory of a GPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory // 2)
+    return _CPU_MEMORY_BUDGET
+
+
+def chunk_size(
+    per_example: int,
+    per_group: int,
+    ms: Sequence[int],
+    memory_budget: int,
+    device: torch.device,
+) -> int:
+    """Examples per chunk, a power of two.
+
+    Args:
+        per_example: Bytes of activations an example needs.
+        per_group: Bytes of the gradient and the perturbed weights of a group.
+        ms: Group sizes; each m has groups of its own in a chunk.
+        memory_budget: Bytes that the chunk may take.
+        device: Where it runs: a CPU prefers chunks that fit its cache.
+
+    Raises:
+        ArgumentError: If not even one example fits the budget.
+    """
+    block = math.gcd(*ms)
+
+    def bytes_of(chunk: int) -> int:
+        # base gradients are held while one m at a time is merged and perturbed
+        groups = math.ceil(chunk / block) + math.ceil(chunk / min(ms))
+        return chunk * per_example + groups * per_group
+
+    if bytes_of(1) > memory_budget:
+        raise ArgumentError(
+            f"one example needs {bytes_of(1) / 2**30:.2f} GiB, but memory_budget is "
+            f"{memory_budget / 2**30:.2f} GiB"
+        )
+    target = memory_budget if device.type == "cuda" else min(memory_budget, _CPU_WORKING_SET)
+    chunk = 1
+    while chunk < 4096 and bytes_of(2 * chunk) <= target:
+        chunk *= 2
+    # tiny chunks leave the vector units idle; the budget has the last word
+    while chunk < 16 and bytes_of(2 * chunk) <= memory_budget:
+        chunk *= 2
+    return chunk
