@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -262,7 +262,7 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
     """The first n examples of a seeded random order of the data (its own order if seed is None).
 
     Args:
-        data: A map-style `Dataset` of (input, label) pairs, a `DataLoader`, or a pair
+        data: A map-style `Dataset` (or list) of (input, label) pairs, a `DataLoader`, or a pair
             (inputs, labels) of tensors; inputs may be a dict or tuple of tensors. A loader with
             the plain sequential or shuffling sampler stands for its data set in index order;
             any other is read once, in the order it gives.
@@ -293,13 +293,12 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
                 "pass shuffle=False or an integer seed"
             )
         return _from_dataset(data.dataset, n, seed, data.collate_fn or _default_collate)
-    if isinstance(data, tuple | list):
-        if len(data) != 2:
-            raise DataError(f"expected a pair (inputs, labels), got {len(data)} items")
-        inputs, labels = data
-        labels = torch.as_tensor(labels)
-        inputs = pytree.tree_map(torch.as_tensor, inputs)
-        return _choose(inputs, labels, n, seed)
+    if isinstance(data, tuple) or _is_pair(data):
+        parts = list(cast("Iterable[Any]", data))
+        if len(parts) != 2:
+            raise DataError(f"expected a pair (inputs, labels), got {len(parts)} items")
+        inputs = pytree.tree_map(torch.as_tensor, parts[0])
+        return _choose(inputs, torch.as_tensor(parts[1]), n, seed)
     if isinstance(data, TensorDataset):
         if len(data.tensors) != 2:
             raise DataError(
@@ -328,6 +327,10 @@ def check_labels(labels: Tensor, outputs: Tensor, loss: Loss) -> None:
             f"labels run from {low} to {high}, but the model has {outputs.shape[1]} outputs: "
             f"expected labels in [0, {outputs.shape[1] - 1}]"
         )
+
+
+def _is_pair(data: Any) -> bool:
+    return isinstance(data, list) and len(data) == 2 and isinstance(data[1], Tensor)
 
 
 def _default_collate(items: Sequence[Any]) -> Any:

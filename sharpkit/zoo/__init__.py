@@ -1,0 +1,27 @@
+"""Zoos of trained networks in the PGDL layout, read and written without TensorFlow."""
+
+from sharpkit.zoo.embedded import embedded_zoo
+from sharpkit.zoo.fetch import fetch_zoo
+from sharpkit.zoo.grid import check_grid
+from sharpkit.zoo.info import zoo_info
+from sharpkit.zoo.keras import KerasModel, build_model, load_weights, read_weights, write_weights
+from sharpkit.zoo.layout import ModelEntry, Task, Zoo, load_zoo
+from sharpkit.zoo.writer import ZooWriter, write_zoo
+
+__all__ = [
+    "KerasModel",
+    "ModelEntry",
+    "Task",
+    "Zoo",
+    "ZooWriter",
+    "build_model",
+    "check_grid",
+    "embedded_zoo",
+    "fetch_zoo",
+    "load_weights",
+    "load_zoo",
+    "read_weights",
+    "write_weights",
+    "write_zoo",
+    "zoo_info",
+]

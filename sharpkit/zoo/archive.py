@@ -1,0 +1,118 @@
+"""Unpacking an archive that someone else made: nothing may land outside the target folder."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import stat
+import uuid
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from sharpkit.errors import DownloadError
+from sharpkit.zoo.files import is_litter
+
+
+class BadArchiveError(DownloadError):
+    """The archive itself is at fault: to try again, it must be downloaded again."""
+
+
+_MAX_RATIO = 100  # declared size of the content to the size of the archive
+_FREE_BYTES = 2**26  # an archive may always hold this much
+_MAX_MEMBERS = 1_000_000
+
+
+def unpack_zip(archive: str | Path, target: str | Path, *, progress: bool = False) -> Path:
+    """Unpack a zip archive into a folder that appears only when everything is in it.
+
+    A single folder at the top of the archive becomes the target itself. `__MACOSX`, `.DS_Store`
+    and the like are skipped.
+
+    Args:
+        archive: The zip file.
+        target: The folder to create; must not exist.
+        progress: Show a progress bar.
+
+    Returns:
+        Path: The target.
+
+    Raises:
+        DownloadError: Not a zip file, a damaged member, one whose path leaves the target (absolute,
+            `..`, drive letter, link), an implausible size, no disk space. Nothing is left behind.
+    """
+    archive, target = Path(archive), Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.unpacking")
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = _checked_members(file, archive, target.parent)
+            temporary.mkdir()
+            for member in _bar(members, progress):
+                _extract(file, member, temporary)
+        top = list(temporary.iterdir())
+        (top[0] if len(top) == 1 and top[0].is_dir() else temporary).rename(target)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise BadArchiveError(f"{archive}: damaged or not a zip archive ({error})") from error
+    except OSError as error:
+        raise DownloadError(f"{archive}: cannot be unpacked into {target} ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+def _checked_members(file: zipfile.ZipFile, archive: Path, folder: Path) -> list[zipfile.ZipInfo]:
+    """The members to unpack, all of them looked at before anything is written."""
+    infos = file.infolist()
+    if len(infos) > _MAX_MEMBERS:
+        raise BadArchiveError(f"{archive}: has {len(infos):,} members; at most {_MAX_MEMBERS:,}")
+    for info in infos:
+        reason = _danger(info)
+        if reason:
+            raise BadArchiveError(f"{archive}: member {info.filename!r} {reason}; nothing unpacked")
+    members = [i for i in infos if not any(map(is_litter, PurePosixPath(i.filename).parts))]
+    names = [i.filename.rstrip("/") for i in members]
+    if len(set(names)) < len(names):
+        raise BadArchiveError(f"{archive}: holds the same path twice; nothing unpacked")
+    size = sum(info.file_size for info in infos)
+    if size > _FREE_BYTES + _MAX_RATIO * archive.stat().st_size:
+        raise BadArchiveError(
+            f"{archive}: declares {size:,} bytes of content, over {_MAX_RATIO} times its own size"
+        )
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DownloadError(f"{archive}: needs {size:,} bytes of disk; {folder} has {free:,} free")
+    return members
+
+
+def _danger(info: zipfile.ZipInfo) -> str:
+    """Why a member must not be unpacked, or ""."""
+    name = info.orig_filename
+    if not name or "\0" in name or "\\" in name:
+        return "has a path with a backslash or null byte"
+    if name.startswith("/") or re.match(r"[A-Za-z]:", name):
+        return "has an absolute path"
+    if ".." in PurePosixPath(name).parts:
+        return "has a path that leaves the target folder"
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return "is a link or special file"
+    if info.flag_bits & 0x1:
+        return "is encrypted"
+    return ""
+
+
+def _extract(file: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> None:
+    path = folder.joinpath(*PurePosixPath(member.filename).parts)
+    if member.is_dir():
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file.open(member) as source, path.open("xb") as out:
+        shutil.copyfileobj(source, out, 2**20)
+
+
+def _bar(members: list[zipfile.ZipInfo], progress: bool) -> list[zipfile.ZipInfo]:
+    from tqdm import tqdm
+
+    bar: list[zipfile.ZipInfo] = tqdm(members, "unpacking", disable=not progress)  # type: ignore[assignment]
+    return bar

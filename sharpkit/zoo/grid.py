@@ -1,0 +1,152 @@
+"""The hyperparameter grid of a task: which settings its models have, and which are missing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import islice, product
+from math import prod
+from typing import Any
+
+_SHOWN = 3  # settings listed in a message
+_MAX_LISTED = 100_000  # grids larger than this are counted, not enumerated
+
+
+def check_grid(model_configs: Mapping[str, Any]) -> list[str]:
+    """What is incomplete or doubled in the hyperparameter grid of a task.
+
+    Scores that condition on hyperparameters compare models that differ in few of them; a missing
+    or doubled setting silently shifts what is compared. Values are compared by `str()`.
+
+    Args:
+        model_configs: The parsed model_configs.json: id -> {"hparams": {name: {"possible_values",
+            "current_value"}}, ...}. Entries without usable `hparams` are left out here.
+
+    Returns:
+        list: One sentence for each finding; empty for a complete grid.
+
+    Example:
+        >>> def entry(depth):
+        ...     depths = {"possible_values": [1, 2, 3], "current_value": depth}
+        ...     return {"hparams": {"depth": depths}}
+        >>> check_grid({"0": entry(1), "1": entry(2), "2": entry(2)})
+        ['2 models share the setting depth=2: 1, 2', '1 of 3 settings has no model: depth=3']
+    """
+    grids = {id_: grid for id_, e in model_configs.items() if (grid := _hyperparameters(e))}
+    if not grids:
+        return []
+    names = list(next(iter(grids.values())))
+    odd = [id_ for id_, grid in grids.items() if set(grid) != set(names)]
+    if odd:
+        return [f"models have different hyperparameters; compare {_some(odd)} with {names}"]
+    possible = possible_values(model_configs)
+    settings = {
+        id_: tuple(str(grid[n]["current_value"]) for n in names) for id_, grid in grids.items()
+    }
+    return [
+        *_disagreeing(grids, names),
+        *_outside(settings, names, possible),
+        *_doubled(settings, names),
+        *_missing(settings, names, possible),
+    ]
+
+
+def possible_values(model_configs: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The values that each hyperparameter can take, in the order in which the file lists them.
+
+    Args:
+        model_configs: The parsed model_configs.json.
+
+    Returns:
+        dict: Hyperparameter name to its values; the union over models, each value once by `str()`.
+
+    Example:
+        >>> possible_values({"0": {"hparams": {"lr": {"possible_values": [0.1, 1.0],
+        ...                                           "current_value": 0.1}}}})
+        {'lr': [0.1, 1.0]}
+    """
+    union: dict[str, dict[str, Any]] = {}
+    for entry in model_configs.values():
+        for name, values in _hyperparameters(entry).items():
+            seen = union.setdefault(name, {})
+            for value in values["possible_values"]:
+                seen.setdefault(str(value), value)
+    return {name: list(values.values()) for name, values in union.items()}
+
+
+def _hyperparameters(entry: Any) -> dict[str, dict[str, Any]]:
+    """The usable `hparams` of an entry, else nothing."""
+    hparams = entry.get("hparams") if isinstance(entry, Mapping) else None
+    if not isinstance(hparams, Mapping):
+        return {}
+    return {
+        str(name): dict(h)
+        for name, h in hparams.items()
+        if isinstance(h, Mapping)
+        and isinstance(h.get("possible_values"), list)
+        and "current_value" in h
+    }
+
+
+def _disagreeing(grids: dict[str, dict[str, dict[str, Any]]], names: list[str]) -> list[str]:
+    messages = []
+    for name in names:
+        lists = {tuple(map(str, grid[name]["possible_values"])) for grid in grids.values()}
+        if len({frozenset(values) for values in lists}) > 1:
+            messages.append(f"models list different possible values of {name!r}")
+    return messages
+
+
+def _outside(
+    settings: dict[str, tuple[str, ...]], names: list[str], possible: dict[str, list[Any]]
+) -> list[str]:
+    messages = []
+    for i, name in enumerate(names):
+        allowed = set(map(str, possible[name]))
+        odd = [id_ for id_, setting in settings.items() if setting[i] not in allowed]
+        if odd:
+            value = settings[odd[0]][i]
+            messages.append(
+                f"{name}={value} of model {odd[0]} is not among the possible values "
+                f"{possible[name]} ({len(odd)} such models)"
+            )
+    return messages
+
+
+def _doubled(settings: dict[str, tuple[str, ...]], names: list[str]) -> list[str]:
+    doubled = [s for s, count in Counter(settings.values()).items() if count > 1]
+    messages = []
+    for setting in doubled[:_SHOWN]:
+        ids = [id_ for id_, s in settings.items() if s == setting]
+        messages.append(
+            f"{len(ids)} models share the setting {_text(names, setting)}: {_some(ids)}"
+        )
+    if len(doubled) > _SHOWN:
+        messages.append(f"{len(doubled) - _SHOWN} further settings are shared by several models")
+    return messages
+
+
+def _missing(
+    settings: dict[str, tuple[str, ...]], names: list[str], possible: dict[str, list[Any]]
+) -> list[str]:
+    axes = [list(map(str, possible[name])) for name in names]
+    total, present = prod(map(len, axes)), set(settings.values())
+    inside = sum(all(v in axis for v, axis in zip(s, axes, strict=True)) for s in present)
+    if inside >= total:
+        return []
+    missing = total - inside
+    verb = "has" if missing == 1 else "have"
+    message = f"{missing} of {total} settings {verb} no model"
+    if total > _MAX_LISTED:
+        return [message]
+    absent = list(islice((s for s in product(*axes) if s not in present), _SHOWN))
+    more = ", ..." if missing > _SHOWN else ""
+    return [f"{message}: {'; '.join(_text(names, s) for s in absent)}{more}"]
+
+
+def _text(names: list[str], setting: tuple[str, ...]) -> str:
+    return " ".join(f"{n}={v}" for n, v in zip(names, setting, strict=True))
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")

@@ -1,0 +1,169 @@
+"""A table of what a zoo holds, which validates every file and never stops at the first problem."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from sharpkit.errors import SharpkitError
+from sharpkit.zoo.layout import ModelEntry, Task, Zoo, find_tasks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ["task", "model", "layers", "parameters", "train_acc", "test_acc"]
+COLUMNS += ["generalization_gap", "problem"]
+
+_SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+_WEIGHTS: tuple[Literal["final", "initial"], ...] = ("final", "initial")
+_FORWARD = 16  # examples of the trial run
+
+
+def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
+    """One row per model, with what is wrong with its files; further rows for broken data files.
+
+    Always checked: model_configs.json, each config.json (every layer builds), each weight file
+    (opens, shapes agree), that shards are there. With `deep`: every weight is read and finite, one
+    forward pass per model is finite, every shard is decoded with its checksums, labels fit.
+
+    Args:
+        zoo: An open zoo or its path.
+        deep: Read everything.
+
+    Returns:
+        DataFrame: Columns task, model, layers, parameters, train_acc, test_acc,
+        generalization_gap, problem. `problem` is "" where all is well; rows about a task's files
+        have no model.
+
+    Raises:
+        ZooFormatError: There is no zoo at the path.
+
+    Example:
+        >>> table = zoo_info("public_data", deep=True)  # doctest: +SKIP
+        >>> table[table.problem != ""]  # doctest: +SKIP
+    """
+    import pandas as pd
+
+    opened = zoo if isinstance(zoo, Zoo) else find_tasks(Path(zoo))
+    rows: list[dict[str, Any]] = []
+    for task in opened.values():
+        problems = _task_problems(task, deep)
+        rows += [{"task": task.name, "problem": problem} for problem in problems]
+        trial = _trial_inputs(task) if deep else None
+        rows += [_model_row(entry, trial) for entry in task.values()]
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    counts = {"layers": "Int64", "parameters": "Int64", "model": "string"}
+    return frame.astype(counts)
+
+
+def _task_problems(task: Task, deep: bool) -> list[str]:
+    """What is wrong with the files that the models of a task share."""
+    problems = []
+    try:
+        configs = task.model_configs
+        problems += [f"model {i} is listed but absent" for i in configs if i not in task]
+    except SharpkitError as error:
+        problems.append(str(error))
+    for split in _SPLITS:
+        if split == "test" and not (task.path / "dataset_1" / split).is_dir():
+            continue  # a zoo may come without test data
+        try:
+            shards = task.shards(split)
+        except SharpkitError as error:
+            problems.append(str(error))
+            continue
+        broken = [p for shard in shards if (p := _shard_problem(shard, deep))]
+        if deep and not broken:
+            broken = _dataset_problems(task, split)
+        problems += broken
+    return problems
+
+
+def _dataset_problems(task: Task, split: Literal["train", "test"]) -> list[str]:
+    """Whether shards that are each in order also fit together."""
+    try:
+        task.dataset(split)
+    except SharpkitError as error:
+        return [str(error)]
+    return []
+
+
+def _shard_problem(shard: Path, deep: bool) -> str:
+    if not deep:
+        return "" if shard.is_file() and shard.stat().st_size else f"{shard}: shard is empty"
+    from sharpkit.zoo.tfrecord import read_shards
+
+    try:
+        read_shards([shard])
+    except SharpkitError as error:
+        return str(error)
+    return ""
+
+
+def _trial_inputs(task: Task) -> tuple[Tensor, int]:
+    """A few training examples and the highest label; no example if the data cannot be read."""
+    try:
+        inputs, labels = task.dataset("train").tensors
+    except SharpkitError:  # reported with the task
+        return torch.empty(0), 0
+    return inputs[:_FORWARD], int(labels.max())
+
+
+def _model_row(entry: ModelEntry, trial: tuple[Tensor, int] | None) -> dict[str, Any]:
+    """A model's row; every check runs, whatever the others find."""
+    row: dict[str, Any] = {"task": entry.task.name, "model": entry.id}
+    problems: list[str] = []
+    try:
+        metrics = entry.metrics
+        row |= {key: metrics.get(key) for key in ("train_acc", "test_acc")}
+        row["generalization_gap"] = entry.generalization_gap
+        entry.hyperparameters  # noqa: B018  (raises where a value is missing)
+    except SharpkitError as error:
+        problems.append(str(error))
+    try:
+        model = entry.build()
+        row |= {"layers": len(model.slots), "parameters": model.parameter_count}
+        for weights in _WEIGHTS:
+            problems += _weight_problems(entry, weights, trial)
+    except SharpkitError as error:
+        problems.append(str(error))
+    return row | {"problem": "; ".join(problems)}
+
+
+def _weight_problems(
+    entry: ModelEntry, weights: Literal["final", "initial"], trial: tuple[Tensor, int] | None
+) -> list[str]:
+    from sharpkit.zoo.weights import check_weights
+
+    try:
+        if trial is not None:
+            return _forward_problems(entry, weights, *trial)
+        check_weights(entry.build(), entry.weights_path(weights))
+    except SharpkitError as error:
+        return [str(error)]
+    return []
+
+
+def _forward_problems(
+    entry: ModelEntry, weights: Literal["final", "initial"], inputs: Tensor, highest: int
+) -> list[str]:
+    """Load the weights and run the trial inputs, or zeros if there are none."""
+    model = entry.load(weights)
+    if len(inputs) == 0:
+        inputs = torch.zeros(1, *model.input_shape)
+    where = entry.weights_path(weights)
+    if tuple(inputs.shape[1:]) != model.input_shape:
+        return [
+            f"{where}: takes inputs {model.input_shape}, the data has {tuple(inputs.shape[1:])}"
+        ]
+    with torch.no_grad():
+        outputs = model(inputs)
+    problems = []
+    if not bool(torch.isfinite(outputs).all()):
+        problems.append(f"{where}: outputs are NaN or infinite")
+    if outputs.ndim != 2 or highest >= outputs.shape[1]:
+        problems.append(f"{where}: outputs {tuple(outputs.shape)} do not fit label {highest}")
+    return problems

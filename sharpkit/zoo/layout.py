@@ -1,0 +1,365 @@
+"""The PGDL competition's directory tree as mappings: Zoo -> Task -> ModelEntry.
+
+Opening a zoo reads directory listings and each task's model_configs.json, nothing else; configs,
+weights and data are read when asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sharpkit.errors import ArgumentError, ZooFormatError
+from sharpkit.zoo.files import list_directory, read_json
+from sharpkit.zoo.grid import check_grid, possible_values
+
+if TYPE_CHECKING:
+    from torch.utils.data import TensorDataset
+
+    from sharpkit.zoo.keras import KerasModel
+
+WEIGHT_FILES = {"final": "weights.hdf5", "initial": "weights_init.hdf5"}
+_MODEL = re.compile(r"model_(\d+)")
+_SHARD = re.compile(r"shard_(\d+)\.tfrecord")
+
+
+def load_zoo(path: str | Path) -> Zoo:
+    """Open a zoo of trained networks in the PGDL competition's layout.
+
+    Accepts the root (`input_data` beside `reference_data`), `input_data` itself, a folder of
+    tasks, or one task; model_configs.json may also lie beside the models. Models that the file
+    does not list, entries without a model, and incomplete or doubled grids are warned about.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        Zoo: Task name to `Task`.
+
+    Raises:
+        ZooFormatError: Nothing there, no model, or (for a single task) no usable
+            model_configs.json. Of several tasks the good ones load and the others are warned about.
+
+    Source:
+        Jiang et al., NeurIPS 2020 Competition: Predicting Generalization in Deep Learning.
+
+    Example:
+        >>> zoo = load_zoo("public_data")  # doctest: +SKIP
+        >>> model = zoo["task1_v4"]["20"].load()  # doctest: +SKIP
+    """
+    zoo = find_tasks(Path(path))
+    for task in zoo.values():
+        try:
+            messages = task.check()
+        except ZooFormatError as error:
+            if len(zoo) == 1:
+                raise
+            messages = [str(error)]
+        for message in messages:
+            warnings.warn(f"task {task.name}: {message}", UserWarning, stacklevel=2)
+    return zoo
+
+
+def find_tasks(path: Path) -> Zoo:
+    """The tasks below a path, without opening any file; see `load_zoo`."""
+    path = path.expanduser()
+    for root in _candidates(path):
+        if _model_directories(root):
+            return Zoo(path, [Task(root.resolve().name, root)])
+        tasks = [d for d in list_directory(root) if d.is_dir() and d.name != "reference_data"]
+        full = [d for d in tasks if _model_directories(d)]
+        empties = [d for d in tasks if d not in full]
+        if root.name != "input_data":  # elsewhere, any folder may lie beside the tasks
+            empties = [d for d in empties if (d / "dataset_1").is_dir()]
+        for empty in empties:
+            message = f"{empty}: task has no model_<id> directory"
+            if not full:
+                raise ZooFormatError(message)
+            warnings.warn(message, UserWarning, stacklevel=3)
+        if full:
+            return Zoo(path, [Task(d.name, d) for d in full])
+    raise ZooFormatError(
+        f"{path}: no model found; expected input_data/<task>/model_<id>/, or a task with "
+        "model_<id> directories"
+    )
+
+
+class Zoo(Mapping[str, "Task"]):
+    """Tasks by name, in alphabetical order.
+
+    Args:
+        path: The directory that was opened.
+        tasks: Its tasks.
+    """
+
+    def __init__(self, path: Path, tasks: list[Task]) -> None:
+        self.path = path
+        self._tasks = {task.name: task for task in tasks}
+
+    def __getitem__(self, name: str) -> Task:
+        if name not in self._tasks:
+            raise KeyError(f"no task {name!r} in {self.path}; it has {', '.join(self._tasks)}")
+        return self._tasks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tasks)
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __repr__(self) -> str:
+        inside = ", ".join(f"{t.name}: {len(t)} models" for t in self._tasks.values())
+        return f"Zoo({str(self.path)!r}, {{{inside}}})"
+
+
+class Task(Mapping[str, "ModelEntry"]):
+    """Models by id, in numeric order, with the data they were trained on.
+
+    Args:
+        name: The task's name.
+        path: Its directory, the one with `model_<id>` and `dataset_1`.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+        directories = _model_directories(path)
+        ids = sorted(directories, key=lambda id_: (int(id_), id_))
+        self._models = {id_: ModelEntry(self, id_, directories[id_]) for id_ in ids}
+        self._datasets: dict[str, TensorDataset] = {}
+
+    def __getitem__(self, id_: str) -> ModelEntry:
+        if str(id_) not in self._models:
+            raise KeyError(f"no model {id_!r} in task {self.name} ({len(self)} models)")
+        return self._models[str(id_)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._models)
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def __repr__(self) -> str:
+        return f"Task({self.name!r}, {len(self)} models, {str(self.path)!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_datasets": {}}  # other processes read the data themselves
+
+    @cached_property
+    def model_configs(self) -> dict[str, Any]:
+        """The parsed model_configs.json: id -> {"hparams", "metrics"}."""
+        content = read_json(self.model_configs_path)
+        if not isinstance(content, dict) or not content:
+            raise ZooFormatError(f"{self.model_configs_path}: expected a non-empty JSON object")
+        return content
+
+    @property
+    def model_configs_path(self) -> Path:
+        """Where model_configs.json is; ZooFormatError that lists the places if it is nowhere."""
+        here, name = self.path.resolve(), self.path.resolve().name
+        places = [
+            here / "model_configs.json",
+            here.parent.parent / "reference_data" / name / "model_configs.json",
+            here.parent / "reference_data" / name / "model_configs.json",
+        ]
+        for place in places:
+            if place.is_file():
+                return place
+        raise ZooFormatError(
+            f"{self.path}: model_configs.json is missing; looked for {', '.join(map(str, places))}"
+        )
+
+    @property
+    def possible_values(self) -> dict[str, list[Any]]:
+        """Hyperparameter name to the values that it takes in this task."""
+        return possible_values(self.model_configs)
+
+    def check(self) -> list[str]:
+        """What does not fit together in model_configs.json, one sentence each.
+
+        Raises:
+            ZooFormatError: The file is missing or unreadable.
+        """
+        configs = self.model_configs
+        messages = []
+        unlisted = [id_ for id_ in self if id_ not in configs]
+        absent = [id_ for id_ in configs if id_ not in self]
+        if unlisted:
+            messages.append(f"models not in model_configs.json: {', '.join(unlisted)}")
+        if absent:
+            messages.append(f"model_configs.json lists models that are absent: {', '.join(absent)}")
+        return messages + check_grid(configs)
+
+    def shards(self, split: Literal["train", "test"]) -> list[Path]:
+        """The files of a split in numeric order.
+
+        Raises:
+            ArgumentError: Not "train" or "test".
+            ZooFormatError: The split is missing or has no shard.
+        """
+        if split not in ("train", "test"):
+            raise ArgumentError(f"split is {split!r}; expected 'train' or 'test'")
+        folder = self.path / "dataset_1" / split
+        if not folder.is_dir():
+            raise ZooFormatError(f"{folder}: this task has no {split} data")
+        numbered = [
+            (int(match[1]), entry)
+            for entry in list_directory(folder)
+            if (match := _SHARD.fullmatch(entry.name))
+        ]
+        if not numbered:
+            raise ZooFormatError(f"{folder}: no shard_<k>.tfrecord found")
+        numbers = {number for number, _ in numbered}
+        gaps = sorted(set(range(min(numbers), max(numbers))) - numbers)
+        if gaps:
+            raise ZooFormatError(f"{folder}: shard_{gaps[0]}.tfrecord is missing")
+        return [entry for _, entry in sorted(numbered)]
+
+    def dataset(self, split: Literal["train", "test"] = "train") -> TensorDataset:
+        """The examples of a split, decoded once and kept in memory.
+
+        Args:
+            split: "train" or "test".
+
+        Returns:
+            TensorDataset: Inputs (n, c, h, w), or (n, d), float32; labels (n,) int64. Shards come
+            in numeric order.
+
+        Raises:
+            ZooFormatError: The split is missing, a shard is corrupt or truncated, or a label is
+                not a non-negative integer; names the file.
+        """
+        if split not in self._datasets:
+            import torch
+            from torch.utils.data import TensorDataset
+
+            from sharpkit.zoo.tfrecord import read_shards
+
+            stored, labels = read_shards(self.shards(split))
+            inputs = torch.from_numpy(stored)
+            if inputs.ndim == 4:
+                inputs = inputs.permute(0, 3, 1, 2).contiguous()
+            self._datasets[split] = TensorDataset(inputs, torch.from_numpy(labels))
+        return self._datasets[split]
+
+
+class ModelEntry:
+    """One trained network: its architecture, weights, hyperparameters and accuracies.
+
+    Args:
+        task: The task that it belongs to.
+        id: Its id, the digits of `model_<id>`.
+        path: Its directory.
+    """
+
+    def __init__(self, task: Task, id: str, path: Path) -> None:
+        self.task, self.id, self.path = task, id, path
+
+    def __repr__(self) -> str:
+        return f"ModelEntry({self.task.name!r}, {self.id!r})"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        config = read_json(self.path / "config.json")
+        if not isinstance(config, dict):
+            raise ZooFormatError(f"{self.path / 'config.json'}: expected a JSON object")
+        return config
+
+    def build(self, device: str = "meta") -> KerasModel:
+        """The architecture without this model's weights; on "meta" nothing is allocated."""
+        from sharpkit.zoo.keras import build_model
+
+        return build_model(self.config, model_name=str(self.path / "config.json"), device=device)
+
+    def weights_path(self, weights: Literal["final", "initial"] = "final") -> Path:
+        """The weight file of the trained or the freshly initialised network."""
+        if weights not in WEIGHT_FILES:
+            raise ArgumentError(f"weights is {weights!r}; expected 'final' or 'initial'")
+        return self.path / WEIGHT_FILES[weights]
+
+    def load(self, weights: Literal["final", "initial"] = "final") -> KerasModel:
+        """The network as a torch module in eval mode.
+
+        Args:
+            weights: "final" for the trained weights, "initial" for those before training.
+
+        Returns:
+            KerasModel: Takes float32 (n, c, h, w), or (n, d); returns what the network's last
+            layer returns, logits in a PGDL zoo.
+
+        Raises:
+            ZooFormatError: Unknown layer or keyword, damaged weights, shapes that do not agree,
+                NaN or infinite weights; names the file and the layer.
+        """
+        from sharpkit.zoo.weights import load_weights
+
+        path = self.weights_path(weights)
+        model = self.build()
+        load_weights(model, path)
+        return model.eval()
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Hyperparameter name to this model's value."""
+        hparams = self._section("hparams")
+        for name, h in hparams.items():
+            if not isinstance(h, dict) or "current_value" not in h:
+                raise self._config_error(f"hyperparameter {name!r} has no current_value")
+        return {name: h["current_value"] for name, h in hparams.items()}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """train_acc, test_acc and whatever else was recorded at the end of training."""
+        metrics = self._section("metrics")
+        for name, value in metrics.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value):
+                raise self._config_error(f"metric {name!r} is {value!r}; expected a finite number")
+        return {name: float(value) for name, value in metrics.items()}
+
+    @property
+    def generalization_gap(self) -> float:
+        """Training accuracy minus test accuracy."""
+        metrics = self.metrics
+        for name in ("train_acc", "test_acc"):
+            if name not in metrics:
+                raise self._config_error(f"metric {name!r} is missing")
+        return metrics["train_acc"] - metrics["test_acc"]
+
+    def _section(self, key: str) -> dict[str, Any]:
+        entry = self.task.model_configs.get(self.id)
+        if entry is None:
+            raise self._config_error("no such entry")
+        section = entry.get(key) if isinstance(entry, dict) else None
+        if not isinstance(section, dict):
+            raise self._config_error(f"{key!r} is missing or not an object")
+        return section
+
+    def _config_error(self, message: str) -> ZooFormatError:
+        return ZooFormatError(f"{self.task.model_configs_path}: model {self.id}: {message}")
+
+
+def _candidates(path: Path) -> Iterator[Path]:
+    """Directories that may hold tasks: input_data below the path, the path, one folder deeper."""
+    children = list_directory(path)  # raises if there is nothing to read
+    if (path / "input_data").is_dir():
+        yield path / "input_data"
+        return
+    yield path
+    for child in children:
+        if (child / "input_data").is_dir():
+            yield child / "input_data"
+
+
+def _model_directories(path: Path) -> dict[str, Path]:
+    """Model id to directory, for each `model_<id>` directly below a path."""
+    return {
+        match[1]: entry
+        for entry in list_directory(path)
+        if (match := _MODEL.fullmatch(entry.name)) and entry.is_dir()
+    }

@@ -1,0 +1,298 @@
+"""Keras 2 HDF5 weight files: read into a model, read raw, and written.
+
+A file is matched to a model by the order of the layers that have weights; names carry no meaning.
+Everything a file declares is checked against the model and the file's size before memory is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sharpkit.errors import ModelError, ZooFormatError
+from sharpkit.zoo.files import atomic_path
+from sharpkit.zoo.heaps import check_local_heaps
+from sharpkit.zoo.layer import Slot
+
+if TYPE_CHECKING:
+    from sharpkit.zoo.keras import KerasModel
+
+_ATTRIBUTE_LIMIT = 64_000  # bytes; HDF5 keeps at most 64 KiB in an object header
+_MAX_COMPRESSION = 1_100  # deflate cannot do better than 1032 : 1
+_KERAS_VERSION = b"2.15.0"
+
+
+def read_weights(path: str | Path) -> list[list[NDArray[np.float32]]]:
+    """The arrays of a Keras 2 HDF5 weight file, per layer that has any, in Keras' own layout.
+
+    Args:
+        path: A file written by `Model.save_weights` of Keras 2, or by `write_weights`.
+
+    Returns:
+        list: One list of float32 arrays for each layer with weights, in the model's order.
+
+    Raises:
+        ZooFormatError: Not such a file, damaged, or with NaN or infinite entries.
+
+    Example:
+        >>> import tempfile
+        >>> from sharpkit.zoo.keras import build_model
+        >>> model = build_model(
+        ...     {"input_shape": [3], "model_config": [{"layer_name": "Dense", "units": 2}]})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_weights(model, Path(folder, "weights.hdf5"))
+        ...     [[kernel, bias]] = read_weights(Path(folder, "weights.hdf5"))
+        >>> kernel.shape, bias.shape
+        ((3, 2), (2,))
+    """
+    path = Path(path)
+    with _open(path) as file:
+        return [
+            [_read(path, layer, dataset) for dataset in datasets]
+            for layer, datasets in _layers(path, file)
+        ]
+
+
+def load_weights(model: KerasModel, path: str | Path) -> None:
+    """Put the weights of a Keras 2 HDF5 file into a model.
+
+    A model on the meta device gets new CPU tensors; any other keeps its own tensors and devices.
+    Nothing changes unless the whole file is good.
+
+    Args:
+        model: Built by `build_model`.
+        path: The weight file.
+
+    Raises:
+        ZooFormatError: Damaged file, other number of layers or arrays, other shapes, NaN or
+            infinite entries; names the file and the layer.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        matched = _match(model, path, file)
+        loaded = [
+            (slot.target, slot.to_torch(torch.from_numpy(_read(path, name, dataset))))
+            for name, slot, dataset in matched
+        ]
+    for target, value in loaded:
+        _assign(model, target, value)
+    for module in model.modules():  # BatchNorm's step counter is not in the file
+        counter = getattr(module, "num_batches_tracked", None)
+        if isinstance(counter, Tensor) and counter.is_meta:
+            module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+
+
+def check_weights(model: KerasModel, path: str | Path) -> None:
+    """Check that a weight file opens and fits the model, without reading its numbers.
+
+    Args:
+        model: Built by `build_model`, on any device.
+        path: The weight file.
+
+    Raises:
+        ZooFormatError: As `load_weights`, except that entries are not looked at.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        _match(model, path, file)
+
+
+def write_weights(
+    model: KerasModel, path: str | Path, *, state: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a model's weights as a Keras 2 HDF5 file that Keras and `load_weights` read.
+
+    Args:
+        model: Built by `build_model`; gives the layers and, by default, the weights.
+        path: The file to write, replaced in one step.
+        state: A `state_dict` of this model to write instead, such as the one at initialisation.
+
+    Raises:
+        ModelError: A weight is missing, not float32, or NaN or infinite.
+    """
+    import h5py
+
+    state = model.state_dict() if state is None else state
+    arrays = [
+        (name, [(slot.keras_name, _to_array(state, slot)) for slot in slots])
+        for name, slots in model.slots
+    ]
+    with atomic_path(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+        _write_names(file, "layer_names", [name for name, _ in arrays])
+        file.attrs["backend"] = np.bytes_(b"tensorflow")
+        file.attrs["keras_version"] = np.bytes_(_KERAS_VERSION)
+        for name, layer in arrays:
+            group = file.create_group(name)
+            _write_names(group, "weight_names", [f"{name}/{weight}" for weight, _ in layer])
+            for weight, array in layer:
+                group.create_dataset(f"{name}/{weight}", data=array)
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The open file; whatever HDF5 finds wrong with it becomes a ZooFormatError."""
+    import h5py
+
+    if not path.is_file():
+        raise ZooFormatError(f"{path}: weight file is missing")
+    try:
+        check_local_heaps(path)
+        with h5py.File(path, "r", locking="best-effort") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ZooFormatError(
+            f"{path}: damaged or not a Keras HDF5 weight file ({reason})"
+        ) from error
+
+
+def _layers(path: Path, file: Any) -> list[tuple[str, list[Any]]]:
+    """Each layer that has weights, with its checked datasets, in order."""
+    layers = []
+    for name in _read_names(path, file, "layer_names"):
+        group = _follow(path, file, name, "Group")
+        weights = _read_names(path, group, "weight_names")
+        datasets = [_follow(path, group, weight, "Dataset") for weight in weights]
+        for dataset in datasets:
+            _check_storage(path, name, dataset)
+        if datasets:
+            layers.append((name, datasets))
+    return layers
+
+
+def _read_names(path: Path, group: Any, key: str) -> list[str]:
+    """A list of names from an attribute, possibly split into key0, key1, ..."""
+    if key in group.attrs:
+        raw = list(np.atleast_1d(group.attrs[key]))
+    else:
+        raw, part = [], 0
+        while f"{key}{part}" in group.attrs:
+            raw += list(np.atleast_1d(group.attrs[f"{key}{part}"]))
+            part += 1
+        if part == 0:
+            raise ZooFormatError(f"{path}: {group.name} has no attribute {key!r}")
+    names = [n.decode("utf-8") if isinstance(n, bytes) else n for n in raw]
+    if not all(isinstance(n, str) for n in names):
+        raise ZooFormatError(f"{path}: attribute {key!r} of {group.name} is not a list of names")
+    return names
+
+
+def _follow(path: Path, group: Any, name: str, kind: str) -> Any:
+    """The object of a name inside a group, through hard links only."""
+    import h5py
+
+    node = group
+    for part in filter(None, name.split("/")):
+        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
+        if link is None:
+            raise ZooFormatError(f"{path}: {group.name} names {name!r}, which is not in the file")
+        if not isinstance(link, h5py.HardLink):
+            raise ZooFormatError(
+                f"{path}: {name!r} is a {type(link).__name__}; only data inside the file is read"
+            )
+        node = node[part]
+    if not isinstance(node, getattr(h5py, kind)):
+        raise ZooFormatError(f"{path}: {name!r} should be an HDF5 {kind.lower()}")
+    return node
+
+
+def _check_storage(path: Path, layer: str, dataset: Any) -> None:
+    """Refuse data outside the file, other types, and sizes that the file cannot hold."""
+    where = f"{path}: layer {layer!r}: {dataset.name}"
+    if dataset.is_virtual or dataset.external:
+        raise ZooFormatError(f"{where} keeps its data in another file")
+    if dataset.dtype.kind != "f":
+        raise ZooFormatError(f"{where} has type {dataset.dtype}; expected floating point")
+    stored = dataset.id.get_storage_size()
+    ratio = 1 if dataset.chunks is None else _MAX_COMPRESSION
+    if dataset.shape is None or dataset.nbytes > stored * ratio or stored > path.stat().st_size:
+        raise ZooFormatError(f"{where} declares shape {dataset.shape}, more than the file holds")
+
+
+def _read(path: Path, layer: str, dataset: Any) -> NDArray[np.float32]:
+    """The numbers of a dataset as float32; NaN and infinite ones are refused."""
+    array = np.empty(dataset.shape, dtype=np.float32)
+    if array.size:
+        dataset.read_direct(array)
+    # one infinite or NaN entry spoils the sum, and the sum needs no temporary; a huge but finite
+    # array may overflow, so only the slow test has the last word
+    tensor = torch.from_numpy(array)
+    if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ZooFormatError(
+            f"{path}: layer {layer!r}: {dataset.name} has {bad} NaN or infinite entries "
+            f"of {array.size}"
+        )
+    return array
+
+
+def _match(model: KerasModel, path: Path, file: Any) -> list[tuple[str, Slot, Any]]:
+    """Pair each array of the file with its place in the model, by order; shapes must agree."""
+    found = _layers(path, file)
+    expected = [(name, slots) for name, slots in model.slots if slots]
+    if len(found) != len(expected):
+        raise ZooFormatError(
+            f"{path}: has {len(found)} layers with weights; the config has {len(expected)}"
+        )
+    matched = []
+    for (file_name, datasets), (name, slots) in zip(found, expected, strict=True):
+        shapes = [tuple(d.shape) for d in datasets]
+        wanted = [slot.keras_shape for slot in slots]
+        if shapes != wanted:
+            raise ZooFormatError(
+                f"{path}: layer {file_name!r} has arrays of shapes {shapes}; "
+                f"layer {name!r} of the config needs {wanted}"
+            )
+        matched += [(file_name, s, d) for s, d in zip(slots, datasets, strict=True)]
+    return matched
+
+
+def _assign(model: nn.Module, target: str, value: Tensor) -> None:
+    """Set a parameter or buffer by its dotted name."""
+    owner_name, _, name = target.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    current = getattr(owner, name)
+    if not current.is_meta:
+        with torch.no_grad():
+            current.copy_(value)
+    elif isinstance(current, nn.Parameter):
+        setattr(owner, name, nn.Parameter(value))
+    else:
+        setattr(owner, name, value)
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def _to_array(state: Mapping[str, Tensor], slot: Slot) -> NDArray[np.float32]:
+    if slot.target not in state:
+        raise ModelError(f"the state to write has no {slot.target!r}")
+    tensor = state[slot.target].detach().cpu()
+    if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
+        raise ModelError(f"{slot.target} must be finite float32 to be written, got {tensor.dtype}")
+    array: NDArray[np.float32] = slot.to_keras(tensor).contiguous().numpy()
+    return array
+
+
+def _write_names(group: Any, key: str, names: list[str]) -> None:
+    """An attribute with a list of names, split into key0, key1, ... where it is too long."""
+    encoded = (
+        np.array([n.encode("utf-8") for n in names], dtype="S") if names else np.array([], "S1")
+    )
+    parts = -(-encoded.nbytes // _ATTRIBUTE_LIMIT)
+    if parts <= 1:
+        group.attrs[key] = encoded
+        return
+    for part, piece in enumerate(np.array_split(encoded, parts)):
+        group.attrs[f"{key}{part}"] = piece
