@@ -1,0 +1,137 @@
+"""Counts of ordered model pairs in the cells of a conditioning set, and their information.
+
+Every pair (i, j) has two bits, gap_i > gap_j and value_i > value_j; a cell is what the
+hyperparameters of a conditioning set say about i and about j. With M the one-hot matrix of the
+models' groups and X a matrix of bits, all cells of a set are counted by Mᵀ X M. Counts are exact
+integers; logarithms come afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sharpkit.evaluation._grid import Floats, Ints
+
+PLUS, MINUS = 0, 1
+INSIDE_LOG = 1e-12  # the competition adds it inside the logarithm of the gap entropy
+_ROWS = 256  # models whose pairs are formed at a time
+_COLUMNS = 512  # groups, over all sets, that are counted at a time
+
+
+def count_pairs(gap: Floats, value: Floats, groups: Sequence[Ints]) -> list[Ints]:
+    """Tables of ordered pairs, self pairs included, for each conditioning set.
+
+    Args:
+        gap: Generalization gaps (models,).
+        value: Values of the measure (models,).
+        groups: For each set, the group of each model (models,); models with -1 are left out.
+
+    Returns:
+        list: For each set a table (groups of i, groups of j, 2 gap bits, 2 value bits), in which
+            index 0 is a strictly larger first model and index 1 everything else, ties and NaN too.
+    """
+    sizes = [int(g.max(initial=-1)) + 1 for g in groups]
+    tables: list[Ints] = []
+    for start, stop in _batches(sizes):
+        tables += _count_batch(gap, value, groups[start:stop], sizes[start:stop])
+    return tables
+
+
+def without_self_pairs(table: Ints, groups: Ints) -> Ints:
+    """The table (groups, groups, 2, 2) less the pairs of a model with itself."""
+    size = table.shape[0]
+    table = table.copy()
+    diagonal = np.arange(size)
+    table[diagonal, diagonal, MINUS, MINUS] -= np.bincount(groups[groups >= 0], minlength=size)
+    return table
+
+
+def mutual_information(tables: NDArray[np.generic]) -> Floats:
+    """Mutual information in bits of the two bits of each table (..., 2, 2); NaN if it is empty."""
+    counts = tables.astype(np.float64)
+    total = counts.sum((-2, -1))
+    inner = (
+        xlogx(counts).sum((-2, -1))
+        - xlogx(counts.sum(-1)).sum(-1)
+        - xlogx(counts.sum(-2)).sum(-1)
+        + xlogx(total)
+    )
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # rounding of the four terms can leave -1e-16; a table with one empty side has none at all
+        information: Floats = np.maximum(inner / total, 0.0)
+    return np.where(_degenerate(counts), np.where(total > 0, 0.0, np.nan), information)
+
+
+def gap_entropy(tables: NDArray[np.generic], inside_log: float = 0.0) -> Floats:
+    """Entropy in bits of the gap bit of each table (..., 2, 2); NaN if it is empty.
+
+    `inside_log` is added to the probabilities inside the logarithm only.
+    """
+    sides = tables.astype(np.float64).sum(-1)  # (..., 2)
+    total = sides.sum(-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = sides / total[..., None]
+        logs = np.log2(np.where(p + inside_log == 0, 1.0, p + inside_log))
+    entropy: Floats = -(p * logs).sum(-1)
+    return entropy
+
+
+def xlogx(counts: Floats) -> Floats:
+    """x log2 x of whole numbers, with 0 log 0 = 0."""
+    result: Floats = counts * np.log2(np.maximum(counts, 1.0))
+    return result
+
+
+def _degenerate(counts: Floats) -> NDArray[np.bool_]:
+    rows, columns = counts.sum(-1), counts.sum(-2)
+    return np.asarray((rows == 0).any(-1) | (columns == 0).any(-1))
+
+
+def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    start, width = 0, 0
+    for k, size in enumerate(sizes):
+        if k > start and width + size > _COLUMNS:
+            yield start, k
+            start, width = k, 0
+        width += size
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def _count_batch(
+    gap: Floats, value: Floats, groups: Sequence[Ints], sizes: Sequence[int]
+) -> list[Ints]:
+    n = len(gap)
+    ends = np.cumsum(sizes)
+    member = np.zeros((n, int(ends[-1])), dtype=np.float32)  # (models, groups of all sets)
+    for g, end, size in zip(groups, ends, sizes, strict=True):
+        known = np.flatnonzero(g >= 0)
+        member[known, g[known] + end - size] = 1.0
+    sums = [np.zeros((3, size, size)) for size in sizes]
+    for start in range(0, n, _ROWS):
+        rows = slice(start, start + _ROWS)
+        larger_gap = gap[rows, None] > gap
+        larger_value = value[rows, None] > value
+        bits = np.stack([larger_gap, larger_value, larger_gap & larger_value])
+        # (3, rows, groups): each sum is at most n < 2**24, exact in float32
+        partial = (bits.reshape(-1, n).astype(np.float32) @ member).reshape(3, -1, member.shape[1])
+        for total, end, size in zip(sums, ends, sizes, strict=True):
+            block = slice(int(end) - size, int(end))
+            total += member[rows, block].T.astype(np.float64) @ partial[:, :, block]
+    tables = []
+    for total, end, size in zip(sums, ends, sizes, strict=True):
+        members = member[:, int(end) - size : int(end)].sum(0, dtype=np.float64)
+        tables.append(_assemble(np.outer(members, members), *total))
+    return tables
+
+
+def _assemble(pairs: Floats, larger_gap: Floats, larger_value: Floats, both: Floats) -> Ints:
+    table = np.empty((*pairs.shape, 2, 2), dtype=np.int64)
+    table[..., PLUS, PLUS] = both
+    table[..., PLUS, MINUS] = larger_gap - both
+    table[..., MINUS, PLUS] = larger_value - both
+    table[..., MINUS, MINUS] = pairs - larger_gap - larger_value + both
+    return table

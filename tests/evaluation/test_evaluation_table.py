@@ -1,0 +1,174 @@
+"""The table of measures: one row each, the same numbers as the functions, stated rules."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from evaluation_zoos import recorded, simulated, zoo
+
+from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.evaluation import (
+    bootstrap_interval,
+    conditional_mutual_information,
+    evaluate_measures,
+    granulated_kendall,
+    holm,
+    kendall_tau,
+    pearson,
+    permutation_p_value,
+    spearman,
+)
+
+SCORED = ["cmi_pgdl", "cmi_jiang", "kendall_tau", "granulated_kendall"]
+COLUMNS = [
+    "models",
+    *(name + end for name in SCORED for end in ("", "_low", "_high")),
+    "cmi_pgdl_set",
+    "cmi_jiang_set",
+    "spearman",
+    "pearson",
+    "p_value",
+    "p_value_holm",
+]
+
+
+@pytest.fixture
+def configs() -> dict[str, object]:
+    rng = np.random.default_rng(0)
+    return zoo((3, 2, 2, 2), np.arange(24) % 7 + rng.normal(size=24))
+
+
+@pytest.fixture
+def values(configs: dict[str, object]) -> pd.DataFrame:
+    rng = np.random.default_rng(1)
+    gaps = np.array([entry["metrics"]["train_acc"] for entry in configs.values()])
+    return pd.DataFrame(
+        {"good": gaps + rng.normal(size=24), "bad": rng.normal(size=24)},
+        index=[f"model_{k}" for k in range(24)],
+    )
+
+
+def test_each_row_has_what_the_functions_give(
+    configs: dict[str, object], values: pd.DataFrame
+) -> None:
+    table = evaluate_measures(values, configs, resamples=100, seed=3)
+    assert list(table.index) == ["good", "bad"]
+    assert set(table.columns) == set(COLUMNS)
+    gaps = [entry["metrics"]["train_acc"] for entry in configs.values()]
+    for name in values:
+        row, column = table.loc[name], values[name]
+        for definition in ("pgdl", "jiang"):
+            result = conditional_mutual_information(column, configs, definition)
+            assert row[f"cmi_{definition}"] == result.score
+            assert row[f"cmi_{definition}_set"] == (",".join(result.argmin) or "(none)")
+        assert row["kendall_tau"] == pytest.approx(kendall_tau(column.tolist(), gaps))
+        assert row["granulated_kendall"] == pytest.approx(granulated_kendall(column, configs).mean)
+        assert row["spearman"] == pytest.approx(spearman(column.tolist(), gaps))
+        assert row["pearson"] == pytest.approx(pearson(column.tolist(), gaps))
+        assert row["p_value"] == permutation_p_value(column, configs, permutations=100, seed=3)
+        for statistic in SCORED:
+            interval = bootstrap_interval(
+                column, configs, statistic=statistic, resamples=100, seed=3
+            )
+            ends = (row[f"{statistic}_low"], row[f"{statistic}_high"])
+            assert ends == pytest.approx((interval.low, interval.high))
+    assert table["p_value_holm"].tolist() == holm(table["p_value"]).tolist()
+
+
+def test_models_without_a_value_are_left_out_of_that_row_only(
+    configs: dict[str, object], values: pd.DataFrame
+) -> None:
+    values.loc["model_3", "bad"] = math.nan
+    values.loc["model_9", "bad"] = math.nan
+    table = evaluate_measures(values.drop("model_5"), configs, resamples=30)
+    assert table["models"].to_dict() == {"good": 23, "bad": 21}
+    kept = values["bad"].drop(["model_3", "model_5", "model_9"])
+    gaps = [configs[name.removeprefix("model_")]["metrics"]["train_acc"] for name in kept.index]
+    assert table.loc["bad", "kendall_tau"] == pytest.approx(kendall_tau(kept.tolist(), gaps))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_score_that_is_not_finite_has_no_interval_and_no_set() -> None:
+    configs = zoo((2, 2), range(4))
+    values = pd.DataFrame({"x": [1.0, 2.0, 4.0, math.nan]})
+    row = evaluate_measures(values, configs, resamples=30).loc["x"]
+    assert math.isnan(row["cmi_pgdl"])
+    assert math.isnan(row["cmi_pgdl_low"])
+    assert row["cmi_pgdl_set"] == ""
+    assert row["kendall_tau"] == 1
+
+
+def test_the_definitions_can_be_chosen(configs: dict[str, object], values: pd.DataFrame) -> None:
+    table = evaluate_measures(values, configs, resamples=20, definitions=["jiang"])
+    assert not [name for name in table.columns if "pgdl" in name]
+    assert "cmi_jiang" in table.columns
+
+
+def test_columns_of_several_levels_are_kept_as_the_index(
+    configs: dict[str, object], values: pd.DataFrame
+) -> None:
+    values.columns = pd.MultiIndex.from_tuples([("m", 1), ("m", 256)], names=["measure", "m"])
+    table = evaluate_measures(values, configs, resamples=20)
+    assert table.index.names == ["measure", "m"]
+    assert "kendall_tau" in table.reset_index()
+
+
+def test_the_seed_determines_the_table(configs: dict[str, object], values: pd.DataFrame) -> None:
+    one, two = (evaluate_measures(values, configs, resamples=20, seed=5) for _ in range(2))
+    pd.testing.assert_frame_equal(one, two)
+
+
+def test_the_real_submissions_keep_their_official_scores_in_the_table() -> None:
+    configs = recorded("pgdl_public/task1_v4/model_configs.json")
+    entries = recorded("pgdl_public/task1_v4/submissions.json")
+    values = pd.DataFrame({name: entry["prediction"] for name, entry in entries.items()})
+    table = evaluate_measures(values, configs, resamples=50)
+    for name, entry in entries.items():
+        assert table.loc[name, "cmi_pgdl"] == pytest.approx(entry["pgdl_score"], abs=1e-11)
+        assert table.loc[name, "cmi_jiang"] == pytest.approx(entry["jiang_score"], abs=1e-9)
+        assert table.loc[name, "kendall_tau"] == pytest.approx(entry["kendall_tau_a"], abs=1e-9)
+        expected = entry["granulated_kendall_mean"]
+        assert table.loc[name, "granulated_kendall"] == pytest.approx(expected, abs=1e-9)
+
+
+def test_unusable_tables_are_refused_with_a_reason(configs: dict[str, object]) -> None:
+    few = pd.DataFrame({"a": [1.0, 2.0], "b": [1.0, math.nan]})
+    with pytest.raises(ScoreError, match=r"a \(2\), b \(1\); expected at least 3"):
+        evaluate_measures(few, configs)
+    with pytest.raises(ScoreError, match="no columns"):
+        evaluate_measures(pd.DataFrame(index=[0, 1]), configs)
+    with pytest.raises(ScoreError, match="lacks: 99"):
+        evaluate_measures(pd.DataFrame({"a": [1.0]}, index=[99]), configs)
+    good = pd.DataFrame({"a": np.arange(24.0)})
+    with pytest.raises(ArgumentError, match="definitions"):
+        evaluate_measures(good, configs, definitions="pgdl")
+    with pytest.raises(ArgumentError, match="resamples"):
+        evaluate_measures(good, configs, resamples=0)
+    with pytest.raises(ArgumentError, match="confidence"):
+        evaluate_measures(good, configs, confidence=0.0)
+
+
+def test_a_thousand_resamples_of_many_measures_take_seconds() -> None:
+    import time
+
+    _, grid = simulated(np.random.default_rng(0), 0.5)
+    noise = np.random.default_rng(1).normal(size=(96, 40))
+    start = time.perf_counter()
+    evaluate_measures(pd.DataFrame(noise, index=grid.ids), grid, resamples=200)
+    assert time.perf_counter() - start < 12  # a fifth of the resamples in a fifth of a minute
+
+
+def test_importing_evaluation_imports_no_heavy_statistics() -> None:
+    code = (
+        "import sys, sharpkit.evaluation\n"
+        "print([m for m in ('pandas', 'scipy.stats', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,262 @@
+"""Intervals, p-values and comparisons: exactness, determinism, coverage, error rates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from evaluation_zoos import simulated, slow_tau, zoo
+
+from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.evaluation import (
+    STATISTICS,
+    bootstrap_interval,
+    compare_measures,
+    conditional_mutual_information,
+    granulated_kendall,
+    holm,
+    kendall_tau,
+    pearson,
+    permutation_p_value,
+    spearman,
+)
+from sharpkit.evaluation._pairs import gap_entropy, mutual_information
+from sharpkit.evaluation._weighted import weighted_statistics
+from sharpkit.evaluation.permutation import p_values, permuted_kendall, shuffles
+from sharpkit.evaluation.resampling import (
+    RANGES,
+    interval_ends,
+    observed_and_resampled,
+    resample_weights,
+)
+
+
+def measure_for(values: Any) -> dict[str, float]:
+    return {str(k): float(v) for k, v in enumerate(values)}
+
+
+def test_with_every_model_once_the_weighted_statistics_are_the_plain_ones() -> None:
+    values, grid = simulated(np.random.default_rng(0), 0.5)
+    found = weighted_statistics(values[:, None], grid, np.ones((1, 96), dtype=np.int64))
+    measure = measure_for(values)
+    expected = {
+        "cmi_pgdl": conditional_mutual_information(measure, grid).score,
+        "cmi_jiang": conditional_mutual_information(measure, grid, "jiang").score,
+        "kendall_tau": kendall_tau(values, grid.gap),
+        "granulated_kendall": granulated_kendall(measure, grid).mean,
+        "spearman": spearman(values, grid.gap),
+        "pearson": pearson(values, grid.gap),
+    }
+    assert {name: found[name][0, 0] for name in STATISTICS} == pytest.approx(expected, abs=1e-10)
+
+
+def test_weighted_statistics_equal_those_of_the_models_repeated() -> None:
+    rng = np.random.default_rng(1)
+    values, grid = simulated(rng, 0.5, shape=(3, 2, 2))
+    weights = rng.integers(0, 4, size=(5, 12))
+    found = weighted_statistics(values[:, None], grid, weights)
+    for k, w in enumerate(weights):
+        copies = np.repeat(np.arange(12), w)
+        x, y = values[copies], grid.gap[copies]
+        different = [(i, j) for i, j in itertools.permutations(range(len(copies)), 2)
+                     if copies[i] != copies[j]]  # fmt: skip
+        signs = [np.sign(x[i] - x[j]) * np.sign(y[i] - y[j]) for i, j in different]
+        assert found["kendall_tau"][k, 0] == pytest.approx(np.mean(signs))
+        assert found["spearman"][k, 0] == pytest.approx(scipy.stats.spearmanr(x, y).statistic)
+        assert found["pearson"][k, 0] == pytest.approx(np.corrcoef(x, y)[0, 1])
+        for name, pairs in (
+            ("cmi_jiang", different),
+            ("cmi_pgdl", different + [(i, i) for i in range(len(copies))]),
+        ):
+            expected = weighted_loop(name, pairs, x, y, grid.codes[copies])
+            assert found[name][k, 0] == pytest.approx(expected, abs=1e-10)
+
+
+def weighted_loop(name: str, pairs: list[Any], x: Any, y: Any, codes: Any) -> float:
+    sizes = (2,) if name == "cmi_pgdl" else (0, 1, 2)
+    ratios = []
+    for size in sizes:
+        for chosen in itertools.combinations(range(codes.shape[1]), size):
+            tables: dict[Any, Any] = {}
+            for i, j in pairs:
+                cell = (*codes[i, list(chosen)], *codes[j, list(chosen)])
+                table = tables.setdefault(cell, np.zeros((2, 2)))
+                table[int(not y[i] > y[j]), int(not x[i] > x[j])] += 1
+            stacked = np.array(list(tables.values()))
+            share = 1.0 if name == "cmi_pgdl" else stacked.sum((1, 2))
+            entropy = (share * gap_entropy(stacked)).sum()
+            ratios.append((share * mutual_information(stacked)).sum() / entropy)
+    return min(ratios)
+
+
+def test_granulated_kendall_of_a_resample_uses_the_pairs_that_it_has() -> None:
+    values, grid = simulated(np.random.default_rng(2), 0.5, shape=(2, 2))
+    # models 00, 01, 10, 11; without 11, a is seen at b = 0 only and b at a = 0 only
+    weights = np.array([[2, 1, 3, 0]])
+    found = weighted_statistics(values[:, None], grid, weights, ["granulated_kendall"])
+    pairs = [slow_tau(values[[0, k]], grid.gap[[0, k]]) for k in (1, 2)]
+    assert found["granulated_kendall"][0, 0] == pytest.approx(np.mean(pairs))
+
+
+def test_the_seed_determines_everything() -> None:
+    values, grid = simulated(np.random.default_rng(3), 0.5)
+    other = values + np.random.default_rng(4).normal(size=96)
+    first, second = measure_for(values), measure_for(other)
+    for call in (
+        lambda seed: bootstrap_interval(first, grid, resamples=50, seed=seed),
+        lambda seed: permutation_p_value(second, grid, permutations=50, seed=seed),
+        lambda seed: compare_measures(first, second, grid, resamples=50, seed=seed),
+    ):
+        assert call(7) == call(7)
+    a, b = (bootstrap_interval(first, grid, resamples=50, seed=s) for s in (7, 8))
+    assert (a.low, a.high) != (b.low, b.high)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_an_interval_contains_its_value_and_narrows_with_confidence(statistic: str) -> None:
+    values, grid = simulated(np.random.default_rng(5), 0.6)
+    wide, narrow = (
+        bootstrap_interval(
+            measure_for(values), grid, statistic=statistic, resamples=200, confidence=c
+        )
+        for c in (0.95, 0.5)
+    )
+    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
+    assert wide.std_error > 0
+    assert wide.models == 96
+
+
+def test_the_methods_move_the_quantiles_by_the_bias() -> None:
+    value, draws = np.array([1.0]), np.linspace(1.0, 3.0, 201)[:, None]  # bias 1
+    ends = {
+        method: interval_ends(value, draws, 0.5, method, (-9.0, 9.0))
+        for method in ("percentile", "recentred", "debiased")
+    }
+    assert [float(low[0]) for low, _ in ends.values()] == pytest.approx([1.5, 0.5, -0.5])
+    assert [float(high[0]) for _, high in ends.values()] == pytest.approx([2.5, 1.5, 0.5])
+    low, _ = interval_ends(value, draws, 0.5, "debiased", (0.0, 1.0))
+    assert low[0] == 0  # not below what the statistic can be
+    draws[:30] = math.nan
+    assert math.isnan(interval_ends(value, draws, 0.5, "percentile", (0.0, 1.0))[0][0])
+
+
+def test_perfect_and_useless_measures_have_the_p_values_they_should() -> None:
+    _, grid = simulated(np.random.default_rng(6), 0.0)
+    perfect, reverse = measure_for(grid.gap), measure_for(-grid.gap)
+    for statistic in STATISTICS:
+        p = permutation_p_value(perfect, grid, statistic=statistic, permutations=99)
+        assert p == 0.01
+    assert permutation_p_value(reverse, grid, permutations=99) == 1
+    constant = permutation_p_value(measure_for(np.ones(96)), grid, permutations=99)
+    assert constant == 1
+
+
+def test_shuffling_within_hyperparameters_removes_what_they_explain() -> None:
+    rng = np.random.default_rng(7)
+    rows = [(k % 2,) for k in range(60)]
+    gaps = np.array([row[0] for row in rows]) + 0.1 * rng.normal(size=60)
+    configs = zoo((2,), gaps, rows)
+    measure = measure_for([row[0] + 0.1 * rng.normal() for row in rows])  # knows the setting only
+    assert permutation_p_value(measure, configs, permutations=199) == 0.005
+    assert permutation_p_value(measure, configs, permutations=199, within=["a"]) > 0.05
+    strata = np.array([0, 1, 0, 2, 1])
+    for order in shuffles(strata, 20, 0):
+        assert sorted(order) == list(range(5))
+        assert (strata[order] == strata).all()
+
+
+def test_shuffled_kendall_is_that_of_the_shuffled_gaps() -> None:
+    rng = np.random.default_rng(8)
+    values, gap = rng.normal(size=(10, 2)), rng.integers(0, 4, size=10).astype(float)
+    orders = shuffles(np.zeros(10, dtype=np.int64), 6, 0)
+    observed, shuffled = permuted_kendall(values, gap, orders)
+    for k in range(2):
+        assert observed[k] == pytest.approx(slow_tau(values[:, k], gap))
+        for b, order in enumerate(orders):
+            assert shuffled[b, k] == pytest.approx(slow_tau(values[:, k], gap[order]))
+
+
+def test_null_measures_have_uniform_p_values() -> None:
+    rng = np.random.default_rng(9)
+    _, grid = simulated(rng, 0.0)
+    null = rng.normal(size=(96, 400))
+    orders = shuffles(np.zeros(96, dtype=np.int64), 499, 0)
+    p = p_values(*permuted_kendall(null, grid.gap, orders))
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
+
+
+def test_holm_steps_down_and_ignores_missing_values() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.01, math.nan, 0.6]) == pytest.approx([0.02, math.nan, 0.6], nan_ok=True)
+    assert holm([0.9, 0.8]).tolist() == [1, 1]
+    with pytest.raises(ArgumentError, match="between 0 and 1"):
+        holm([0.1, 1.2])
+
+
+def test_a_comparison_tells_a_better_measure_and_not_a_measure_from_itself() -> None:
+    rng = np.random.default_rng(10)
+    values, grid = simulated(rng, 0.9)
+    good, bad = measure_for(values), measure_for(rng.normal(size=96))
+    for statistic in STATISTICS:
+        result = compare_measures(good, bad, grid, statistic=statistic, resamples=300)
+        assert result.low > 0
+        assert result.p_value < 0.05
+        assert result.difference == pytest.approx(result.first - result.second)
+        opposite = compare_measures(bad, good, grid, statistic=statistic, resamples=300)
+        assert opposite.difference == pytest.approx(-result.difference)
+        assert (opposite.low, opposite.high) == pytest.approx((-result.high, -result.low))
+    same = compare_measures(good, good, grid, resamples=100)
+    assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
+
+
+def test_a_comparison_uses_the_models_that_both_measures_have() -> None:
+    values, grid = simulated(np.random.default_rng(11), 0.9)
+    first = measure_for(values) | {"3": math.nan}
+    second = {k: v for k, v in measure_for(values).items() if k != "5"}
+    assert compare_measures(first, second, grid, resamples=20).models == 94
+
+
+def test_wrong_arguments_are_refused() -> None:
+    values, grid = simulated(np.random.default_rng(0), 0.5, shape=(2, 2))
+    measure = measure_for(values)
+    with pytest.raises(ArgumentError, match="unknown statistic 'tau'"):
+        bootstrap_interval(measure, grid, statistic="tau")
+    with pytest.raises(ArgumentError, match="0 resamples"):
+        bootstrap_interval(measure, grid, resamples=0)
+    with pytest.raises(ArgumentError, match="confidence"):
+        compare_measures(measure, measure, grid, confidence=1.0)
+    with pytest.raises(ArgumentError, match="unknown method"):
+        bootstrap_interval(measure, grid, method="bca")
+    with pytest.raises(ArgumentError, match="the zoo has a, b"):
+        permutation_p_value(measure, grid, within=["width"])
+    with pytest.raises(ScoreError, match="expected at least 3"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bootstrap_interval({"0": 1.0, "1": 2.0}, grid)
+    with pytest.raises(ScoreError, match="2 models have both values"):
+        compare_measures({"0": 1.0, "1": 2.0}, measure, grid)
+
+
+@pytest.mark.slow
+def test_95_percent_intervals_cover_the_score_of_a_zoo_of_this_size() -> None:
+    alpha, zoos = 0.6, 120
+    drawn = [simulated(np.random.default_rng(10_000 + k), alpha) for k in range(600)]
+    once = np.ones((1, 96), dtype=np.int64)
+    scores = [weighted_statistics(v[:, None], g, once) for v, g in drawn]
+    truth = {name: np.mean([s[name] for s in scores]) for name in STATISTICS}
+    covered = dict.fromkeys(STATISTICS, 0)
+    for k in range(zoos):
+        values, grid = simulated(np.random.default_rng(k), alpha)
+        weights = resample_weights(96, 300, seed=k)
+        found = observed_and_resampled(values[:, None], grid, weights, STATISTICS)
+        for name in STATISTICS:
+            low, high = interval_ends(*found[name], 0.95, "recentred", RANGES[name])
+            covered[name] += int(low[0] <= truth[name] <= high[0])
+    rates = {name: count / zoos for name, count in covered.items()}
+    # three standard errors of a share of 120 below 90 % and above 98 %
+    assert all(0.90 - 0.08 <= rate <= 1.0 for rate in rates.values()), rates
+    assert np.mean(list(rates.values())) > 0.92, rates
