@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +30,7 @@ from sharpkit.functional import (
 )
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.engine import Groupwise, Objective, Sweep
+from sharpkit.sharpness.fallback import NotVectorizable, refuse_slow_vmap
 from sharpkit.sharpness.loop import Loop
 from sharpkit.sharpness.plan import (
     activation_bytes,
@@ -236,10 +235,10 @@ def m_sharpness(
 
         if engine != "loop":
             try:
-                with _refuse_slow_vmap():
+                with refuse_slow_vmap():
                     sweep = run(Sweep(objective, examples, ms, rhos, rule, factored))
                 used = "vectorized"
-            except _NotVectorizable as error:
+            except NotVectorizable as error:
                 if engine == "vectorized":
                     raise ModelError(
                         f"{error.operation} cannot be vectorised: use engine='loop'"
@@ -252,27 +251,6 @@ def m_sharpness(
         if engine == "loop":
             sweep, used = run(Loop(objective, examples, ms, rhos, rule)), "loop"
     return _result(sweep.levels, ms, rhos, m, rho, time.perf_counter() - began, used)
-
-
-class _NotVectorizable(Exception):
-    def __init__(self, operation: str) -> None:
-        super().__init__(operation)
-        self.operation = operation
-
-
-@contextmanager
-def _refuse_slow_vmap() -> Iterator[None]:
-    """Turn vmap's slow fallback and its errors into one exception that names the operation."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*batching rule for.*")
-        try:
-            yield
-        except (RuntimeError, UserWarning) as error:
-            text = str(error)
-            if not re.search(r"vmap|batching rule|functorch|setup_context", text, re.IGNORECASE):
-                raise
-            found = re.search(r"aten::\w+|\.item\(\)|autograd\.Function", text)
-            raise _NotVectorizable(found.group() if found else text.split(". ")[0]) from error
 
 
 def _grid(
