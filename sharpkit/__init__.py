@@ -1,7 +1,40 @@
 """sharpkit measures why trained networks generalize."""
 
+from sharpkit import plot
+from sharpkit.evaluation import conditional_mutual_information
+from sharpkit.measures import MSharpness
+from sharpkit.runs import Scores, evaluate, score_zoo
+from sharpkit.sharpness import SharpnessResult, m_sharpness
+from sharpkit.zoo import (
+    ModelEntry,
+    Task,
+    Zoo,
+    ZooWriter,
+    embedded_zoo,
+    fetch_zoo,
+    load_zoo,
+    write_zoo,
+    zoo_info,
+)
+
 __version__ = "0.1.0"
 
-from sharpkit.sharpness import SharpnessResult, m_sharpness
-
-__all__ = ["SharpnessResult", "m_sharpness"]
+__all__ = [
+    "MSharpness",
+    "ModelEntry",
+    "Scores",
+    "SharpnessResult",
+    "Task",
+    "Zoo",
+    "ZooWriter",
+    "conditional_mutual_information",
+    "embedded_zoo",
+    "evaluate",
+    "fetch_zoo",
+    "load_zoo",
+    "m_sharpness",
+    "plot",
+    "score_zoo",
+    "write_zoo",
+    "zoo_info",
+]

@@ -1,0 +1,247 @@
+"""The command line: a thin shell over the library's functions."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from sharpkit.errors import SharpkitError
+
+if TYPE_CHECKING:
+    from sharpkit.runs import Scores
+    from sharpkit.zoo import Zoo
+
+
+class _Numbers(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
+    """Comma-separated numbers, such as 1,4,16."""
+
+    def __init__(self, kind: type[int] | type[float]) -> None:
+        self.kind, self.name = kind, f"{kind.__name__}s"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> list[int] | list[float]:
+        if isinstance(value, list):
+            return value
+        try:
+            return [self.kind(part) for part in str(value).split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a comma-separated list of {self.name}", param, ctx)
+
+
+class _Group(click.Group):
+    """Prints one line that tells what to do instead of a traceback; --debug shows it."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+        try:
+            return super().invoke(ctx)
+        except SharpkitError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("\nstopped: finished results are saved; the same command goes on", err=True)
+            sys.exit(130)
+
+
+_RUN = click.argument("run", type=click.Path(path_type=Path))
+_RESAMPLES = click.option(
+    "--resamples", default=1000, show_default=True, help="Bootstrap resamples over models."
+)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="sharpkit")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Measure why trained networks generalize.
+
+    \b
+    Example:
+      sharpkit score embedded --out runs/first --m 1,4,16,64,256 --rho 0.1
+      sharpkit plot runs/first
+    """
+
+
+@main.group()
+def zoo() -> None:
+    """Look into, check and download zoos of trained models."""
+
+
+@zoo.command()
+@click.argument("path")
+@click.option("--deep", is_flag=True, help="Load every model and read every data shard.")
+@click.option("--csv", type=click.Path(path_type=Path), help="Write the table here as well.")
+def info(path: str, deep: bool, csv: Path | None) -> None:
+    """List tasks, models, layers, parameters and gaps of the zoo at PATH; check every file.
+
+    PATH is a directory in the PGDL layout, or "embedded" for the zoo that ships with sharpkit.
+
+    \b
+    Example:
+      sharpkit zoo info public_data --deep --csv models.csv
+    """
+    from sharpkit.zoo import zoo_info
+
+    # given the path, it reports also what keeps the zoo from loading
+    table = zoo_info(_load(path) if path == "embedded" else path, deep=deep)
+    if csv is not None:
+        table.to_csv(csv, index=False)
+    click.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
+    bad = int(table["problem"].astype(bool).sum())
+    click.echo(f"{len(table)} rows, {bad} with problems")
+    if bad:
+        sys.exit(1)
+
+
+@zoo.command()
+@click.argument("name", type=click.Choice(["public", "phase-one", "phase-two"]))
+@click.option("--to", type=click.Path(path_type=Path), help="Target folder.")
+def fetch(name: str, to: Path | None) -> None:
+    """Download and unpack one of the competition's archives; a broken download is resumed.
+
+    \b
+    Example:
+      sharpkit zoo fetch public --to data/
+    """
+    from sharpkit.zoo import fetch_zoo
+
+    click.echo(fetch_zoo(name, to))
+
+
+@main.command()
+@click.argument("path")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--m", default="1,4,16,64,256", show_default=True, type=_Numbers(int))
+@click.option("--rho", default="0.05", show_default=True, type=_Numbers(float))
+@click.option("--ascent", default="one_step", type=click.Choice(["one_step", "pgd"]))
+@click.option("--adaptive", is_flag=True, help="Perturbations in units of |w|.")
+@click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated.")
+@click.option("--n", type=int, help="Training examples used; all by default.")
+@click.option("--limit", type=int, help="Only the first models of each task.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+def score(
+    path: str,
+    out: Path,
+    m: list[int],
+    rho: list[float],
+    ascent: Any,
+    adaptive: bool,
+    tasks: Sequence[str],
+    n: int | None,
+    limit: int | None,
+    seed: int,
+    device: str,
+) -> None:
+    """Compute m-sharpness of every model of the zoo at PATH ("embedded" for the one shipped).
+
+    Results are saved one by one in --out; the same command resumes a stopped run. The exit code is
+    1 if a model failed.
+
+    \b
+    Example:
+      sharpkit score public_data --task task1_v4 --out runs/task1 --m 1,16,256 --rho 0.05 --n 2000
+    """
+    from sharpkit.measures import MSharpness
+    from sharpkit.runs import score_zoo
+
+    chosen = _load(path)
+    unknown = set(tasks) - set(chosen)
+    if unknown:
+        raise click.BadParameter(f"no task {sorted(unknown)[0]!r}: {path} has {', '.join(chosen)}")
+    selected = {name: task for name, task in chosen.items() if not tasks or name in tasks}
+    measure = MSharpness(m=m, rho=rho, ascent=ascent, adaptive=adaptive)
+    scores = score_zoo(
+        selected, measure, out=out, n=n, limit=limit, seed=seed, device=_device(device)
+    )
+    table = scores.frame()
+    table.to_csv(out / "scores.csv", index=False)
+    click.echo(f"{table['model'].nunique()} models scored: {out / 'scores.csv'}")
+    _report_failures(scores)
+
+
+@main.command()
+@_RUN
+@_RESAMPLES
+@click.option("--seed", default=0, show_default=True)
+def evaluate(run: Path, resamples: int, seed: int) -> None:
+    """Score the measures of RUN by how well they predict the generalization gap.
+
+    Writes RUN/evaluation.csv.
+
+    \b
+    Example:
+      sharpkit evaluate runs/task1
+    """
+    table = _evaluate(run, resamples, seed)
+    shown = ["task", "measure", "m", "rho", "models", "cmi_pgdl", "cmi_jiang", "kendall_tau"]
+    shown = [c for c in [*shown, "granulated_kendall", "p_value"] if c in table]
+    click.echo(table[shown].to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    click.echo(run / "evaluation.csv")
+
+
+@main.command()
+@_RUN
+@_RESAMPLES
+@click.option("--seed", default=0, show_default=True)
+@click.option("--statistic", default="cmi_pgdl", show_default=True, help="What is plotted.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/predictive_power.png")
+def plot(run: Path, resamples: int, seed: int, statistic: str, out: Path | None) -> None:
+    """Plot the score against m (the paper's Figure 3, right), with its numbers as CSV beside it.
+
+    \b
+    Example:
+      sharpkit plot runs/task1 --out figure3_right.png
+    """
+    from sharpkit.plot import predictive_power
+
+    path = out or run / "predictive_power.png"
+    predictive_power(_evaluate(run, resamples, seed), path, statistic=statistic)
+    click.echo(f"{path} and {path.with_suffix('.csv')}")
+
+
+def _load(path: str) -> Zoo:
+    if path == "embedded":
+        from sharpkit.zoo.embedded import embedded_zoo
+
+        return embedded_zoo()
+    from sharpkit.zoo import load_zoo
+
+    return load_zoo(path)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    from sharpkit.errors import ArgumentError
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"device {name!r} cannot be used: {error}".splitlines()[0]) from error
+    return name
+
+
+def _evaluate(run: Path, resamples: int, seed: int) -> Any:
+    from sharpkit.runs import Scores, evaluate
+
+    table = evaluate(Scores.open(run), resamples=resamples, seed=seed)
+    table.to_csv(run / "evaluation.csv", index=False)
+    return table
+
+
+def _report_failures(scores: Scores) -> None:
+    failures = scores.failures
+    for row in failures.itertuples():
+        click.echo(f"failed: {row.task} model {row.model}, {row.measure}: {row.error}", err=True)
+    if len(failures):
+        click.echo(f"error: {len(failures)} models failed; the others are scored", err=True)
+        sys.exit(1)

@@ -1,0 +1,75 @@
+"""m-sharpness as a measure of a zoo's models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from sharpkit.functional import Data
+from sharpkit.measures.measure import Estimate
+from sharpkit.sharpness import m_sharpness
+
+
+@dataclass(frozen=True)
+class MSharpness:
+    """m-sharpness for a grid of m and rho, ready to score a zoo with.
+
+    Args:
+        m: Group size in examples; one or several.
+        rho: Radius of the perturbation; one or several.
+        ascent: "one_step" or "pgd".
+        steps: Steps of "pgd", or directions of `average`.
+        norm: Order of the ball's norm.
+        adaptive: Measure perturbations in units of |w|.
+        average: Mean over Gaussian directions instead of the maximum.
+
+    Source:
+        Foret et al., ICLR 2021, section 4.1; see `sharpkit.m_sharpness`.
+
+    Example:
+        >>> import torch
+        >>> measure = MSharpness(m=[1, 2], rho=0.1)
+        >>> model = torch.nn.Linear(3, 2)
+        >>> data = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+        >>> list(measure(model, data, seed=0))
+        ['m=1,rho=0.1', 'm=2,rho=0.1']
+    """
+
+    m: int | Sequence[int]
+    rho: float | Sequence[float]
+    ascent: Literal["one_step", "pgd"] = "one_step"
+    steps: int = 10
+    norm: float = 2.0
+    adaptive: bool = False
+    average: bool = False
+    name: str = field(default="m_sharpness", init=False)
+
+    def __post_init__(self) -> None:
+        """Store sequences as tuples, so that a measure is hashable."""
+        for key in ("m", "rho"):
+            value = getattr(self, key)
+            if isinstance(value, Sequence):
+                object.__setattr__(self, key, tuple(value))
+
+    def __call__(self, model: nn.Module, data: Data, *, seed: int) -> dict[str, Estimate]:
+        """The m-sharpness of one model, by setting."""
+        result = m_sharpness(
+            model,
+            data,
+            m=self.m,
+            rho=self.rho,
+            ascent=self.ascent,
+            steps=self.steps,
+            norm=self.norm,
+            adaptive=self.adaptive,
+            average=self.average,
+            seed=seed,
+            progress=False,
+        )
+        return {
+            f"m={row['m']},rho={row['rho']:g}": Estimate(row["value"], row["std_error"])
+            for row in result.frame().to_dict("records")
+        }

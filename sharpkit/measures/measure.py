@@ -1,0 +1,127 @@
+"""What a measure is: a callable with a name and a configuration; nothing to inherit from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, cast
+
+from torch import nn
+
+from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.functional import Data
+
+
+class Estimate(NamedTuple):
+    """A value with its standard error (NaN if unknown)."""
+
+    value: float
+    std_error: float = math.nan
+
+
+class Measure(Protocol):
+    """A number, or several named by their setting, for a model and its training data.
+
+    Any function with this signature is a measure. Its name is its attribute `name`, else its class
+    or function name; its configuration is what `dataclasses.asdict` gives, else empty. With a true
+    attribute `needs_initial` it is also given the network before training, as keyword `initial`.
+    """
+
+    def __call__(
+        self, model: nn.Module, data: Data, *, seed: int
+    ) -> float | Estimate | Mapping[str, float | Estimate]:
+        """Measure one model.
+
+        Args:
+            model: In eval mode.
+            data: Its training examples.
+            seed: Of every random choice.
+
+        Returns:
+            One value, or values by setting; a setting is text like "m=4,rho=0.05".
+        """
+        ...
+
+
+def describe(measure: Measure) -> tuple[str, dict[str, Any]]:
+    """The name of a measure and its configuration, as it is stored with a run.
+
+    Example:
+        >>> from sharpkit.measures import MSharpness
+        >>> name, config = describe(MSharpness(m=[1, 4], rho=0.05))
+        >>> name, config["m"]
+        ('m_sharpness', (1, 4))
+    """
+    name = getattr(measure, "name", None) or getattr(measure, "__name__", None)
+    config: dict[str, Any] = {}
+    if dataclasses.is_dataclass(measure) and not isinstance(measure, type):
+        config = dataclasses.asdict(measure)
+    if not isinstance(name, str):
+        raise ArgumentError(f"{measure!r} has no name: set the attribute `name`")
+    return name, config
+
+
+def evaluate_measure(
+    measure: Measure,
+    model: nn.Module,
+    data: Data,
+    *,
+    seed: int,
+    initial: Callable[[], nn.Module] | None = None,
+) -> dict[str, Estimate]:
+    """The values of a measure by setting ("" if it has just one).
+
+    Args:
+        measure: What to evaluate.
+        model: The trained network.
+        data: Its training examples.
+        seed: Of every random choice.
+        initial: Loads the network before training; called only if the measure `needs_initial`.
+
+    Raises:
+        ModelError: If a value is not a finite number.
+        ArgumentError: If the measure needs the initial network and there is no way to load it.
+    """
+    if getattr(measure, "needs_initial", False):
+        if initial is None:
+            raise ArgumentError(
+                f"{describe(measure)[0]} needs the network before training: pass initial="
+            )
+        raw = cast("Any", measure)(model, data, seed=seed, initial=initial())
+    else:
+        raw = measure(model, data, seed=seed)
+    values = raw if isinstance(raw, Mapping) else {"": raw}
+    estimates = {}
+    for setting, value in values.items():
+        estimate = value if isinstance(value, Estimate) else Estimate(float(value))
+        if not math.isfinite(estimate.value):
+            name, _ = describe(measure)
+            raise ModelError(f"{name} {setting} is {estimate.value}: expected a finite number")
+        estimates[setting] = estimate
+    return estimates
+
+
+def parse_setting(setting: str) -> dict[str, float | int | str]:
+    """The columns of a setting.
+
+    Example:
+        >>> parse_setting("m=4,rho=0.05")
+        {'m': 4, 'rho': 0.05}
+        >>> parse_setting("")
+        {}
+    """
+    columns: dict[str, float | int | str] = {}
+    for part in filter(None, setting.split(",")):
+        key, _, text = part.partition("=")
+        columns[key] = _number(text)
+    return columns
+
+
+def _number(text: str) -> float | int | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,5 @@
+"""One function per figure; each returns a matplotlib Figure and can save it."""
+
+from sharpkit.plot.predictive_power import predictive_power
+
+__all__ = ["predictive_power"]

@@ -1,0 +1,268 @@
+"""Scoring a zoo: complete, resumable, and one broken model never loses the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from zoos import write_small_zoo
+
+import sharpkit as sk
+from sharpkit.errors import ArgumentError, RunError, ScoreError
+
+MEASURE = sk.MSharpness(m=[1, 4], rho=[0.05, 0.1])
+
+
+@pytest.fixture
+def zoo_path(tmp_path):
+    return write_small_zoo(tmp_path / "zoo", tasks=("first", "second"))
+
+
+def test_scores_equal_m_sharpness_of_each_model(zoo_path):
+    zoo = sk.load_zoo(zoo_path)
+    frame = sk.score_zoo(zoo, MEASURE, progress=False).frame()
+    assert len(frame) == 2 * 8 * 4
+    assert list(frame.columns) == ["task", "model", "measure", "m", "rho", "value", "std_error"]
+    assert list(frame["model"].unique()) == [str(2 * i + 3) for i in range(8)]
+    task = zoo["second"]
+    # n = None measures all training examples; the order is drawn once more inside the measure
+    expected = sk.m_sharpness(task["5"].load(), task.dataset("train"), m=1, rho=0.1)
+    row = frame.query("task == 'second' and model == '5' and m == 1 and rho == 0.1").iloc[0]
+    assert row["value"] == pytest.approx(expected.value, rel=1e-5)
+    assert row["std_error"] == pytest.approx(expected.std_error, rel=1e-4)
+
+
+def test_a_stopped_run_goes_on_where_it_was(zoo_path, tmp_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    calls = []
+
+    def counting(model, data, *, seed):
+        calls.append(len(data))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return sum(p.square().sum().item() for p in model.parameters())
+
+    with pytest.raises(KeyboardInterrupt):
+        sk.score_zoo(task, counting, out=tmp_path / "run", n=10, progress=False)
+    assert len(sk.Scores.open(tmp_path / "run").frame()) == 3
+    sk.score_zoo(task, counting, out=tmp_path / "run", n=10, progress=False)
+    assert len(calls) == 4 + 5
+    sk.score_zoo(task, counting, out=tmp_path / "run", n=10, progress=False)
+    assert len(calls) == 9
+    assert set(calls) == {10}
+
+
+def test_a_limit_can_be_lifted_later(zoo_path, tmp_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    few = sk.score_zoo(task, MEASURE, out=tmp_path / "run", limit=3, progress=False)
+    assert few.frame()["model"].nunique() == 3
+    rest = sk.score_zoo(task, MEASURE, out=tmp_path / "run", progress=False)
+    whole = sk.score_zoo(task, MEASURE, progress=False)
+    pd.testing.assert_frame_equal(rest.frame(), whole.frame())
+
+
+@pytest.mark.parametrize(
+    "change", [{"n": 12}, {"seed": 1}, {"measures": sk.MSharpness(m=1, rho=1)}]
+)
+def test_another_configuration_is_refused_and_nothing_is_lost(zoo_path, tmp_path, change):
+    task = sk.load_zoo(zoo_path)["first"]
+    arguments = {"measures": MEASURE, "n": 20, "seed": 0}
+    before = sk.score_zoo(task, out=tmp_path / "run", progress=False, **arguments).frame()
+    with pytest.raises(RunError, match="another configuration"):
+        sk.score_zoo(task, out=tmp_path / "run", progress=False, **{**arguments, **change})
+    pd.testing.assert_frame_equal(sk.Scores.open(tmp_path / "run").frame(), before)
+
+
+def test_broken_models_are_recorded_and_the_others_scored(zoo_path):
+    models = zoo_path / "input_data" / "first"
+    (models / "model_5" / "weights.hdf5").write_bytes(b"not HDF5")
+    config = json.loads((models / "model_7" / "config.json").read_text())
+    config["model_config"][0]["layer_name"] = "Mystery"
+    (models / "model_7" / "config.json").write_text(json.dumps(config))
+    (models / "model_9" / "weights.hdf5").unlink()
+    scores = sk.score_zoo(sk.load_zoo(zoo_path), MEASURE, progress=False)
+    failures = scores.failures.set_index("model")["error"]
+    assert sorted(failures.index) == ["5", "7", "9"]
+    assert "weights.hdf5" in failures["5"]
+    assert "Mystery" in failures["7"]
+    assert "weights.hdf5" in failures["9"]
+    frame = scores.frame()
+    assert frame.query("task == 'first'")["model"].nunique() == 5
+    assert frame.query("task == 'second'")["model"].nunique() == 8
+
+
+def test_a_repaired_model_is_scored_at_the_next_start(zoo_path, tmp_path):
+    weights = zoo_path / "input_data" / "first" / "model_5" / "weights.hdf5"
+    good = weights.read_bytes()
+    weights.write_bytes(good[: len(good) // 2])
+    task = sk.load_zoo(zoo_path)["first"]
+    assert len(sk.score_zoo(task, MEASURE, out=tmp_path / "run", progress=False).failures) == 1
+    weights.write_bytes(good)
+    scores = sk.score_zoo(task, MEASURE, out=tmp_path / "run", progress=False)
+    assert scores.failures.empty
+    assert scores.frame()["model"].nunique() == 8
+
+
+def test_broken_data_fail_their_task_only(zoo_path):
+    shard = next((zoo_path / "input_data" / "first" / "dataset_1" / "train").glob("shard_0*"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    shard.write_bytes(bytes(data))
+    scores = sk.score_zoo(sk.load_zoo(zoo_path), MEASURE, progress=False)
+    assert set(scores.frame()["task"]) == {"second"}
+    assert scores.failures["task"].tolist() == ["first"] * 8
+    assert scores.failures["error"].str.contains("shard_0").all()
+
+
+def test_nan_values_and_crashing_measures_are_failures(zoo_path):
+    task = sk.load_zoo(zoo_path)["first"]
+
+    @dataclass(frozen=True)
+    class Sometimes:
+        name: str = "sometimes"
+
+        def __call__(self, model, data, *, seed):
+            width = model[0].out_features if hasattr(model[0], "out_features") else 0
+            total = sum(p.sum().item() for p in model.parameters())
+            if total > 1:
+                raise RuntimeError("kernel exploded")
+            return {"a": 1.0, "b": float("nan") if total < -1 else width}
+
+    scores = sk.score_zoo(task, Sometimes(), progress=False)
+    errors = scores.failures["error"]
+    assert 0 < len(errors) < 8
+    assert errors.str.contains("RuntimeError: kernel exploded|is nan: expected a finite").all()
+    assert scores.frame()["value"].notna().all()
+
+
+def test_refuses_bad_arguments(zoo_path, tmp_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    with pytest.raises(ArgumentError, match="limit"):
+        sk.score_zoo(task, MEASURE, limit=0)
+    with pytest.raises(ArgumentError, match="same name"):
+        sk.score_zoo(task, [MEASURE, MEASURE])
+    with pytest.raises(ArgumentError, match="no measure"):
+        sk.score_zoo(task, [])
+    with pytest.raises(RunError, match="not a run directory"):
+        sk.Scores.open(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot create"):
+        sk.score_zoo(task, MEASURE, out=tmp_path / "file")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.sqlite").write_text("this is no database, whatever it is called")
+    with pytest.raises(RunError, match="not a sharpkit results store"):
+        sk.Scores.open(tmp_path / "run")
+    too_many = sk.score_zoo(task, MEASURE, n=10**6, progress=False)
+    assert too_many.failures["error"].str.contains("n = 1000000").all()
+
+
+def test_m_larger_than_n_is_a_failure_of_every_model(zoo_path):
+    scores = sk.score_zoo(
+        sk.load_zoo(zoo_path)["first"], sk.MSharpness(m=64, rho=0.1), progress=False
+    )
+    assert scores.frame().empty
+    assert scores.failures["error"].str.contains("m = 64 is larger than n = 24").all()
+
+
+def test_evaluate_gives_the_scores_of_the_scoring_function(zoo_path):
+    zoo = sk.load_zoo(zoo_path)
+    scores = sk.score_zoo(zoo, MEASURE, progress=False)
+    table = sk.evaluate(scores, resamples=20)
+    assert len(table) == 2 * 4
+    row = table.query("task == 'second' and m == 4 and rho == 0.1").iloc[0]
+    values = scores.frame().query("task == 'second' and m == 4 and rho == 0.1")
+    measure = values.set_index("model")["value"]
+    expected = sk.conditional_mutual_information(measure, zoo["second"])
+    assert row["cmi_pgdl"] == pytest.approx(expected.score, abs=1e-14)
+    assert row["models"] == 8
+    again = sk.evaluate(scores, resamples=20)
+    pd.testing.assert_frame_equal(table, again)
+
+
+def test_evaluate_names_models_without_a_value(zoo_path):
+    scores = sk.score_zoo(sk.load_zoo(zoo_path)["first"], MEASURE, limit=6, progress=False)
+    with pytest.warns(UserWarning, match="2 of 8 models have no value.*: 15, 17"):
+        table = sk.evaluate(scores, resamples=5)
+    assert (table["models"] == 6).all()
+
+
+def test_evaluate_refuses_a_run_without_results(zoo_path):
+    scores = sk.score_zoo(
+        sk.load_zoo(zoo_path)["first"], sk.MSharpness(m=64, rho=0.1), progress=False
+    )
+    with pytest.raises(ScoreError, match="no results"):
+        sk.evaluate(scores)
+
+
+def _score_command(zoo_path, run):
+    return [
+        *(sys.executable, "-m", "sharpkit", "score", str(zoo_path), "--out", str(run)),
+        *("--m", "1,2,4,8", "--rho", "0.05,0.1,0.2"),
+    ]
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_table(tmp_path):
+    zoo_path = write_small_zoo(tmp_path / "zoo", tasks=("a", "b", "c", "d"), examples=400)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    began = time.perf_counter()
+    subprocess.run(
+        _score_command(zoo_path, tmp_path / "whole"), check=True, env=environment, timeout=200
+    )
+    duration = time.perf_counter() - began
+    moments = random.Random(0)
+    for _ in range(5):
+        process = subprocess.Popen(
+            _score_command(zoo_path, tmp_path / "killed"),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(moments.uniform(0.4, 0.9) * duration)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(
+        _score_command(zoo_path, tmp_path / "killed"), check=True, env=environment, timeout=200
+    )
+    tables = [pd.read_csv(tmp_path / name / "scores.csv") for name in ("whole", "killed")]
+    assert len(tables[0]) == 4 * 8 * 12
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_results_do_not_depend_on_the_order_of_the_models(zoo_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    frame = sk.score_zoo(task, MEASURE, progress=False).frame()
+    reversed_task = {"first": _Reversed(task)}
+    again = sk.score_zoo(reversed_task, MEASURE, progress=False).frame()
+    pd.testing.assert_frame_equal(frame, again)
+
+
+class _Reversed(dict):
+    def __init__(self, task):
+        super().__init__(reversed(list(task.items())))
+        self.path, self.model_configs, self.dataset = task.path, task.model_configs, task.dataset
+
+
+def test_a_subset_is_the_same_for_every_model_and_depends_on_the_seed(zoo_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    seen = []
+
+    def spy(model, data, *, seed):
+        seen.append(data.tensors[0])
+        return 1.0
+
+    sk.score_zoo(task, spy, n=7, progress=False)
+    assert all(torch.equal(seen[0], x) for x in seen)
+    sk.score_zoo(task, spy, n=7, seed=5, limit=1, progress=False)
+    assert not torch.equal(seen[0], seen[-1])
+    assert np.isin(seen[-1].numpy(), task.dataset("train").tensors[0].numpy()).all()

@@ -1,0 +1,134 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from zoos import write_small_zoo
+
+import sharpkit.cli
+from sharpkit.cli import main
+
+
+@pytest.fixture(scope="module")
+def zoo_path(tmp_path_factory):
+    return str(write_small_zoo(tmp_path_factory.mktemp("zoo"), tasks=("first", "second")))
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def commands(group=main, prefix=()):
+    for name, command in group.commands.items():
+        yield (*prefix, name)
+        if hasattr(command, "commands"):
+            yield from commands(command, (*prefix, name))
+
+
+@pytest.mark.parametrize("command", [(), *commands()], ids=" ".join)
+def test_every_command_explains_itself_with_an_example(command):
+    text = run(*command, "--help")
+    assert "Usage:" in text
+    if command != ("zoo",):
+        assert "Example:" in text
+
+
+def test_from_zoo_to_figure(zoo_path, tmp_path):
+    out = tmp_path / "run"
+    text = run("score", zoo_path, "--out", out, "--m", "1,4,24", "--rho", "0.1")
+    assert "8 models scored" in text
+    scores = pd.read_csv(out / "scores.csv")
+    assert len(scores) == 2 * 8 * 3
+    text = run("evaluate", out, "--resamples", 20)
+    assert "cmi_pgdl" in text
+    table = pd.read_csv(out / "evaluation.csv")
+    assert table["m"].tolist() == [1, 4, 24] * 2
+    run("plot", out, "--resamples", 20, "--out", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    plotted = pd.read_csv(tmp_path / "figure.csv")
+    assert sorted(plotted["cmi_pgdl"]) == sorted(table["cmi_pgdl"])
+
+
+def test_score_takes_tasks_limits_and_subsets(zoo_path, tmp_path):
+    out = tmp_path / "run"
+    arguments = ("score", zoo_path, "--out", out, "--m", "2", "--task", "second", "--n", 10)
+    run(*arguments, "--limit", 2)
+    scores = pd.read_csv(out / "scores.csv")
+    assert scores["task"].tolist() == ["second"] * 2
+    run(*arguments)
+    assert len(pd.read_csv(out / "scores.csv")) == 8
+    text = run("score", zoo_path, "--out", out, "--m", "2", code=1)
+    assert "another configuration" in text
+
+
+def test_info_lists_models_and_finds_what_is_broken(zoo_path, tmp_path):
+    text = run("zoo", "info", zoo_path, "--deep", "--csv", tmp_path / "models.csv")
+    assert "16 rows, 0 with problems" in text
+    table = pd.read_csv(tmp_path / "models.csv")
+    assert table["generalization_gap"].notna().all()
+    broken = write_small_zoo(tmp_path / "broken")
+    (broken / "input_data/small/model_3/weights.hdf5").write_bytes(b"")
+    text = run("zoo", "info", broken, code=1)
+    assert "1 with problems" in text
+    assert "weights.hdf5" in text
+
+
+def test_a_failing_model_shows_in_the_exit_code(tmp_path):
+    broken = write_small_zoo(tmp_path / "broken")
+    path = broken / "input_data/small/model_3/config.json"
+    config = json.loads(path.read_text())
+    config["model_config"][0]["unknown_keyword"] = 1
+    path.write_text(json.dumps(config))
+    text = run("score", broken, "--out", tmp_path / "run", "--m", "1", code=1)
+    assert "failed: small model 3" in text
+    assert "unknown_keyword" in text
+    assert len(pd.read_csv(tmp_path / "run" / "scores.csv")) == 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("zoo", "info", "/nowhere"), "/nowhere"),
+        (("score", "/nowhere", "--out", "x"), "/nowhere"),
+        (("evaluate", "/nowhere"), "not a run directory"),
+        (("plot", "/nowhere"), "not a run directory"),
+    ],
+)
+def test_errors_are_one_line_that_tells_what_to_do(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = run(*arguments, code=1)
+    assert text.startswith("error: ")
+    assert message in text
+    assert text.count("\n") == 1
+    assert "Traceback" not in text
+    with pytest.raises(sharpkit.errors.SharpkitError):
+        CliRunner().invoke(main, ["--debug", *arguments], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    "option", [("--m", "1,x"), ("--m", "0"), ("--rho", "-1"), ("--device", "abacus"), ("--n", "0")]
+)
+def test_bad_options_are_refused(zoo_path, tmp_path, option):
+    result = CliRunner().invoke(main, ["score", zoo_path, "--out", str(tmp_path / "r"), *option])
+    assert result.exit_code != 0
+    assert "Traceback" not in result.output
+
+
+def test_an_unknown_task_names_those_there_are(zoo_path, tmp_path):
+    text = run("score", zoo_path, "--out", tmp_path / "r", "--task", "third", code=2)
+    assert "first, second" in text
+
+
+def test_an_interrupt_tells_how_to_go_on(zoo_path, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sharpkit.runs.score_zoo", interrupted)
+    text = run("score", zoo_path, "--out", tmp_path / "r", code=130)
+    assert "the same command goes on" in text
