@@ -1,6 +1,6 @@
 """sharpkit measures why trained networks generalize."""
 
-from sharpkit import plot
+from sharpkit import measures, plot
 from sharpkit.evaluation import conditional_mutual_information
 from sharpkit.measures import MSharpness
 from sharpkit.runs import Scores, evaluate, score_zoo
@@ -33,6 +33,7 @@ __all__ = [
     "fetch_zoo",
     "load_zoo",
     "m_sharpness",
+    "measures",
     "plot",
     "score_zoo",
     "write_zoo",

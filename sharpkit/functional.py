@@ -208,6 +208,7 @@ class FunctionalModel:
         # copies, so that a module that counts its calls in a buffer counts on the copy
         self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         self._parameters = {name: p.detach() for name, p in model.named_parameters()}
+        self._aliases = _aliases(model)
         reference = next((p for p in self._parameters.values() if p.is_floating_point()), None)
         if reference is None:
             raise ModelError(f"{type(model).__name__} has no floating-point parameters")
@@ -216,13 +217,15 @@ class FunctionalModel:
     def __call__(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         """The outputs at the given values of some parameters; the others keep their own."""
         state = {**self._buffers, **self._parameters, **parameters}
+        state |= {alias: state[name] for alias, name in self._aliases.items()}
         args: tuple[Any, ...] = (inputs,)
         kwargs: dict[str, Any] = {}
         if isinstance(inputs, Mapping):
             args, kwargs = (), dict(inputs)
         elif isinstance(inputs, tuple | list):
             args = tuple(inputs)
-        outputs = torch.func.functional_call(self.model, state, args, kwargs)
+        # with ties resolved by torch, a module registered twice would keep the swapped tensors
+        outputs = torch.func.functional_call(self.model, state, args, kwargs, tie_weights=False)
         if not isinstance(outputs, Tensor):
             outputs = getattr(outputs, "logits", outputs)
         if not isinstance(outputs, Tensor):
@@ -231,6 +234,20 @@ class FunctionalModel:
                 "expected a tensor of outputs, or an object with `logits`"
             )
         return outputs
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    """Every further name of a shared parameter or buffer -> its first name; each module once."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for prefix, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in own:
+            full = f"{prefix}.{name}" if prefix else name
+            known = first.setdefault(id(tensor), full)
+            if known != full:
+                aliases[full] = known
+    return aliases
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,25 @@ def test_a_shared_parameter_answers_to_each_of_its_names():
     torch.testing.assert_close(f(zeros, torch.randn(2, 3)), expected)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_module_may_be_registered_twice(tied, twice):
+    first = nn.Linear(3, 3)
+    model = nn.Sequential(first, nn.BatchNorm1d(3), nn.Linear(3, 3), *[first] * twice).eval()
+    if tied:
+        model[2].weight = first.weight
+    before = dict(model.named_parameters(remove_duplicate=False))
+    values = {name: 2 * p.detach() for name, p in model.named_parameters()}
+    x = torch.randn(2, 3)
+    outputs = FunctionalModel(model)(values, x)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is p for name, p in before.items())
+    with torch.no_grad():
+        for p in model.parameters():
+            p *= 2
+        torch.testing.assert_close(outputs, model(x))
+
+
 def test_counting_buffers_are_left_alone():
     class Counting(nn.Module):
         def __init__(self):

@@ -11,6 +11,8 @@ from sharpkit.runs.score import Scores
 if TYPE_CHECKING:
     import pandas as pd
 
+_LEAST = 3  # models that a statistic needs
+
 
 def evaluate(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
     """How well every measure of a run predicts the generalization gap, with intervals.
@@ -53,15 +55,33 @@ def evaluate(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> pd.Data
         keys = rows[settings].drop_duplicates().reset_index(drop=True)
         columns = rows.merge(keys.assign(column=keys.index), on=settings)
         values = columns.pivot(index="model", columns="column", values="value")
-        missing = sorted(set(configs) - set(values.index), key=lambda i: (len(i), i))
-        if missing:
-            warnings.warn(
-                f"task {task}: {len(missing)} of {len(configs)} models have no value and are left "
-                f"out: {', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}",
-                stacklevel=2,
-            )
+        _warn_of_missing(task, values, keys, list(configs))
+        enough = values.columns[values.notna().sum() >= _LEAST]
+        if enough.empty:
+            continue
+        keys, values = keys.loc[enough].reset_index(drop=True), values[enough]
         table = evaluate_measures(values, configs, resamples=resamples, seed=seed)
         table = pd.concat([keys, table.reset_index(drop=True)], axis=1)
         table.insert(0, "task", task)
         tables.append(table)
+    if not tables:
+        raise ScoreError(f"no measure has values for {_LEAST} models or more: nothing to evaluate")
     return pd.concat(tables, ignore_index=True)
+
+
+def _warn_of_missing(
+    task: str, values: pd.DataFrame, keys: pd.DataFrame, models: list[str]
+) -> None:
+    """Name, measure by measure, the models without a value."""
+    values = values.reindex(models)
+    for measure, columns in keys.groupby("measure").groups.items():
+        lacking = values[list(columns)].isna().any(axis=1)
+        missing = sorted(values.index[lacking], key=lambda i: (len(i), i))
+        if missing:
+            shown = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
+            fate = "are left out" if len(models) - len(missing) >= _LEAST else "leave too few"
+            warnings.warn(
+                f"task {task}: {measure} has no value for {len(missing)} of {len(models)} models, "
+                f"which {fate}: {shown}",
+                stacklevel=3,
+            )

@@ -197,7 +197,13 @@ def _score_one(
     try:
         if isinstance(data, SharpkitError):
             raise data
-        values = evaluate_measure(measure, entry.load().to(device), data, seed=seed)
+        values = evaluate_measure(
+            measure,
+            entry.load().to(device),
+            data,
+            seed=seed,
+            initial=lambda: entry.load("initial").to(device),
+        )
         store.add(task, entry.id, name, values, time.perf_counter() - began)
     except Exception as error:  # whatever a model does, the others are scored
         message = (

@@ -191,9 +191,37 @@ def test_evaluate_gives_the_scores_of_the_scoring_function(zoo_path):
 
 def test_evaluate_names_models_without_a_value(zoo_path):
     scores = sk.score_zoo(sk.load_zoo(zoo_path)["first"], MEASURE, limit=6, progress=False)
-    with pytest.warns(UserWarning, match="2 of 8 models have no value.*: 15, 17"):
+    with pytest.warns(UserWarning, match="m_sharpness has no value for 2 of 8 models.*: 15, 17"):
         table = sk.evaluate(scores, resamples=5)
     assert (table["models"] == 6).all()
+
+
+def test_evaluate_leaves_out_a_measure_with_too_few_values(zoo_path):
+    def rarely(model, data, *, seed):
+        if sum(p.numel() for p in model.parameters()) > 40:
+            raise ValueError("too large")
+        return 1.0 + float(next(model.parameters()).detach().sum())
+
+    scores = sk.score_zoo(sk.load_zoo(zoo_path)["first"], [MEASURE, rarely], progress=False)
+    with pytest.warns(UserWarning, match="rarely has no value for 6 of 8.*leave too few"):
+        table = sk.evaluate(scores, resamples=5)
+    assert set(table["measure"]) == {"m_sharpness"}
+    lonely = sk.score_zoo(sk.load_zoo(zoo_path)["first"], rarely, progress=False)
+    with (
+        pytest.warns(UserWarning, match="leave too few"),
+        pytest.raises(ScoreError, match="no measure has values for 3 models"),
+    ):
+        sk.evaluate(lonely, resamples=5)
+
+
+def test_measures_may_ask_for_the_initial_weights(zoo_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    distance = sk.measures.make_measure("distance_from_initial")
+    frame = sk.score_zoo(task, distance, progress=False).frame()
+    final, initial = (task["3"].load(w).state_dict() for w in ("final", "initial"))
+    expected = sum(float((final[k] - initial[k]).square().sum()) for k in final) ** 0.5
+    row = frame.query("model == '3' and form == 'euclidean'").iloc[0]
+    assert row["value"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluate_refuses_a_run_without_results(zoo_path):

@@ -32,7 +32,7 @@ def test_m_sharpness_equals_tensorflow(task, recorded, id_, engine):
     for m, value in zip(ms, result.value, strict=True):
         before, after, _ = recorded[f"model_{id_}/msharp_m{m}_rho0.05"].T
         assert value == pytest.approx((after - before).mean(), rel=1e-3)
-        # one group may be a difference of nearly equal float32 losses
+        # a group's value is the difference of two float32 losses of up to 10, on either side
         np.testing.assert_allclose(
-            result.group_values[m, 0.05], after - before, rtol=1e-2, atol=2e-6
+            result.group_values[m, 0.05], after - before, rtol=1e-2, atol=2e-5
         )

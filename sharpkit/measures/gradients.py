@@ -1,0 +1,229 @@
+"""Measures from first derivatives: gradient noise, Fisher-Rao norm, input Jacobian."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.functional import (
+    Data,
+    Examples,
+    Inputs,
+    Loss,
+    check_labels,
+    frozen,
+    resolve_loss,
+    select_parameters,
+)
+from sharpkit.measures.measure import Estimate
+from sharpkit.measures.passes import Setup, images, mean_of, setup, single_losses
+from sharpkit.sharpness.fallback import NotVectorizable, refuse_slow_vmap
+
+_GRADIENT_BYTES = 2**27  # of the per-example gradients held at a time
+
+
+def gradient_noise(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy") -> float:
+    """The total variance of the loss gradient over training examples.
+
+        tr Cov(g) = Σ_i ‖g_i − ḡ‖² / (n − 1),   g_i = ∇_w ℓ(f_w(x_i), y_i)
+
+    The variance of a mini-batch gradient of size B is this divided by B. Cost: one gradient pass
+    over single examples, vectorised.
+
+    Args:
+        model: Any module.
+        data: Inputs of shape (n, ...) and labels of shape (n,), n at least 2.
+        loss: "cross_entropy", "mse" or a callable (outputs, labels) -> mean loss.
+
+    Returns:
+        float: The trace of the covariance.
+
+    Raises:
+        DataError: For fewer than two examples, or labels that do not fit the outputs.
+        ModelError: For NaN or infinite weights or gradients.
+
+    Source:
+        Jiang et al., ICLR 2020 (1912.02178), the gradient noise at the end of training.
+
+    Example:
+        Gradients of ½(w x)² at w = 1 for x = 1 and 2 are 1 and 4:
+
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> data = torch.tensor([[1.0], [2.0]]), torch.zeros(2, 1)
+        >>> gradient_noise(model, data, loss="mse")
+        4.5
+    """
+    loss_fn = resolve_loss(loss)
+    with frozen(model):
+        run = setup(model, data)
+        n = len(run.examples)
+        if n < 2:
+            raise DataError("the variance of gradients needs at least two examples, got 1")
+        weights = {k: p for k, p in select_parameters(model).items() if p.is_floating_point()}
+        _check_outputs(run, loss)
+
+        def one(parameters: dict[str, Tensor], inputs: Inputs, label: Tensor) -> Tensor:
+            batch = pytree.tree_map(lambda t: t.unsqueeze(0), inputs)
+            return loss_fn(run.function(parameters, batch), label.unsqueeze(0))
+
+        gradient = torch.func.grad(one)
+        # deviations from a first guess of the mean: the difference of squares stays accurate
+        first = _gradients(gradient, weights, next(run.batches(1)))
+        center = {k: g[0] for k, g in first.items()}
+        squares, sums = (
+            0.0,
+            {k: torch.zeros_like(p, dtype=torch.float64) for k, p in weights.items()},
+        )
+        size = max(1, min(32, _GRADIENT_BYTES // sum(p.nbytes for p in weights.values())))
+        for batch in run.batches(size):
+            for name, g in _gradients(gradient, weights, batch).items():
+                off = (g - center[name]).double()
+                squares += float(off.square().sum())
+                sums[name] += off.sum(0)
+    total = squares - sum(float(s.square().sum()) for s in sums.values()) / n
+    if not torch.isfinite(torch.tensor(total)):
+        raise ModelError("a gradient is NaN or infinite")
+    return max(total, 0.0) / (n - 1)
+
+
+def _gradients(
+    gradient: Callable[..., dict[str, Tensor]], weights: dict[str, Tensor], batch: Examples
+) -> dict[str, Tensor]:
+    """Per-example gradients, each of shape (examples, *parameter shape)."""
+    try:
+        with refuse_slow_vmap():
+            vectorised = torch.func.vmap(gradient, in_dims=(None, 0, 0))
+            result: dict[str, Tensor] = vectorised(weights, batch.inputs, batch.labels)
+            return result
+    except NotVectorizable:
+        rows = []
+        for i in range(len(batch)):
+            inputs = pytree.tree_map(lambda t, i=i: t[i], batch.inputs)
+            rows.append(gradient(weights, inputs, batch.labels[i]))
+        return {name: torch.stack([row[name] for row in rows]) for name in weights}
+
+
+def fisher_rao_norm(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy") -> Estimate:
+    """The squared length of the weights in the metric of the empirical Fisher matrix.
+
+        ‖w‖²_FR = wᵀ F w = mean over i of ⟨w, ∇_w ℓ(f_w(x_i), y_i)⟩²
+
+    Invariant under rescaling the layers of a ReLU network, and under any change of units of single
+    weights that keeps the function; for L layers without biases it equals
+    L² mean ⟨∂ℓ/∂f, f⟩². Every inner product is a directional derivative along w, so the cost is
+    one forward-mode pass (about two forward passes) and no per-example gradient.
+
+    Args:
+        model: Any module.
+        data: Inputs of shape (n, ...) and labels of shape (n,).
+        loss: "cross_entropy", "mse" or a callable (outputs, labels) -> mean loss.
+
+    Returns:
+        Estimate: The mean, and its standard error over examples.
+
+    Raises:
+        DataError: For labels that do not fit the outputs.
+        ModelError: For NaN or infinite weights or results.
+
+    Source:
+        Liang et al., AISTATS 2019 (1711.01530), the empirical version, before the square root.
+
+    Example:
+        With one weight, f = w x and ℓ = ½f², the derivative along w is (w x)²:
+
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+        >>> data = torch.tensor([[1.0], [1.0]]), torch.zeros(2, 1)
+        >>> fisher_rao_norm(model, data, loss="mse").value  # 4²
+        16.0
+    """
+    each = single_losses(loss)
+    with frozen(model):
+        run = setup(model, data)
+        weights = {k: p for k, p in select_parameters(model).items() if p.is_floating_point()}
+        _check_outputs(run, loss)
+        parts = []
+        for batch in run.batches():
+
+            def losses(parameters: dict[str, Tensor], batch: Examples = batch) -> Tensor:
+                return each(run.function(parameters, batch.inputs), batch.labels)
+
+            with torch.no_grad(), warnings.catch_warnings():
+                # torch compiles its own forward-mode rules with a function it deprecates
+                warnings.filterwarnings("ignore", message=".*torch.jit.script")
+                parts.append(torch.func.jvp(losses, (weights,), (weights,))[1].double())
+    squares = torch.cat(parts).square()
+    if not bool(torch.isfinite(squares).all()):
+        raise ModelError("a directional derivative is NaN or infinite")
+    return mean_of(squares)
+
+
+def jacobian_norm(
+    model: nn.Module, data: Data, *, of: Literal["logits", "probabilities"] = "logits"
+) -> Estimate:
+    """The mean Frobenius norm of the derivative of the outputs by the inputs.
+
+        mean over i of ‖∂f(x_i) / ∂x‖_F
+
+    Cost: one backward pass per output, exact.
+
+    Args:
+        model: Any module whose examples do not influence each other, with outputs (n, classes).
+        data: Inputs of shape (n, ...), real numbers, and labels of shape (n,).
+        of: Differentiate the "logits", or their softmax, the "probabilities".
+
+    Returns:
+        Estimate: The mean, and its standard error over examples.
+
+    Raises:
+        ArgumentError: For another value of `of`.
+        DataError: For inputs that are tokens or dicts.
+        ModelError: For NaN or infinite weights or results.
+
+    Source:
+        Novak et al., ICLR 2018 (1802.08760), the input-output Jacobian.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2)
+        >>> model.weight.data = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+        >>> jacobian_norm(model, (torch.randn(6, 2), torch.tensor([0, 1, 0, 1, 0, 1]))).value
+        5.0
+    """
+    if of not in ("logits", "probabilities"):
+        raise ArgumentError(f'of must be "logits" or "probabilities", got {of!r}')
+    with frozen(model):
+        run = setup(model, data)
+        select_parameters(model)
+        images(run.examples, "the Jacobian norm")
+        _check_outputs(run, "cross_entropy")
+        norms = []
+        for batch in run.batches():
+            with torch.enable_grad():
+                inputs = batch.inputs.detach().clone().requires_grad_()
+                outputs = run.function({}, inputs)
+                outputs = outputs.softmax(1) if of == "probabilities" else outputs
+                total = torch.zeros(len(batch), dtype=torch.float64, device=outputs.device)
+                for column in outputs.sum(0):
+                    (row,) = torch.autograd.grad(column, inputs, retain_graph=True)
+                    total += row.double().flatten(1).square().sum(1)
+            norms.append(total.sqrt())
+    result = torch.cat(norms)
+    if not bool(torch.isfinite(result).all()):
+        raise ModelError("an input derivative is NaN or infinite")
+    return mean_of(result)
+
+
+def _check_outputs(run: Setup, loss: Loss) -> None:
+    with torch.no_grad():
+        one = next(run.batches(1))
+        check_labels(run.examples.labels, run.function({}, one.inputs), loss)

@@ -1,0 +1,133 @@
+"""Sharpness of the whole training loss: m-sharpness with a single group."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch import nn
+
+from sharpkit.functional import Data, load_examples
+from sharpkit.measures.measure import Estimate
+from sharpkit.sharpness import m_sharpness
+
+
+def worst_case_sharpness(
+    model: nn.Module,
+    data: Data,
+    *,
+    rho: float = 0.05,
+    norm: float = 2.0,
+    adaptive: bool = False,
+    ascent: Literal["one_step", "pgd"] = "pgd",
+    steps: int = 10,
+    seed: int = 0,
+) -> float:
+    """The largest increase of the training loss within a ball around the weights.
+
+        max over ‖ε‖_p ≤ ρ of L(w + ε) − L(w);   with adaptive, ‖ε / |w|‖_p ≤ ρ
+
+    p = 2 is Foret et al.'s, p = ∞ that of Keskar et al.; `adaptive` makes it invariant under
+    rescaling the layers of a ReLU network: with p = 2 the adaptive elementwise sharpness, with
+    p = ∞ the magnitude-aware one. Projected ascent gives a lower bound of the
+    maximum. Cost: `steps` gradient passes and as many forward passes.
+
+    Args:
+        model: Any module.
+        data: Inputs of shape (n, ...) and labels of shape (n,).
+        rho: Radius, > 0.
+        norm: 2 or infinity.
+        adaptive: Measure ε in units of |w|.
+        ascent: "pgd", or "one_step" for the linearised maximum (one gradient pass).
+        steps: Steps of "pgd".
+        seed: Order of the examples; matters by rounding only.
+
+    Returns:
+        float: The increase.
+
+    Raises:
+        ArgumentError: For rho, norm or steps out of range.
+        DataError: For labels that do not fit the outputs.
+        ModelError: For NaN or infinite weights or losses.
+
+    Source:
+        Foret et al., ICLR 2021, equation 1; Kwon et al., ICML 2021; Jiang et al., ICLR 2020
+        (1912.02178), where the search is for the radius that costs a given accuracy instead.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> data = torch.eye(2), torch.tensor([0, 1])
+        >>> worst_case_sharpness(model, data) > 0
+        True
+    """
+    result = m_sharpness(
+        model,
+        data,
+        m=len(load_examples(data, seed=None)),
+        rho=rho,
+        norm=norm,
+        adaptive=adaptive,
+        ascent=ascent,
+        steps=steps,
+        seed=seed,
+        progress=False,
+    )
+    return float(result.value)
+
+
+def average_sharpness(
+    model: nn.Module,
+    data: Data,
+    *,
+    rho: float = 0.05,
+    adaptive: bool = False,
+    draws: int = 20,
+    seed: int = 0,
+) -> Estimate:
+    """The mean increase of the training loss over random directions of a given length.
+
+        E[L(w + ε) − L(w)],  ε Gaussian, scaled to ‖ε‖₂ = ρ
+
+    To second order this is ρ² tr(H) / 2P for P parameters: far smaller than the worst case at the
+    same ρ. Cost: `draws` forward passes, and one gradient pass that is not used.
+
+    Args:
+        model: Any module.
+        data: Inputs of shape (n, ...) and labels of shape (n,).
+        rho: Length of the perturbation, > 0.
+        adaptive: Measure ε in units of |w|.
+        draws: Directions.
+        seed: Of the directions.
+
+    Returns:
+        Estimate: The mean; its error over directions is not known (NaN).
+
+    Raises:
+        ArgumentError: For rho or draws out of range.
+        DataError: For labels that do not fit the outputs.
+        ModelError: For NaN or infinite weights or losses.
+
+    Source:
+        Andriushchenko et al., ICML 2023, average-case sharpness; there the noise has a given
+        variance per coordinate, here a given length as a whole.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> data = torch.eye(2), torch.tensor([0, 1])
+        >>> average_sharpness(model, data, rho=2.0, draws=200).value > 0
+        True
+    """
+    result = m_sharpness(
+        model,
+        data,
+        m=len(load_examples(data, seed=None)),
+        rho=rho,
+        average=True,
+        adaptive=adaptive,
+        steps=draws,
+        seed=seed,
+        progress=False,
+    )
+    return Estimate(float(result.value), math.nan)

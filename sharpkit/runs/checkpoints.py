@@ -1,0 +1,117 @@
+"""Models and data from a user's own files. Weights are never unpickled."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from sharpkit.errors import ArgumentError, DataError, ModelError
+
+# where training scripts keep the weights inside a checkpoint
+_KEYS = ("state_dict", "model_state_dict", "model")
+
+
+def load_checkpoint(path: str | Path, build: str) -> nn.Module:
+    """A model with the weights of a checkpoint.
+
+    Args:
+        path: A .safetensors file, or one written by `torch.save` that holds tensors only: a state
+            dict, also under the key "state_dict", "model_state_dict" or "model".
+        build: "module:callable" that returns the model; the module is looked for in the working
+            directory as well. It is the only code that runs.
+
+    Returns:
+        nn.Module: In eval mode, on the CPU.
+
+    Raises:
+        ModelError: If the file is missing or not readable without unpickling, or does not fit.
+        ArgumentError: If `build` cannot be imported or gives no module.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "weights.pt"
+        >>> torch.save(nn.Identity().state_dict(), path)
+        >>> load_checkpoint(path, "torch.nn:Identity")
+        Identity()
+    """
+    model = import_callable(build)()
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{build} returned {type(model).__name__}: expected an nn.Module")
+    state = _read_state(Path(path))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{path} does not fit the model of {build}: {reason}") from error
+    return model.eval()
+
+
+def load_arrays(path: str | Path, split: str = "train") -> TensorDataset:
+    """The examples of an .npz file with x_train, y_train (and x_test, y_test).
+
+    Args:
+        path: The file; x of shape (n, ...) in the model's own layout, y of shape (n,).
+        split: "train" or "test".
+
+    Raises:
+        DataError: If the file is missing, damaged, or lacks the arrays.
+    """
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            x, y = (torch.from_numpy(arrays[f"{name}_{split}"]) for name in ("x", "y"))
+    except KeyError as error:
+        raise DataError(f"{path}: expected the arrays x_{split} and y_{split} ({error})") from error
+    except Exception as error:  # numpy raises whatever its zip and pickle layers do
+        raise DataError(f"{path}: not a readable .npz file ({error})") from error
+    if len(x) != len(y):
+        raise DataError(f"{path}: x_{split} has {len(x)} examples, y_{split} has {len(y)}")
+    labels = y if y.is_floating_point() else y.long()
+    return TensorDataset(x.float() if x.is_floating_point() else x, labels)
+
+
+def import_callable(name: str) -> Any:
+    """The object that "module:attribute" names."""
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ArgumentError(f'expected "module:callable", got {name!r}')
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ArgumentError(f"cannot import {name!r}: {error}") from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise ArgumentError(f"{name} is not callable")
+    return found
+
+
+def _read_state(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise ModelError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of the two libraries and their zip and pickle layers
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{path}: cannot be read as plain tensors ({reason})") from error
+    for key in _KEYS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ModelError(f"{path}: expected a state dict of tensors")
+    return state

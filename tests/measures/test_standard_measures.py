@@ -1,0 +1,147 @@
+"""What every measure of the package must do, on every network of the shared cases."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from cases import CASES
+
+from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.measures import FunctionMeasure, make_measure, measure_names, standard_measures
+from sharpkit.measures.measure import describe, evaluate_measure
+
+MEASURES = {describe(m)[0]: m for m in standard_measures(m=[1, 8])}
+NEED_IMAGES = {"augmentation_inconsistency"}
+NEED_REAL_INPUTS = {
+    "path_norm",
+    "jacobian_norm",
+    "mixup_error",
+    "normalized_margin",
+    *NEED_IMAGES,
+}
+
+
+def network(case, dtype=torch.float32):
+    """A network, its initial state, and data on all of which it is right."""
+    model, x, _ = case.make(dtype)
+    initial = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(3)
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p)
+    head = model.head if hasattr(model, "head") else model[-1]
+    with torch.no_grad():
+        head.bias.data -= model.eval()(x).mean(0)  # no class is preferred
+        labels = model(x).argmax(1)
+    return model.train(), initial, (x, labels)
+
+
+def state(model):
+    return (
+        {name: (id(t), t.clone()) for name, t in model.state_dict(keep_vars=True).items()},
+        [m.training for m in model.modules()],
+        [p.requires_grad for p in model.parameters()],
+        [p.grad for p in model.parameters()],
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        torch.get_rng_state(),
+    )
+
+
+def assert_same(before, after):
+    assert before[0].keys() == after[0].keys()
+    for name, (identity, tensor) in before[0].items():
+        assert identity == after[0][name][0] and torch.equal(tensor, after[0][name][1]), name
+    assert before[1:5] == after[1:5]
+    assert torch.equal(before[5], after[5])
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_measure_is_finite_deterministic_and_leaves_no_trace(case, name):
+    model, initial, data = network(case)
+    measure = MEASURES[name]
+    before, initial_before = state(model), state(initial)
+    tokens = not data[0].is_floating_point()
+    refused = (tokens and name in NEED_REAL_INPUTS) or (data[0].ndim != 4 and name in NEED_IMAGES)
+    small = name == "heavy_tail_exponent" and case.name == "transformer"  # 8 eigenvalues a layer
+    if refused or small:
+        with pytest.raises(ModelError if small else DataError):
+            evaluate_measure(measure, model, data, seed=1, initial=lambda: initial)
+    else:
+        first = evaluate_measure(measure, model, data, seed=1, initial=lambda: initial)
+        torch.manual_seed(torch.initial_seed() + 1)
+        again_before = state(model)
+        again = evaluate_measure(measure, model, data, seed=1, initial=lambda: initial)
+        assert_same(again_before, state(model))
+        torch.set_rng_state(before[5])
+        assert list(first) == list(again)
+        for setting, estimate in first.items():
+            assert math.isfinite(estimate.value), setting
+            assert estimate.value == again[setting].value
+            assert not estimate.std_error < 0
+    assert_same(before, state(model))
+    assert_same(initial_before, state(initial))
+
+
+@pytest.mark.parametrize("name", [n for n in MEASURES if n not in NEED_IMAGES])
+def test_single_and_double_precision_agree(name):
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        model, initial, data = network(CASES[0], dtype)
+        values = evaluate_measure(MEASURES[name], model, data, seed=0, initial=lambda m=initial: m)
+        results.append({k: v.value for k, v in values.items()})
+    assert results[0] == pytest.approx(results[1], rel=5e-3, abs=1e-6)
+
+
+def test_names_differ_and_configurations_are_json():
+    described = [describe(m) for m in standard_measures()]
+    assert len({name for name, _ in described}) == len(described)
+    for _, config in described:
+        json.dumps(config)
+    assert len({hash(m) for m in standard_measures()}) == len(described)
+
+
+def test_every_function_of_the_package_is_among_the_standard_measures():
+    used = {m.function for m in standard_measures() if isinstance(m, FunctionMeasure)}
+    assert used == set(measure_names())
+    assert "augmentation_inconsistency" not in [m.name for m in standard_measures(images=False)]
+
+
+def test_a_measure_that_needs_the_initial_network_says_so():
+    needing = {m.name for m in standard_measures() if getattr(m, "needs_initial", False)}
+    assert needing == {"distance_from_initial", "pac_bayes", "pac_bayes_magnitude"}
+    model, _, data = network(CASES[0])
+    measure = make_measure("distance_from_initial")
+    with pytest.raises(ArgumentError, match="pass initial="):
+        evaluate_measure(measure, model, data, seed=0)
+    with pytest.raises(ArgumentError, match="pass initial="):
+        measure(model, data, seed=0)
+
+
+def test_the_initial_network_is_loaded_only_where_it_is_needed():
+    model, _, data = network(CASES[0])
+
+    def load():
+        raise AssertionError("loaded")
+
+    evaluate_measure(make_measure("training_loss"), model, data, seed=0, initial=load)
+
+
+def test_unknown_names_and_options_are_refused_with_the_known_ones():
+    with pytest.raises(ArgumentError, match="expected one of augmentation"):
+        make_measure("sharpnes")
+    with pytest.raises(ArgumentError, match="expected one of percentile"):
+        make_measure("output_margin", quantile=10)
+    with pytest.raises(ArgumentError, match="expected one of none"):
+        make_measure("parameter_count", n=1)
+
+
+@pytest.mark.parametrize("name", [n for n in MEASURES if n != "parameter_count"])
+def test_nan_weights_are_refused(name):
+    model, initial, data = network(CASES[1])
+    model[0].weight.data[0, 0] = torch.nan
+    with pytest.raises(ModelError):
+        evaluate_measure(MEASURES[name], model, data, seed=0, initial=lambda: initial)
