@@ -1,6 +1,17 @@
 """sharpkit measures why trained networks generalize."""
 
 from sharpkit import measures, plot
+from sharpkit.curvature import (
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    SpectralDensity,
+    frobenius_norm,
+    layer_spectra,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+)
 from sharpkit.evaluation import conditional_mutual_information
 from sharpkit.measures import MSharpness
 from sharpkit.runs import Scores, evaluate, score_zoo
@@ -20,10 +31,14 @@ from sharpkit.zoo import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "FisherOperator",
+    "GaussNewtonOperator",
+    "HessianOperator",
     "MSharpness",
     "ModelEntry",
     "Scores",
     "SharpnessResult",
+    "SpectralDensity",
     "Task",
     "Zoo",
     "ZooWriter",
@@ -31,11 +46,16 @@ __all__ = [
     "embedded_zoo",
     "evaluate",
     "fetch_zoo",
+    "frobenius_norm",
+    "layer_spectra",
     "load_zoo",
     "m_sharpness",
     "measures",
     "plot",
     "score_zoo",
+    "spectral_density",
+    "top_eigenvalues",
+    "trace",
     "write_zoo",
     "zoo_info",
 ]

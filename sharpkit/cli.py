@@ -13,6 +13,7 @@ import click
 from sharpkit.errors import SharpkitError
 
 if TYPE_CHECKING:
+    from sharpkit.measures import Measure, MSharpness
     from sharpkit.runs import Scores
     from sharpkit.zoo import Zoo
 
@@ -123,6 +124,13 @@ def fetch(name: str, to: Path | None) -> None:
 @click.option("--rho", default="0.05", show_default=True, type=_Numbers(float))
 @click.option("--ascent", default="one_step", type=click.Choice(["one_step", "pgd"]))
 @click.option("--adaptive", is_flag=True, help="Perturbations in units of |w|.")
+@click.option(
+    "--measures",
+    "names",
+    default="m_sharpness",
+    show_default=True,
+    help='Names, comma-separated, or "all"; see docs/measures.md.',
+)
 @click.option("--task", "tasks", multiple=True, help="Only this task; may be repeated.")
 @click.option("--n", type=int, help="Training examples used; all by default.")
 @click.option("--limit", type=int, help="Only the first models of each task.")
@@ -135,13 +143,16 @@ def score(
     rho: list[float],
     ascent: Any,
     adaptive: bool,
+    names: str,
     tasks: Sequence[str],
     n: int | None,
     limit: int | None,
     seed: int,
     device: str,
 ) -> None:
-    """Compute m-sharpness of every model of the zoo at PATH ("embedded" for the one shipped).
+    """Compute m-sharpness, or other measures, of every model of the zoo at PATH.
+
+    PATH is a directory in the PGDL layout, or "embedded" for the zoo that ships with sharpkit.
 
     Results are saved one by one in --out; the same command resumes a stopped run. The exit code is
     1 if a model failed.
@@ -158,9 +169,15 @@ def score(
     if unknown:
         raise click.BadParameter(f"no task {sorted(unknown)[0]!r}: {path} has {', '.join(chosen)}")
     selected = {name: task for name, task in chosen.items() if not tasks or name in tasks}
-    measure = MSharpness(m=m, rho=rho, ascent=ascent, adaptive=adaptive)
+    m_sharpness = MSharpness(m=m, rho=rho, ascent=ascent, adaptive=adaptive)
     scores = score_zoo(
-        selected, measure, out=out, n=n, limit=limit, seed=seed, device=_device(device)
+        selected,
+        _measures(names, m_sharpness),
+        out=out,
+        n=n,
+        limit=limit,
+        seed=seed,
+        device=_device(device),
     )
     table = scores.frame()
     table.to_csv(out / "scores.csv", index=False)
@@ -208,6 +225,113 @@ def plot(run: Path, resamples: int, seed: int, statistic: str, out: Path | None)
     click.echo(f"{path} and {path.with_suffix('.csv')}")
 
 
+@main.command()
+@click.argument("path", required=False)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--task", help="The task, where the zoo has several.")
+@click.option("--model", "ids", multiple=True, help="A model of the zoo; may be repeated.")
+@click.option("--weights", default="final", type=click.Choice(["final", "initial"]))
+@click.option("--checkpoint", multiple=True, help="A weight file; may be repeated.")
+@click.option("--build", help='"module:callable" that builds the model of the checkpoints.')
+@click.option("--data", help=".npz with x_train and y_train, for checkpoints.")
+@click.option("--steps", default=80, show_default=True, help="Lanczos steps.")
+@click.option("--probes", default=4, show_default=True, help="Random start vectors.")
+@click.option("--n", type=int, help="Training examples used; all by default.")
+@click.option("--parameters", multiple=True, help='Name or pattern such as "*.weight".')
+@click.option("--grid", default="linear", type=click.Choice(["linear", "log", "symlog"]))
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="cpu", show_default=True)
+def spectrum(
+    path: str | None,
+    out: Path,
+    task: str | None,
+    ids: Sequence[str],
+    weights: Any,
+    checkpoint: Sequence[str],
+    build: str | None,
+    data: str | None,
+    steps: int,
+    probes: int,
+    n: int | None,
+    parameters: Sequence[str],
+    grid: Any,
+    seed: int,
+    device: str,
+) -> None:
+    """Hessian spectral density of models of the zoo at PATH, or of checkpoints, side by side.
+
+    Writes --out/spectrum.png, density.csv, nodes.csv and summary.json; the same command resumes.
+
+    \b
+    Example:
+      sharpkit spectrum embedded --model 0 --model 5 --out runs/spectra
+      sharpkit spectrum --checkpoint sgd.safetensors --checkpoint sam.safetensors \\
+          --build mymodels:resnet20 --data cifar.npz --out runs/sgd_and_sam
+    """
+    from sharpkit.runs.spectrum import spectrum as measure
+
+    if (path is None) == (not checkpoint):
+        raise click.UsageError("give either a zoo PATH with --model, or --checkpoint with --build")
+    if path is not None:
+        models, examples = _zoo_models(path, task, ids, weights)
+    else:
+        models, examples = _checkpoint_models(checkpoint, build, data)
+    spectra = measure(
+        models,
+        examples,
+        out,
+        parameters=list(parameters) or None,
+        n=n,
+        steps=steps,
+        probes=probes,
+        seed=seed,
+        grid=grid,
+        device=_device(device),
+    )
+    click.echo(spectra.frame().to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    click.echo(out / "spectrum.png")
+    for name, reason in spectra.failures.items():
+        click.echo(f"failed: {name}: {reason}", err=True)
+    if spectra.failures:
+        sys.exit(1)
+
+
+def _zoo_models(
+    path: str, task: str | None, ids: Sequence[str], weights: Any
+) -> tuple[dict[str, Any], Any]:
+    from functools import partial
+
+    chosen = _load(path)
+    if task is None and len(chosen) > 1:
+        raise click.UsageError(f"{path} has several tasks, give --task: {', '.join(chosen)}")
+    name = task or next(iter(chosen))
+    if name not in chosen:
+        raise click.BadParameter(f"no task {name!r}: {path} has {', '.join(chosen)}")
+    entries = chosen[name]
+    unknown = set(ids) - set(entries)
+    if unknown or not ids:
+        wrong = f"no model {sorted(unknown)[0]!r} in" if unknown else "give --model, one or more of"
+        raise click.UsageError(f"{wrong} {name}: {', '.join(entries)}")
+    models = {f"model {i}": partial(entries[i].load, weights) for i in ids}
+    return models, entries.dataset("train")
+
+
+def _checkpoint_models(
+    checkpoints: Sequence[str], build: str | None, data: str | None
+) -> tuple[dict[str, Any], Any]:
+    from functools import partial
+
+    from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
+
+    if build is None or data is None:
+        raise click.UsageError("--checkpoint needs --build module:callable and --data FILE.npz")
+    names = {Path(c).stem: c for c in checkpoints}
+    if len(names) < len(checkpoints):
+        names = {c: c for c in checkpoints}
+    models = {name: partial(load_checkpoint, c, build) for name, c in names.items()}
+    return models, load_arrays(data)
+
+
 def _load(path: str) -> Zoo:
     if path == "embedded":
         from sharpkit.zoo.embedded import embedded_zoo
@@ -216,6 +340,20 @@ def _load(path: str) -> Zoo:
     from sharpkit.zoo import load_zoo
 
     return load_zoo(path)
+
+
+def _measures(names: str, m_sharpness: MSharpness) -> list[Measure]:
+    from sharpkit.measures import standard_measures
+
+    known = {measure.name: measure for measure in standard_measures()}  # type: ignore[attr-defined]
+    known[m_sharpness.name] = m_sharpness
+    if names == "all":
+        return list(known.values())
+    wanted = names.split(",")
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise click.BadParameter(f'no measure {unknown[0]!r}: "all" or some of {", ".join(known)}')
+    return [known[name] for name in wanted]
 
 
 def _device(name: str) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from click.testing import CliRunner
 from zoos import write_small_zoo
 
@@ -65,6 +67,17 @@ def test_score_takes_tasks_limits_and_subsets(zoo_path, tmp_path):
     assert len(pd.read_csv(out / "scores.csv")) == 8
     text = run("score", zoo_path, "--out", out, "--m", "2", code=1)
     assert "another configuration" in text
+
+
+def test_score_takes_measures_by_name(zoo_path, tmp_path):
+    names = "m_sharpness,path_norm,max_eigenvalue"
+    arguments = ("score", zoo_path, "--task", "first", "--m", "1", "--limit", 2)
+    run(*arguments, "--out", tmp_path / "run", "--measures", names)
+    scores = pd.read_csv(tmp_path / "run" / "scores.csv")
+    assert set(scores["measure"]) == set(names.split(","))
+    text = run(*arguments, "--out", tmp_path / "run", "--measures", "luck", code=2)
+    assert "no measure 'luck'" in text
+    assert "path_norm" in text
 
 
 def test_info_lists_models_and_finds_what_is_broken(zoo_path, tmp_path):
@@ -132,3 +145,35 @@ def test_an_interrupt_tells_how_to_go_on(zoo_path, tmp_path, monkeypatch):
     monkeypatch.setattr("sharpkit.runs.score_zoo", interrupted)
     text = run("score", zoo_path, "--out", tmp_path / "r", code=130)
     assert "the same command goes on" in text
+
+
+def test_spectrum_of_models_of_a_zoo(zoo_path, tmp_path):
+    out = tmp_path / "spectra"
+    arguments = ("spectrum", zoo_path, "--task", "first", "--out", out, "--steps", 10)
+    text = run(*arguments, "--model", 3, "--model", 5)
+    assert "model 3" in text
+    for name in ("spectrum.png", "density.csv", "nodes.csv", "summary.json"):
+        assert (out / name).stat().st_size > 0
+    assert set(json.loads((out / "summary.json").read_text())["models"]) == {"model 3", "model 5"}
+    assert "no model '4' in first" in run(*arguments, "--model", 4, code=2)
+    assert "give --model" in run(*arguments, code=2)
+    assert "give --task" in run("spectrum", zoo_path, "--model", 3, "--out", out, code=2)
+    assert "either a zoo" in run("spectrum", "--out", out, code=2)
+
+
+def test_spectrum_of_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "builders.py").write_text(
+        "from torch import nn\n\ndef build():\n    return nn.Linear(4, 3)\n"
+    )
+    for k in range(2):
+        torch.manual_seed(k)
+        torch.save(torch.nn.Linear(4, 3).state_dict(), tmp_path / f"epoch{k}.pt")
+    x, y = np.random.default_rng(0).normal(size=(9, 4)), np.arange(9) % 3
+    np.savez(tmp_path / "data.npz", x_train=x, y_train=y)
+    files = ("--checkpoint", "epoch0.pt", "--checkpoint", "epoch1.pt")
+    arguments = ("spectrum", *files, "--out", "spectra", "--steps", 8)
+    text = run(*arguments, "--build", "builders:build", "--data", "data.npz")
+    assert "epoch0" in text
+    assert "epoch1" in text
+    assert "needs --build" in run(*arguments, code=2)

@@ -6,6 +6,7 @@ from sharpkit.measures.catalog import (
     measure_names,
     standard_measures,
 )
+from sharpkit.measures.curvature import EigenvalueRatio, HessianTrace, MaxEigenvalue
 from sharpkit.measures.distance import distance_from_initial
 from sharpkit.measures.gradients import fisher_rao_norm, gradient_noise, jacobian_norm
 from sharpkit.measures.heavy_tails import PowerLaw, fit_power_law, heavy_tail_exponent
@@ -25,9 +26,12 @@ from sharpkit.measures.sharpness import average_sharpness, worst_case_sharpness
 from sharpkit.measures.spectral import spectral_norm, spectral_norms
 
 __all__ = [
+    "EigenvalueRatio",
     "Estimate",
     "FunctionMeasure",
+    "HessianTrace",
     "MSharpness",
+    "MaxEigenvalue",
     "Measure",
     "PowerLaw",
     "augmentation_inconsistency",

@@ -23,6 +23,7 @@ from sharpkit.measures import (
     sharpness,
     spectral,
 )
+from sharpkit.measures.curvature import EigenvalueRatio, HessianTrace, MaxEigenvalue
 from sharpkit.measures.m_sharpness import MSharpness
 from sharpkit.measures.measure import Estimate, Measure
 
@@ -180,4 +181,4 @@ def standard_measures(
     for function in _FUNCTIONS:
         if images or function != "augmentation_inconsistency":
             chosen.extend(special.get(function) or [make_measure(function)])
-    return chosen
+    return [*chosen, MaxEigenvalue(), EigenvalueRatio(), HessianTrace()]

@@ -57,7 +57,7 @@ def activation_bytes(model: FunctionalModel, weights: Tensors, loss: LossFn, one
         storage = t.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return t
+        return t.detach()  # the tensor itself may own the graph that it is saved in: a leak
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}

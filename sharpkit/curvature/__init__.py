@@ -1,0 +1,28 @@
+"""Curvature of the loss: operators, Lanczos, spectral density, eigenvalues, traces."""
+
+from sharpkit.curvature.density import SpectralDensity
+from sharpkit.curvature.eigenvalues import Eigenpairs, top_eigenvalues
+from sharpkit.curvature.gauss_newton import FisherOperator, GaussNewtonOperator
+from sharpkit.curvature.hessian import HessianOperator
+from sharpkit.curvature.lanczos import Tridiagonal, lanczos
+from sharpkit.curvature.layers import layer_spectra
+from sharpkit.curvature.operator import CurvatureOperator
+from sharpkit.curvature.quadrature import spectral_density
+from sharpkit.curvature.trace import Estimated, frobenius_norm, trace
+
+__all__ = [
+    "CurvatureOperator",
+    "Eigenpairs",
+    "Estimated",
+    "FisherOperator",
+    "GaussNewtonOperator",
+    "HessianOperator",
+    "SpectralDensity",
+    "Tridiagonal",
+    "frobenius_norm",
+    "lanczos",
+    "layer_spectra",
+    "spectral_density",
+    "top_eigenvalues",
+    "trace",
+]

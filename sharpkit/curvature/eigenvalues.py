@@ -1,0 +1,271 @@
+"""Extreme eigenvalues and eigenvectors by thick-restart Lanczos.
+
+A basis of m vectors is filled by Lanczos steps; then its best Ritz vectors are kept, together
+with the last residual, and the rest is filled again. All products are orthogonalised fully and
+the projected matrix is computed, not assumed, so restarts and random directions need no special
+recurrence.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sharpkit.curvature.lanczos import fresh_direction, orthogonalise
+from sharpkit.curvature.linear_map import (
+    LinearMap,
+    Symmetric,
+    as_linear_map,
+    multiply_rows,
+    random_rows,
+)
+from sharpkit.curvature.memory import require_memory
+from sharpkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+Which = Literal["LA", "SA", "LM"]
+_LOOK = 5  # products between looks at the residuals
+_CHECK_STEPS = 12  # products spent on looking for further copies of a repeated eigenvalue
+
+
+@dataclass(frozen=True)
+class Eigenpairs:
+    """Eigenvalues in the order asked for, with what vouches for them.
+
+    Attributes:
+        values: Shape (k,); "LA" descending, "SA" ascending, "LM" descending in magnitude.
+        vectors: Orthonormal eigenvectors as columns, shape (P, k), on the operator's device.
+        residual_norms: ‖A v − λ v‖, shape (k,): an eigenvalue lies within this of each value.
+        converged: Whether every residual is within the tolerance.
+        products: Products with the operator that were used.
+    """
+
+    values: Array
+    vectors: Tensor
+    residual_norms: Array
+    converged: bool
+    products: int
+
+    def frame(self) -> pd.DataFrame:
+        """One row per eigenvalue: rank (from 1), eigenvalue, residual_norm, products."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                "rank": np.arange(1, len(self.values) + 1),
+                "eigenvalue": self.values,
+                "residual_norm": self.residual_norms,
+                "products": self.products,
+            }
+        )
+
+
+def top_eigenvalues(
+    operator: Symmetric,
+    k: int = 5,
+    *,
+    which: Which = "LA",
+    tol: float | None = None,
+    seed: int = 0,
+    subspace: int | None = None,
+    max_products: int | None = None,
+    progress: bool = True,
+) -> Eigenpairs:
+    """The k extreme eigenvalues with eigenvectors and residual norms.
+
+    Thick-restart Lanczos with full reorthogonalisation on the operator's own device. A residual
+    norm r bounds the error of an eigenvalue by r, and by r² / gap. Once converged, some steps from
+    a random direction look for further copies of repeated eigenvalues. Memory: subspace x P.
+
+    Args:
+        operator: A curvature operator, a symmetric tensor of shape (P, P), or anything with
+            shape, dtype, device and matmat.
+        k: How many, 1 to P.
+        which: "LA" the largest, "SA" the smallest (most negative), "LM" the largest in magnitude.
+        tol: Residual norm to reach, relative to the largest |λ|; None for 1e-8 in float64 and
+            2e-5 in float32.
+        seed: Of the start vector.
+        subspace: Basis vectors, more than k; None for the larger of 40 and 2k + 10, at most P.
+        max_products: Give up after so many, with a warning; None for 50 subspaces.
+        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+
+    Returns:
+        Eigenpairs: values, vectors, residual_norms, converged and products.
+
+    Raises:
+        ArgumentError: For k, which, tol or subspace out of range, or a basis that does not fit.
+        ModelError: If a product is NaN or infinite.
+
+    Source:
+        Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems",
+        SIAM J. Matrix Anal. Appl. 2000.
+
+    Example:
+        >>> import torch
+        >>> top = top_eigenvalues(torch.diag(torch.tensor([3.0, -7.0, 1.0, 2.0])), 2)
+        >>> top.values.round(4)
+        array([3., 2.])
+        >>> top_eigenvalues(torch.diag(torch.tensor([3.0, -7.0, 1.0])), 1, which="LM").values
+        array([-7.])
+    """
+    a = as_linear_map(operator)
+    size = a.shape[0]
+    if not 1 <= k <= size:
+        raise ArgumentError(f"k = {k}: expected 1 to {size}, the size of the matrix")
+    if which not in ("LA", "SA", "LM"):
+        raise ArgumentError(f'which must be "LA", "SA" or "LM", got {which!r}')
+    if tol is not None and not tol > 0:
+        raise ArgumentError(f"tol must be positive, got {tol}")
+    if subspace is not None and subspace <= k and subspace < size:
+        raise ArgumentError(f"subspace must be more than k = {k}, got {subspace}")
+    if max_products is not None and max_products < 1:
+        raise ArgumentError(f"max_products must be at least 1, got {max_products}")
+    room = min(size, subspace or max(40, 2 * k + 10))
+    require_memory(
+        (2 * room + 4) * size * a.dtype.itemsize,
+        a.device,
+        f"a basis of {room} vectors and its restart",
+        "pass a smaller subspace",
+    )
+    tol = tol or (1e-8 if a.dtype == torch.float64 else 2e-5)
+    search = _Search(a, room, which, seed, max_products or 50 * room, progress)
+    search.run(k, tol)
+    found = search.finish(k, tol)
+    if not found.converged:
+        warnings.warn(
+            f"top_eigenvalues: after {found.products} products a residual is "
+            f"{found.residual_norms.max():.2g}, above {tol:.2g} of the largest eigenvalue; "
+            "allow more products, a larger subspace or a looser tol",
+            stacklevel=2,
+        )
+    return found
+
+
+class _Search:
+    """A basis Q (rows) and its projected matrix H = Q A Qᵀ, grown and restarted."""
+
+    def __init__(
+        self, a: LinearMap, room: int, which: Which, seed: int, limit: int, progress: bool
+    ) -> None:
+        self.a, self.room, self.which, self.seed, self.limit = a, room, which, seed, limit
+        self.q = torch.zeros(room, a.shape[0], dtype=a.dtype, device=a.device)
+        self.h = np.zeros((room, room))
+        self.used = 0  # columns of H that are filled
+        self.products = 0
+        self.residual = 0.0  # ‖A q_m − Q h_m‖, the coupling to the next vector
+        start = random_rows(1, a, seed)[0]
+        self.next = start / start.norm()
+        self.bar = tqdm(
+            desc="eigenvalues",
+            unit="product",
+            leave=False,
+            delay=2,
+            disable=None if progress else True,
+        )
+
+    def run(self, k: int, tol: float) -> None:
+        """Grow and restart until k pairs converge, survive the check, or products run out."""
+        checked: Array | None = None
+        while True:
+            self.grow(min(self.room, self.used + (_LOOK if checked is None else _CHECK_STEPS)))
+            values, vectors = self.ritz()
+            if self.used < k and self.products < self.limit:
+                continue
+            error = self.residual * np.abs(vectors[self.used - 1, :k])
+            bound = tol * max(float(np.abs(values).max()), np.finfo(np.float64).tiny)
+            whole = self.used == self.a.shape[0]
+            same = checked is not None and bool((np.abs(values[:k] - checked) <= 2 * bound).all())
+            if whole or self.products >= self.limit or (same and bool((error <= bound).all())):
+                break
+            if checked is None and bool((error <= bound).all()):
+                checked = values[:k].copy()
+                self.restart(values, vectors, k, random=True)
+                continue
+            checked = None
+            if self.used == self.room:
+                self.restart(values, vectors, min(k + (self.room - k) // 2, self.room - 1))
+        self.bar.close()
+
+    def grow(self, target: int) -> None:
+        """Add basis vectors until there are `target`, or products run out."""
+        while self.used < target and (self.products < self.limit or self.used == 0):
+            j = self.used
+            self.q[j] = self.next
+            w = self.multiply(self.next)
+            known = self.q[: j + 1].unsqueeze(0)
+            self.h[: j + 1, j] = (self.q[: j + 1] @ w).double().cpu().numpy()
+            self.h[j, : j + 1] = self.h[: j + 1, j]
+            w = orthogonalise(orthogonalise(w.unsqueeze(0), known), known)[0]
+            self.residual = float(w.norm())
+            self.used += 1
+            scale = float(np.abs(self.h[:, j]).sum()) + self.residual
+            if self.residual <= 10 * torch.finfo(self.a.dtype).eps * scale:
+                self.residual = 0.0
+                if self.used < self.a.shape[0]:
+                    self.next = self.random(known)
+            else:
+                self.next = w / self.residual
+
+    def multiply(self, row: Tensor) -> Tensor:
+        """One product, counted."""
+        self.products += 1
+        self.bar.update()
+        return multiply_rows(self.a, row.unsqueeze(0))[0]
+
+    def random(self, known: Tensor) -> Tensor:
+        """A random unit vector orthogonal to a basis of shape (1, j, P)."""
+        return fresh_direction(self.a, known, self.seed + 7919 * (self.products + 1))
+
+    def ritz(self) -> tuple[Array, Array]:
+        """Ritz values in the order asked for, and their coordinates in the basis (columns)."""
+        values, vectors = np.linalg.eigh(self.h[: self.used, : self.used])
+        key = {"LA": -values, "SA": values, "LM": -np.abs(values)}[self.which]
+        order = np.argsort(key, kind="stable")
+        return values[order], vectors[:, order]
+
+    def restart(self, values: Array, vectors: Array, keep: int, random: bool = False) -> None:
+        """Keep the best Ritz vectors and go on from the last residual, or a random direction."""
+        keep = min(keep, self.used, self.room - 1)
+        turn = torch.from_numpy(np.ascontiguousarray(vectors[:, :keep].T))
+        self.q[:keep] = turn.to(self.q.device, self.q.dtype) @ self.q[: self.used]
+        self.h[:] = 0.0
+        self.h[:keep, :keep] = np.diag(values[:keep])
+        self.used = keep
+        known = self.q[:keep].unsqueeze(0)
+        if random:
+            self.next = self.random(known)
+        else:
+            row = orthogonalise(self.next.unsqueeze(0), known)[0]
+            self.next = row / row.norm()
+
+    def finish(self, k: int, tol: float) -> Eigenpairs:
+        """Eigenpairs of the whole basis, with residuals from k further products."""
+        values, vectors = self.ritz()
+        scale = float(np.abs(values).max())
+        k = min(k, self.used)
+        turn = torch.from_numpy(np.ascontiguousarray(vectors[:, :k].T))
+        rows = turn.to(self.q.device, self.q.dtype) @ self.q[: self.used]
+        rows /= rows.norm(dim=1, keepdim=True)
+        products = torch.stack([self.multiply(row) for row in rows])
+        rayleigh = (rows * products).sum(1)
+        residuals = (products - rayleigh.unsqueeze(1) * rows).norm(dim=1).double().cpu().numpy()
+        # rounding of the basis change is not a lack of convergence
+        bound = max(2 * tol, 100 * torch.finfo(self.a.dtype).eps) * scale
+        return Eigenpairs(
+            values=rayleigh.double().cpu().numpy(),
+            vectors=rows.T,
+            residual_norms=residuals,
+            converged=bool((residuals <= bound).all()),
+            products=self.products,
+        )

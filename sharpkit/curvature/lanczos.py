@@ -1,0 +1,208 @@
+"""Lanczos with full reorthogonalisation, for several start vectors at once.
+
+Each start vector q_1 spans a Krylov space; in an orthonormal basis Q of it the matrix is
+tridiagonal, Qᵀ A Q = T. In floating point the three-term recurrence loses orthogonality and
+returns copies of converged eigenvalues; two passes of Gram-Schmidt against all earlier vectors
+keep Q orthonormal to rounding ("twice is enough").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sharpkit.curvature.linear_map import (
+    LinearMap,
+    Symmetric,
+    as_linear_map,
+    multiply_rows,
+    random_rows,
+)
+from sharpkit.curvature.memory import require_memory
+from sharpkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Tridiagonal:
+    """The tridiagonal matrices of k start vectors, and the bases that belong to them.
+
+    Attributes:
+        diagonal: Shape (k, steps), float64.
+        off_diagonal: Shape (k, steps − 1), float64; 0 where a Krylov space ended.
+        basis: Orthonormal vectors, shape (k, steps, P), in the basis dtype; None if not wanted.
+        breakdowns: How often the Krylov space of each start vector ended, shape (k,).
+    """
+
+    diagonal: NDArray[np.float64]
+    off_diagonal: NDArray[np.float64]
+    basis: Tensor | None
+    breakdowns: NDArray[np.int64]
+
+    def quadrature(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Nodes (Ritz values, ascending) and weights of each start vector, both (k, steps).
+
+        For every polynomial p of degree below 2 · steps, Σ_i weight_i p(node_i) = q_1ᵀ p(A) q_1:
+        Gauss quadrature of the spectrum as the start vector sees it. Weights sum to 1.
+
+        Source:
+            Golub and Meurant, "Matrices, Moments and Quadrature", 1994.
+        """
+        from scipy.linalg import eigh_tridiagonal
+
+        pairs = [
+            eigh_tridiagonal(diagonal, off)
+            for diagonal, off in zip(self.diagonal, self.off_diagonal, strict=True)
+        ]
+        nodes = np.array([values for values, _ in pairs])
+        weights = np.array([vectors[0] ** 2 for _, vectors in pairs])
+        return nodes, weights / weights.sum(axis=1, keepdims=True)
+
+
+def lanczos(
+    operator: Symmetric,
+    *,
+    steps: int,
+    probes: int | Tensor = 1,
+    seed: int = 0,
+    basis_dtype: torch.dtype | None = None,
+    basis_device: torch.device | str | None = None,
+    keep_basis: bool = False,
+    progress: bool = False,
+) -> Tridiagonal:
+    """Reduce a symmetric matrix to tridiagonal form from one or several start vectors.
+
+    All probes advance together: a step is one `matmat`. Where a Krylov space ends (the next
+    vector is rounding noise), the run goes on from a random vector orthogonal to all earlier
+    ones; the coupling is 0, so that Gauss weights are unaffected and repeated eigenvalues are
+    found as often as they occur. Memory: steps x probes x P numbers, checked first.
+
+    Args:
+        operator: A curvature operator, a symmetric tensor of shape (P, P), or anything with
+            shape, dtype, device and matmat.
+        steps: Basis vectors per probe, 1 to P.
+        probes: Number of Gaussian start vectors, or the start vectors as columns, shape (P, k).
+        seed: Of the start vectors.
+        basis_dtype: Storage of the basis; None for that of the operator.
+        basis_device: Where the basis is; None for that of the operator.
+        keep_basis: Return the basis.
+        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+
+    Returns:
+        Tridiagonal: diagonals, basis on request, and the number of breakdowns.
+
+    Raises:
+        ArgumentError: For steps or probes out of range, or a basis that does not fit the memory.
+        ModelError: If a product is NaN or infinite.
+
+    Source:
+        Lanczos 1950; Parlett, "The Symmetric Eigenvalue Problem", section 6.9 (twice is enough).
+
+    Example:
+        >>> import torch
+        >>> nodes, _ = lanczos(torch.diag(torch.tensor([1.0, 2.0, 5.0])), steps=3).quadrature()
+        >>> nodes.round(4)
+        array([[1., 2., 5.]])
+    """
+    a = as_linear_map(operator)
+    size = a.shape[0]
+    if not 1 <= steps <= size:
+        raise ArgumentError(f"steps = {steps}: expected 1 to {size}, the size of the matrix")
+    start = _start(a, probes, seed)
+    count = len(start)
+    dtype = basis_dtype or a.dtype
+    device = torch.device(basis_device or a.device)
+    require_memory(
+        basis_bytes(size, steps, count, dtype),
+        device,
+        f"the basis of {steps} steps x {count} probes x {size} parameters",
+        "ask for fewer steps or probes, or another basis_dtype or basis_device",
+    )
+    basis = torch.zeros(count, steps, size, dtype=dtype, device=device)
+    diagonal, off = np.zeros((count, steps)), np.zeros((count, max(steps - 1, 0)))
+    breakdowns = np.zeros(count, dtype=np.int64)
+    current = start / start.norm(dim=1, keepdim=True)  # (probes, P)
+    scale = np.zeros(count)
+    for j in _bar(steps, progress):
+        basis[:, j] = current
+        w = multiply_rows(a, current)
+        alpha = (w * current).sum(1)
+        diagonal[:, j] = alpha.double().cpu().numpy()
+        if j == steps - 1:
+            break
+        w = w - alpha.unsqueeze(1) * current
+        known = basis[:, : j + 1]
+        w = orthogonalise(orthogonalise(w, known), known)
+        beta = w.norm(dim=1).double().cpu().numpy()
+        scale = np.maximum(scale, np.abs(diagonal[:, j]) + beta)
+        ended = beta <= 10 * torch.finfo(a.dtype).eps * scale
+        for i in np.flatnonzero(ended):
+            w[i] = fresh_direction(a, known[i : i + 1], seed + 7919 * (j + 1) + int(i))
+        breakdowns += ended
+        off[:, j] = np.where(ended, 0.0, beta)
+        current = w / w.norm(dim=1, keepdim=True)
+    return Tridiagonal(diagonal, off, basis if keep_basis else None, breakdowns)
+
+
+def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype) -> int:
+    """Memory of the basis, and of the vectors of one step.
+
+    Example:
+        >>> basis_bytes(1000, 80, 4, torch.float32)
+        1376000
+    """
+    return (steps + 6) * probes * size * dtype.itemsize
+
+
+def orthogonalise(rows: Tensor, basis: Tensor) -> Tensor:
+    """One pass of Gram-Schmidt: rows (k, P) minus their parts in the bases (k, j, P)."""
+    local = rows.to(basis.device, basis.dtype)
+    # one at a time: a batched product would copy the bases, which are slices
+    parts = torch.stack([q.T @ (q @ row) for q, row in zip(basis, local, strict=True)])
+    return rows - parts.to(rows.device, rows.dtype)
+
+
+def fresh_direction(operator: LinearMap, basis: Tensor, seed: int) -> Tensor:
+    """A random unit vector of shape (P,) orthogonal to a basis of shape (1, j, P)."""
+    row = random_rows(1, operator, seed)
+    for _ in range(3):
+        row = orthogonalise(row / row.norm(), basis)
+    unit: Tensor = row / row.norm()
+    return unit[0]
+
+
+def _start(operator: LinearMap, probes: int | Tensor, seed: int) -> Tensor:
+    """The start vectors as rows, shape (k, P)."""
+    size = operator.shape[0]
+    if not isinstance(probes, Tensor):
+        if probes < 1:
+            raise ArgumentError(f"probes must be at least 1, got {probes}")
+        return random_rows(probes, operator, seed)
+    if probes.ndim != 2 or probes.shape[0] != size or probes.shape[1] < 1:
+        raise ArgumentError(
+            f"expected start vectors of shape ({size}, k), got {tuple(probes.shape)}"
+        )
+    rows = probes.T.to(operator.device, operator.dtype)
+    if not bool((torch.isfinite(rows).all(1) & (rows.norm(dim=1) > 0)).all()):
+        raise ArgumentError("a start vector is zero, NaN or infinite")
+    return rows
+
+
+def _bar(steps: int, progress: bool) -> Iterator[int]:
+    bar: Any = tqdm(
+        range(steps),
+        desc="Lanczos",
+        unit="step",
+        leave=False,
+        delay=2,
+        disable=None if progress else True,
+    )
+    yield from bar

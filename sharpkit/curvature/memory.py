@@ -1,0 +1,116 @@
+"""How much memory there is, how much a graph keeps, and the message when it does not fit."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sharpkit.errors import ArgumentError
+
+_CPU_BUDGET = 4 * 2**30
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device; None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + reserved)
+    if device.type != "cpu":
+        return None
+    known = [free for free in (_system_memory(), _container_memory()) if free is not None]
+    return min(known, default=None)
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes for kept graphs: half of what is free, and on a CPU no more than 4 GiB."""
+    free = available_memory(device)
+    if device.type == "cuda" and free is not None:
+        return free // 2
+    return _CPU_BUDGET if free is None else min(_CPU_BUDGET, free // 2)
+
+
+def require_memory(needed: int, device: torch.device, what: str, advice: str) -> None:
+    """Raise ArgumentError with the numbers if `needed` bytes are more than the device has free.
+
+    Example:
+        >>> require_memory(10**18, torch.device("cpu"), "the basis", "ask for fewer steps")
+        Traceback (most recent call last):
+        ...
+        sharpkit.errors.ArgumentError: the basis needs 1,000,000,000.0 GB on cpu, of which ...
+    """
+    free = available_memory(device)
+    if free is not None and needed > free:
+        raise ArgumentError(
+            f"{what} needs {gigabytes(needed)} on {device}, "
+            f"of which {gigabytes(free)} is free: {advice}"
+        )
+
+
+def gigabytes(size: int) -> str:
+    """A size for people, in units of 10^9 bytes.
+
+    Example:
+        >>> gigabytes(1_250_000_000)
+        '1.2 GB'
+    """
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+class _Saved:
+    """A tensor as autograd keeps it; lives as long as the graph that saved it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # with its history it would hold the graph that holds it
+
+
+def saved_bytes(record: Callable[[], object], ignore: list[Tensor]) -> int:
+    """Bytes of the tensors that the graph recorded keeps alive, each storage once.
+
+    Args:
+        record: Builds a graph and returns what holds it.
+        ignore: Tensors that exist anyway, such as the weights.
+    """
+    saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
+
+    def pack(tensor: Tensor) -> _Saved:
+        kept = _Saved(tensor)
+        saved.add(kept)
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        graph = record()
+    known = {t.untyped_storage().data_ptr() for t in ignore}
+    storages = [kept.tensor.untyped_storage() for kept in saved]
+    sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}
+    del graph
+    return sum(sizes.values())
+
+
+def _system_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _container_memory() -> int | None:
+    """What is left of the control group's limit, if there is one."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        cached = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    return max(0, int(limit) - used + int(cached.get("inactive_file", 0)))

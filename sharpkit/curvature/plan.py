@@ -1,0 +1,89 @@
+"""How an operator's examples are cut into chunks, and how many graphs fit the memory.
+
+Everything follows from sizes, never from timings, so that two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from sharpkit.curvature.memory import default_budget, require_memory, saved_bytes
+
+# bytes of kept graph per chunk that run fastest (benchmarks/bench_curvature.py)
+_CPU_WORKING_SET = 32 * 2**20
+_GPU_WORKING_SET = 1024 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Chunks of nearly equal size, the first `keep` of which stay in memory."""
+
+    bounds: list[tuple[int, int]]
+    keep: int
+    keep_bytes: int
+
+
+def graph_bytes(record: Callable[[int], object], n: int, known: list[Tensor]) -> tuple[int, int]:
+    """Bytes that a kept graph takes per example, and besides per chunk.
+
+    Args:
+        record: Records the graph of the first so many examples.
+        n: How many examples there are.
+        known: Tensors that exist anyway.
+    """
+    many = min(4, n)
+    few = max(1, many // 2)
+    small = saved_bytes(lambda: record(few), known)
+    if many == few:
+        return max(small, 1), 0
+    per_example = max((saved_bytes(lambda: record(many), known) - small) // (many - few), 1)
+    return per_example, max(small - few * per_example, 0)
+
+
+def make_plan(
+    n: int,
+    graph: tuple[int, int],
+    weights: Sequence[Tensor],
+    chunk: int | Literal["auto"],
+    memory_budget: int | None,
+) -> Plan:
+    """Choose the chunks, and keep as many as the budget allows.
+
+    Args:
+        n: Number of examples.
+        graph: Bytes per example, and per chunk.
+        weights: The selected parameters.
+        chunk: Examples per chunk, or "auto".
+        memory_budget: Bytes for kept graphs; None for the device's default.
+
+    Raises:
+        ArgumentError: If one chunk, or what the budget asks for, does not fit the memory.
+    """
+    per_example, per_chunk = graph
+    device = weights[0].device
+    longest = _automatic_chunk(per_example, weights) if isinstance(chunk, str) else chunk
+    count = -(-n // longest)
+    edges = [n * i // count for i in range(count + 1)]
+    longest = -(-n // count)
+    size = per_example * longest + per_chunk
+    require_memory(
+        size, device, f"the graph of one chunk of {longest} examples", "pass a smaller chunk"
+    )
+    budget = default_budget(device) if memory_budget is None else memory_budget
+    keep = min(count, budget // max(size, 1)) if budget else 0
+    require_memory(
+        keep * size, device, f"keeping {keep} of {count} chunks", "pass a smaller memory_budget"
+    )
+    return Plan(list(itertools.pairwise(edges)), keep, keep * size)
+
+
+def _automatic_chunk(per_example: int, weights: Sequence[Tensor]) -> int:
+    on_cpu = weights[0].device.type == "cpu"
+    # adding a chunk's product to the total should cost little beside it
+    target = max(_CPU_WORKING_SET if on_cpu else _GPU_WORKING_SET, sum(w.nbytes for w in weights))
+    return min(max(target // per_example, 1), 1024 if on_cpu else 8192) if per_example else 64

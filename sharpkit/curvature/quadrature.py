@@ -1,0 +1,133 @@
+"""Spectral density of a symmetric operator by stochastic Lanczos quadrature."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharpkit.curvature.density import DEFAULT_POINTS, SpectralDensity, check_shape, shown
+from sharpkit.curvature.grids import Spacing
+from sharpkit.curvature.lanczos import basis_bytes, lanczos
+from sharpkit.curvature.linear_map import Symmetric, as_linear_map, random_rows
+from sharpkit.curvature.memory import available_memory
+from sharpkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+def spectral_density(
+    operator: Symmetric,
+    *,
+    steps: int = 80,
+    probes: int | Tensor = 4,
+    seed: int = 0,
+    grid: Spacing | Array = "linear",
+    bandwidth: float | None = None,
+    points: int = DEFAULT_POINTS,
+    threshold: float | None = None,
+    basis_dtype: torch.dtype | None = None,
+    basis_device: torch.device | str | None = None,
+    progress: bool = True,
+) -> SpectralDensity:
+    """The density of the eigenvalues, by stochastic Lanczos quadrature.
+
+    For k random unit vectors v, `steps` of Lanczos give nodes θ_i and weights ω_i with
+    Σ ω_i p(θ_i) = vᵀ p(A) v for polynomials p of degree below 2 · steps; the mean over v is
+    tr p(A) / P. The density is the mean over probes of Σ ω_i N(λ; θ_i, bandwidth²). Cost: steps x
+    probes products; memory: steps x probes x P numbers. Probes that do not fit the memory
+    together run one after another.
+
+    Args:
+        operator: A curvature operator, a symmetric tensor of shape (P, P), or anything with
+            shape, dtype, device and matmat.
+        steps: Lanczos steps, at least 1; more than P are P, with a warning.
+        probes: Number of Gaussian probes, or start vectors as columns, shape (P, k).
+        seed: Of the probes.
+        grid: "linear", "log", "symlog" (logarithmic on both sides of 0) or increasing points.
+        bandwidth: Standard deviation of the smoothing; None for 1/200 of the range of the nodes.
+            On "log" and "symlog" grids it is in units of the axis.
+        points: Grid points.
+        threshold: Where "symlog" turns linear; None for 1e-4 of the largest |node|.
+        basis_dtype: Storage of the Lanczos basis; None for that of the operator.
+        basis_device: Where the basis is; None for that of the operator.
+        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+
+    Returns:
+        SpectralDensity: Nodes, weights, density on the grid, errors, and the trace and norm that
+            they imply.
+
+    Raises:
+        ArgumentError: For steps, probes, grid or bandwidth out of range, or a basis that does not
+            fit the memory.
+        ModelError: If a product is NaN or infinite.
+
+    Source:
+        Ghorbani, Krishnan and Xiao, ICML 2019, algorithm 1; Ubaru, Chen and Saad, SIAM J. Matrix
+        Anal. Appl. 2017.
+
+    Example:
+        >>> import torch
+        >>> result = spectral_density(torch.diag(torch.tensor([1.0, 1.0, 4.0])), steps=2,
+        ...                           probes=torch.eye(3))
+        >>> round(result.trace, 4), round(result.mass, 6)
+        (6.0, 1.0)
+    """
+    began = time.perf_counter()
+    a = as_linear_map(operator)
+    size = a.shape[0]
+    if steps < 1:
+        raise ArgumentError(f"steps must be at least 1, got {steps}")
+    if steps > size:
+        warnings.warn(
+            f"steps = {steps} is more than the {size} dimensions there are: using {size}",
+            stacklevel=2,
+        )
+        steps = size
+    check_shape(grid, bandwidth, points, threshold)
+    if not isinstance(probes, Tensor):
+        if probes < 1:
+            raise ArgumentError(f"probes must be at least 1, got {probes}")
+        probes = random_rows(probes, a, seed).T
+    storage = basis_dtype or a.dtype, torch.device(basis_device or a.device)
+    together = _probes_at_once(size, steps, probes.shape[-1], *storage)
+    parts = [
+        lanczos(
+            a,
+            steps=steps,
+            probes=block,
+            seed=seed,
+            basis_dtype=basis_dtype,
+            basis_device=basis_device,
+            progress=progress,
+        )
+        for block in torch.split(probes, together, dim=-1)
+    ]
+    rules = [part.quadrature() for part in parts]
+    nodes = np.concatenate([nodes for nodes, _ in rules])
+    weights = np.concatenate([weights for _, weights in rules])
+    return SpectralDensity(
+        nodes=nodes,
+        weights=weights,
+        **shown(nodes, weights, grid, bandwidth, points, threshold),
+        size=size,
+        breakdowns=np.concatenate([part.breakdowns for part in parts]),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _probes_at_once(
+    size: int, steps: int, probes: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    free = available_memory(device)
+    if free is None:
+        return max(probes, 1)
+    fit = int(0.8 * free) // basis_bytes(size, steps, 1, dtype)
+    return max(1, min(probes, fit))  # if not even one fits, lanczos says so

@@ -1,0 +1,132 @@
+"""Lanczos on matrices of known spectrum."""
+
+import numpy as np
+import pytest
+import torch
+from matrices import SPECTRA, with_spectrum
+
+from sharpkit.curvature import lanczos
+from sharpkit.errors import ArgumentError, ModelError
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_basis_is_orthonormal_and_tridiagonalises(name, dtype):
+    a = with_spectrum(SPECTRA[name]).to(dtype)
+    eps = torch.finfo(dtype).eps
+    steps = min(60, len(a))
+    run = lanczos(a, steps=steps, probes=3, seed=1, keep_basis=True)
+    assert run.diagonal.shape == (3, steps)
+    for i in range(3):
+        q = run.basis[i].double()
+        assert (q @ q.T - torch.eye(steps)).abs().max() < 100 * eps
+        t = torch.tensor(
+            np.diag(run.diagonal[i])
+            + np.diag(run.off_diagonal[i], 1)
+            + np.diag(run.off_diagonal[i], -1)
+        )
+        scale = max(float(a.abs().max()) * 10, 1e-300)
+        assert (q @ a.double() @ q.T - t).abs().max() < 200 * eps * scale
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_all_steps_give_every_eigenvalue_as_often_as_it_occurs(name):
+    values = SPECTRA[name]
+    nodes, weights = lanczos(with_spectrum(values), steps=len(values), probes=2).quadrature()
+    scale = np.abs(values).max()
+    assert np.abs(nodes - np.sort(values)).max() <= 1e-12 * scale
+    assert np.allclose(weights.sum(axis=1), 1, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_there_are_no_ghost_eigenvalues(dtype):
+    a = with_spectrum(SPECTRA["outliers"]).to(dtype)
+    nodes, _ = lanczos(a, steps=100, probes=4).quadrature()
+    assert ((nodes > 90).sum(axis=1) == 1).all()
+    assert np.allclose(nodes[:, -5:], [[5, 8, 9, 20, 100]], rtol=2e-5)
+
+
+def test_an_ended_krylov_space_goes_on_elsewhere():
+    run = lanczos(torch.diag(torch.tensor([1.0, 1.0, 1.0, 2.0])), steps=4)
+    assert run.breakdowns.tolist() == [2]
+    assert (run.off_diagonal == 0).sum() == 2
+    nodes, weights = run.quadrature()
+    assert np.allclose(nodes, [[1, 1, 1, 2]], atol=1e-6)
+    assert weights[0][(weights[0] > 1e-12)].size == 2
+
+
+def test_gauss_quadrature_is_exact_for_its_degree():
+    a = with_spectrum(SPECTRA["uniform"])
+    start = torch.randn(120, 1, dtype=torch.float64)
+    nodes, weights = lanczos(a, steps=5, probes=start).quadrature()
+    v = start[:, 0] / start.norm()
+    for degree in range(10):
+        exact = float(v @ torch.linalg.matrix_power(a, degree) @ v)
+        assert abs((weights * nodes**degree).sum() - exact) < 1e-12
+
+
+def test_a_smaller_basis_dtype_is_enough_for_outliers():
+    a = with_spectrum(SPECTRA["outliers"])
+    run = lanczos(a, steps=40, basis_dtype=torch.float32, basis_device="cpu", keep_basis=True)
+    assert run.basis.dtype == torch.float32
+    assert np.allclose(run.quadrature()[0][0, -5:], [5, 8, 9, 20, 100], rtol=1e-5)
+
+
+def test_probes_do_not_depend_on_each_other():
+    a = with_spectrum(SPECTRA["uniform"])
+    starts = torch.randn(120, 3, dtype=torch.float64)
+    together = lanczos(a, steps=20, probes=starts)
+    alone = lanczos(a, steps=20, probes=starts[:, 1:2])
+    assert np.allclose(together.diagonal[1], alone.diagonal[0], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps = 0: expected 1 to 4"),
+        ({"steps": 5}, "steps = 5: expected 1 to 4"),
+        ({"steps": 2, "probes": 0}, "probes must be at least 1"),
+        ({"steps": 2, "probes": torch.ones(3, 1)}, r"shape \(4, k\), got \(3, 1\)"),
+        ({"steps": 2, "probes": torch.zeros(4, 1)}, "zero, NaN or infinite"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        lanczos(torch.eye(4), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
+        (torch.ones(2, 3), r"square matrix, got shape \(2, 3\)"),
+        (torch.tensor([[1.0, 2.0], [0.0, 1.0]]), "not symmetric"),
+        (torch.full((2, 2), torch.nan), "NaN or infinite"),
+        (torch.eye(2, dtype=torch.float16), "float32 or float64"),
+        ([[1.0]], "got list"),
+    ],
+)
+def test_what_is_not_a_symmetric_matrix_is_refused(matrix, message):
+    with pytest.raises(ArgumentError, match=message):
+        lanczos(matrix, steps=1)
+
+
+def test_a_basis_that_does_not_fit_is_refused_with_its_size():
+    class Large:
+        shape, dtype, device = (10**6, 10**6), torch.float32, torch.device("cpu")
+
+        def matmat(self, vectors):
+            raise AssertionError("must not be reached")
+
+    with pytest.raises(ArgumentError, match=r"10000 steps x 100 probes.*4,002.4 GB.*is free"):
+        lanczos(Large(), steps=10_000, probes=torch.ones(1, 1).expand(10**6, 100))
+
+
+def test_a_nan_product_is_an_error():
+    class Broken:
+        shape, dtype, device = (3, 3), torch.float64, torch.device("cpu")
+
+        def matmat(self, vectors):
+            return vectors * torch.nan
+
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        lanczos(Broken(), steps=2)

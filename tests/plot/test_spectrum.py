@@ -1,0 +1,64 @@
+"""The figure of spectral densities."""
+
+import pandas as pd
+import pytest
+import torch
+
+from sharpkit.curvature import spectral_density
+from sharpkit.errors import ArgumentError
+from sharpkit.plot.spectrum import headline, spectrum
+
+MATRIX = torch.diag(torch.tensor([-0.1, 0.0, 0.0, 0.1, 0.2, 1.0, 2.0, 3.0, 4.0, 8.0]))
+
+
+def test_panels_share_axes_and_say_the_top_eigenvalues(tmp_path):
+    densities = {
+        "epoch 1": spectral_density(MATRIX, steps=10),
+        "epoch 9": spectral_density(2 * MATRIX, steps=10),
+    }
+    figure = spectrum(densities, tmp_path / "new" / "s.png")
+    left, right = figure.axes
+    assert left.get_title() == "epoch 1\nλmax = 8, λmax/λ5 = 8"
+    assert left.get_yscale() == "log"
+    assert left.get_xlim() == right.get_xlim()
+    assert (tmp_path / "new" / "s.png").stat().st_size > 5000
+    table = pd.read_csv(tmp_path / "new" / "s.csv")
+    assert list(table) == ["model", "eigenvalue", "density", "std_error"]
+    free = spectrum(densities, share_axes=False)
+    assert free.axes[0].get_xlim() != free.axes[1].get_xlim()
+
+
+@pytest.mark.parametrize(("grid", "scale"), [("symlog", "symlog"), ("linear", "linear")])
+def test_the_axis_is_that_of_the_grid(grid, scale):
+    density = spectral_density(MATRIX, steps=10, grid=grid)
+    assert density.plot(title="x").axes[0].get_xscale() == scale
+
+
+def test_a_log_grid_and_one_probe():
+    density = spectral_density(MATRIX.abs() + torch.eye(10), steps=10, probes=1, grid="log")
+    assert spectrum(density).axes[0].get_xscale() == "log"
+
+
+def test_many_panels_wrap():
+    density = spectral_density(MATRIX, steps=3)
+    figure = spectrum({str(i): density for i in range(6)})
+    assert sum(axis.get_visible() for axis in figure.axes) == 6
+
+
+def test_the_headline_leaves_out_what_is_not_defined():
+    assert headline(spectral_density(-torch.eye(6), steps=6)) == "λmax = -1"
+
+
+def test_nothing_or_mixed_grids_are_refused():
+    with pytest.raises(ArgumentError, match="no densities"):
+        spectrum({})
+    a, b = (spectral_density(MATRIX, steps=3, grid=g) for g in ("linear", "symlog"))
+    with pytest.raises(ArgumentError, match="different kinds of grid"):
+        spectrum({"a": a, "b": b}, share_axes=True)
+    assert spectrum({"a": a, "b": b}).axes[1].get_xscale() == "symlog"
+
+
+def test_spectra_of_very_different_width_get_axes_of_their_own():
+    wide, narrow = (spectral_density(c * MATRIX, steps=10) for c in (1.0, 0.01))
+    left, right = spectrum({"a": wide, "b": narrow}).axes
+    assert left.get_xlim() != right.get_xlim()
