@@ -16,6 +16,7 @@ from sharpkit.evaluation import conditional_mutual_information
 from sharpkit.measures import MSharpness
 from sharpkit.runs import Scores, evaluate, score_zoo
 from sharpkit.sharpness import SharpnessResult, m_sharpness
+from sharpkit.training import SAM, m_sam_gradient
 from sharpkit.zoo import (
     ModelEntry,
     Task,
@@ -31,6 +32,7 @@ from sharpkit.zoo import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "SAM",
     "FisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
@@ -49,6 +51,7 @@ __all__ = [
     "frobenius_norm",
     "layer_spectra",
     "load_zoo",
+    "m_sam_gradient",
     "m_sharpness",
     "measures",
     "plot",

@@ -1,0 +1,337 @@
+"""Sharpness-aware minimization as a torch optimizer around any other (Foret et al. 2021)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.functional import Inputs, Loss
+from sharpkit.training.ascent import perturb
+from sharpkit.training.buffers import BufferGuard
+from sharpkit.training.m_sam import accumulate, unwrapped
+from sharpkit.training.noise import Noise
+from sharpkit.training.radius import checked_radius, radii_of_groups
+
+
+class _Phase(Enum):
+    IDLE = "before the first pass"
+    PERTURBED = "at the perturbed weights"
+    READY = "back at the weights, with the gradient of the perturbed ones"
+
+
+class SAM(Optimizer):
+    """Steps of any optimizer along the gradient at w + ε, the worst weights near w.
+
+    One step, Algorithm 1 of the paper, with g the gradient of the batch loss L:
+
+        ε = ρ g(w) / ‖g(w)‖₂,    w ← base step from w along g(w + ε).
+
+    The norm is over all parameters of all groups. Groups may have a `rho` and `adaptive` of their
+    own: with T = ρ, or ρ|w| where adaptive (ASAM), the ball is ‖ε / T‖₂ ≤ 1 and
+    ε = T² g / ‖T g‖₂; a group with ρ = 0 is not perturbed and does not count in the norm.
+    There is no epsilon in the denominator: a zero gradient gives ε = 0. The weights are put back
+    from a copy, bit for bit, also when a pass fails. Running statistics (BatchNorm) move in the
+    first pass only, and `step(closure)` gives both passes the same random numbers, so the same
+    dropout masks, as in the authors' implementation. Weight decay of the base optimizer acts on w
+    and does not enter ε.
+
+    Ways to make a step, all of which end at a step of the base optimizer:
+
+    - `step(closure)` runs both passes.
+    - `first_step()`, second backward pass, `second_step()` in a loop of your own; several backward
+      passes may be accumulated before each, and gradients clipped before the last.
+    - `with opt.perturbed():` around the second pass, then `step()`: as before, but safe against
+      errors.
+    - `step_batch(model, inputs, labels, m=...)`: m-SAM, a perturbation for each group of m.
+
+    With `torch.amp.GradScaler`, scale both losses and call `scaler.step(opt)` in place of
+    `second_step()`. The ascent does not depend on the scale, so only the second gradient is
+    unscaled; a step that the scaler skips still puts the weights back. With
+    DistributedDataParallel, run the first backward pass inside `model.no_sync()` (or
+    `step(closure, no_sync=model.no_sync)`): each rank's shard then has its own ε, as in the paper.
+    Every rank must hold whole parameters, so this is not for sharded ones (FSDP).
+
+    Args:
+        params: Parameters or groups of them, as for every torch optimizer.
+        base_optimizer: An optimizer class, such as `torch.optim.SGD`. Its groups and state are
+            shared with this object, so schedulers of `lr` or `rho` act on either.
+        rho: Radius of the perturbation, at least 0; 0.05 is the paper's for CIFAR.
+        adaptive: Measure ε relative to |w| elementwise (then ρ is 10 times larger or more).
+        base_kwargs: Passed to `base_optimizer`.
+
+    Raises:
+        ArgumentError: For a rho below 0, or a base optimizer that is not a class or needs a
+            closure itself.
+
+    Source:
+        Foret et al., ICLR 2021, Algorithm 1 and equation 2; Kwon et al., ICML 2021 (adaptive).
+
+    Example:
+        L(w) = w²/2 at w = 1: ε = 0.5, the gradient there is 1.5, so w becomes 1 − 0.1 · 1.5.
+
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> opt = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
+        >>> def closure():
+        ...     loss = (w ** 2 / 2).sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> opt.step(closure).item()
+        0.5
+        >>> w.data
+        tensor([0.8500])
+    """
+
+    # GradScaler then always calls `step`, which puts the weights back even if it skips the update
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        base_optimizer: Callable[..., Optimizer],
+        *,
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **base_kwargs: Any,
+    ) -> None:
+        if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
+            raise ArgumentError(
+                "base_optimizer must be a class such as torch.optim.SGD, with its arguments "
+                f"passed to SAM; got {type(base_optimizer).__name__}"
+            )
+        self._reset()
+        super().__init__(params, {"rho": checked_radius(rho), "adaptive": adaptive})
+        self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
+        closure = inspect.signature(self.base_optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ArgumentError(
+                f"{type(self.base_optimizer).__name__} evaluates a closure of its own and cannot "
+                "follow the gradient of SAM"
+            )
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+        self.defaults = {**self.base_optimizer.defaults, **self.defaults}
+
+    def _reset(self) -> None:
+        self._phase = _Phase.IDLE
+        self._moved: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._guard = BufferGuard()
+        self._finite = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; `rho` and `adaptive` as given in it, or this object's."""
+        if "rho" in param_group:
+            param_group["rho"] = checked_radius(param_group["rho"])
+        super().add_param_group(param_group)
+        base = getattr(self, "base_optimizer", None)
+        if base is not None:
+            group = self.param_groups.pop()  # one shared list: let the base optimizer append it
+            base.add_param_group(group)
+
+    def first_step(self, *, zero_grad: bool = True) -> None:
+        """Move the weights to w + ε along the gradients in `.grad`.
+
+        Until the weights are back, buffers of modules in training mode are noted, to be put back
+        with them.
+
+        Args:
+            zero_grad: Clear the gradients afterwards, ready for the second backward pass.
+
+        Raises:
+            ModelError: If a gradient is sparse.
+            ArgumentError: If the weights are perturbed already, or a group's rho is below 0.
+        """
+        if self._phase is _Phase.PERTURBED:
+            raise ArgumentError(
+                "the weights are perturbed already: call second_step(), or restore() to go back"
+            )
+        rhos = [checked_radius(group["rho"]) for group in self.param_groups]
+        groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        every = [p for group in groups for p in group]
+        for p in every:
+            if p.grad is not None and p.grad.layout is not torch.strided:
+                raise ModelError(
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient: SAM needs dense "
+                    "ones (Embedding(..., sparse=False))"
+                )
+        self._moved, self._copies = every, [p.detach().clone() for p in every]
+        self._phase = _Phase.PERTURBED
+        self._guard.start()
+        self._finite = perturb(groups, rhos, [bool(g["adaptive"]) for g in self.param_groups])
+        torch.clear_autocast_cache()  # it may hold half-precision copies of w
+        if zero_grad:
+            self.zero_grad()
+
+    def second_step(self, *, zero_grad: bool = False) -> None:
+        """Put the weights back to w and step the base optimizer along the gradients in `.grad`.
+
+        Args:
+            zero_grad: Clear the gradients afterwards.
+
+        Raises:
+            ArgumentError: Without a first step.
+        """
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put weights and buffers back without a step, for instance after a failed second pass."""
+        if self._phase is _Phase.PERTURBED:
+            if self._moved:
+                torch._foreach_copy_(self._moved, self._copies)
+            torch.clear_autocast_cache()
+            self._guard.stop()
+        self._moved, self._copies, self._phase = [], [], _Phase.IDLE
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Be at w + ε inside, and back at w on leaving, also after an error; then call `step()`.
+
+        Example:
+            >>> import torch
+            >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> opt = SAM([w], torch.optim.SGD, rho=0.5, lr=0.1)
+            >>> (w ** 2 / 2).sum().backward()
+            >>> with opt.perturbed():
+            ...     (w ** 2 / 2).sum().backward()
+            >>> opt.step()
+            >>> w.data
+            tensor([0.8500])
+        """
+        self.first_step()
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+        if self._phase is _Phase.PERTURBED:
+            self.restore()
+            self._phase = _Phase.READY
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        no_sync: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> Any:
+        """Make a whole step with a closure, or finish one without.
+
+        Args:
+            closure: Computes the loss, calls its backward and returns it. It is called twice, with
+                the gradients cleared before each call, and with the same random numbers.
+            no_sync: Context for the first call, such as `no_sync` of a DistributedDataParallel.
+
+        Returns:
+            What the closure returned at the unperturbed weights; None without one.
+
+        Raises:
+            ArgumentError: Without a closure, unless `first_step` (or `perturbed`, or
+                `accumulate_groups`) came before; or with one after it.
+        """
+        if closure is None:
+            return self._finish()
+        if self._phase is not _Phase.IDLE:
+            raise ArgumentError(
+                f"step(closure) makes a whole step, but one has begun ({self._phase.value}): "
+                "call step() to finish it, or restore() to drop it"
+            )
+        noise = Noise.of(p for group in self.param_groups for p in group["params"])
+        self.zero_grad()
+        with torch.enable_grad(), no_sync() if no_sync is not None else nullcontext():
+            loss = closure()
+        with self.perturbed(), torch.enable_grad():
+            noise.replay()
+            closure()
+        self._finish()
+        return loss
+
+    def _finish(self) -> None:
+        if self._phase is _Phase.IDLE:
+            raise ArgumentError(
+                "SAM needs two passes: give step() a closure that computes the loss and calls its "
+                "backward, or call first_step() and a second backward pass before it"
+            )
+        self.restore()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and (bool(found_inf) or not self._finite):
+            return
+        if scale is not None:
+            gradients = [
+                p.grad for g in self.param_groups for p in g["params"] if p.grad is not None
+            ]
+            for gradient in gradients:
+                gradient.mul_(scale.double().reciprocal().to(gradient.device))
+        self.base_optimizer.step()
+
+    def accumulate_groups(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        labels: Tensor,
+        *,
+        m: int,
+        loss: Loss = "cross_entropy",
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> Tensor:
+        """Add the m-SAM gradient of a batch to `.grad`; `step()` then uses it.
+
+        As `m_sam_gradient`, with rho and adaptive from the parameter groups. The gradients of
+        several calls add up, and may be clipped before `step()`.
+        """
+        if self._phase is _Phase.PERTURBED:
+            raise ArgumentError("the weights are perturbed: call second_step() or restore() first")
+        radii = radii_of_groups(self.param_groups, unwrapped(model))
+        value = accumulate(model, inputs, labels, m=m, radii=radii, loss=loss, scaler=scaler)
+        self._phase, self._finite = _Phase.READY, True
+        return value
+
+    def step_batch(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        labels: Tensor,
+        *,
+        m: int,
+        loss: Loss = "cross_entropy",
+    ) -> Tensor:
+        """One m-SAM step: clear gradients, `accumulate_groups`, `step()`.
+
+        Args:
+            model: The model whose parameters this optimizer has.
+            inputs: Tensor of shape (n, ...), or a dict or tuple of such.
+            labels: Tensor of shape (n, ...).
+            m: Examples per group; n or more for plain SAM.
+            loss: "cross_entropy", "mse", or a function (outputs, labels) -> mean over examples.
+
+        Returns:
+            Tensor: The mean loss at the weights before the step.
+        """
+        self.zero_grad()
+        value = self.accumulate_groups(model, inputs, labels, m=m, loss=loss)
+        self.step()
+        return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle and deepcopy keep: nothing of a step half made."""
+        return {**super().__getstate__(), "base_optimizer": self.base_optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_phase" not in self.__dict__:
+            self._reset()
+        for group in self.param_groups:  # a checkpoint of the plain base optimizer has none
+            group.setdefault("rho", self.defaults["rho"])
+            group.setdefault("adaptive", self.defaults["adaptive"])
+        self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})
