@@ -1,10 +1,11 @@
 """Speed of m-sharpness, in units of (gradient pass + forward pass) over the same examples.
 
-    python benchmarks/bench_m_sharpness.py [--quick] [--device cuda] [--out FILE.json]
+    python benchmarks/bench_m_sharpness.py [--quick] [--device cuda] [--system-allocator]
+        [--out FILE.json]
 
-Every ratio comes from this one process: in each repetition the unit and the measurement run one
-after the other, and the median of the ratios is reported. The unit is taken at the best of several
-batch sizes. Beside it stands the plain loop, with one gradient and one forward pass per group.
+Every ratio comes from this one process: each measurement stands between two units, and the median
+of the ratios is reported. The unit is taken at the best of several batch sizes. Beside it stands
+the plain loop, with one gradient and one forward pass per group.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import keep_freed_memory, ratio, timed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -83,28 +83,17 @@ def plain_loop(model: nn.Module, x: Tensor, y: Tensor, m: int, rho: float) -> fl
     return total
 
 
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def ratio(run: Callable[[], object], unit: Callable[[], object], repeats: int) -> dict[str, float]:
-    run()
-    ratios = [timed(run) / timed(unit) for _ in range(repeats)]
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="Fewer examples and repetitions.")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--system-allocator", action="store_true", help="Do not tune malloc.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if not args.system_allocator:
+        keep_freed_memory()
     device = torch.device(args.device)
-    repeats = 3 if args.quick else 7
+    repeats = 3 if args.quick else 5
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []
 
@@ -120,7 +109,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
     print("| case | median | range | bound |\n|---|---|---|---|")
 
-    n = 512 if args.quick else 2048
+    n = 512 if args.quick else 1024
     model = small_cnn().to(device).eval()
     x, y = torch.randn(n, 1, 28, 28, device=device), torch.randint(0, 10, (n,), device=device)
     unit = Unit(model, x, y, [32, 64, 128, 256] if device.type == "cpu" else [512, 2048])
@@ -146,7 +135,7 @@ def main() -> None:
         ">= 2.5",
     )
 
-    n = 32 if args.quick else 128
+    n = 32 if args.quick else 64
     model = task1_vgg().to(device).eval()
     x, y = torch.randn(n, 3, 32, 32, device=device), torch.randint(0, 10, (n,), device=device)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,15 +15,12 @@ the next) drown the differences. `--system-allocator` leaves it alone.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import keep_freed_memory, ratio
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -95,34 +92,6 @@ def loop_step(model: nn.Module, x: Tensor, y: Tensor, m: int) -> Callable[[], ob
         optimizer.step()
 
     return step
-
-
-def timed(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def ratio(run: Callable[[], object], unit: Callable[[], object], repeats: int) -> dict[str, float]:
-    run()
-    unit()
-    ratios = []
-    before = timed(unit)
-    for _ in range(repeats):  # each run between two units, so that a slow spell hits both
-        middle, after = timed(run), timed(unit)
-        ratios.append(2 * middle / (before + after))
-        before = after
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
-
-
-def keep_freed_memory() -> None:
-    """mallopt(M_TRIM_THRESHOLD) and mallopt(M_MMAP_THRESHOLD), where the C library has them."""
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        for option in (-1, -3):
-            getattr(library, "mallopt", lambda *_: 0)(option, 2**30)
 
 
 def main() -> None:

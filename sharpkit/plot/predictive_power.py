@@ -66,7 +66,7 @@ def predictive_power(
         axis.set_ylabel(_name(statistic), color=colour)
         axis.tick_params(axis="y", colors=colour)
     left.set_title("Predictive power of m-sharpness (95 % bootstrap over models)", fontsize=10)
-    left.legend(handles=handles, fontsize=9)
+    left.legend(handles=handles, fontsize=9, loc="upper right")
     left.grid(alpha=0.25)
     if out is not None:
         path = Path(out)

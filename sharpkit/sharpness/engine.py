@@ -188,7 +188,8 @@ class GradientPass:
         top = delta.abs().amax().double()
         exponent = torch.where(top > 0, -torch.floor(torch.log2(top)), torch.inf)
         finite = torch.where(top > 0, exponent, 0.0)
-        dense, deltas = pull(geometry.power_of_two(delta, finite))
+        with torch.no_grad():  # else torch.func records the backward pass for a second derivative
+            dense, deltas = pull(geometry.power_of_two(delta, finite), retain_graph=False)
         return loss.double(), dense, layer_inputs, deltas, exponent
 
     def _blocks(

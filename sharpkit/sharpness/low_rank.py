@@ -23,14 +23,20 @@ class Calls(TorchFunctionMode):
     Args:
         weights: Name to weight tensor, recognised by identity.
         rule: (name, call number, input, output) -> output, applied to each call in turn.
+        watch: Also collect in `elsewhere` the weights that anything but `F.linear` uses; this
+            looks at every argument of every function, so it is for planning only.
     """
 
     def __init__(
-        self, weights: Mapping[str, Tensor], rule: Callable[[str, int, Tensor, Tensor], Tensor]
+        self,
+        weights: Mapping[str, Tensor],
+        rule: Callable[[str, int, Tensor, Tensor], Tensor],
+        *,
+        watch: bool = False,
     ) -> None:
         super().__init__()
         self._names = {id(w): name for name, w in weights.items()}
-        self._rule = rule
+        self._rule, self._watch = rule, watch
         self.count = dict.fromkeys(weights, 0)
         self.elsewhere: set[str] = set()
 
@@ -44,20 +50,18 @@ class Calls(TorchFunctionMode):
         """Run the function; let the rule change the output of the linear layers it knows."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        used = {
-            self._names[id(a)] for a in pytree.tree_leaves((args, kwargs)) if id(a) in self._names
-        }
-        if not used:
+        name = None
+        if func is F.linear:
+            weight = kwargs["weight"] if "weight" in kwargs else args[1]
+            name = self._names.get(id(weight))
+        if self._watch:
+            used = {self._names.get(id(a)) for a in pytree.tree_leaves((args, kwargs))}
+            self.elsewhere |= {other for other in used if other is not None and other != name}
+        if name is None:
             return out
-        weight = kwargs.get("weight", args[1] if len(args) > 1 else None)
-        name = self._names.get(id(weight))
-        if func is not F.linear or name is None or used != {name}:
-            self.elsewhere |= used
-            return out
-        layer_input = args[0] if args else kwargs["input"]
         call = self.count[name]
         self.count[name] += 1
-        return self._rule(name, call, layer_input, out)
+        return self._rule(name, call, args[0] if args else kwargs["input"], out)
 
 
 def rows(tensor: Tensor) -> Tensor:

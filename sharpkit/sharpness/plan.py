@@ -17,8 +17,9 @@ from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.engine import LossFn, pays
 from sharpkit.sharpness.geometry import Tensors
 
-# what fits the last-level cache runs fastest on a CPU (benchmarks/bench_m_sharpness.py)
-_CPU_WORKING_SET = 32 * 2**20
+# activations of a chunk that run fastest on a CPU: they stay in its cache, and are enough work for
+# the calls that evaluate them (benchmarks/bench_m_sharpness.py)
+_CPU_ACTIVATIONS = 20 * 2**20
 _CPU_MEMORY_BUDGET = 4 * 2**30
 
 
@@ -39,7 +40,7 @@ def factored_weights(
         rows[name] += low_rank.rows(layer_input).shape[0]
         return out
 
-    with torch.no_grad(), low_rank.Calls(matrices, rule) as calls:
+    with torch.no_grad(), low_rank.Calls(matrices, rule, watch=True) as calls:
         model(weights, examples.inputs)
     return {
         name: count
@@ -54,9 +55,9 @@ def activation_bytes(model: FunctionalModel, weights: Tensors, loss: LossFn, one
     saved: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
+        # not the storage's size: an input is a view of the whole data set
+        if t.untyped_storage().data_ptr() not in own:
+            saved[t.data_ptr()] = max(saved.get(t.data_ptr(), 0), t.nbytes)
         return t.detach()  # the tensor itself may own the graph that it is saved in: a leak
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -103,11 +104,9 @@ def chunk_size(
             f"one example needs {bytes_of(1) / 2**30:.2f} GiB, but memory_budget is "
             f"{memory_budget / 2**30:.2f} GiB"
         )
-    target = memory_budget if device.type == "cuda" else min(memory_budget, _CPU_WORKING_SET)
-    chunk = 1
-    while chunk < 4096 and bytes_of(2 * chunk) <= target:
-        chunk *= 2
-    # tiny chunks leave the vector units idle; the budget has the last word
-    while chunk < 16 and bytes_of(2 * chunk) <= memory_budget:
+    chunk, ceiling = 1, 4096
+    if device.type != "cuda":
+        ceiling = max(16, min(ceiling, _CPU_ACTIVATIONS // max(1, per_example)))
+    while 2 * chunk <= ceiling and bytes_of(2 * chunk) <= memory_budget:
         chunk *= 2
     return chunk

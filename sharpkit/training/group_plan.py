@@ -105,7 +105,7 @@ def _plan(
     uses = LayerUses(weights)
     noise = Noise(function.device)
     with vmap_friendly(function.model):
-        with torch.no_grad(), uses, low_rank.Calls(matrices, rule) as calls:
+        with torch.no_grad(), uses, low_rank.Calls(matrices, rule, watch=True) as calls:
             outputs = function(weights, group.inputs)
         if outputs.ndim == 0 or len(outputs) != m:
             raise ModelError(

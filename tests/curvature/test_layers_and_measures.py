@@ -10,8 +10,8 @@ from curvature_cases import dense_hessian, make
 from torch import nn
 
 from sharpkit.curvature import FisherOperator, layer_spectra
-from sharpkit.measures.curvature import EigenvalueRatio, HessianTrace, MaxEigenvalue
 from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.measures.curvature import EigenvalueRatio, HessianTrace, MaxEigenvalue
 
 
 def test_every_layer_has_the_spectrum_of_its_block():
