@@ -9,6 +9,7 @@ gradient is complete is perturbed and evaluated at once, so memory stays at a fe
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,11 @@ class Objective:
     loss: LossFn
     weights: Tensors  # without a group axis
     chunk: int  # examples evaluated at a time
+
+    @property
+    def alone(self) -> int:
+        """Group size from which groups are evaluated one by one: they fill the processor alone."""
+        return max(1, self.chunk // 2) if self.model.device.type == "cpu" else sys.maxsize
 
     def at(self, weights: Tensors, inputs: Inputs, labels: Tensor) -> Tensor:
         """The mean loss of one batch at the given weights."""
@@ -119,6 +125,26 @@ def concatenated(first: Blocks, second: Blocks) -> Blocks:
     return Blocks(size, loss, tensors, {}, exponent)
 
 
+def stacked(blocks: list[Blocks]) -> Blocks:
+    """Blocks of one size, one after the other; without factors."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return Blocks(
+        blocks[0].size,
+        torch.cat([b.loss for b in blocks]),
+        {name: torch.cat([b.tensors[name] for b in blocks]) for name in blocks[0].tensors},
+        {},
+        torch.cat([b.exponent for b in blocks]),
+    )
+
+
+def _without_underflow(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """A loss gradient scaled so that its largest entry is near 1, and the power of two that did."""
+    top = delta.abs().amax().double()
+    exponent = torch.where(top > 0, -torch.floor(torch.log2(top)), torch.inf)
+    return geometry.power_of_two(delta, torch.where(top > 0, exponent, 0.0)), exponent
+
+
 class GradientPass:
     """Per-block gradients at the unperturbed weights.
 
@@ -139,8 +165,10 @@ class GradientPass:
     def __call__(self, examples: Examples, size: int) -> Blocks:
         """Gradients of consecutive blocks of `size` examples each."""
         count = len(examples) // size
-        if count == 1 and not self.factored:
-            return self._one_block(examples)
+        if not self.factored and (count == 1 or size >= self.objective.alone):
+            return stacked(
+                [self._one_block(examples.slice(i * size, (i + 1) * size)) for i in range(count)]
+            )
         outputs = vmap(lambda x, y: self._block(x, y, size))(*_grouped(examples, count))
         return self._blocks(size, *outputs)
 
@@ -148,13 +176,35 @@ class GradientPass:
         """A block of any size without vmap, in slices of a chunk; exact for the mean loss."""
         total: Blocks | None = None
         for start in range(0, len(examples), self.objective.chunk):
-            part = examples.slice(start, start + self.objective.chunk)
-            raw = self._block(part.inputs, part.labels, len(part))
-            raw = pytree.tree_map(lambda t: t.unsqueeze(0), raw)
-            blocks = self._blocks(len(part), *raw)
-            total = blocks if total is None else concatenated(total, blocks)
+            part = self._slice(examples.slice(start, start + self.objective.chunk))
+            total = part if total is None else concatenated(total, part)
         assert total is not None
         return total
+
+    def _slice(self, part: Examples) -> Blocks:
+        """One block by plain autograd, which has less overhead than torch.func."""
+        f = self.objective
+        if self.losses_only:
+            raw = pytree.tree_map(
+                lambda t: t.unsqueeze(0), self._block(part.inputs, part.labels, len(part))
+            )
+            return self._blocks(len(part), *raw)
+        weights = {name: w.detach().requires_grad_() for name, w in f.weights.items()}
+        with torch.enable_grad():
+            out = f.model(weights, part.inputs)
+            leaf = out.detach().requires_grad_()
+            loss = f.loss(leaf, part.labels)
+            delta = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)[0]
+        delta, exponent = _without_underflow(delta)
+        leaves = list(weights.values())
+        gradient: Sequence[Tensor] = [torch.zeros_like(w) for w in leaves]
+        if out.requires_grad:  # else no selected weight is used
+            gradient = torch.autograd.grad(
+                out, leaves, delta, allow_unused=True, materialize_grads=True
+            )
+        tensors = {k: g.unsqueeze(0) for k, g in zip(weights, gradient, strict=True)}
+        loss = loss.detach().double().unsqueeze(0)
+        return Blocks(len(part), loss, tensors, {}, exponent.unsqueeze(0))
 
     def _block(
         self, inputs: Inputs, labels: Tensor, size: int
@@ -185,11 +235,9 @@ class GradientPass:
             outputs, self.dense, probes, has_aux=True
         )
         delta, loss = grad_and_value(f.loss)(out, labels)
-        top = delta.abs().amax().double()
-        exponent = torch.where(top > 0, -torch.floor(torch.log2(top)), torch.inf)
-        finite = torch.where(top > 0, exponent, 0.0)
+        delta, exponent = _without_underflow(delta)
         with torch.no_grad():  # else torch.func records the backward pass for a second derivative
-            dense, deltas = pull(geometry.power_of_two(delta, finite), retain_graph=False)
+            dense, deltas = pull(delta, retain_graph=False)
         return loss.double(), dense, layer_inputs, deltas, exponent
 
     def _blocks(
@@ -355,8 +403,8 @@ class Sweep:
         )
 
         def factored_at(m: int) -> frozenset[str]:
-            # a group that spans chunks would have to carry its factors along
-            if m > objective.chunk:
+            # groups that are evaluated alone, or span chunks, are few: theirs are multiplied out
+            if m > objective.chunk or m >= objective.alone:
                 return frozenset()
             return frozenset(
                 name for name, rows in factored.items() if pays(objective.weights[name], m * rows)
@@ -411,6 +459,10 @@ class Sweep:
 
     def _measure(self, level: Level, blocks: Blocks) -> None:
         count, size = len(blocks), blocks.size
+        if count > 1 and size >= self.objective.alone:
+            for i in range(count):
+                self._measure(level, blocks.slice(i, i + 1))
+            return
         examples = self._examples(level.start, level.start + count * size)
         groups = Groups(self.objective, examples, count)
         with torch.no_grad():

@@ -146,11 +146,14 @@ def _gradient(objective: Objective, group: Examples, w: Tensor) -> Tensor:
             out = objective.model(_unflatten(objective, w), part.inputs)
             leaf = out.detach().requires_grad_()
             loss = objective.loss(leaf, part.labels) * (len(part) / len(group))
-        (delta,) = torch.autograd.grad(loss, leaf)
+        delta = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)[0]
         top = delta.abs().max().double()
         if len(part) == len(group) and bool(top > 0):  # one slice: any factor will do
             delta = (delta.double() / top).to(delta.dtype)
-        total += torch.autograd.grad(out, w, delta)[0]
+        if out.requires_grad:  # else no selected weight is used
+            total += torch.autograd.grad(out, w, delta, allow_unused=True, materialize_grads=True)[
+                0
+            ]
     return total
 
 

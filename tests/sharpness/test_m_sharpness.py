@@ -182,6 +182,28 @@ def test_exactly_zero_gradients_give_no_step_and_are_counted(engine):
     assert np.isfinite(result.value).all()
 
 
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("engine", ["vectorized", "loop"])
+def test_weights_that_are_not_used_are_flat_directions(engine):
+    data = torch.randn(8, 4), torch.randint(0, 3, (8,))
+    options = {"m": [1, 8], "rho": 0.1, "engine": engine}
+    flat = m_sharpness(Unused(), data, parameters="unused.*", **options)
+    assert (flat.value == 0).all()
+    assert flat.zero_gradient_groups == {1: 8, 8: 1}
+    model = Unused()
+    both = m_sharpness(model, data, **options)
+    used = m_sharpness(model, data, parameters="used.*", **options)
+    np.testing.assert_allclose(both.value, used.value, rtol=1e-5)
+
+
 def saturated_network():
     """A trained network whose single-example gradient norms span 1e-30 to 1."""
     torch.manual_seed(0)
