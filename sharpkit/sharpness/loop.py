@@ -14,7 +14,8 @@ from torch import Tensor
 from sharpkit.errors import ModelError
 from sharpkit.functional import Examples
 from sharpkit.sharpness.ascent import Ascent, gaussian_direction
-from sharpkit.sharpness.engine import Groupwise, Objective
+from sharpkit.sharpness.engine import Groupwise
+from sharpkit.sharpness.objective import Objective
 
 
 class Loop:

@@ -88,3 +88,9 @@ def squared_norm(inputs: Tensor, deltas: Tensor) -> Tensor:
     """
     a, d = inputs.double(), deltas.double()
     return ((a @ a.mT) * (d @ d.mT)).sum((1, 2)).clamp(min=0)
+
+
+def pays(weight: Tensor, rows: int) -> bool:
+    """Whether the factors of a group's gradient are at most half as large as the weight."""
+    out, features = weight.shape
+    return 2 * rows * (out + features) <= out * features

@@ -29,9 +29,10 @@ from sharpkit.functional import (
     select_parameters,
 )
 from sharpkit.sharpness.ascent import Ascent
-from sharpkit.sharpness.engine import Groupwise, Objective, Sweep
+from sharpkit.sharpness.engine import Groupwise, Sweep
 from sharpkit.sharpness.fallback import NotVectorizable, refuse_slow_vmap
 from sharpkit.sharpness.loop import Loop
+from sharpkit.sharpness.objective import Objective
 from sharpkit.sharpness.plan import (
     activation_bytes,
     chunk_size,

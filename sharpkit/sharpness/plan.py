@@ -14,8 +14,9 @@ from torch import Tensor
 from sharpkit.errors import ArgumentError
 from sharpkit.functional import Examples, FunctionalModel
 from sharpkit.sharpness import low_rank
-from sharpkit.sharpness.engine import LossFn, pays
 from sharpkit.sharpness.geometry import Tensors
+from sharpkit.sharpness.low_rank import pays
+from sharpkit.sharpness.objective import LossFn
 
 # activations of a chunk that run fastest on a CPU: they stay in its cache, and are enough work for
 # the calls that evaluate them (benchmarks/bench_m_sharpness.py)

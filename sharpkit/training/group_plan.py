@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from sharpkit.errors import ModelError
 from sharpkit.functional import Examples, FunctionalModel, Loss, check_labels, resolve_loss
 from sharpkit.sharpness import low_rank
-from sharpkit.sharpness.engine import pays
+from sharpkit.sharpness.low_rank import pays
 from sharpkit.sharpness.plan import activation_bytes, default_memory_budget
 from sharpkit.training.group_passes import Shapes
 from sharpkit.training.layer_calls import LayerUses

@@ -1,0 +1,103 @@
+"""Gradients of many base groups, and how they add up to those of larger groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sharpkit.sharpness import geometry
+from sharpkit.sharpness.geometry import Factors, Tensors
+
+
+@dataclass
+class Blocks:
+    """Gradients of consecutive base groups, each scaled by its own power of two.
+
+    Scaling the loss gradient before it enters the network keeps the gradients of nearly perfectly
+    fitted examples (1e-30 and below) away from underflow; the direction does not change.
+    """
+
+    size: int  # examples per block
+    loss: Tensor  # (blocks,) float64
+    tensors: Tensors  # (blocks, *shape), scaled by 2^exponent
+    factors: Factors  # of the large linear weights, D scaled by 2^exponent
+    exponent: Tensor  # (blocks,) float64; +inf where the gradient is exactly 0
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self.loss)
+
+    def slice(self, start: int, stop: int) -> Blocks:
+        """Blocks start to stop, as views."""
+        return Blocks(
+            self.size,
+            self.loss[start:stop],
+            {name: t[start:stop] for name, t in self.tensors.items()},
+            {name: (a[start:stop], d[start:stop]) for name, (a, d) in self.factors.items()},
+            self.exponent[start:stop],
+        )
+
+    def merged(self, groups: int, factored: frozenset[str] = frozenset()) -> Blocks:
+        """The mean gradient of every len/groups consecutive blocks.
+
+        Args:
+            groups: A divisor of the number of blocks.
+            factored: Names whose factors are kept; the others' are multiplied out.
+        """
+        q = len(self) // groups
+        exponent = self.exponent.view(groups, q).amin(1)  # the largest gradient sets the scale
+        shift = torch.where(
+            torch.isfinite(self.exponent.view(groups, q)),
+            exponent.unsqueeze(1) - self.exponent.view(groups, q),
+            0.0,
+        )
+        weight = torch.exp2(shift) / q  # (groups, q), at most 1
+        tensors = self.tensors
+        if q > 1:
+            tensors = {
+                name: (weight.to(t.dtype).unsqueeze(1) @ t.reshape(groups, q, -1)).view(
+                    groups, *t.shape[1:]
+                )
+                for name, t in tensors.items()
+            }
+        factors: Factors = {}
+        for name, (a, d) in self.factors.items():
+            d = d * geometry.expand(weight.flatten(), d)
+            a, d = (t.reshape(groups, -1, t.shape[-1]) for t in (a, d))
+            if name in factored:
+                factors[name] = (a, d)
+            else:
+                tensors = {**tensors, name: d.mT @ a}
+        loss = self.loss.view(groups, q).mean(1)
+        return Blocks(self.size * q, loss, tensors, factors, exponent)
+
+
+def concatenated(first: Blocks, second: Blocks) -> Blocks:
+    """Two parts of one group as its weighted mean gradient; both hold one block, no factors."""
+    size = first.size + second.size
+    exponent = torch.minimum(first.exponent, second.exponent)
+    tensors = dict.fromkeys(first.tensors, torch.empty(0))
+    for name in tensors:
+        parts = []
+        for part in (first, second):
+            shift = torch.where(torch.isfinite(part.exponent), exponent - part.exponent, 0.0)
+            t = part.tensors[name]
+            parts.append(t * geometry.expand(torch.exp2(shift) * (part.size / size), t))
+        tensors[name] = parts[0] + parts[1]
+    loss = (first.loss * first.size + second.loss * second.size) / size
+    return Blocks(size, loss, tensors, {}, exponent)
+
+
+def stacked(blocks: list[Blocks]) -> Blocks:
+    """Blocks of one size, one after the other; without factors."""
+    if len(blocks) == 1:
+        return blocks[0]
+    return Blocks(
+        blocks[0].size,
+        torch.cat([b.loss for b in blocks]),
+        {name: torch.cat([b.tensors[name] for b in blocks]) for name in blocks[0].tensors},
+        {},
+        torch.cat([b.exponent for b in blocks]),
+    )
