@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 import warnings
 from collections.abc import Sequence
@@ -43,6 +44,11 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SharpkitError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        except (OSError, sqlite3.Error) as error:
             if ctx.params.get("debug"):
                 raise
             click.echo(f"error: {error}", err=True)
@@ -169,6 +175,10 @@ def score(
     if unknown:
         raise click.BadParameter(f"no task {sorted(unknown)[0]!r}: {path} has {', '.join(chosen)}")
     selected = {name: task for name, task in chosen.items() if not tasks or name in tasks}
+    if n is not None and max(m) > n:
+        raise click.BadParameter(
+            f"--m {max(m)} is larger than --n {n}: a group has m of n examples"
+        )
     m_sharpness = MSharpness(m=m, rho=rho, ascent=ascent, adaptive=adaptive)
     scores = score_zoo(
         selected,
@@ -221,6 +231,7 @@ def plot(run: Path, resamples: int, seed: int, statistic: str, out: Path | None)
     from sharpkit.plot import predictive_power
 
     path = out or run / "predictive_power.png"
+    path = path if path.suffix else path.with_suffix(".png")
     predictive_power(_evaluate(run, resamples, seed), path, statistic=statistic)
     click.echo(f"{path} and {path.with_suffix('.csv')}")
 

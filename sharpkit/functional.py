@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softplus
 from torch.utils import _pytree as pytree
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
@@ -301,8 +302,7 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
         tensor([0, 1])
     """
     if isinstance(data, DataLoader):
-        plain = isinstance(data.sampler, SequentialSampler | RandomSampler)
-        if isinstance(data.dataset, IterableDataset) or not plain:
+        if isinstance(data.dataset, IterableDataset) or not _visits_all_once(data):
             return _from_pair(_concatenate(list(data)), n, seed)
         if seed is None and isinstance(data.sampler, RandomSampler):
             raise DataError(
@@ -316,7 +316,7 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
             raise DataError(f"expected a pair (inputs, labels), got {len(parts)} items")
         inputs = pytree.tree_map(torch.as_tensor, parts[0])
         return _choose(inputs, torch.as_tensor(parts[1]), n, seed)
-    if isinstance(data, TensorDataset):
+    if type(data) is TensorDataset:  # a subclass may transform its items
         if len(data.tensors) != 2:
             raise DataError(
                 f"expected a TensorDataset of inputs and labels, got {len(data.tensors)} tensors"
@@ -344,6 +344,17 @@ def check_labels(labels: Tensor, outputs: Tensor, loss: Loss) -> None:
             f"labels run from {low} to {high}, but the model has {outputs.shape[1]} outputs: "
             f"expected labels in [0, {outputs.shape[1] - 1}]"
         )
+
+
+def _visits_all_once(loader: DataLoader[Any]) -> bool:
+    """Whether a loader's sampling is the plain one, in order or shuffled."""
+    sampler, batches = loader.sampler, loader.batch_sampler
+    plain = type(batches) in (BatchSampler, type(None))
+    if type(sampler) is RandomSampler:
+        plain &= not sampler.replacement and sampler.num_samples == len(cast("Any", loader.dataset))
+    elif type(sampler) is not SequentialSampler:
+        return False
+    return plain and getattr(batches, "sampler", sampler) is sampler
 
 
 def _is_pair(data: Any) -> bool:

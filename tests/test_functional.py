@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    TensorDataset,
+)
 
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.functional import (
@@ -200,3 +206,21 @@ def test_refuses_what_is_not_a_pair():
 def test_reads_a_plain_list_of_pairs():
     pairs = [(torch.tensor([float(i)]), i) for i in range(4)]
     assert load_examples(pairs, seed=None).labels.tolist() == [0, 1, 2, 3]
+
+
+def test_other_samplers_are_followed():
+    data = TensorDataset(torch.arange(20.0).unsqueeze(1), torch.arange(20))
+    batches = DataLoader(data, batch_sampler=BatchSampler([1, 2, 3, 4], 2, False))
+    assert load_examples(batches, seed=None).labels.tolist() == [1, 2, 3, 4]
+    few = DataLoader(data, sampler=RandomSampler(data, num_samples=5))
+    assert len(load_examples(few)) == 5
+
+
+def test_items_of_a_subclass_are_its_own():
+    class Negated(TensorDataset):
+        def __getitem__(self, index):
+            x, y = super().__getitem__(index)
+            return -x, y
+
+    data = Negated(torch.arange(3.0).unsqueeze(1), torch.arange(3))
+    assert load_examples(data, seed=None).inputs.flatten().tolist() == [0.0, -1.0, -2.0]

@@ -11,6 +11,7 @@ from torch import nn
 from sharpkit.functional import Data
 from sharpkit.measures.measure import Estimate
 from sharpkit.sharpness import m_sharpness
+from sharpkit.sharpness.m_sharpness import read_grid, read_rule
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,13 @@ class MSharpness:
     name: str = field(default="m_sharpness", init=False)
 
     def __post_init__(self) -> None:
-        """Store sequences as tuples, so that a measure is hashable."""
+        """Store sequences as tuples, so that a measure is hashable; refuse bad arguments early."""
         for key in ("m", "rho"):
             value = getattr(self, key)
             if isinstance(value, Sequence):
                 object.__setattr__(self, key, tuple(value))
+        read_grid(self.m, self.rho)
+        read_rule(self.ascent, self.steps, self.norm, self.adaptive, self.average, 0)
 
     def __call__(self, model: nn.Module, data: Data, *, seed: int) -> dict[str, Estimate]:
         """The m-sharpness of one model, by setting."""
@@ -70,6 +73,6 @@ class MSharpness:
             progress=False,
         )
         return {
-            f"m={row['m']},rho={row['rho']:g}": Estimate(row["value"], row["std_error"])
+            f"m={row['m']},rho={float(row['rho'])!r}": Estimate(row["value"], row["std_error"])
             for row in result.frame().to_dict("records")
         }

@@ -12,6 +12,8 @@ from torch import nn
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.functional import Data
 
+_RESERVED = {"task", "model", "measure", "value", "std_error"}
+
 
 class Estimate(NamedTuple):
     """A value with its standard error (NaN if unknown)."""
@@ -94,6 +96,9 @@ def evaluate_measure(
     values = raw if isinstance(raw, Mapping) else {"": raw}
     estimates = {}
     for setting, value in values.items():
+        reserved = _RESERVED & set(parse_setting(setting))
+        if reserved:
+            raise ArgumentError(f"setting {setting!r}: {min(reserved)!r} is a column of its own")
         estimate = value if isinstance(value, Estimate) else Estimate(float(value))
         if not math.isfinite(estimate.value):
             name, _ = describe(measure)

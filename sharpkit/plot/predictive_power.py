@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.errors import ScoreError
+from sharpkit.errors import ArgumentError, ScoreError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,8 @@ def predictive_power(
         matplotlib.figure.Figure: The figure.
 
     Raises:
-        ScoreError: If the table has no m, or no such statistic.
+        ScoreError: If the table has no m, no such statistic, or only NaN in it.
+        ArgumentError: If the picture is called like a table of the run.
 
     Source:
         Foret et al., ICLR 2021, Figure 3, right.
@@ -52,6 +53,10 @@ def predictive_power(
     lines = dict(list(rows.groupby(by, sort=False)))
     if not lines:
         raise ScoreError("the table has no row with an m: nothing to plot")
+    if not rows[statistic].notna().any():
+        raise ScoreError(
+            f"{statistic} is NaN for every m: nothing to plot; another statistic may be defined"
+        )
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     left = figure.add_subplot()
     axes = _axes(left, {key: float(line[statistic].max()) for key, line in lines.items()})
@@ -70,6 +75,8 @@ def predictive_power(
     left.grid(alpha=0.25)
     if out is not None:
         path = Path(out)
+        if path.stem in ("scores", "evaluation"):
+            raise ArgumentError(f"{path}: its numbers would overwrite a run's {path.stem}.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
         rows.to_csv(path.with_suffix(".csv"), index=False)
@@ -89,7 +96,7 @@ def _axes(left: Axes, heights: dict[Any, float]) -> dict[Any, Axes]:
 def _draw(axis: Axes, line: pd.DataFrame, statistic: str, colour: str, label: str) -> Any:
     (handle,) = axis.plot(line["m"], line[statistic], "o-", color=colour, label=label)
     low, high = f"{statistic}_low", f"{statistic}_high"
-    if low in line and high in line:
+    if low in line and high in line and line[low].notna().any():
         axis.fill_between(line["m"], line[low], line[high], color=colour, alpha=0.15, linewidth=0)
     return handle
 

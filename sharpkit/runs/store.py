@@ -37,7 +37,8 @@ class Store:
 
     Args:
         path: The SQLite file; None keeps everything in memory.
-        config: What the run computes. Written once; a store with another one is refused.
+        config: What the run computes. Written once; a store with another one is refused. None
+            opens an existing store to read only.
 
     Raises:
         RunError: If the file is not a store, or belongs to another configuration.
@@ -46,13 +47,19 @@ class Store:
     def __init__(self, path: Path | None, config: Mapping[str, Any] | None = None) -> None:
         self.path = path
         try:
-            self._db = sqlite3.connect(path if path else ":memory:", isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            if config is None:
+                self._db = _open_to_read(path)
+            else:
+                # a second process that opens the same run waits for the first
+                self._db = sqlite3.connect(
+                    path if path else ":memory:", isolation_level=None, timeout=60
+                )
                 self._create()
             version = self._meta("version")
-        except sqlite3.Error as error:
-            raise RunError(f"{path}: not a sharpkit results store ({error})") from error
+        except sqlite3.DatabaseError as error:
+            raise RunError(
+                f"{path}: not a sharpkit results store, or it cannot be opened ({error})"
+            ) from error
         if version != _VERSION:
             raise RunError(f"{path}: store version {version}, expected {_VERSION}")
         if config is not None:
@@ -71,7 +78,9 @@ class Store:
     def add_task(self, task: str, model_configs: Mapping[str, Any]) -> None:
         """Keep a task's hyperparameters and metrics, so that the run can be evaluated alone."""
         self._db.execute(
-            "INSERT OR REPLACE INTO tasks VALUES (?, ?)", (task, json.dumps(model_configs))
+            "INSERT INTO tasks VALUES (?, ?) ON CONFLICT (task) "
+            "DO UPDATE SET model_configs = excluded.model_configs",
+            (task, json.dumps(model_configs)),
         )
 
     def model_configs(self) -> dict[str, dict[str, Any]]:
@@ -154,19 +163,24 @@ class Store:
     def _create(self) -> None:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
+            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+            if "meta" in tables:
+                return
+            if tables:
+                raise RunError(f"{self.path}: a database of something else, with {min(tables)}")
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 self._db.execute(statement)
             self._db.execute("INSERT INTO meta VALUES ('version', ?)", (json.dumps(_VERSION),))
+        self._db.execute("PRAGMA journal_mode=WAL")
 
     def _meta(self, key: str) -> Any:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def _agree_on(self, config: dict[str, Any]) -> None:
+        self._db.execute("INSERT OR IGNORE INTO meta VALUES ('config', ?)", (json.dumps(config),))
         stored = self._meta("config")
-        if stored is None:
-            self._db.execute("INSERT INTO meta VALUES ('config', ?)", (json.dumps(config),))
-        elif stored != config:
+        if stored != config:
             changes = [
                 f"{key}: {json.dumps(stored.get(key))} there, {json.dumps(config.get(key))} now"
                 for key in sorted({*stored, *config})
@@ -176,6 +190,21 @@ class Store:
                 f"{self.path}: the run was started with another configuration "
                 f"({'; '.join(changes)}). Give it the same one, or another directory"
             )
+
+
+def _open_to_read(path: Path | None) -> sqlite3.Connection:
+    """A connection that cannot write; also for a store in a directory that cannot be written."""
+    if path is None:
+        raise RunError("a store in memory needs a configuration")
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=60)
+        try:
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+            return db
+        except sqlite3.OperationalError as error:
+            db.close()
+            reason = error
+    raise reason
 
 
 def _numeric_last(model: str) -> tuple[int, int, str]:

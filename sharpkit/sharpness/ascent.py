@@ -87,6 +87,7 @@ def projected_ascent(
         if step + 1 < ascent.steps:
             gradient, loss = gradients(at)
             direction = geometry.steepest(scaled(gradient, scale), ascent.p)
+            geometry.check_flat(direction, gradient)
         else:
             loss = losses(at)
         # NaN must win, so that a diverged loss is reported and not skipped

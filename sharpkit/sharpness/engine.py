@@ -155,6 +155,7 @@ class Sweep:
     def _ascend(self, level: Level, groups: Groups, blocks: Blocks) -> Tensor:
         ascent, weights = self.ascent, self.objective.weights
         first = geometry.steepest(scaled(blocks.tensors, self.scale), ascent.p, blocks.factors)
+        geometry.check_flat(first, blocks.tensors, blocks.factors)
         moves = first.coefficient > 0
         level.zero_gradients += int((~moves).sum())
         rows = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sharpkit.errors import ModelError
 from sharpkit.sharpness import low_rank
 
 Tensors = dict[str, Tensor]  # name -> (groups, *shape)
@@ -88,7 +89,7 @@ def steepest(gradient: Tensors, p: float, factors: Factors | None = None) -> Dir
         factors: For p = 2 only: further parts of the gradient, as factors.
 
     Returns:
-        Direction: Zero where a group's gradient is exactly zero.
+        Direction: Zero where a group's gradient is exactly zero, or not finite (`check_flat`).
     """
     if p == 2.0:
         factors = factors or {}
@@ -98,8 +99,8 @@ def steepest(gradient: Tensors, p: float, factors: Factors | None = None) -> Dir
             length = _length(gradient, factors)
         return Direction(gradient, torch.where(length > 0, 1.0 / length, 0.0), factors)
     if p == torch.inf:
-        signs = {name: g.sign() for name, g in gradient.items()}
-        return Direction(signs, (largest(gradient) > 0).double())
+        top = largest(gradient)
+        return Direction({k: g.sign() for k, g in gradient.items()}, (top > 0).double())
     gradient, _ = normalised(gradient)
     if p == 1.0:
         return _largest_entry(gradient)
@@ -113,6 +114,25 @@ def _length(gradient: Tensors, factors: Factors) -> Tensor:
     squares = [_row_norm(t, 2.0).square() for t in gradient.values()]
     squares += [low_rank.squared_norm(a, d) for a, d in factors.values()]
     return torch.stack(squares).sum(0).sqrt()
+
+
+def check_flat(direction: Direction, gradient: Tensors, factors: Factors | None = None) -> None:
+    """Raise unless groups without a direction have gradients of exactly 0, and not of NaN.
+
+    Raises:
+        ModelError: If a gradient has NaN or infinite entries.
+    """
+    still = direction.coefficient == 0
+    if not bool(still.any()):
+        return
+    parts = [*gradient.values(), *(t for pair in (factors or {}).values() for t in pair)]
+    bad = sum(~torch.isfinite(t[still]).flatten(1).all(1) for t in parts)
+    count = int(torch.as_tensor(bad).count_nonzero())
+    if count:
+        raise ModelError(
+            f"the gradient of {count} groups has NaN or infinite entries, although the loss is "
+            "finite"
+        )
 
 
 def _unsafe(length: Tensor) -> bool:

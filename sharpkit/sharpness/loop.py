@@ -161,6 +161,8 @@ def _gradient(objective: Objective, group: Examples, w: Tensor) -> Tensor:
 def _dual(g: Tensor, p: float) -> Tensor:
     """The unit vector of the p-norm with the largest inner product with g; 0 for g = 0."""
     top = g.abs().max()
+    if not bool(torch.isfinite(top)):
+        raise ModelError("the gradient of a group has NaN or infinite entries")
     if not bool(top > 0):
         return torch.zeros_like(g)
     g = (g.double() / top.double()).to(g.dtype)

@@ -185,8 +185,8 @@ def m_sharpness(
         0.75
     """
     began = time.perf_counter()
-    ms, rhos = _grid(m, rho)
-    rule = _rule(ascent, steps, norm, adaptive, average, seed)
+    ms, rhos = read_grid(m, rho)
+    rule = read_rule(ascent, steps, norm, adaptive, average, seed)
     if tolerance is not None and not tolerance > 0:
         raise ArgumentError(f"tolerance must be positive, got {tolerance}")
     if engine not in ("auto", "vectorized", "loop"):
@@ -254,9 +254,10 @@ def m_sharpness(
     return _result(sweep.levels, ms, rhos, m, rho, time.perf_counter() - began, used)
 
 
-def _grid(
+def read_grid(
     m: int | Sequence[int], rho: float | Sequence[float]
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """m and rho as tuples of valid values."""
     ms = tuple(m) if isinstance(m, Iterable) else (m,)
     rhos = tuple(rho) if isinstance(rho, Iterable) else (rho,)
     for name, values in (("m", ms), ("rho", rhos)):
@@ -273,9 +274,10 @@ def _grid(
     return tuple(int(v) for v in ms), tuple(float(r) for r in rhos)
 
 
-def _rule(
+def read_rule(
     ascent: str, steps: int, norm: float, adaptive: bool, average: bool, seed: int | None
 ) -> Ascent:
+    """The ascent that these arguments describe."""
     if ascent not in ("one_step", "pgd"):
         raise ArgumentError(f'ascent must be "one_step" or "pgd", got {ascent!r}')
     if not norm >= 1:
@@ -313,6 +315,7 @@ def _check_loss(
                 f"the loss has shape {tuple(value.shape)}: expected a scalar, "
                 "the mean over examples"
             )
+        _check_independence(function, weights, few, outputs)
         each = torch.stack(
             [loss_fn(outputs[i : i + 1], few.labels[i : i + 1]) for i in range(len(few))]
         )
@@ -320,6 +323,25 @@ def _check_loss(
         raise ModelError(
             f"the loss of two examples together is {float(value):g}, but their mean loss is "
             f"{float(each.mean()):g}: expected a loss that is the mean over examples"
+        )
+
+
+def _check_independence(
+    function: FunctionalModel, weights: dict[str, Tensor], few: Examples, together: Tensor
+) -> None:
+    """Raise if the outputs of an example depend on the others evaluated with it."""
+    try:
+        alone = torch.cat([function(weights, few.slice(i, i + 1).inputs) for i in range(len(few))])
+    except ValueError as error:  # BatchNorm with batch statistics refuses a single value
+        raise ModelError(f"the model cannot evaluate a single example: {error}") from error
+    precise = together.dtype in (torch.float32, torch.float64)
+    size = float(together.abs().max()) * (1e-3 if precise else 0.1)
+    if bool(torch.isfinite(together).all()) and not torch.allclose(
+        alone, together, rtol=0.0, atol=size
+    ):
+        raise ModelError(
+            "the outputs of an example depend on the other examples of its batch "
+            "(BatchNorm without running statistics?): groups have no loss of their own"
         )
 
 

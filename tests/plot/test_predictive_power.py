@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sharpkit.errors import ScoreError
+from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.plot import predictive_power
 
 MS = [1, 4, 16, 64, 256]
@@ -83,3 +83,15 @@ def test_refuses_a_table_without_m_or_statistic():
         predictive_power(table(one=0.1), statistic="tau")
     with pytest.raises(ScoreError, match="nothing to plot"):
         predictive_power(table(one=0.1).assign(m=None))
+
+
+def test_refuses_a_statistic_that_is_nan_throughout(tmp_path):
+    nan = table(one=0.1).assign(cmi_pgdl=np.nan, cmi_pgdl_low=np.nan, cmi_pgdl_high=np.nan)
+    with pytest.raises(ScoreError, match="NaN for every m"):
+        predictive_power(nan, tmp_path / "figure.png")
+    predictive_power(pd.concat([nan, table(two=0.1)]), tmp_path / "figure.png")
+
+
+def test_does_not_overwrite_the_tables_of_a_run(tmp_path):
+    with pytest.raises(ArgumentError, match="overwrite"):
+        predictive_power(table(one=0.1), tmp_path / "scores.png")

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -164,6 +165,64 @@ def test_refuses_bad_arguments(zoo_path, tmp_path):
         sk.Scores.open(tmp_path / "run")
     too_many = sk.score_zoo(task, MEASURE, n=10**6, progress=False)
     assert too_many.failures["error"].str.contains("n = 1000000").all()
+
+
+def test_close_values_of_rho_are_told_apart(zoo_path):
+    rho = [0.12345678, 0.12345679]
+    measure = sk.MSharpness(m=1, rho=rho)
+    frame = sk.score_zoo(sk.load_zoo(zoo_path)["first"], measure, limit=2, progress=False).frame()
+    assert frame["rho"].tolist() == rho * 2
+
+
+def test_impossible_settings_are_refused_before_a_run_begins():
+    for change in ({"m": 0}, {"rho": -1.0}, {"m": [4, 4]}, {"norm": 0.5}):
+        with pytest.raises(ArgumentError):
+            sk.MSharpness(**{"m": 1, "rho": 0.1, **change})
+
+
+def test_settings_may_not_hide_columns(zoo_path):
+    def shadowing(model, data, *, seed):
+        return {"model=3": 1.0}
+
+    scores = sk.score_zoo(sk.load_zoo(zoo_path)["first"], shadowing, limit=1, progress=False)
+    assert "'model' is a column" in scores.failures["error"][0]
+
+
+def test_a_database_of_something_else_is_left_alone(zoo_path, tmp_path):
+    path = tmp_path / "results.sqlite"
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE precious (a)")
+    before = path.read_bytes()
+    for use in (
+        lambda: sk.Scores.open(tmp_path),
+        lambda: sk.score_zoo(sk.load_zoo(zoo_path), MEASURE, out=tmp_path, progress=False),
+    ):
+        with pytest.raises(RunError):
+            use()
+    assert path.read_bytes() == before
+
+
+def test_a_finished_run_can_be_read_where_nothing_can_be_written(zoo_path, tmp_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    scores = sk.score_zoo(task, MEASURE, out=tmp_path / "run", limit=3, progress=False)
+    expected = scores.frame()
+    scores.close()
+    (tmp_path / "run" / "results.sqlite").chmod(0o444)
+    (tmp_path / "run").chmod(0o555)
+    pd.testing.assert_frame_equal(sk.Scores.open(tmp_path / "run").frame(), expected)
+    (tmp_path / "run").chmod(0o755)
+
+
+@pytest.mark.slow
+def test_processes_that_start_the_same_run_do_not_crash_each_other(tmp_path):
+    zoo_path = write_small_zoo(tmp_path / "zoo")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(_score_command(zoo_path, tmp_path / "run"), env=environment)
+        for _ in range(4)
+    ]
+    assert [process.wait(timeout=200) for process in processes] == [0] * 4
+    assert len(sk.Scores.open(tmp_path / "run").frame()) == 8 * 12
 
 
 def test_m_larger_than_n_is_a_failure_of_every_model(zoo_path):

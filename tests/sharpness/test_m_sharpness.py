@@ -509,6 +509,40 @@ def test_refuses_a_loss_that_is_not_finite(engine):
         )
 
 
+class NanGradient(nn.Module):
+    """Finite outputs, but the derivative of a norm at 0 is NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(h / (h.square().sum(1, keepdim=True).sqrt() + 1e-6))
+
+
+@pytest.mark.parametrize("engine", ["vectorized", "loop"])
+@pytest.mark.parametrize("options", [{}, {"norm": math.inf}, {"norm": 1.0}, {"ascent": "pgd"}])
+@pytest.mark.parametrize("m", [1, 8])
+def test_a_nan_gradient_is_no_flat_direction(engine, options, m):
+    x = torch.randn(8, 3)
+    x[:4] = 0
+    data = x, torch.tensor([0, 1] * 4)
+    with pytest.raises(ModelError, match=r"gradient.*NaN"):
+        m_sharpness(NanGradient(), data, m=m, rho=0.1, engine=engine, **options)
+
+
+def test_refuses_models_that_mix_examples():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
+    model += nn.Sequential(nn.Flatten(), nn.Linear(144, 2))
+    data = torch.randn(8, 1, 8, 8), torch.tensor([0, 1] * 4)
+    with pytest.raises(ModelError, match="depend on the other examples"):
+        m_sharpness(model, data, m=4, rho=0.1)
+    single = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    with pytest.raises(ModelError, match="cannot evaluate a single example"):
+        m_sharpness(single, (torch.randn(8, 4), torch.zeros(8).long()), m=1, rho=0.1)
+
+
 def test_refuses_data_that_do_not_fit():
     model, x, y = CASES[0].make()
     with pytest.raises(DataError, match="labels run from 0 to 7"):
