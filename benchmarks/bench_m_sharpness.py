@@ -10,14 +10,12 @@ the plain loop, with one gradient and one forward pass per group.
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import keep_freed_memory, ratio, timed
+from timing import parse_arguments, ratio, timed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -84,14 +82,7 @@ def plain_loop(model: nn.Module, x: Tensor, y: Tensor, m: int, rho: float) -> fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="Fewer examples and repetitions.")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--system-allocator", action="store_true", help="Do not tune malloc.")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if not args.system_allocator:
-        keep_freed_memory()
+    args = parse_arguments(__doc__)
     device = torch.device(args.device)
     repeats = 3 if args.quick else 5
     torch.manual_seed(0)

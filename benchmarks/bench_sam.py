@@ -14,13 +14,11 @@ the next) drown the differences. `--system-allocator` leaves it alone.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from timing import keep_freed_memory, ratio
+from timing import parse_arguments, ratio
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -95,14 +93,7 @@ def loop_step(model: nn.Module, x: Tensor, y: Tensor, m: int) -> Callable[[], ob
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="Fewer repetitions.")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--system-allocator", action="store_true", help="Do not tune malloc.")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    if not args.system_allocator:
-        keep_freed_memory()
+    args = parse_arguments(__doc__)
     repeats = 7 if args.quick else 25
     torch.manual_seed(0)
     rows: list[dict[str, object]] = []

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+
+def parse_arguments(description: str | None) -> argparse.Namespace:
+    """The common options: quick, device, system_allocator (obeyed here) and out."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="Less work, fewer repetitions.")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--system-allocator", action="store_true", help="Do not tune malloc.")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if not arguments.system_allocator:
+        keep_freed_memory()
+    return arguments
 
 
 def timed(run: Callable[[], object]) -> float:

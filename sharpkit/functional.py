@@ -267,6 +267,11 @@ class Examples:
         take = pytree.tree_map(lambda t: t[start:stop], self.inputs)
         return Examples(take, self.labels[start:stop])
 
+    def chunks(self, size: int) -> Iterator[Examples]:
+        """Consecutive examples, `size` at a time; the last chunk may be smaller."""
+        for start in range(0, len(self), size):
+            yield self.slice(start, start + size)
+
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """On the device; floating-point inputs (and labels, if regression) in the dtype."""
 

@@ -45,8 +45,8 @@ class GradientPass:
     def _one_block(self, examples: Examples) -> Blocks:
         """A block of any size without vmap, in slices of a chunk; exact for the mean loss."""
         total: Blocks | None = None
-        for start in range(0, len(examples), self.objective.chunk):
-            part = self._slice(examples.slice(start, start + self.objective.chunk))
+        for chunk in examples.chunks(self.objective.chunk):
+            part = self._slice(chunk)
             total = part if total is None else concatenated(total, part)
         assert total is not None
         return total

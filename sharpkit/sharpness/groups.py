@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
@@ -38,7 +36,7 @@ class Groups:
             return vmap(f.at)(weights, *grouped(self.examples, self.count)).double()
         single = {name: w[0] for name, w in weights.items()}
         total = torch.zeros(1, dtype=torch.float64, device=f.model.device)
-        for e in self._slices():
+        for e in self.examples.chunks(f.chunk):
             total += f.at(single, e.inputs, e.labels).double() * len(e)
         return total / len(self.examples)
 
@@ -53,7 +51,7 @@ class Groups:
         single = {name: w[0] for name, w in weights.items()}
         total: Tensors = {}
         value = torch.zeros(1, dtype=torch.float64, device=f.model.device)
-        for e in self._slices():
+        for e in self.examples.chunks(f.chunk):
             gradient, loss = grad_and_value(f.at)(single, e.inputs, e.labels)
             share = len(e) / len(self.examples)
             value += loss.double() * share
@@ -79,7 +77,3 @@ class Groups:
                 return f.at({**w, **layers}, inputs, labels)
 
         return vmap(one)(weights, thin, *grouped(self.examples, self.count)).double()
-
-    def _slices(self) -> Iterator[Examples]:
-        for start in range(0, len(self.examples), self.objective.chunk):
-            yield self.examples.slice(start, start + self.objective.chunk)

@@ -131,8 +131,7 @@ def _loss(objective: Objective, group: Examples, w: Tensor) -> Tensor:
     weights = _unflatten(objective, w)
     total = torch.zeros((), dtype=torch.float64, device=w.device)
     with torch.no_grad():
-        for start in range(0, len(group), objective.chunk):
-            part = group.slice(start, start + objective.chunk)
+        for part in group.chunks(objective.chunk):
             total += objective.at(weights, part.inputs, part.labels).double() * len(part)
     return total / len(group)
 
@@ -141,8 +140,7 @@ def _gradient(objective: Objective, group: Examples, w: Tensor) -> Tensor:
     """The gradient of a group's loss; up to a positive factor that keeps it from underflow."""
     w = w.detach().requires_grad_()
     total = torch.zeros_like(w)
-    for start in range(0, len(group), objective.chunk):
-        part = group.slice(start, start + objective.chunk)
+    for part in group.chunks(objective.chunk):
         with torch.enable_grad():
             out = objective.model(_unflatten(objective, w), part.inputs)
             leaf = out.detach().requires_grad_()
