@@ -14,6 +14,7 @@ from tqdm import tqdm
 from sharpkit.errors import ArgumentError, RunError, SharpkitError
 from sharpkit.functional import load_examples
 from sharpkit.measures.measure import Measure, describe, evaluate_measure
+from sharpkit.runs.lock import sole_driver
 from sharpkit.runs.store import Store
 from sharpkit.zoo import ModelEntry, Task
 
@@ -99,7 +100,8 @@ def score_zoo(
         Scores: `.frame()`, `.failures`.
 
     Raises:
-        RunError: If `out` holds a run of another configuration, or cannot be written.
+        RunError: If `out` holds a run of another configuration, belongs to another process, or
+            cannot be written.
         ArgumentError: If n or limit is less than 1, or two measures have the same name.
 
     Example:
@@ -123,31 +125,40 @@ def score_zoo(
         "device": torch.device(device).type,
         "tasks": {name: str(Path(task.path).resolve()) for name, task in tasks.items()},
     }
-    store = Store(_store_path(out), config)
-    done = store.done()
-    items = [
-        (name, model, measure)
-        for name, task in tasks.items()
-        for model in list(task)[:limit]
-        for measure in named
-        if (name, model, measure) not in done
-    ]
-    total = sum(min(len(task), limit or len(task)) for task in tasks.values()) * len(named)
-    data: dict[str, TensorDataset | SharpkitError] = {}
-    with tqdm(
-        total=total,
-        initial=total - len(items),
-        desc="score",
-        unit="model",
-        disable=None if progress else True,
-    ) as bar:
-        for name, model, measure in items:
-            if name not in data:
-                data[name] = _open_task(store, tasks[name], name, n, seed)
-            _score_one(
-                store, name, tasks[name][model], measure, named[measure], data[name], seed, device
-            )
-            bar.update()
+    run = None if out is None else Path(out)
+    with sole_driver(run):
+        store = Store(None if run is None else run / STORE_NAME, config)
+        done = store.done()
+        items = [
+            (name, model, measure)
+            for name, task in tasks.items()
+            for model in list(task)[:limit]
+            for measure in named
+            if (name, model, measure) not in done
+        ]
+        total = sum(min(len(task), limit or len(task)) for task in tasks.values()) * len(named)
+        data: dict[str, TensorDataset | SharpkitError] = {}
+        with tqdm(
+            total=total,
+            initial=total - len(items),
+            desc="score",
+            unit="model",
+            disable=None if progress else True,
+        ) as bar:
+            for name, model, measure in items:
+                if name not in data:
+                    data[name] = _open_task(store, tasks[name], name, n, seed)
+                _score_one(
+                    store,
+                    name,
+                    tasks[name][model],
+                    measure,
+                    named[measure],
+                    data[name],
+                    seed,
+                    device,
+                )
+                bar.update()
     return Scores(store)
 
 
@@ -159,16 +170,6 @@ def _named(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
     if len(named) != len(several):
         raise ArgumentError("two measures have the same name: give one of them another `name`")
     return named
-
-
-def _store_path(out: str | Path | None) -> Path | None:
-    if out is None:
-        return None
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out}: cannot create the run directory ({error.strerror})") from error
-    return Path(out) / STORE_NAME
 
 
 def _open_task(

@@ -20,6 +20,7 @@ from zoos import write_small_zoo
 
 import sharpkit as sk
 from sharpkit.errors import ArgumentError, RunError, ScoreError
+from sharpkit.runs.lock import sole_driver
 
 MEASURE = sk.MSharpness(m=[1, 4], rho=[0.05, 0.1])
 
@@ -157,7 +158,7 @@ def test_refuses_bad_arguments(zoo_path, tmp_path):
     with pytest.raises(RunError, match="not a run directory"):
         sk.Scores.open(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="cannot create"):
+    with pytest.raises(RunError, match="cannot write"):
         sk.score_zoo(task, MEASURE, out=tmp_path / "file")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.sqlite").write_text("this is no database, whatever it is called")
@@ -214,15 +215,32 @@ def test_a_finished_run_can_be_read_where_nothing_can_be_written(zoo_path, tmp_p
 
 
 @pytest.mark.slow
-def test_processes_that_start_the_same_run_do_not_crash_each_other(tmp_path):
+def test_of_processes_that_start_the_same_run_one_computes_and_the_others_are_told(tmp_path):
     zoo_path = write_small_zoo(tmp_path / "zoo")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen(_score_command(zoo_path, tmp_path / "run"), env=environment)
+        subprocess.Popen(
+            _score_command(zoo_path, tmp_path / "run"),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(4)
     ]
-    assert [process.wait(timeout=200) for process in processes] == [0] * 4
+    messages = [process.communicate(timeout=200)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    # one that starts late may find the run finished, which is no conflict
+    assert codes.count(0) >= 1
+    assert set(codes) <= {0, 1}
+    for code, message in zip(codes, messages, strict=True):
+        assert code == 0 or "another process is working on this run" in message
     assert len(sk.Scores.open(tmp_path / "run").frame()) == 8 * 12
+
+
+def test_a_run_that_another_process_holds_is_refused(zoo_path, tmp_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    with sole_driver(tmp_path / "run"), pytest.raises(RunError, match="another process"):
+        sk.score_zoo(task, MEASURE, out=tmp_path / "run", limit=1, progress=False)
+    sk.score_zoo(task, MEASURE, out=tmp_path / "run", limit=1, progress=False)
 
 
 def test_m_larger_than_n_is_a_failure_of_every_model(zoo_path):
