@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint docs format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sharpkit score embedded --out demo-output/run --m 1,4,16,64,256 --rho 0.1
@@ -17,6 +17,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict sharpkit
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b html docs docs/_build/html
+
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -28,4 +31,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated

@@ -12,11 +12,14 @@ from sharpkit.curvature import (
     top_eigenvalues,
     trace,
 )
+from sharpkit.data import load_dataset
 from sharpkit.evaluation import conditional_mutual_information
 from sharpkit.measures import MSharpness
-from sharpkit.runs import Scores, evaluate, score_zoo
+from sharpkit.report import write_report
+from sharpkit.runs import Scores, combine, evaluate, score_zoo
+from sharpkit.runs.figure3 import Figure3, figure3
 from sharpkit.sharpness import SharpnessResult, m_sharpness
-from sharpkit.training import SAM, m_sam_gradient
+from sharpkit.training import SAM, FitResult, build_architecture, fit, m_sam_gradient
 from sharpkit.zoo import (
     ModelEntry,
     Task,
@@ -28,12 +31,15 @@ from sharpkit.zoo import (
     write_zoo,
     zoo_info,
 )
+from sharpkit.zoo.training import TrainingReport, train_zoo
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SAM",
+    "Figure3",
     "FisherOperator",
+    "FitResult",
     "GaussNewtonOperator",
     "HessianOperator",
     "MSharpness",
@@ -42,14 +48,20 @@ __all__ = [
     "SharpnessResult",
     "SpectralDensity",
     "Task",
+    "TrainingReport",
     "Zoo",
     "ZooWriter",
+    "build_architecture",
+    "combine",
     "conditional_mutual_information",
     "embedded_zoo",
     "evaluate",
     "fetch_zoo",
+    "figure3",
+    "fit",
     "frobenius_norm",
     "layer_spectra",
+    "load_dataset",
     "load_zoo",
     "m_sam_gradient",
     "m_sharpness",
@@ -59,6 +71,8 @@ __all__ = [
     "spectral_density",
     "top_eigenvalues",
     "trace",
+    "train_zoo",
+    "write_report",
     "write_zoo",
     "zoo_info",
 ]

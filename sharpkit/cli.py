@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from sharpkit.errors import SharpkitError
 if TYPE_CHECKING:
     from sharpkit.measures import Measure, MSharpness
     from sharpkit.runs import Scores
-    from sharpkit.zoo import Zoo
+    from sharpkit.zoo import Task, Zoo
 
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
@@ -61,6 +62,10 @@ class _Group(click.Group):
 _RUN = click.argument("run", type=click.Path(path_type=Path))
 _RESAMPLES = click.option(
     "--resamples", default=1000, show_default=True, help="Bootstrap resamples over models."
+)
+
+_TEST_SIZE = click.option(
+    "--test-size", type=int, help="Examples behind each test accuracy, to weight the sign-errors."
 )
 
 
@@ -123,6 +128,56 @@ def fetch(name: str, to: Path | None) -> None:
     click.echo(fetch_zoo(name, to))
 
 
+@zoo.command("train")
+@click.argument("grid")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The zoo's root.")
+@click.option("--data", help="Folder with the data set's files, or another data set.")
+@click.option("--workers", default=1, show_default=True, help="Training processes.")
+@click.option("--limit", type=int, help="Only the first models of the grid.")
+@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+def train_zoo_command(
+    grid: str, out: Path, data: str | None, workers: int, limit: int | None, device: str
+) -> None:
+    """Train one model for every setting of GRID and write them as a zoo in the PGDL layout.
+
+    GRID is a TOML file, or a preset: "mini" (the zoo that ships with sharpkit), "task1", "task2" or
+    "task8" (the competition's grids). The same command resumes a stopped run. The exit code is 1
+    if a model failed.
+
+    \b
+    Example:
+      sharpkit zoo train mini --data /usr/share/datasets/fashion-mnist --workers 2 --out zoo
+    """
+    from dataclasses import replace
+
+    from sharpkit.zoo.plans import read_plan
+    from sharpkit.zoo.training import train_zoo
+
+    plan = read_plan(grid)
+    if data is not None:
+        plan = replace(plan, data=plan.data.at(data))
+    report = train_zoo(
+        plan.grid,
+        *plan.load_data(),
+        out,
+        task=plan.task,
+        recipe=plan.recipe,
+        seed=plan.seed,
+        shipped_test=plan.shipped_test,
+        limit=limit,
+        workers=workers,
+        device=_device(device),
+    )
+    click.echo(
+        f"{report.path}: {len(report.trained)} models trained, {len(report.skipped)} were there, "
+        f"{len(report.failed)} failed"
+    )
+    for i, reason in report.failed.items():
+        click.echo(f"failed: model {i}: {reason}", err=True)
+    if report.failed:
+        sys.exit(1)
+
+
 @main.command()
 @click.argument("path")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
@@ -142,6 +197,18 @@ def fetch(name: str, to: Path | None) -> None:
 @click.option("--limit", type=int, help="Only the first models of each task.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+@click.option(
+    "--backend",
+    default="processes",
+    show_default=True,
+    type=click.Choice(["processes", "inline", "ray"]),
+    help="Worker processes, this process, or a Ray cluster; the results are the same.",
+)
+@click.option("--workers", type=int, help="Models at a time; one per core or GPU by default.")
+@click.option("--threads", type=int, help="CPU threads per model; those of the run, or 1.")
+@click.option("--timeout", type=float, help="Seconds that one model may take per measure.")
+@click.option("--memory", type=float, help="GiB that one model may take.")
+@click.option("--address", help='Of the Ray cluster, such as "auto"; by default, one is started.')
 def score(
     path: str,
     out: Path,
@@ -155,13 +222,19 @@ def score(
     limit: int | None,
     seed: int,
     device: str,
+    backend: Any,
+    workers: int | None,
+    threads: int | None,
+    timeout: float | None,
+    memory: float | None,
+    address: str | None,
 ) -> None:
     """Compute m-sharpness, or other measures, of every model of the zoo at PATH.
 
     PATH is a directory in the PGDL layout, or "embedded" for the zoo that ships with sharpkit.
 
-    Results are saved one by one in --out; the same command resumes a stopped run. The exit code is
-    1 if a model failed.
+    Results are saved one by one in --out; the same command resumes a stopped run. A model that
+    fails, hangs or crashes does not stop the others; the exit code is then 1.
 
     \b
     Example:
@@ -175,19 +248,25 @@ def score(
     if unknown:
         raise click.BadParameter(f"no task {sorted(unknown)[0]!r}: {path} has {', '.join(chosen)}")
     selected = {name: task for name, task in chosen.items() if not tasks or name in tasks}
-    if n is not None and max(m) > n:
+    if n is not None and max(m) > n and {"m_sharpness", "all"} & set(names.split(",")):
         raise click.BadParameter(
             f"--m {max(m)} is larger than --n {n}: a group has m of n examples"
         )
     m_sharpness = MSharpness(m=m, rho=rho, ascent=ascent, adaptive=adaptive)
     scores = score_zoo(
         selected,
-        _measures(names, m_sharpness),
+        _measures(names, m_sharpness, selected),
         out=out,
         n=n,
         limit=limit,
         seed=seed,
         device=_device(device),
+        backend=backend,
+        workers=workers,
+        threads=threads,
+        timeout=timeout,
+        memory=None if memory is None else int(memory * 2**30),
+        address=address,
     )
     table = scores.frame()
     table.to_csv(out / "scores.csv", index=False)
@@ -197,21 +276,50 @@ def score(
 
 @main.command()
 @_RUN
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A name that ends in .csv or .parquet.",
+)
+def export(run: Path, out: Path) -> None:
+    """Write every value of RUN with its provenance: hashes, versions, device, seconds, memory.
+
+    \b
+    Example:
+      sharpkit export runs/task1 --out task1.csv
+    """
+    from sharpkit.runs import Scores
+
+    click.echo(Scores.open(run).export(out))
+
+
+@main.command()
+@_RUN
 @_RESAMPLES
 @click.option("--seed", default=0, show_default=True)
-def evaluate(run: Path, resamples: int, seed: int) -> None:
+@_TEST_SIZE
+def evaluate(run: Path, resamples: int, seed: int, test_size: int | None) -> None:
     """Score the measures of RUN by how well they predict the generalization gap.
 
-    Writes RUN/evaluation.csv.
+    Writes RUN/evaluation.csv and, for several measures, combined.csv: what they predict together.
 
     \b
     Example:
       sharpkit evaluate runs/task1
     """
-    table = _evaluate(run, resamples, seed)
-    shown = ["task", "measure", "m", "rho", "models", "cmi_pgdl", "cmi_jiang", "kendall_tau"]
-    shown = [c for c in [*shown, "granulated_kendall", "p_value"] if c in table]
+    from sharpkit.runs import Scores, combine
+
+    table = _evaluate(run, resamples, seed, test_size)
+    shown = ["task", "measure", "m", "rho", "form", "models", "cmi_pgdl", "cmi_jiang"]
+    shown += ["kendall_tau", "granulated_kendall", "r_squared", "sign_error", "p_value"]
+    shown = [c for c in shown if c in table and table[c].notna().any()]
     click.echo(table[shown].to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    together = combine(Scores.open(run), resamples=resamples, seed=seed)
+    if len(together):
+        together.to_csv(run / "combined.csv", index=False)
+        click.echo("\nAll measures together, on held-out models:")
+        click.echo(together.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     click.echo(run / "evaluation.csv")
 
 
@@ -234,6 +342,28 @@ def plot(run: Path, resamples: int, seed: int, statistic: str, out: Path | None)
     path = path if path.suffix else path.with_suffix(".png")
     predictive_power(_evaluate(run, resamples, seed), path, statistic=statistic)
     click.echo(f"{path} and {path.with_suffix('.csv')}")
+
+
+@main.command()
+@_RUN
+@_RESAMPLES
+@click.option("--seed", default=0, show_default=True)
+@_TEST_SIZE
+@click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/report.html")
+def report(run: Path, resamples: int, seed: int, test_size: int | None, out: Path | None) -> None:
+    """Write everything about RUN as one HTML page that needs no network.
+
+    The ranking with intervals, score against m, measures against the gap, mutual information by
+    conditioning set, correlations, failures, and what it takes to reproduce the run. Needs plotly:
+    pip install 'sharpkit[report]'.
+
+    \b
+    Example:
+      sharpkit report runs/task1 --out task1.html
+    """
+    from sharpkit.report import write_report
+
+    click.echo(write_report(run, out, resamples=resamples, seed=seed, test_size=test_size))
 
 
 @main.command()
@@ -333,14 +463,153 @@ def _checkpoint_models(
     from functools import partial
 
     from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
+    from sharpkit.runs.trained import load_trained, trained_data
 
-    if build is None or data is None:
-        raise click.UsageError("--checkpoint needs --build module:callable and --data FILE.npz")
     names = {Path(c).stem: c for c in checkpoints}
     if len(names) < len(checkpoints):
         names = {c: c for c in checkpoints}
+    if build is None and data is None and (Path(checkpoints[0]).parent / "config.json").is_file():
+        train, _ = trained_data(checkpoints[0])
+        return {name: partial(load_trained, c) for name, c in names.items()}, train
+    if build is None or data is None:
+        raise click.UsageError(
+            "--checkpoint needs --build module:callable and --data FILE.npz, unless it is from "
+            "`sharpkit train`"
+        )
     models = {name: partial(load_checkpoint, c, build) for name, c in names.items()}
     return models, load_arrays(data)
+
+
+@main.command()
+@click.argument("data")
+@click.option("--root", type=click.Path(path_type=Path), help="Folder with the data set's files.")
+@click.option("--arch", default="vgg-32x2", show_default=True, help="Name, or module:callable.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "sam"]))
+@click.option("--m", type=int, help="SAM's group size; the batch by default.")
+@click.option("--rho", default=0.05, show_default=True, help="SAM's radius.")
+@click.option("--adaptive", is_flag=True, help="SAM's perturbation in units of |w|.")
+@click.option("--epochs", required=True, type=int)
+@click.option("--batch-size", default=128, show_default=True)
+@click.option("--lr", default=0.1, show_default=True, help="Learning rate of the first step.")
+@click.option("--momentum", default=0.9, show_default=True)
+@click.option("--weight-decay", default=5e-4, show_default=True)
+@click.option(
+    "--schedule",
+    default="cosine",
+    show_default=True,
+    type=click.Choice(["cosine", "step", "constant"]),
+)
+@click.option("--augmentation", type=click.Choice(["flip", "crop", "flip-crop"]))
+@click.option("--label-noise", default=0.0, show_default=True, help="Fraction of wrong labels.")
+@click.option("--stop-at-loss", type=float, help="Stop at this loss on the training set.")
+@click.option("--keep", type=_Numbers(int), help="Epochs whose weights are kept, such as 0,10.")
+@click.option("--evaluate-every", default=1, show_default=True, help="Epochs.")
+@click.option("--tensorboard", is_flag=True, help="Log to OUT/tensorboard as well.")
+@click.option("--seed", default=0, show_default=True, help="Of initial weights and training.")
+@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+def train(
+    data: str,
+    root: Path | None,
+    arch: str,
+    out: Path,
+    keep: list[int] | None,
+    seed: int,
+    device: str,
+    **settings: Any,
+) -> None:
+    """Train a network on DATA with SGD or SAM; the same command goes on with a stopped training.
+
+    DATA is "embedded", "fashion-mnist", "cifar10", "cifar100", "svhn", an .npz file with x_train,
+    y_train, x_test and y_test, a folder or .zip of images train/<class>/*.jpg and
+    test/<class>/*.jpg, or ZOO:TASK for the data of a task of a zoo.
+
+    --arch is vgg-WIDTHxBLOCKS, nin-WIDTHxBLOCKS (either with -bn), resnetDEPTH,
+    wrn-DEPTH-WIDTH (or with -nobn), or module:callable.
+
+    Writes OUT/log.csv, config.json, model.safetensors and epoch-K.safetensors for --keep;
+    `sharpkit spectrum --checkpoint OUT/model.safetensors` reads them.
+
+    \b
+    Example:
+      sharpkit train cifar10 --arch resnet20 --optimizer sam --m 16 --rho 0.05 \\
+          --augmentation flip-crop --epochs 50 --out runs/sam16
+      torchrun --nproc-per-node 2 -m sharpkit train embedded --epochs 20 --out runs/two
+    """
+    from sharpkit.data import load_dataset
+    from sharpkit.runs.trained import provenance
+    from sharpkit.training import build_architecture, fit
+    from sharpkit.training.parallel import Ranks, process_group
+
+    with process_group(device) as own_device:
+        examples, held_out = load_dataset(data, root=root)
+        origin = provenance(data, None if root is None else str(root), arch, examples)
+        shape, classes = tuple(origin["input_shape"]), origin["classes"]
+        result = fit(
+            build_architecture(arch, shape, classes, seed=seed),
+            examples,
+            held_out,
+            out=out,
+            keep=keep or (),
+            seed=seed,
+            provenance=origin,
+            device=_device(own_device),
+            **settings,
+        )
+        if Ranks.current().rank:
+            return
+    last = result.history.iloc[-1]
+    accuracies = ", ".join(f"{100 * last[f'{s}_accuracy']:.2f} % {s}" for s in ("train", "test"))
+    click.echo(f"{out / 'model.safetensors'}: accuracy {accuracies}")
+
+
+@main.command("figure3")
+@click.option(
+    "--preset", required=True, help='"mini", "fashion", "cifar10", "paper", or a .toml file.'
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--panels", default="left,middle,right", show_default=True, help="Some of them.")
+@click.option("--data", help="Folder with the data set's files, or another data set.")
+@click.option("--zoo", "zoo_path", help="Another zoo for the right panel.")
+@click.option("--workers", default=1, show_default=True, help="Processes.")
+@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+def figure3_command(
+    preset: str,
+    out: Path,
+    panels: str,
+    data: str | None,
+    zoo_path: str | None,
+    workers: int,
+    device: str,
+) -> None:
+    """The three panels of the SAM paper's Figure 3: spectra, test error of m-SAM, predictive power.
+
+    Trains with SGD and m-SAM, measures Hessian spectra on the way, scores a zoo, and writes
+    --out/figure3.png with its tables as CSV. The same command goes on where it stopped. Presets:
+    "mini" takes 20 minutes on two cores, "fashion" and "cifar10" hours, "paper" is the paper's own
+    setting. The exit code is 1 if a training, a spectrum or a model failed.
+
+    \b
+    Example:
+      sharpkit figure3 --preset mini --workers 2 --out runs/mini
+      sharpkit figure3 --preset mini --panels right --out runs/mini
+    """
+    from sharpkit.runs.figure3 import figure3
+
+    result = figure3(
+        preset,
+        out=out,
+        panels=panels.split(","),
+        data=data,
+        zoo=zoo_path,
+        workers=workers,
+        device=_device(device),
+    )
+    click.echo(f"{result.picture} and tables beside it")
+    for name, reason in result.failures.items():
+        click.echo(f"failed: {name}: {reason}", err=True)
+    if result.failures:
+        sys.exit(1)
 
 
 def _load(path: str) -> Zoo:
@@ -353,18 +622,33 @@ def _load(path: str) -> Zoo:
     return load_zoo(path)
 
 
-def _measures(names: str, m_sharpness: MSharpness) -> list[Measure]:
+def _measures(names: str, m_sharpness: MSharpness, tasks: Mapping[str, Task]) -> list[Measure]:
     from sharpkit.measures import standard_measures
 
-    known = {measure.name: measure for measure in standard_measures()}  # type: ignore[attr-defined]
+    known = {measure.name: measure for measure in standard_measures(recorded=True)}  # type: ignore[attr-defined]
     known[m_sharpness.name] = m_sharpness
     if names == "all":
-        return list(known.values())
+        left_out = _unsuitable(tasks)
+        return [measure for name, measure in known.items() if name not in left_out]
     wanted = names.split(",")
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise click.BadParameter(f'no measure {unknown[0]!r}: "all" or some of {", ".join(known)}')
     return [known[name] for name in wanted]
+
+
+def _unsuitable(tasks: Mapping[str, Task]) -> set[str]:
+    """Measures that no model of these tasks can have, judged by the first of each."""
+    from sharpkit.measures.recorded import KINDS
+
+    images = recorded = False
+    for task in tasks.values():
+        for entry in list(task.values())[:1]:
+            with suppress(SharpkitError):  # told when the model is scored
+                images |= len(entry.config.get("input_shape", ())) == 3
+                recorded |= not set(KINDS).isdisjoint(entry.metrics)
+    suitable = {"augmentation_inconsistency": images, "training_steps": recorded}
+    return {name for name, fits in suitable.items() if not fits}
 
 
 def _device(name: str) -> str:
@@ -379,10 +663,10 @@ def _device(name: str) -> str:
     return name
 
 
-def _evaluate(run: Path, resamples: int, seed: int) -> Any:
+def _evaluate(run: Path, resamples: int, seed: int, test_size: int | None = None) -> Any:
     from sharpkit.runs import Scores, evaluate
 
-    table = evaluate(Scores.open(run), resamples=resamples, seed=seed)
+    table = evaluate(Scores.open(run), resamples=resamples, seed=seed, test_size=test_size)
     table.to_csv(run / "evaluation.csv", index=False)
     return table
 

@@ -16,6 +16,10 @@ class ModelError(SharpkitError):
     """A model, its weights or its loss cannot be measured (NaN, wrong shape, no gradient)."""
 
 
+class DivergedError(ModelError):
+    """Training has reached a loss or weights that are NaN or infinite."""
+
+
 class DataError(SharpkitError):
     """The examples or labels given do not fit the model, the loss or the request."""
 

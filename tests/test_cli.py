@@ -80,6 +80,17 @@ def test_score_takes_measures_by_name(zoo_path, tmp_path):
     assert "path_norm" in text
 
 
+def test_a_run_is_exported_with_its_provenance(zoo_path, tmp_path):
+    arguments = ("score", zoo_path, "--task", "first", "--m", "1", "--limit", 2)
+    run(*arguments, "--out", tmp_path / "run", "--backend", "inline")
+    run("export", tmp_path / "run", "--out", tmp_path / "all.csv")
+    table = pd.read_csv(tmp_path / "all.csv")
+    assert len(table) == 2
+    assert table["weights_hash"].str.len().eq(64).all()
+    text = run("export", tmp_path / "run", "--out", tmp_path / "all.txt", code=1)
+    assert "ends in .csv or .parquet" in text
+
+
 def test_info_lists_models_and_finds_what_is_broken(zoo_path, tmp_path):
     text = run("zoo", "info", zoo_path, "--deep", "--csv", tmp_path / "models.csv")
     assert "16 rows, 0 with problems" in text

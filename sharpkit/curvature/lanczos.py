@@ -2,8 +2,8 @@
 
 Each start vector q_1 spans a Krylov space; in an orthonormal basis Q of it the matrix is
 tridiagonal, Qᵀ A Q = T. In floating point the three-term recurrence loses orthogonality and
-returns copies of converged eigenvalues; two passes of Gram-Schmidt against all earlier vectors
-keep Q orthonormal to rounding ("twice is enough").
+returns copies of converged eigenvalues; Gram-Schmidt against all earlier vectors, a second time
+where the first one cancels digits, keeps Q orthonormal to rounding ("twice is enough").
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def lanczos(
     basis = torch.zeros(count, steps, size, dtype=dtype, device=device)
     diagonal, off = np.zeros((count, steps)), np.zeros((count, max(steps - 1, 0)))
     breakdowns = np.zeros(count, dtype=np.int64)
-    current = start / start.norm(dim=1, keepdim=True)  # (probes, P)
+    previous = current = start / start.norm(dim=1, keepdim=True)  # (probes, P)
     scale = np.zeros(count)
     for j in _bar(steps, progress):
         basis[:, j] = current
@@ -139,8 +139,10 @@ def lanczos(
         if j == steps - 1:
             break
         w = w - alpha.unsqueeze(1) * current
+        if j:
+            w -= torch.from_numpy(off[:, j - 1 : j]).to(w) * previous
         known = basis[:, : j + 1]
-        w = orthogonalise(orthogonalise(w, known), known)
+        w = orthogonal_part(w, known)
         beta = w.norm(dim=1).double().cpu().numpy()
         scale = np.maximum(scale, np.abs(diagonal[:, j]) + beta)
         ended = beta <= 10 * torch.finfo(a.dtype).eps * scale
@@ -148,7 +150,7 @@ def lanczos(
             w[i] = fresh_direction(a, known[i : i + 1], seed + 7919 * (j + 1) + int(i))
         breakdowns += ended
         off[:, j] = np.where(ended, 0.0, beta)
-        current = w / w.norm(dim=1, keepdim=True)
+        previous, current = current, w / w.norm(dim=1, keepdim=True)
     return Tridiagonal(diagonal, off, basis if keep_basis else None, breakdowns)
 
 
@@ -160,6 +162,19 @@ def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype) -> int:
         1376000
     """
     return (steps + 6) * probes * size * dtype.itemsize
+
+
+def orthogonal_part(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows (k, P) made orthogonal to the bases (k, j, P) to rounding.
+
+    A row that loses more than a third of its norm in one pass keeps errors of the size of what
+    was taken away, and gets a second one, which is always enough.
+    """
+    once = orthogonalise(rows, basis)
+    again = once.norm(dim=1) < 0.7 * rows.norm(dim=1)
+    for i in torch.nonzero(again).flatten().tolist():
+        once[i : i + 1] = orthogonalise(once[i : i + 1], basis[i : i + 1])
+    return once
 
 
 def orthogonalise(rows: Tensor, basis: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from sharpkit.evaluation.ranks import (
     pearson,
     spearman,
 )
+from sharpkit.evaluation.regression import CombinedPredictor, combined_predictor, r_squared
 from sharpkit.evaluation.resampling import (
     Comparison,
     Interval,
@@ -17,25 +18,29 @@ from sharpkit.evaluation.resampling import (
     compare_measures,
 )
 from sharpkit.evaluation.robustness import SignError, SignErrorSummary, sign_error
-from sharpkit.evaluation.table import evaluate_measures
+from sharpkit.evaluation.table import evaluate_hyperparameters, evaluate_measures
 
 __all__ = [
     "STATISTICS",
     "CMIResult",
+    "CombinedPredictor",
     "Comparison",
     "GranulatedKendall",
     "Interval",
     "SignError",
     "SignErrorSummary",
     "bootstrap_interval",
+    "combined_predictor",
     "compare_measures",
     "conditional_mutual_information",
+    "evaluate_hyperparameters",
     "evaluate_measures",
     "granulated_kendall",
     "holm",
     "kendall_tau",
     "pearson",
     "permutation_p_value",
+    "r_squared",
     "sign_error",
     "spearman",
 ]

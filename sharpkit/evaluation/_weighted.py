@@ -12,29 +12,48 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
+from tqdm import tqdm
 
 from sharpkit.evaluation._cells import CellMap
 from sharpkit.evaluation._grid import Bools, Floats, Grid, Ints
-from sharpkit.evaluation._pairs import INSIDE_LOG, xlogx
+from sharpkit.evaluation._pairs import INSIDE_LOG
+from sharpkit.evaluation._weighted_cells import Cells, Weights, count, information, ratio
+from sharpkit.evaluation.robustness import Environments
 
+SIGN_ERRORS = ("sign_error", "sign_error_90", "sign_error_max")
 STATISTICS = (
     "cmi_pgdl",
     "cmi_jiang",
     "kendall_tau",
+    "kendall_tau_b",
     "granulated_kendall",
     "spearman",
     "pearson",
+    "r_squared",
+    *SIGN_ERRORS,
 )
+LOWER_IS_BETTER = SIGN_ERRORS
+RANGES = {
+    name: (-np.inf, 1.0)
+    if name == "r_squared"
+    else (0.0, 1.0)
+    if name.startswith(("cmi", "sign_error"))
+    else (-1.0, 1.0)
+    for name in STATISTICS
+}
 _BATCH = 128  # weightings handled together; small enough for the cache
-Weights: TypeAlias = NDArray[np.floating]
 
 
 def weighted_statistics(
-    values: Floats, grid: Grid, weights: Ints, statistics: Sequence[str] = STATISTICS
+    values: Floats,
+    grid: Grid,
+    weights: Ints,
+    statistics: Sequence[str] = STATISTICS,
+    *,
+    environments: Environments | None = None,
+    hyperparameter: int | None = None,
 ) -> dict[str, Floats]:
     """Statistics of each measure under each weighting.
 
@@ -43,15 +62,20 @@ def weighted_statistics(
         grid: The models.
         weights: Multiplicities (weightings, models), whole numbers.
         statistics: Which of `STATISTICS`.
+        environments: What the sign-errors count; None for the default.
+        hyperparameter: Column of the only one that may differ between the models that granulated
+            Kendall and the sign-errors compare; None for all in turn.
 
     Returns:
         dict: Statistic -> array (weightings, measures).
     """
+    columns = grid.varying() if hyperparameter is None else [hyperparameter]
     result = {name: np.full((len(weights), values.shape[1]), np.nan) for name in statistics}
-    plan = _Plan.of(grid, statistics)
+    plan = _Plan.of(grid, statistics, columns, environments or Environments())
     starts = range(0, len(weights), _BATCH)
     batches = [_Batch.of(weights[s : s + _BATCH].astype(plan.dtype), plan) for s in starts]
-    for k, column in enumerate(values.T):
+    bar = tqdm(values.T, "evaluate", unit="measure", delay=2, leave=False, disable=None)
+    for k, column in enumerate(bar):
         bits = _Bits.of(column, plan)
         for start, batch in zip(starts, batches, strict=True):
             for name, found in _batch_statistics(bits, batch, plan, statistics).items():
@@ -69,10 +93,17 @@ class _Plan:
     partitions: list[list[Ints]]  # per distinct conditioning set, the models of each group
     pgdl: dict[int, Bools]  # partition -> pairs of groups that count (groups, groups)
     jiang: list[int]
-    coupled: list[tuple[Ints, Ints, Ints, Ints]]  # first, second, setting, start of each setting
+    coupled: list[_Pairs]  # per hyperparameter, by setting
+    environments: _Pairs | None  # of all hyperparameters, by environment
 
     @classmethod
-    def of(cls, grid: Grid, statistics: Sequence[str]) -> _Plan:
+    def of(
+        cls,
+        grid: Grid,
+        statistics: Sequence[str],
+        columns: Sequence[int],
+        environments: Environments,
+    ) -> _Plan:
         names = range(len(grid.names))
         pairs = list(itertools.combinations(names, 2))
         found: dict[bytes, int] = {}
@@ -100,15 +131,47 @@ class _Plan:
             jiang = sorted({partition(columns) for columns in sets})
         coupled = []
         if "granulated_kendall" in statistics:
-            for h in grid.varying():
-                first, second, setting = grid.coupled(h)
-                if len(first):
-                    starts = np.flatnonzero(np.diff(setting, prepend=-1))
-                    coupled.append((first, second, setting, starts))
+            found_pairs = [grid.coupled(h) for h in columns]
+            coupled = [_Pairs.of(*pairs) for pairs in found_pairs if len(pairs[0])]
+        changes = None
+        if not set(SIGN_ERRORS).isdisjoint(statistics):
+            changes = _changes(grid, columns, environments)
         # whole numbers up to n² are exact in float32 below 2**24
         dtype = np.float32 if len(grid) < 4096 else np.float64
         bits = grid.gap[:, None] > grid.gap
-        return cls(grid.gap, bits, dtype, partitions, pgdl, jiang, coupled)
+        return cls(grid.gap, bits, dtype, partitions, pgdl, jiang, coupled, changes)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of models in groups that follow one another."""
+
+    first: Ints
+    second: Ints
+    starts: Ints  # where each group begins
+    weight: Floats | float = 1.0  # (pairs,)
+
+    @classmethod
+    def of(cls, first: Ints, second: Ints, group: Ints, weight: Floats | None = None) -> _Pairs:
+        order = np.argsort(group, kind="stable")
+        starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+        return cls(first[order], second[order], starts, 1.0 if weight is None else weight[order])
+
+    def sums(self, values: Floats) -> Floats:
+        """Sums over each group (batch, groups) of values (batch, pairs)."""
+        found: Floats = np.add.reduceat(values, self.starts, axis=1)
+        return found
+
+
+def _changes(grid: Grid, columns: Sequence[int], environments: Environments) -> _Pairs | None:
+    parts = [environments.pairs(grid, h) for h in columns]
+    parts = [p for p in parts if (p[3] > 0).any()]
+    if not parts:
+        return None
+    first, second, group, weight = zip(*parts, strict=True)
+    offsets = np.cumsum([0] + [int(g.max()) + 1 for g in group[:-1]])
+    numbered = [g + offset for g, offset in zip(group, offsets, strict=True)]
+    return _Pairs.of(*(np.concatenate(p) for p in (first, second, numbered, weight)))
 
 
 @dataclass(frozen=True)
@@ -119,6 +182,7 @@ class _Bits:
     larger: Weights  # (models, 2 models): value bit, and value and gap bit, side by side
     concordance: Weights  # (models, models): sign of the value difference times that of the gap
     below: Weights  # (models, models): 1 where the second is smaller, 1/2 where equal
+    ties: bool  # whether two models have the same value
 
     @classmethod
     def of(cls, values: Floats, plan: _Plan) -> _Bits:
@@ -126,7 +190,8 @@ class _Bits:
         sign: Weights = bits.astype(plan.dtype) - bits.T
         gap_sign: Weights = plan.gap_bits.astype(plan.dtype) - plan.gap_bits.T
         larger: Weights = np.concatenate([bits, bits & plan.gap_bits], axis=1).astype(plan.dtype)
-        return cls(values, larger, sign * gap_sign, (sign + 1) / 2)
+        ties = len(np.unique(values)) < len(values)
+        return cls(values, larger, sign * gap_sign, (sign + 1) / 2, ties)
 
 
 @dataclass(frozen=True)
@@ -135,138 +200,123 @@ class _Batch:
 
     weights: Weights
     total: Floats  # (batch,)
-    cells: list[_Cells]
+    pairs: Floats  # (batch,): pairs of different models
+    untied_gaps: Floats  # (batch,)
+    cells: list[Cells]
     coupled: list[tuple[Floats, Floats]]  # weight of each pair (batch, pairs), of each setting
+    changes: tuple[Floats, Floats] | None  # the same by environment
     gap_ranks: Floats  # (batch, models)
 
     @classmethod
     def of(cls, weights: Weights, plan: _Plan) -> _Batch:
-        cells = [_Cells.of(weights, groups, plan.gap_bits) for groups in plan.partitions]
-        coupled = []
-        for first, second, _, starts in plan.coupled:
-            pair = weights[:, first].astype(np.float64) * weights[:, second]
-            coupled.append((pair, np.add.reduceat(pair, starts, axis=1)))
-        below = (plan.gap_bits.astype(plan.dtype) - plan.gap_bits.T + 1) / 2
-        ranks = (weights @ below.T).astype(np.float64)
-        return cls(weights, weights.sum(1, dtype=np.float64), cells, coupled, ranks)
+        gap_bits: Weights = plan.gap_bits.astype(plan.dtype)
+        total = weights.sum(1, dtype=np.float64)
+        ranks = (weights @ ((gap_bits - gap_bits.T + 1) / 2).T).astype(np.float64)
+        changes = None if plan.environments is None else _pair_weights(weights, plan.environments)
+        return cls(
+            weights,
+            total,
+            total**2 - (weights * weights).sum(1, dtype=np.float64),
+            _both(weights, gap_bits + gap_bits.T),
+            [Cells.of(weights, groups, gap_bits) for groups in plan.partitions],
+            [_pair_weights(weights, pairs) for pairs in plan.coupled],
+            changes,
+            ranks,
+        )
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """Weighted pairs of one conditioning set, before a measure is looked at."""
-
-    groups: list[Ints]
-    member: Weights  # (models, groups)
-    different: Floats  # (batch, groups, groups): pairs of different models
-    itself: Floats  # (batch, groups, groups): self pairs
-    larger_gap: Floats  # (batch, groups, groups)
-
-    @classmethod
-    def of(cls, weights: Weights, groups: list[Ints], gap_bits: Bools) -> _Cells:
-        member = np.zeros((weights.shape[1], len(groups)), dtype=weights.dtype)
-        for g, models in enumerate(groups):
-            member[models, g] = 1
-        sums = (weights @ member).astype(np.float64)
-        squares = ((weights * weights) @ member).astype(np.float64)
-        eye = np.eye(len(groups))
-        different = sums[:, :, None] * sums[:, None, :] - squares[:, :, None] * eye
-        larger = _count(weights, groups, member, gap_bits.astype(weights.dtype))[:, :, 0]
-        return cls(groups, member, different, sums[:, :, None] * eye, larger)
+def _pair_weights(weights: Weights, pairs: _Pairs) -> tuple[Floats, Floats]:
+    pair = weights[:, pairs.first].astype(np.float64) * weights[:, pairs.second] * pairs.weight
+    return pair, pairs.sums(pair)
 
 
-def _count(weights: Weights, groups: list[Ints], member: Weights, bits: Weights) -> Floats:
-    """Weighted pairs with each bit (batch, groups of i, kinds, groups of j).
-
-    `bits` holds one or several n x n matrices side by side.
-    """
-    batch, n = weights.shape
-    counts = np.empty((batch, len(groups), bits.shape[1] // n, len(groups)))
-    for g, models in enumerate(groups):
-        sums = weights[:, models] @ bits[models]  # (batch, kinds * models)
-        spread = sums.reshape(batch, -1, n) * weights[:, None, :]
-        counts[:, g] = (spread.reshape(-1, n) @ member).reshape(batch, -1, len(groups))
-    return counts
+def _both(weights: Weights, bits: Weights) -> Floats:
+    """Weight of the pairs (batch,) whose bit (models, models) is set."""
+    found: Floats = ((weights @ bits) * weights).sum(1, dtype=np.float64)
+    return found
 
 
 def _batch_statistics(
     bits: _Bits, batch: _Batch, plan: _Plan, statistics: Sequence[str]
 ) -> Mapping[str, Floats]:
     found: dict[str, Floats] = {}
-    if "cmi_pgdl" in statistics or "cmi_jiang" in statistics:
-        pgdl, jiang = _both_scores(bits, batch, plan)
-        found |= {"cmi_pgdl": pgdl, "cmi_jiang": jiang}
-    if "kendall_tau" in statistics:
-        found["kendall_tau"] = _kendall(bits, batch)
-    if "granulated_kendall" in statistics:
+    wanted = set(statistics)
+    if wanted & {"cmi_pgdl", "cmi_jiang"}:
+        found["cmi_pgdl"], found["cmi_jiang"] = _both_scores(bits, batch, plan)
+    if wanted & {"kendall_tau", "kendall_tau_b"}:
+        found["kendall_tau"], found["kendall_tau_b"] = _kendall(bits, batch)
+    if "granulated_kendall" in wanted:
         found["granulated_kendall"] = _granulated(bits, batch, plan)
-    if "spearman" in statistics:
+    if "spearman" in wanted:
         ranks = (batch.weights @ bits.below.T).astype(np.float64)
         found["spearman"] = _correlation(ranks, batch.gap_ranks, batch)
-    if "pearson" in statistics:
+    if "pearson" in wanted:
         found["pearson"] = _correlation(bits.values[None], plan.gap[None], batch)
+    if "r_squared" in wanted:
+        found["r_squared"] = _r_squared(bits.values, plan.gap, batch)
+    if wanted & set(SIGN_ERRORS):
+        found |= zip(SIGN_ERRORS, _sign_errors(bits, batch, plan), strict=True)
     return {name: found[name] for name in statistics}
 
 
 def _both_scores(bits: _Bits, batch: _Batch, plan: _Plan) -> tuple[Floats, Floats]:
     pgdl, jiang = ([np.full(len(batch.weights), np.inf)] for _ in range(2))
     for k, cells in enumerate(batch.cells):
-        counts = _count(batch.weights, cells.groups, cells.member, bits.larger)
+        counts = count(batch.weights, cells.groups, cells.member, bits.larger)
         larger, both = counts[:, :, 0], counts[:, :, 1]
         if k in plan.pgdl:
             total = cells.different + cells.itself
-            information, entropy = _information(total, cells.larger_gap, larger, both, INSIDE_LOG)
+            shared, entropy = information(total, cells.larger_gap, larger, both, INSIDE_LOG)
             filled = (total > 0) & plan.pgdl[k]
             scale = filled / np.maximum(total, 1)  # the mean over filled cells, up to a constant
-            pgdl.append(_ratio(information * scale, entropy * scale))
+            pgdl.append(ratio(shared * scale, entropy * scale))
         if k in plan.jiang:
-            jiang.append(
-                _ratio(*_information(cells.different, cells.larger_gap, larger, both, 0.0))
-            )
+            jiang.append(ratio(*information(cells.different, cells.larger_gap, larger, both, 0.0)))
     scores = (np.fmin.reduce(scores) for scores in (pgdl, jiang))
     first, second = (np.where(np.isinf(score), np.nan, score) for score in scores)
     return first, second
 
 
-def _information(
-    total: Floats, gap: Floats, value: Floats, both: Floats, inside_log: float
-) -> tuple[Floats, Floats]:
-    """Information and gap entropy of each cell in bits, times the pairs in the cell."""
-    sides = xlogx(gap) + xlogx(total - gap)
-    joint = xlogx(both) + xlogx(gap - both) + xlogx(value - both)
-    joint += xlogx(total - gap - value + both)
-    whole = xlogx(total)
-    information = joint - sides - xlogx(value) - xlogx(total - value) + whole
-    entropy = whole - sides
-    if inside_log:  # −p log2(p + c) = −p log2 p − p log2(1 + c / p), and c / p is tiny
-        entropy = entropy - ((gap > 0) * 1.0 + (gap < total)) * total * inside_log / np.log(2)
-    return np.maximum(information, 0.0), entropy
-
-
-def _ratio(information: Floats, entropy: Floats) -> Floats:
-    below = entropy.sum((1, 2))
-    ratio = information.sum((1, 2)) / np.where(below > 0, below, 1.0)
-    return np.where(below > 1e-9, ratio, np.nan)
-
-
-def _kendall(bits: _Bits, batch: _Batch) -> Floats:
-    w = batch.weights
-    agreement = ((w @ bits.concordance) * w).sum(1, dtype=np.float64)
-    pairs = batch.total**2 - (w * w).sum(1, dtype=np.float64)
-    return _divide(agreement, pairs)
+def _kendall(bits: _Bits, batch: _Batch) -> tuple[Floats, Floats]:
+    agreement = _both(batch.weights, bits.concordance)
+    untied = batch.pairs
+    if bits.ties:
+        untied = _both(batch.weights, (bits.below != 0.5).astype(bits.below.dtype))
+    return (
+        _divide(agreement, batch.pairs),
+        _divide(agreement, np.sqrt(untied * batch.untied_gaps)),
+    )
 
 
 def _granulated(bits: _Bits, batch: _Batch, plan: _Plan) -> Floats:
     taus = []
-    for (first, second, _, starts), (pair, setting) in zip(
-        plan.coupled, batch.coupled, strict=True
-    ):
-        agreement = np.add.reduceat(pair * bits.concordance[first, second], starts, axis=1)
+    for pairs, (pair, setting) in zip(plan.coupled, batch.coupled, strict=True):
+        agreement = pairs.sums(pair * bits.concordance[pairs.first, pairs.second])
         tau = np.divide(agreement, setting, out=np.zeros_like(setting), where=setting > 0)
         taus.append(_divide(tau.sum(1), (setting > 0).sum(1)))
     if not taus:
         return np.full(len(batch.weights), np.nan)
     found = ~np.isnan(taus)
     return _divide(np.where(found, taus, 0.0).sum(0), found.sum(0))
+
+
+def _sign_errors(bits: _Bits, batch: _Batch, plan: _Plan) -> tuple[Floats, Floats, Floats]:
+    """Mean, 90th percentile and maximum over the environments that a weighting has."""
+    if plan.environments is None or batch.changes is None:
+        nothing = np.full(len(batch.weights), np.nan)
+        return nothing, nothing, nothing
+    pairs, (pair, total) = plan.environments, batch.changes
+    loss = (1 - bits.concordance[pairs.first, pairs.second]) / 2
+    errors = _divide(pairs.sums(pair * loss), total)
+    errors = np.sort(errors, axis=1)  # NaN last
+    counts = (total > 0).sum(1)
+    mean = _divide(np.nansum(errors, axis=1), counts)
+    place = 0.9 * np.maximum(counts - 1, 0)
+    below = np.floor(place).astype(np.int64)
+    last = np.maximum(counts - 1, 0)
+    rows = np.arange(len(errors))
+    low, high = errors[rows, below], errors[rows, np.minimum(below + 1, last)]
+    return mean, low + (place - below) * (high - low), errors[rows, last]
 
 
 def _correlation(x: Floats, y: Floats, batch: _Batch) -> Floats:
@@ -276,6 +326,26 @@ def _correlation(x: Floats, y: Floats, batch: _Batch) -> Floats:
     with np.errstate(invalid="ignore"):
         scale = np.sqrt((share * x * x).sum(1) * (share * y * y).sum(1))
         return _divide((share * x * y).sum(1), scale)
+
+
+def _r_squared(x: Floats, y: Floats, batch: _Batch) -> Floats:
+    """Of an affine fit, each model predicted from the others: its copies left out with it."""
+    if not np.isfinite(x).all() or (x == x[0]).all():
+        return np.full(len(batch.weights), np.nan)
+    x = (x - x.mean()) / np.abs(x - x.mean()).max()  # the fit is the same in any units
+    w = batch.weights.astype(np.float64)
+    share = w / batch.total[:, None]
+    dx = x - (share * x).sum(1, keepdims=True)
+    dy = y - (share * y).sum(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        squares = (w * dx * dx).sum(1, keepdims=True)
+        slope = (w * dx * dy).sum(1, keepdims=True) / squares
+        left = 1 - share - w * dx * dx / squares  # what a model leaves of the fit without it
+        fitted = np.where(w > 0, (dy - slope * dx) / left, 0.0)
+        constant = np.where(share < 1, dy / (1 - share), np.nan)
+        lost = ((w > 0) & ~(left > 1e-9)).any(1)
+        unexplained = (w * fitted**2).sum(1) / (w * constant**2).sum(1)
+    return np.where(lost | ~np.isfinite(unexplained), np.nan, 1 - unexplained)
 
 
 def _divide(above: Floats, below: Floats | Ints) -> Floats:

@@ -9,7 +9,8 @@ from numpy.typing import ArrayLike
 
 from sharpkit.errors import ArgumentError
 from sharpkit.evaluation._grid import Configs, Floats, Ints, Measure, read_comparable
-from sharpkit.evaluation._weighted import Weights, weighted_statistics
+from sharpkit.evaluation._weighted import LOWER_IS_BETTER, weighted_statistics
+from sharpkit.evaluation._weighted_cells import Weights
 from sharpkit.evaluation.resampling import check_resampling
 
 _BATCH_SIGNS = 2_000_000  # signs of permuted gaps held at a time
@@ -74,6 +75,7 @@ def permutation_p_value(
         columns = np.concatenate([values[:, None], values[orders].T], axis=1)
         ones = np.ones((1, len(grid)), dtype=np.int64)
         scores = weighted_statistics(columns, grid, ones, (statistic,))[statistic][0]
+        scores = -scores if statistic in LOWER_IS_BETTER else scores
         observed, chance = scores[:1], scores[1:, None]
     return float(p_values(observed, chance)[0])
 

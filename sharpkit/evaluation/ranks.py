@@ -52,7 +52,7 @@ def kendall_tau(measure: ArrayLike | Any, gap: ArrayLike | Any, variant: str = "
         >>> kendall_tau([1, 1, 3, 4], [0.1, 0.2, 0.4, 0.3], variant="b")
         0.547...
     """
-    x, y = _aligned(measure, gap)
+    x, y = aligned(measure, gap)
     if variant == "a":
         return _tau_a(x, y)
     if variant == "b":
@@ -85,7 +85,7 @@ def spearman(measure: ArrayLike | Any, gap: ArrayLike | Any) -> float:
     """
     from scipy.stats import spearmanr
 
-    x, y = _aligned(measure, gap)
+    x, y = aligned(measure, gap)
     if _constant(x) or _constant(y):
         return float("nan")
     return float(spearmanr(x, y).statistic)
@@ -114,7 +114,7 @@ def pearson(measure: ArrayLike | Any, gap: ArrayLike | Any) -> float:
     """
     from scipy.stats import pearsonr
 
-    x, y = _aligned(measure, gap)
+    x, y = aligned(measure, gap)
     if _constant(x) or _constant(y) or not (np.isfinite(x).all() and np.isfinite(y).all()):
         return float("nan")
     with warnings.catch_warnings():
@@ -215,7 +215,13 @@ def _constant(values: Floats) -> bool:
     return bool((values == values[0]).all())
 
 
-def _aligned(measure: Any, gap: Any) -> tuple[Floats, Floats]:
+def aligned(measure: Any, gap: Any) -> tuple[Floats, Floats]:
+    """Values and gaps (n,) of two sequences, or of two mappings with the same ids.
+
+    Raises:
+        ScoreError: If the lengths or ids differ, fewer than two models are given, or a value is
+            NaN.
+    """
     if isinstance(measure, Mapping) or isinstance(gap, Mapping):
         measure, gap = _by_id(measure, gap)
     elif hasattr(measure, "index") and hasattr(gap, "index") and hasattr(measure, "items"):

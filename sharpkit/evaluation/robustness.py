@@ -22,6 +22,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Environments:
+    """Which pairs of models a sign-error compares, and how much each counts; see `sign_error`.
+
+    Attributes:
+        kind: "settings" or "values".
+        test_size: Examples behind each test accuracy; None gives every pair the weight 1.
+    """
+
+    kind: str = "values"
+    test_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown kind or a test set without examples."""
+        if self.kind not in ("settings", "values"):
+            raise ArgumentError(
+                f"unknown environments {self.kind!r}: expected 'settings' or 'values'"
+            )
+        if self.test_size is not None and self.test_size < 1:
+            raise ArgumentError(
+                f"test_size = {self.test_size}: expected a positive number of examples"
+            )
+
+    def pairs(self, grid: Grid, column: int) -> tuple[Ints, Ints, Ints, Floats]:
+        """Pairs that differ in one hyperparameter only.
+
+        Returns:
+            tuple: First and second model, number of the environment, weight; each (pairs,).
+        """
+        first, second, setting = grid.coupled(column)
+        size = len(grid.levels[column])
+        a, b = grid.codes[first, column], grid.codes[second, column]
+        change: Ints = np.minimum(a, b) * size + np.maximum(a, b)
+        if self.kind == "settings":
+            change = setting * size**2 + change
+        weight = _pair_weights(grid.gap[first] - grid.gap[second], self.test_size)
+        return first, second, change, weight
+
+
+@dataclass(frozen=True)
 class SignErrorSummary:
     """Errors of a set of environments, between 0 (always right) and 1 (always wrong).
 
@@ -125,24 +164,17 @@ def sign_error(
         >>> result.overall.mean, result.overall.maximum
         (0.25, 1.0)
     """
-    if environments not in ("settings", "values"):
-        raise ArgumentError(
-            f"unknown environments {environments!r}: expected 'settings' or 'values'"
-        )
-    if test_size is not None and test_size < 1:
-        raise ArgumentError(f"test_size = {test_size}: expected a positive number of examples")
+    chosen = Environments(environments, test_size)
     values, grid = read_comparable(measure, configs)
     errors: dict[str, Floats] = {}
     used = total = 0
     for h in grid.varying():
-        first, second, setting = grid.coupled(h)
+        first, second, where, weight = chosen.pairs(grid, h)
         gap_change = grid.gap[first] - grid.gap[second]
-        weight = _pair_weights(gap_change, test_size)
         total, used = total + len(first), used + int((weight > 0).sum())
         a, b = values[first], values[second]  # infinities of one sign are a tie, not a NaN
         order = (a > b).astype(np.float64) - (a < b)
         loss = (1 - order * np.sign(gap_change)) / 2
-        where = _environment(grid, h, first, second, setting, environments)
         found = _weighted_means(loss, weight, where, min_effective_size)
         if len(found):
             errors[grid.names[h]] = found
@@ -162,16 +194,6 @@ def _pair_weights(gap_change: Floats, test_size: int | None) -> Floats:
     failure = 2 * np.exp(-test_size * np.square(gap_change) / 2)
     weights: Floats = np.maximum(np.maximum(0.0, 1 - failure) ** 2 - 0.5, 0.0)
     return weights
-
-
-def _environment(
-    grid: Grid, h: int, first: Ints, second: Ints, setting: Ints, environments: str
-) -> Ints:
-    """A number for each pair (pairs,) that two pairs share if they are the same change."""
-    size = len(grid.levels[h])
-    a, b = grid.codes[first, h], grid.codes[second, h]
-    change: Ints = np.minimum(a, b) * size + np.maximum(a, b)
-    return change if environments == "values" else setting * size**2 + change
 
 
 def _weighted_means(loss: Floats, weight: Floats, where: Ints, least: float) -> Floats:

@@ -12,9 +12,11 @@ from torch import nn
 from sharpkit.errors import ArgumentError
 from sharpkit.functional import Data
 from sharpkit.measures import (
+    box_sharpness,
     distance,
     gradients,
     heavy_tails,
+    layer_margins,
     margins,
     norms,
     pac_bayes,
@@ -23,9 +25,15 @@ from sharpkit.measures import (
     sharpness,
     spectral,
 )
-from sharpkit.measures.curvature import EigenvalueRatio, HessianTrace, MaxEigenvalue
+from sharpkit.measures.curvature import (
+    EigenvalueRatio,
+    HessianRank,
+    HessianTrace,
+    MaxEigenvalue,
+)
 from sharpkit.measures.m_sharpness import MSharpness
 from sharpkit.measures.measure import Estimate, Measure
+from sharpkit.measures.recorded import TrainingSteps
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     function.__name__: function
@@ -40,14 +48,18 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
         margins.output_margin,
         margins.inverse_margin,
         margins.normalized_margin,
+        layer_margins.all_layer_margin,
         pac_bayes.pac_bayes,
         pac_bayes.pac_bayes_magnitude,
+        box_sharpness.accuracy_sharpness,
         sharpness.worst_case_sharpness,
         sharpness.average_sharpness,
         gradients.gradient_noise,
         gradients.fisher_rao_norm,
         gradients.jacobian_norm,
         representations.davies_bouldin,
+        representations.representation_variance,
+        representations.effective_rank,
         robustness.mixup_error,
         robustness.augmentation_inconsistency,
         heavy_tails.heavy_tail_exponent,
@@ -143,7 +155,11 @@ def make_measure(function: str, *, name: str | None = None, **options: Any) -> F
 
 
 def standard_measures(
-    m: int | Sequence[int] = (1, 4, 16, 64, 256), *, rho: float = 0.05, images: bool = True
+    m: int | Sequence[int] = (1, 4, 16, 64, 256),
+    *,
+    rho: float = 0.05,
+    images: bool = True,
+    recorded: bool = False,
 ) -> list[Measure]:
     """Every measure of the package with the papers' settings, each under its own name.
 
@@ -151,6 +167,7 @@ def standard_measures(
         m: Group sizes of m-sharpness, none larger than the number of examples scored.
         rho: Radius of m-sharpness and of the sharpness family in the plain 2-norm.
         images: Whether inputs are images (n, c, h, w); otherwise the augmentation is left out.
+        recorded: Whether the zoo records the length of training; adds `TrainingSteps`.
 
     Returns:
         list: Measures with different names; those with `needs_initial` want `initial=`.
@@ -181,4 +198,5 @@ def standard_measures(
     for function in _FUNCTIONS:
         if images or function != "augmentation_inconsistency":
             chosen.extend(special.get(function) or [make_measure(function)])
-    return [*chosen, MaxEigenvalue(), EigenvalueRatio(), HessianTrace()]
+    chosen += [MaxEigenvalue(), EigenvalueRatio(), HessianTrace(), HessianRank()]
+    return [*chosen, TrainingSteps()] if recorded else chosen

@@ -241,3 +241,29 @@ def captured(model: nn.Module, layer: str | None) -> Iterator[Callable[[], Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def layer_inputs(model: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
+    """Inside, a call after each forward pass gives what every linear or convolutional layer got.
+
+    In the order of the calls; a layer that is called twice counts twice.
+    """
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            kept.append(inputs[0])
+
+    def take() -> list[Tensor]:
+        found = kept.copy()
+        kept.clear()
+        return found
+
+    wanted = [m for m in model.modules() if isinstance(m, nn.Linear | Convolution)]
+    handles = [m.register_forward_pre_hook(keep) for m in wanted]
+    try:
+        yield take
+    finally:
+        for handle in handles:
+            handle.remove()

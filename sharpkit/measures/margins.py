@@ -27,6 +27,12 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - others
 
 
+def check_percentile(percentile: float) -> None:
+    """Raise ArgumentError outside 0 to 100."""
+    if not 0 <= percentile <= 100:
+        raise ArgumentError(f"percentile must be between 0 and 100, got {percentile}")
+
+
 def output_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> float:
     """A low percentile of the training margins, which stands for the margin of the network.
 
@@ -60,8 +66,7 @@ def output_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> 
         >>> output_margin(model, data, percentile=50)
         3.0
     """
-    if not 0 <= percentile <= 100:
-        raise ArgumentError(f"percentile must be between 0 and 100, got {percentile}")
+    check_percentile(percentile)
     with frozen(model):
         run = setup(model, data)
         logits = run.logits()

@@ -27,7 +27,8 @@ class Measure(Protocol):
 
     Any function with this signature is a measure. Its name is its attribute `name`, else its class
     or function name; its configuration is what `dataclasses.asdict` gives, else empty. With a true
-    attribute `needs_initial` it is also given the network before training, as keyword `initial`.
+    attribute `needs_initial` it is also given the network before training, as keyword `initial`;
+    with `needs_metrics` what the zoo recorded of the model, as keyword `metrics`.
     """
 
     def __call__(
@@ -71,6 +72,7 @@ def evaluate_measure(
     *,
     seed: int,
     initial: Callable[[], nn.Module] | None = None,
+    metrics: Callable[[], Mapping[str, float]] | None = None,
 ) -> dict[str, Estimate]:
     """The values of a measure by setting ("" if it has just one).
 
@@ -80,19 +82,24 @@ def evaluate_measure(
         data: Its training examples.
         seed: Of every random choice.
         initial: Loads the network before training; called only if the measure `needs_initial`.
+        metrics: Loads what the zoo recorded of the model; called only if it `needs_metrics`.
 
     Raises:
         ModelError: If a value is not a finite number.
-        ArgumentError: If the measure needs the initial network and there is no way to load it.
+        ArgumentError: If the measure needs the initial network or the metrics, and there are none.
     """
+    further: dict[str, Any] = {}
     if getattr(measure, "needs_initial", False):
         if initial is None:
             raise ArgumentError(
                 f"{describe(measure)[0]} needs the network before training: pass initial="
             )
-        raw = cast("Any", measure)(model, data, seed=seed, initial=initial())
-    else:
-        raw = measure(model, data, seed=seed)
+        further["initial"] = initial()
+    if getattr(measure, "needs_metrics", False):
+        if metrics is None:
+            raise ArgumentError(f"{describe(measure)[0]} needs what a zoo recorded: pass metrics=")
+        further["metrics"] = metrics()
+    raw = cast("Any", measure)(model, data, seed=seed, **further)
     values = raw if isinstance(raw, Mapping) else {"": raw}
     estimates = {}
     for setting, value in values.items():

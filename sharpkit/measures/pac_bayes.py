@@ -8,12 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.errors import ArgumentError
 from sharpkit.functional import Data, frozen, select_parameters
 from sharpkit.measures.distance import squared_distance
-from sharpkit.measures.passes import Setup, setup
-
-_WIDENINGS = 30  # factors of 4 tried on either side of the first guess
+from sharpkit.measures.passes import setup
+from sharpkit.measures.search import check_drop, size_of_drop
 
 
 def noise_scale(
@@ -66,32 +65,25 @@ def noise_scale(
         >>> round(noise_scale(model, data, draws=50) / wide, 2)
         2.0
     """
-    if not 0 < drop < 1:
-        raise ArgumentError(f"drop must be between 0 and 1, got {drop}")
+    check_drop(drop)
     if draws < 1:
         raise ArgumentError(f"draws must be at least 1, got {draws}")
     if epsilon < 0:
         raise ArgumentError(f"epsilon must not be negative, got {epsilon}")
-    from scipy.optimize import brentq
-
     with frozen(model), torch.no_grad():
         run = setup(model, data)
         weights = {k: p for k, p in select_parameters(model).items() if p.is_floating_point()}
-        clean = _accuracy(run, None)
-        size = sum(p.numel() for p in weights.values())
-        typical = math.sqrt(_squared_norm(weights) / size) or 1.0
         spread = (lambda s, p: (s**2 * p.square() + epsilon**2).sqrt()) if magnitude else None
 
-        def excess(log_scale: float) -> float:
-            sigma = math.exp(log_scale)
+        def noisy(sigma: float) -> float:
             generator = torch.Generator().manual_seed(seed)
             accuracies = [
-                _accuracy(run, _perturbed(weights, sigma, spread, generator)) for _ in range(draws)
+                run.accuracy(_perturbed(weights, sigma, spread, generator)) for _ in range(draws)
             ]
-            return clean - sum(accuracies) / draws - drop
+            return sum(accuracies) / draws
 
-        low, high = _bracket(excess, math.log(0.1 if magnitude else 0.1 * typical), clean, drop)
-        return math.exp(low if low == high else brentq(excess, low, high, xtol=5e-3))
+        guess = 0.1 if magnitude else 0.1 * typical_weight(weights)
+        return size_of_drop(noisy, run.accuracy(), drop, guess)
 
 
 def pac_bayes(
@@ -147,7 +139,7 @@ def pac_bayes(
         n = len(setup(model, data).examples)
     rest = math.log(n / sigma) + 10
     return {
-        "origin": _squared_norm(select_parameters(model)) / (4 * sigma**2) + rest,
+        "origin": squared_norm(select_parameters(model)) / (4 * sigma**2) + rest,
         "initial": moved / (4 * sigma**2) + rest,
         "flatness": sigma**-2,
     }
@@ -223,14 +215,20 @@ def pac_bayes_magnitude(
         return 0.25 * (top - denominator) + math.log(n / sigma) + 10
 
     return {
-        "origin": bound(_squared_norm(weights)),
+        "origin": bound(squared_norm(weights)),
         "initial": bound(moved),
         "flatness": sigma**-2,
     }
 
 
-def _squared_norm(weights: dict[str, Tensor]) -> float:
+def squared_norm(weights: dict[str, Tensor]) -> float:
+    """‖w‖² over all tensors."""
     return sum(float(torch.linalg.vector_norm(p.double())) ** 2 for p in weights.values())
+
+
+def typical_weight(weights: dict[str, Tensor]) -> float:
+    """Root mean square of the weights; 1 if all are zero."""
+    return math.sqrt(squared_norm(weights) / sum(p.numel() for p in weights.values())) or 1.0
 
 
 def _perturbed(
@@ -245,32 +243,3 @@ def _perturbed(
         noise = torch.randn(p.shape, generator=generator).to(p)
         moved[name] = p + noise * (sigma if spread is None else spread(sigma, p))
     return moved
-
-
-def _accuracy(run: Setup, parameters: dict[str, Tensor] | None) -> float:
-    return float((run.logits(parameters).argmax(1) == run.labels).double().mean())
-
-
-def _bracket(
-    excess: Callable[[float], float], guess: float, clean: float, drop: float
-) -> tuple[float, float]:
-    """Logarithms of two scales between which the excess changes its sign."""
-    value = excess(guess)
-    if value == 0:
-        return guess, guess
-    step = math.log(4.0) * (1 if value < 0 else -1)
-    for _ in range(_WIDENINGS):
-        following = excess(guess + step)
-        if following == 0:
-            return guess + step, guess + step
-        if (following > 0) != (value > 0):
-            return min(guess, guess + step), max(guess, guess + step)
-        guess += step
-    if value < 0:
-        raise ModelError(
-            f"no amount of weight noise lowers the training accuracy of {clean:.3f} by {drop}"
-        )
-    raise ModelError(
-        f"even the smallest weight noise lowers the training accuracy of {clean:.3f} by more than "
-        f"{drop}: try a smaller epsilon"
-    )

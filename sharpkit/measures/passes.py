@@ -51,6 +51,10 @@ class Setup:
             raise ModelError("the model has NaN or infinite outputs")
         return outputs
 
+    def accuracy(self, parameters: Mapping[str, Tensor] | None = None) -> float:
+        """The share of examples whose largest output is that of their label."""
+        return float((self.logits(parameters).argmax(1) == self.labels).double().mean())
+
     @property
     def labels(self) -> Tensor:
         """The labels on the model's device."""

@@ -1,6 +1,7 @@
 """One function per figure; each returns a matplotlib Figure and can save it."""
 
+from sharpkit.plot.figure3 import figure3
 from sharpkit.plot.predictive_power import predictive_power
 from sharpkit.plot.spectrum import spectrum
 
-__all__ = ["predictive_power", "spectrum"]
+__all__ = ["figure3", "predictive_power", "spectrum"]

@@ -46,6 +46,24 @@ def predictive_power(
     """
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    rows = draw_predictive_power(figure.add_subplot(), table, statistic)
+    if out is not None:
+        path = Path(out)
+        if path.stem in ("scores", "evaluation"):
+            raise ArgumentError(f"{path}: its numbers would overwrite a run's {path.stem}.csv")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=160)
+        rows.to_csv(path.with_suffix(".csv"), index=False)
+    return figure
+
+
+def draw_predictive_power(left: Axes, table: pd.DataFrame, statistic: str) -> pd.DataFrame:
+    """Draw `predictive_power` into an axis, with a second one on its right where needed.
+
+    Returns:
+        pandas.DataFrame: The rows that are drawn.
+    """
     if "m" not in table or statistic not in table:
         raise ScoreError(f"the table has no columns m and {statistic}: nothing to plot against m")
     rows = table[table["m"].notna()].sort_values("m")
@@ -57,8 +75,6 @@ def predictive_power(
         raise ScoreError(
             f"{statistic} is NaN for every m: nothing to plot; another statistic may be defined"
         )
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    left = figure.add_subplot()
     axes = _axes(left, {key: float(line[statistic].max()) for key, line in lines.items()})
     handles = []
     for number, (key, line) in enumerate(lines.items()):
@@ -73,14 +89,7 @@ def predictive_power(
     left.set_title("Predictive power of m-sharpness (95 % bootstrap over models)", fontsize=10)
     left.legend(handles=handles, fontsize=9, loc="upper right")
     left.grid(alpha=0.25)
-    if out is not None:
-        path = Path(out)
-        if path.stem in ("scores", "evaluation"):
-            raise ArgumentError(f"{path}: its numbers would overwrite a run's {path.stem}.csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-        rows.to_csv(path.with_suffix(".csv"), index=False)
-    return figure
+    return rows
 
 
 def _axes(left: Axes, heights: dict[Any, float]) -> dict[Any, Axes]:

@@ -68,12 +68,12 @@ def spectrum(
     figure = Figure(figsize=(0.8 + 3.6 * columns, 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, sharex=share_axes, sharey=share_axes)
     for axis, (title, density) in zip(axes.flat, panels.items(), strict=False):
-        _draw(axis, title, density)
+        draw_density(axis, f"{title}\n{headline(density)}" if title else headline(density), density)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for row in axes:
         row[0].set_ylabel("density")
-    _limit(list(axes.flat[: len(panels)]), list(panels.values()), share_axes)
+    limit_densities(list(axes.flat[: len(panels)]), list(panels.values()), share_axes)
     if out is not None:
         _save(figure, Path(out), panels)
     return figure
@@ -101,7 +101,8 @@ def _similar(densities: list[SpectralDensity]) -> bool:
     return len({d.spacing for d in densities}) == 1 and max(widths) <= 10 * min(widths)
 
 
-def _draw(axis: Axes, title: str, density: SpectralDensity) -> None:
+def draw_density(axis: Axes, title: str, density: SpectralDensity) -> None:
+    """One panel: density, its standard error, and ticks at the five largest eigenvalues."""
     x, y = density.grid, density.density
     axis.plot(x, np.where(y > 0, y, np.nan), color="C0", linewidth=1.2)
     if np.isfinite(density.std_error).all():
@@ -118,12 +119,12 @@ def _draw(axis: Axes, title: str, density: SpectralDensity) -> None:
     elif density.spacing == "symlog":
         axis.set_xscale("symlog", linthresh=density.threshold)
     axis.set_xlabel("eigenvalue λ")
-    axis.set_title(f"{title}\n{headline(density)}" if title else headline(density), fontsize=9)
+    axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.25)
 
 
-def _limit(axes: list[Axes], densities: list[SpectralDensity], shared: bool) -> None:
-    """Eight decades below the highest density; the Gaussian tails say nothing."""
+def limit_densities(axes: list[Axes], densities: list[SpectralDensity], shared: bool) -> None:
+    """Show eight decades below the highest density; the Gaussian tails say nothing."""
     tops = [float(d.density.max()) for d in densities]
     for axis, top in zip(axes, tops, strict=True):
         highest = max(tops) if shared else top

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +11,20 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.importing import import_callable
 
 # where training scripts keep the weights inside a checkpoint
 _KEYS = ("state_dict", "model_state_dict", "model")
 
 
-def load_checkpoint(path: str | Path, build: str) -> nn.Module:
+def load_checkpoint(path: str | Path, build: str | Callable[[], Any]) -> nn.Module:
     """A model with the weights of a checkpoint.
 
     Args:
         path: A .safetensors file, or one written by `torch.save` that holds tensors only: a state
             dict, also under the key "state_dict", "model_state_dict" or "model".
-        build: "module:callable" that returns the model; the module is looked for in the working
-            directory as well. It is the only code that runs.
+        build: A function that returns the model, or its name as "module:callable"; the module is
+            looked for in the working directory as well. It is the only code that runs.
 
     Returns:
         nn.Module: In eval mode, on the CPU.
@@ -41,15 +40,15 @@ def load_checkpoint(path: str | Path, build: str) -> nn.Module:
         >>> load_checkpoint(path, "torch.nn:Identity")
         Identity()
     """
-    model = import_callable(build)()
+    model = (import_callable(build) if isinstance(build, str) else build)()
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{build} returned {type(model).__name__}: expected an nn.Module")
     state = _read_state(Path(path))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{path} does not fit the model of {build}: {reason}") from error
+        reason, of = " ".join(str(error).split()), f" of {build}" if isinstance(build, str) else ""
+        raise ModelError(f"{path} does not fit the model{of}: {reason}") from error
     return model.eval()
 
 
@@ -76,24 +75,6 @@ def load_arrays(path: str | Path, split: str = "train") -> TensorDataset:
         raise DataError(f"{path}: x_{split} has {len(x)} examples, y_{split} has {len(y)}")
     labels = y if y.is_floating_point() else y.long()
     return TensorDataset(x.float() if x.is_floating_point() else x, labels)
-
-
-def import_callable(name: str) -> Any:
-    """The object that "module:attribute" names."""
-    module, _, attribute = name.partition(":")
-    if not module or not attribute:
-        raise ArgumentError(f'expected "module:callable", got {name!r}')
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError(f"cannot import {name!r}: {error}") from error
-    finally:
-        sys.path.remove(here)
-    if not callable(found):
-        raise ArgumentError(f"{name} is not callable")
-    return found
 
 
 def _read_state(path: Path) -> Mapping[str, Tensor]:

@@ -1,9 +1,15 @@
-"""Scoring a zoo: every measure on every model, resumable."""
+"""Scoring a zoo: every measure on every model, resumable, in one process or in many."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+import copy
+import itertools
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +19,20 @@ from tqdm import tqdm
 
 from sharpkit.errors import ArgumentError, RunError, SharpkitError
 from sharpkit.functional import load_examples
-from sharpkit.measures.measure import Measure, describe, evaluate_measure
-from sharpkit.runs.lock import sole_driver
-from sharpkit.runs.store import Store
-from sharpkit.zoo import ModelEntry, Task
+from sharpkit.lock import sole_driver
+from sharpkit.measures.measure import Measure, describe
+from sharpkit.runs.fingerprint import digest_of_settings
+from sharpkit.runs.items import Scorer, WorkItem, hash_data, pending
+from sharpkit.runs.shared_data import share
+from sharpkit.runs.store import Key, Outcome, Store
+from sharpkit.runs.workers import Backend, Failure, check_limits, run_items
+from sharpkit.zoo import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
 STORE_NAME = "results.sqlite"
+_SCRATCH_NAME = ".data"
 
 
 class Scores:
@@ -55,6 +66,31 @@ class Scores:
         """One row per model and measure that failed: task, model, measure, error."""
         return self._store.failures()
 
+    def provenance(self) -> pd.DataFrame:
+        """One row per model and measure: seconds, hashes, device, dtype, peak memory, versions."""
+        return self._store.provenance()
+
+    def export(self, path: str | Path) -> Path:
+        """Write every value with its provenance to a .csv or .parquet file.
+
+        Raises:
+            ArgumentError: If it has another suffix, or the library for Parquet is missing.
+        """
+        path = Path(path)
+        table = self.frame().merge(self.provenance(), on=["task", "model", "measure"])
+        if path.suffix == ".csv":
+            table.to_csv(path, index=False)
+        elif path.suffix == ".parquet":
+            try:
+                table.to_parquet(path, index=False)
+            except ImportError as error:
+                raise ArgumentError(
+                    "Parquet needs pyarrow: pip install 'sharpkit[parquet]'"
+                ) from error
+        else:
+            raise ArgumentError(f"{path}: expected a name that ends in .csv or .parquet")
+        return path
+
     @property
     def model_configs(self) -> dict[str, dict[str, Any]]:
         """Task name -> its model_configs (hyperparameters and metrics of every model)."""
@@ -62,7 +98,7 @@ class Scores:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the run computes: measures, n, seed, device."""
+        """What the run computes: measures, n, seed, device, threads, tasks."""
         return self._store.config
 
     def close(self) -> None:
@@ -79,30 +115,48 @@ def score_zoo(
     limit: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    backend: Backend = "inline",
+    workers: int | None = None,
+    threads: int | None = None,
+    timeout: float | None = None,
+    memory: int | None = None,
+    address: str | None = None,
     progress: bool = True,
 ) -> Scores:
     """Every measure on every model of a zoo; each result is saved as soon as it is there.
 
-    Started again with the same arguments, it skips what is done. A model that fails is recorded
-    with its error, and the others are scored; failures are tried again at the next start.
+    Started again with the same arguments, it skips what is done, unless the files that it was
+    computed from have changed. A model that fails is recorded with its error, and the others are
+    scored; failures are tried again at the next start.
 
     Args:
         zoo: A zoo, one of its tasks, or a mapping of names to tasks.
-        measures: One or several, each a callable (model, data, *, seed).
+        measures: One or several, each a callable `(model, data, *, seed)`.
         out: Run directory; None keeps the results in memory.
         n: Number of training examples, a seeded subset, the same for all models; None for all.
         limit: Only the first models of each task; the rest can follow later.
         seed: Of the subset and of the measures' random choices.
         device: Where the models run, such as "cpu" or "cuda".
+        backend: "inline", in this process; "processes", in worker processes of this machine (a
+            script then needs `if __name__ == "__main__":`); "ray", on a Ray cluster. All give the
+            same bits.
+        workers: Models at a time; None for one per GPU, or per `threads` cores.
+        threads: CPU threads per model, fixed for the run because rounding follows from them; None
+            for those of the run or, if it is new, 1 for workers and torch's number for "inline".
+        timeout: Seconds that one measure of one model may take; needs workers.
+        memory: Bytes that a worker may allocate for it on its device; None for an equal share of
+            what is free.
+        address: Of the Ray cluster, such as "auto"; None starts one on this machine.
         progress: Show a bar with the time left.
 
     Returns:
-        Scores: `.frame()`, `.failures`.
+        Scores: `.frame()`, `.failures`, `.provenance()`.
 
     Raises:
         RunError: If `out` holds a run of another configuration, belongs to another process, or
-            cannot be written.
-        ArgumentError: If n or limit is less than 1, or two measures have the same name.
+            cannot be written; or if workers cannot start.
+        ArgumentError: If an argument is out of range, a measure needs groups of more than n
+            examples, or two measures have the same name.
 
     Example:
         >>> import sharpkit as sk
@@ -115,51 +169,133 @@ def score_zoo(
     """
     tasks = {zoo.name: zoo} if isinstance(zoo, Task) else dict(zoo)
     named = _named(measures)
-    for label, number in (("n", n), ("limit", limit)):
-        if number is not None and number < 1:
-            raise ArgumentError(f"{label} must be at least 1, got {number}")
-    config = {
-        "measures": {name: describe(measure)[1] for name, measure in named.items()},
-        "n": n,
-        "seed": seed,
-        "device": torch.device(device).type,
-        "tasks": {name: str(Path(task.path).resolve()) for name, task in tasks.items()},
-    }
+    _check(named, n, limit)
+    check_limits(backend, workers, threads, timeout, memory)
     run = None if out is None else Path(out)
-    with sole_driver(run):
+    with sole_driver(run), _scratch(run) as scratch:
+        threads = threads or _recorded_threads(run) or _default_threads(backend)
+        config = {
+            "measures": {name: describe(measure)[1] for name, measure in named.items()},
+            "n": n,
+            "seed": seed,
+            "device": torch.device(device).type,
+            "threads": threads,
+            "tasks": {name: str(Path(task.path).resolve()) for name, task in tasks.items()},
+        }
         store = Store(None if run is None else run / STORE_NAME, config)
-        done = store.done()
-        items = [
-            (name, model, measure)
-            for name, task in tasks.items()
-            for model in list(task)[:limit]
-            for measure in named
-            if (name, model, measure) not in done
-        ]
+        keys = pending(store, tasks, named, limit, progress=progress)
         total = sum(min(len(task), limit or len(task)) for task in tasks.values()) * len(named)
-        data: dict[str, TensorDataset | SharpkitError] = {}
         with tqdm(
             total=total,
-            initial=total - len(items),
+            initial=total - len(keys),
             desc="score",
             unit="model",
             disable=None if progress else True,
         ) as bar:
-            for name, model, measure in items:
-                if name not in data:
-                    data[name] = _open_task(store, tasks[name], name, n, seed)
-                _score_one(
-                    store,
-                    name,
-                    tasks[name][model],
-                    measure,
-                    named[measure],
-                    data[name],
-                    seed,
-                    device,
-                )
-                bar.update()
+            items = _Items(store, tasks, config, backend, scratch, bar)
+            results = run_items(
+                Scorer(tasks, named, seed),
+                items.of(keys),
+                backend=backend,
+                workers=workers,
+                threads=threads,
+                timeout=timeout,
+                memory=memory,
+                device=str(device),
+                address=address,
+            )
+            with closing(results):  # workers end at once if this process is interrupted
+                for item, result in results:
+                    outcome = (
+                        Outcome(error=result.message) if isinstance(result, Failure) else result
+                    )
+                    items.record(item[:3], outcome)
     return Scores(store)
+
+
+class _Items:
+    """The driver's side of the work items: opens the data of each task, and writes the results."""
+
+    def __init__(
+        self,
+        store: Store,
+        tasks: Mapping[str, Task],
+        config: Mapping[str, Any],
+        backend: Backend,
+        scratch: Path,
+        bar: tqdm[Any],
+    ) -> None:
+        self._store, self._tasks, self._config = store, tasks, config
+        self._backend, self._scratch, self._bar = backend, scratch, bar
+        self._data_hashes: dict[str, str] = {}
+        self._left: Counter[str] = Counter()
+        self._settings = {
+            name: digest_of_settings(
+                {"name": name, "measure": measure}
+                | {key: config[key] for key in ("n", "seed", "device", "threads")}
+            )
+            for name, measure in config["measures"].items()
+        }
+
+    def of(self, keys: Sequence[Key]) -> Iterator[WorkItem]:
+        """The items of some keys, task by task; a task is opened when its turn comes."""
+        self._left = Counter(task for task, _, _ in keys)
+        for name, task in self._tasks.items():
+            with suppress(SharpkitError):  # told when the task is opened
+                self._store.add_task(name, task.model_configs)
+        for name, of_task in itertools.groupby(keys, lambda key: key[0]):
+            group = list(of_task)
+            try:
+                data = self._open(name)
+            except SharpkitError as error:
+                for key in group:
+                    self.record(key, Outcome(error=str(error)))
+            else:
+                handle = share(data, self._backend, self._folder(name))
+                del data  # of many tasks, one at a time is in memory
+                yield from (WorkItem(*key, handle) for key in group)
+
+    def record(self, key: Key, outcome: Outcome) -> None:
+        """Write what became of an item."""
+        task, _, measure = key
+        complete = replace(
+            outcome, data_hash=self._data_hashes.get(task), settings_hash=self._settings[measure]
+        )
+        self._store.add(*key, complete)
+        self._left[task] -= 1
+        if self._left[task] == 0:
+            shutil.rmtree(self._folder(task), ignore_errors=True)
+        self._bar.update()
+
+    def _open(self, name: str) -> TensorDataset:
+        """The subset that all models of a task are measured on."""
+        task = self._tasks[name]
+        self._store.add_task(name, task.model_configs)
+        self._data_hashes[name] = hash_data(self._store, name, task)
+        if self._backend != "inline":
+            task = copy.copy(task)  # a task keeps its data; here it is not needed again
+        examples = load_examples(
+            task.dataset("train"), n=self._config["n"], seed=self._config["seed"]
+        )
+        return TensorDataset(examples.inputs, examples.labels)
+
+    def _folder(self, task: str) -> Path:
+        return self._scratch / str(list(self._tasks).index(task))
+
+
+@contextmanager
+def _scratch(run: Path | None) -> Iterator[Path]:
+    """A folder for the data that workers share; what a killed driver left in it is removed."""
+    if run is None:
+        with tempfile.TemporaryDirectory(prefix="sharpkit-") as temporary:
+            yield Path(temporary)
+        return
+    folder = run / _SCRATCH_NAME
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _named(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
@@ -172,42 +308,26 @@ def _named(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
     return named
 
 
-def _open_task(
-    store: Store, task: Task, name: str, n: int | None, seed: int
-) -> TensorDataset | SharpkitError:
-    """The subset that all models of a task are measured on, or why there is none."""
-    try:
-        store.add_task(name, task.model_configs)
-        examples = load_examples(task.dataset("train"), n=n, seed=seed)
-        return TensorDataset(examples.inputs, examples.labels)
-    except SharpkitError as error:
-        return error
+def _check(measures: Mapping[str, Measure], n: int | None, limit: int | None) -> None:
+    for label, number in (("n", n), ("limit", limit)):
+        if number is not None and number < 1:
+            raise ArgumentError(f"{label} must be at least 1, got {number}")
+    for name, measure in measures.items():
+        m = getattr(measure, "m", 1)
+        largest = max(m) if isinstance(m, Sequence) else m
+        if n is not None and largest > n:
+            raise ArgumentError(f"{name}: m = {largest} is larger than n = {n} examples")
 
 
-def _score_one(
-    store: Store,
-    task: str,
-    entry: ModelEntry,
-    name: str,
-    measure: Measure,
-    data: TensorDataset | SharpkitError,
-    seed: int,
-    device: str | torch.device,
-) -> None:
-    began = time.perf_counter()
-    try:
-        if isinstance(data, SharpkitError):
-            raise data
-        values = evaluate_measure(
-            measure,
-            entry.load().to(device),
-            data,
-            seed=seed,
-            initial=lambda: entry.load("initial").to(device),
-        )
-        store.add(task, entry.id, name, values, time.perf_counter() - began)
-    except Exception as error:  # whatever a model does, the others are scored
-        message = (
-            str(error) if isinstance(error, SharpkitError) else f"{type(error).__name__}: {error}"
-        )
-        store.add(task, entry.id, name, {}, time.perf_counter() - began, message)
+def _recorded_threads(run: Path | None) -> int | None:
+    """The threads that a run was started with."""
+    if run is None or not (run / STORE_NAME).is_file():
+        return None
+    scores = Scores.open(run)
+    threads: int | None = scores.config.get("threads")
+    scores.close()
+    return threads
+
+
+def _default_threads(backend: Backend) -> int:
+    return torch.get_num_threads() if backend == "inline" else 1

@@ -4,44 +4,67 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, parse_setting
+from sharpkit.runs.schema import VERSION, prepare, version
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE tasks (task TEXT PRIMARY KEY, model_configs TEXT NOT NULL);
-CREATE TABLE items (
-    task TEXT, model TEXT, measure TEXT, error TEXT, seconds REAL,
-    PRIMARY KEY (task, model, measure)
-);
-CREATE TABLE results (
-    task TEXT, model TEXT, measure TEXT, setting TEXT, value REAL NOT NULL, std_error REAL,
-    PRIMARY KEY (task, model, measure, setting)
-);
-"""
-_VERSION = 1
+Key = tuple[str, str, str]  # task, model, measure
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one work item, one measure on one model.
+
+    Attributes:
+        values: Setting -> value; empty if it failed.
+        error: What it failed with.
+        seconds: Wall time.
+        weights_hash: SHA-256 over the model's files.
+        weights_stamp: Their sizes and times.
+        data_hash: SHA-256 over the files of the data.
+        settings_hash: SHA-256 of everything else that determines the values.
+        device: Name of the processor or GPU.
+        dtype: Of the weights.
+        peak_memory: Bytes; of the GPU, or of the worker process.
+        environment: Versions and host, as JSON.
+    """
+
+    values: Mapping[str, Estimate] = field(default_factory=dict)
+    error: str | None = None
+    seconds: float | None = None
+    weights_hash: str | None = None
+    weights_stamp: str | None = None
+    data_hash: str | None = None
+    settings_hash: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+    peak_memory: int | None = None
+    environment: str | None = None
 
 
 class Store:
     """One run's results on disk, or in memory.
 
-    A work item is one measure on one model; its values are written in a single transaction, so a
-    killed process leaves either all of them or none.
+    The values of a work item are written in a single transaction, so a killed process leaves
+    either all of them or none.
 
     Args:
         path: The SQLite file; None keeps everything in memory.
-        config: What the run computes. Written once; a store with another one is refused. None
-            opens an existing store to read only.
+        config: What the run computes. Kept from the first result on; a store with another one is
+            then refused. None opens an existing store to read only.
 
     Raises:
-        RunError: If the file is not a store, or belongs to another configuration.
+        RunError: If the file is not a store, belongs to another configuration, or cannot be
+            written.
     """
 
     def __init__(self, path: Path | None, config: Mapping[str, Any] | None = None) -> None:
@@ -54,16 +77,13 @@ class Store:
                 self._db = sqlite3.connect(
                     path if path else ":memory:", isolation_level=None, timeout=60
                 )
-                self._create()
-            version = self._meta("version")
+                prepare(self._db, path)
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._agree_on(json.loads(json.dumps(config)))
         except sqlite3.DatabaseError as error:
             raise RunError(
                 f"{path}: not a sharpkit results store, or it cannot be opened ({error})"
             ) from error
-        if version != _VERSION:
-            raise RunError(f"{path}: store version {version}, expected {_VERSION}")
-        if config is not None:
-            self._agree_on(json.loads(json.dumps(config)))
 
     def close(self) -> None:
         """Close the file."""
@@ -75,54 +95,99 @@ class Store:
         value: dict[str, Any] = self._meta("config") or {}
         return value
 
+    # --- writing -----------------------------------------------------------------------------
+
     def add_task(self, task: str, model_configs: Mapping[str, Any]) -> None:
         """Keep a task's hyperparameters and metrics, so that the run can be evaluated alone."""
-        self._db.execute(
-            "INSERT INTO tasks VALUES (?, ?) ON CONFLICT (task) "
-            "DO UPDATE SET model_configs = excluded.model_configs",
-            (task, json.dumps(model_configs)),
-        )
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO tasks (task, model_configs) VALUES (?, ?) ON CONFLICT (task) "
+                "DO UPDATE SET model_configs = excluded.model_configs",
+                (task, json.dumps(model_configs)),
+            )
+
+    def set_data(self, task: str, hash_: str, stamp: str) -> None:
+        """Keep the hash of a task's data files, with their sizes and times."""
+        with self._transaction() as db:
+            db.execute(
+                "INSERT INTO tasks (task, model_configs, data_hash, data_stamp) "
+                "VALUES (?, '{}', ?, ?) ON CONFLICT (task) DO UPDATE SET "
+                "data_hash = excluded.data_hash, data_stamp = excluded.data_stamp",
+                (task, hash_, stamp),
+            )
+
+    def add(self, task: str, model: str, measure: str, outcome: Outcome) -> None:
+        """Write one work item: its values, or the error that it failed with."""
+        key = (task, model, measure)
+        with self._transaction() as db:
+            if outcome.environment is not None:
+                db.execute(
+                    "INSERT OR IGNORE INTO environments (content) VALUES (?)",
+                    (outcome.environment,),
+                )
+            db.execute("DELETE FROM results WHERE task = ? AND model = ? AND measure = ?", key)
+            db.executemany(
+                "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)",
+                [(*key, setting, v.value, v.std_error) for setting, v in outcome.values.items()],
+            )
+            db.execute(
+                "INSERT OR REPLACE INTO items (task, model, measure, error, seconds, "
+                "weights_hash, weights_stamp, data_hash, settings_hash, device, dtype, "
+                "peak_memory, environment) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
+                "(SELECT id FROM environments WHERE content = ?))",
+                (
+                    *key,
+                    outcome.error,
+                    outcome.seconds,
+                    outcome.weights_hash,
+                    outcome.weights_stamp,
+                    outcome.data_hash,
+                    outcome.settings_hash,
+                    outcome.device,
+                    outcome.dtype,
+                    outcome.peak_memory,
+                    outcome.environment,
+                ),
+            )
+
+    def restamp(self, stamps: Mapping[Key, str]) -> None:
+        """Note that the files of work items have other times, but the same contents."""
+        with self._transaction() as db:
+            db.executemany(
+                "UPDATE items SET weights_stamp = ? WHERE task = ? AND model = ? AND measure = ?",
+                [(stamp, *key) for key, stamp in stamps.items()],
+            )
+
+    # --- reading -----------------------------------------------------------------------------
 
     def model_configs(self) -> dict[str, dict[str, Any]]:
         """Task name -> its parsed model_configs.json."""
         rows = self._db.execute("SELECT task, model_configs FROM tasks ORDER BY rowid")
         return {task: json.loads(text) for task, text in rows}
 
-    def done(self) -> set[tuple[str, str, str]]:
-        """The (task, model, measure) that succeeded."""
-        rows = self._db.execute("SELECT task, model, measure FROM items WHERE error IS NULL")
-        return set(rows)
+    def data(self, task: str) -> tuple[str | None, str | None]:
+        """Hash and stamp of a task's data files, as far as known."""
+        row = self._db.execute(
+            "SELECT data_hash, data_stamp FROM tasks WHERE task = ?", (task,)
+        ).fetchone()
+        return row or (None, None)
 
-    def add(
-        self,
-        task: str,
-        model: str,
-        measure: str,
-        values: Mapping[str, Estimate],
-        seconds: float,
-        error: str | None = None,
-    ) -> None:
-        """Write one work item: its values, or the error that it failed with."""
-        item = (task, model, measure)
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute(
-                "DELETE FROM results WHERE task = ? AND model = ? AND measure = ?", item
-            )
-            self._db.executemany(
-                "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)",
-                [(*item, setting, v.value, v.std_error) for setting, v in values.items()],
-            )
-            self._db.execute(
-                "INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?, ?)", (*item, error, seconds)
-            )
+    def done(self) -> Iterator[tuple[Key, str | None, str | None, str | None]]:
+        """What succeeded: its key, and the hash, stamp and data hash that it was computed from."""
+        rows = self._db.execute(
+            "SELECT task, model, measure, weights_hash, weights_stamp, data_hash FROM items "
+            "WHERE error IS NULL"
+        )
+        for task, model, measure, *known in rows:
+            yield (task, model, measure), *known
 
     def results(self) -> pd.DataFrame:
         """One row per value: task, model, measure, the setting's columns, value, std_error."""
         import pandas as pd
 
         rows = self._db.execute(
-            "SELECT task, model, measure, setting, value, std_error FROM results"
+            "SELECT task, model, measure, setting, value, std_error FROM results "
+            "ORDER BY measure, setting"  # the order of completion must not show in the columns,
         ).fetchall()
         settings = {row[3]: parse_setting(row[3]) for row in rows}
         columns = dict.fromkeys(key for columns in settings.values() for key in columns)
@@ -140,7 +205,7 @@ class Store:
             ],
             columns=["task", "model", "measure", *columns, "value", "std_error"],
         )
-        # the order of completion must not show
+        # nor in the rows
         by = frame.assign(model=frame["model"].map(_numeric_last))
         order = by.sort_values(["task", "measure", "model", *columns], kind="stable").index
         return frame.loc[order].reset_index(drop=True)
@@ -155,41 +220,65 @@ class Store:
         ).fetchall()
         return pd.DataFrame(rows, columns=["task", "model", "measure", "error"])
 
+    def provenance(self) -> pd.DataFrame:
+        """One row per work item: where its values come from."""
+        import pandas as pd
+
+        environments = {
+            id_: json.loads(content)
+            for id_, content in self._db.execute("SELECT id, content FROM environments")
+        }
+        columns = ["task", "model", "measure", "seconds", "weights_hash", "data_hash"]
+        columns += ["settings_hash", "device", "dtype", "peak_memory"]
+        rows = self._db.execute(f"SELECT {', '.join(columns)}, environment FROM items")
+        return pd.DataFrame(
+            [dict(zip(columns, row, strict=False)) | environments.get(row[-1], {}) for row in rows],
+            columns=[*columns, "sharpkit", "torch", "numpy", "python", "platform", "host"],
+        )
+
     def seconds(self) -> float:
         """Time spent on all items."""
         total = self._db.execute("SELECT TOTAL(seconds) FROM items").fetchone()[0]
         return float(total)
 
-    def _create(self) -> None:
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
-            if "meta" in tables:
-                return
-            if tables:
-                raise RunError(f"{self.path}: a database of something else, with {min(tables)}")
-            for statement in filter(str.strip, _SCHEMA.split(";")):
-                self._db.execute(statement)
-            self._db.execute("INSERT INTO meta VALUES ('version', ?)", (json.dumps(_VERSION),))
-        self._db.execute("PRAGMA journal_mode=WAL")
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All of the block is written, or nothing."""
+        try:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+        except sqlite3.OperationalError as error:
+            raise RunError(
+                f"{self.path}: cannot be written ({error}). What was finished before is safe: "
+                "start again when the cause is gone"
+            ) from error
 
     def _meta(self, key: str) -> Any:
         row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
         return None if row is None else json.loads(row[0])
 
     def _agree_on(self, config: dict[str, Any]) -> None:
-        self._db.execute("INSERT OR IGNORE INTO meta VALUES ('config', ?)", (json.dumps(config),))
-        stored = self._meta("config")
-        if stored != config:
+        with self._transaction() as db:
+            # what an older version did not record is taken from now
+            stored = {**config, **self.config}
             changes = [
                 f"{key}: {json.dumps(stored.get(key))} there, {json.dumps(config.get(key))} now"
                 for key in sorted({*stored, *config})
                 if stored.get(key) != config.get(key)
             ]
-            raise RunError(
-                f"{self.path}: the run was started with another configuration "
-                f"({'; '.join(changes)}). Give it the same one, or another directory"
-            )
+            if changes and self._has_results():
+                raise RunError(
+                    f"{self.path}: the run was started with another configuration "
+                    f"({'; '.join(changes)}). Give it the same one, or another directory"
+                )
+            if changes:  # all that there can be are failures of a configuration given up
+                db.execute("DELETE FROM items")
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('config', ?)", (json.dumps(config),))
+
+    def _has_results(self) -> bool:
+        row = self._db.execute("SELECT 1 FROM items WHERE error IS NULL LIMIT 1").fetchone()
+        return row is not None
 
 
 def _open_to_read(path: Path | None) -> sqlite3.Connection:
@@ -199,8 +288,13 @@ def _open_to_read(path: Path | None) -> sqlite3.Connection:
     for mode in ("mode=ro", "mode=ro&immutable=1"):
         db = sqlite3.connect(f"{path.resolve().as_uri()}?{mode}", uri=True, timeout=60)
         try:
-            db.execute("SELECT 1 FROM sqlite_master").fetchone()
-            return db
+            if version(db, path) == VERSION:
+                return db
+            copy = sqlite3.connect(":memory:", isolation_level=None)
+            db.backup(copy)  # an older store is brought up to date in memory
+            db.close()
+            prepare(copy, path)
+            return copy
         except sqlite3.OperationalError as error:
             db.close()
             reason = error

@@ -1,6 +1,16 @@
-"""Training with sharpness-aware minimization, for any group size m."""
+"""Training: SGD, and sharpness-aware minimization for any group size m."""
 
+from sharpkit.training.architectures import build_architecture
+from sharpkit.training.fit import FitResult, fit
 from sharpkit.training.m_sam import m_sam_gradient
 from sharpkit.training.sam import SAM
+from sharpkit.training.settings import FitSettings
 
-__all__ = ["SAM", "m_sam_gradient"]
+__all__ = [
+    "SAM",
+    "FitResult",
+    "FitSettings",
+    "build_architecture",
+    "fit",
+    "m_sam_gradient",
+]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.errors import ArgumentError, DataError, DivergedError
 from sharpkit.functional import Examples, FunctionalModel, Inputs, Loss
 from sharpkit.training import ranks
 from sharpkit.training.group_step import Batch, Engine, run
@@ -66,8 +66,8 @@ def m_sam_gradient(
     Raises:
         ArgumentError: For m, rho or engine out of range, or if no parameter requires gradients.
         DataError: For labels that do not fit the outputs or the inputs.
-        ModelError: If a loss is not finite (no `.grad` has been touched), or BatchNorm in training
-            gets a group with a single value per channel.
+        DivergedError: If a loss is not finite (no `.grad` has been touched).
+        ModelError: If BatchNorm in training gets a group with a single value per channel.
 
     Source:
         Foret et al., ICLR 2021, section 4.1 and Algorithm 1; Kwon et al., ICML 2021 (adaptive).
@@ -125,7 +125,7 @@ def accumulate(
     if isinstance(model, DistributedDataParallel):
         diverged = ranks.anywhere(model, [diverged])[0]  # or the others would wait for this one
     if diverged:
-        raise ModelError(f"the loss is not finite (here: {float(value)}): training has diverged")
+        raise DivergedError(f"the loss is not finite (here: {float(value)}): training has diverged")
     if isinstance(model, DistributedDataParallel):
         found = ranks.averaged(model, found, list(shared.values()))
     for parameter, gradient in zip(shared.values(), found, strict=True):

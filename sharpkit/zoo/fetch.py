@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -83,6 +84,44 @@ def fetch_zoo(
         raise
     archive.unlink()
     return unpacked
+
+
+def fetch_file(
+    url: str,
+    path: Path,
+    *,
+    size: int | None = None,
+    sha256: str | None = None,
+    progress: bool = True,
+) -> Path:
+    """Download a file once, as `fetch_zoo` does, and check it; returns at once if it is there.
+
+    Args:
+        url: Where it is.
+        path: Where to put it.
+        size: Its exact size in bytes.
+        sha256: Its checksum; a file that has another one is removed.
+        progress: Show a progress bar.
+
+    Raises:
+        DownloadError: The server refuses or stays unreachable, or the file is another one.
+    """
+    if path.is_file():
+        return path
+    arrived = path.with_name(path.name + ".unchecked")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not arrived.is_file():
+            _Download(url, arrived, size, progress).run()
+        with arrived.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 is not None and found != sha256:
+            arrived.unlink()
+            raise DownloadError(f"{url}: the file has SHA-256 {found}; expected {sha256}")
+        arrived.replace(path)
+    except OSError as error:
+        raise DownloadError(f"{path}: cannot be written ({error})") from error
+    return path
 
 
 def _default_folder() -> Path:

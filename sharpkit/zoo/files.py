@@ -1,40 +1,38 @@
-"""Reading and writing of single files such that neither can leave half a result."""
+"""JSON files and listings of directories, with errors that name the path."""
 
 from __future__ import annotations
 
 import json
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from sharpkit.errors import ZooFormatError
+from sharpkit.files import atomic_path
+
+_MAX_DEPTH = 64
 
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+def read_json(path: Path, max_bytes: int = 2**30) -> Any:
+    """The content of a JSON file; ZooFormatError that names the file if there is none.
+
+    Args:
+        path: The file.
+        max_bytes: A larger file is refused before it is read.
+    """
     try:
-        yield temporary
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; ZooFormatError that names the file if there is none."""
-    try:
-        return json.loads(path.read_bytes())
+        size = path.stat().st_size
+        if size > max_bytes:
+            raise ZooFormatError(f"{path}: has {size:,} bytes; at most {max_bytes:,} are read")
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ZooFormatError(f"{path}: file is missing") from None
     except OSError as error:
         raise ZooFormatError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, RecursionError) as error:
         raise ZooFormatError(f"{path}: not valid JSON ({error})") from error
+    if not _is_shallow(content):
+        raise ZooFormatError(f"{path}: is nested more than {_MAX_DEPTH} levels deep")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -60,6 +58,17 @@ def list_directory(path: Path) -> list[Path]:
 def is_litter(name: str) -> bool:
     """Whether a name is one of those macOS scatters: .DS_Store, __MACOSX, ._*."""
     return name in (".DS_Store", "__MACOSX") or name.startswith("._")
+
+
+def _is_shallow(content: Any) -> bool:
+    """Whether parsed JSON is nested so little that nothing that walks through it overflows."""
+    level = [content]
+    for _ in range(_MAX_DEPTH):
+        nested = [node for node in level if isinstance(node, dict | list)]
+        level = [v for node in nested for v in (node.values() if isinstance(node, dict) else node)]
+        if not level:
+            return True
+    return False
 
 
 def _plain(value: Any) -> Any:

@@ -42,8 +42,10 @@ def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
         ZooFormatError: There is no zoo at the path.
 
     Example:
-        >>> table = zoo_info("public_data", deep=True)  # doctest: +SKIP
-        >>> table[table.problem != ""]  # doctest: +SKIP
+        >>> from sharpkit.zoo import embedded_zoo
+        >>> table = zoo_info(embedded_zoo().path)  # your own directory, such as "public_data"
+        >>> len(table), bool((table.problem == "").all())
+        (96, True)
     """
     import pandas as pd
 

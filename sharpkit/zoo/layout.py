@@ -49,8 +49,12 @@ def load_zoo(path: str | Path) -> Zoo:
         Jiang et al., NeurIPS 2020 Competition: Predicting Generalization in Deep Learning.
 
     Example:
-        >>> zoo = load_zoo("public_data")  # doctest: +SKIP
-        >>> model = zoo["task1_v4"]["20"].load()  # doctest: +SKIP
+        >>> import torch
+        >>> from sharpkit.zoo import embedded_zoo
+        >>> zoo = load_zoo(embedded_zoo().path)  # your own directory, such as "public_data"
+        >>> model = zoo["fashion_mnist_14x14"]["20"].load()
+        >>> model(torch.zeros(1, 1, 14, 14)).shape
+        torch.Size([1, 10])
     """
     zoo = find_tasks(Path(path))
     for task in zoo.values():
@@ -265,7 +269,7 @@ class ModelEntry:
     @property
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        config = read_json(self.path / "config.json")
+        config = read_json(self.path / "config.json", max_bytes=2**24)
         if not isinstance(config, dict):
             raise ZooFormatError(f"{self.path / 'config.json'}: expected a JSON object")
         return config

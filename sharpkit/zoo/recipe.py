@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from sharpkit.errors import ModelError
+from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.functional import cross_entropy
+from sharpkit.training.sam import SAM
 from sharpkit.zoo.keras import KerasModel, build_model
 
 
@@ -23,26 +25,42 @@ from sharpkit.zoo.keras import KerasModel, build_model
 class Recipe:
     """Everything that decides how one model is built and trained; a grid varies any of the fields.
 
+    The architectures are blocks of convolutions, ReLU after each, and then
+
+    - "cnn": max pooling that rounds up; dense layers; all convolutions of the same width.
+    - "vgg": max pooling; dense layers; the width doubles from block to block up to `width`. The
+      competition's VGG family.
+    - "nin": the first convolution of a block has stride 2, the others are 1x1; dropout after each
+      block; a 1x1 convolution to the classes and global average pooling. Its NiN family.
+
     Args:
-        width: Channels of every convolution.
-        num_conv_blocks: Blocks of 3x3 convolutions, each followed by 2x2 max pooling that rounds
-            up.
+        architecture: "cnn", "vgg" or "nin".
+        width: Channels of the last block's convolutions.
+        num_conv_blocks: Blocks of 3x3 convolutions.
         convs_per_block: Convolutions in a block.
-        num_dense_layers: Hidden dense layers, each followed by dropout.
+        num_dense_layers: Hidden dense layers, each followed by dropout; "nin" has none.
         dense_units: Their size.
         init_gain: Factor on Glorot's initial kernels.
         dropout: Dropout rate.
         weight_decay: L2 coefficient of SGD.
         batch_size: Examples in a step.
-        learning_rate: Step size in the first epoch at batch size 16; it grows with the square root
-            of the batch size.
+        learning_rate: Step size in the first epoch (at batch size 16, with
+            `scale_learning_rate`).
+        scale_learning_rate: Whether the step size grows with the square root of the batch size.
         momentum: Momentum of SGD.
-        decay: Factor on the step size from one epoch to the next.
+        decay: Factor on the step size.
+        decay_epochs: Epochs after which the factor applies; empty for every one.
+        rho: Radius of SAM; 0 for plain SGD.
+        m: Group size of m-SAM; 0 for the whole batch.
         target_loss: Training stops after the first epoch with at most this training loss.
         max_epochs: An attempt that has not reached the target by then has failed.
         attempts: How often to start, each time from other random numbers, before giving up.
+
+    Raises:
+        ArgumentError: A value outside its range.
     """
 
+    architecture: str = "cnn"
     width: int = 16
     num_conv_blocks: int = 2
     convs_per_block: int = 1
@@ -53,33 +71,101 @@ class Recipe:
     weight_decay: float = 0.0
     batch_size: int = 32
     learning_rate: float = 0.02
+    scale_learning_rate: bool = True
     momentum: float = 0.9
     decay: float = 0.99
+    decay_epochs: tuple[int, ...] = ()
+    rho: float = 0.0
+    m: int = 0
     target_loss: float = 0.05
     max_epochs: int = 600
     attempts: int = 4
 
+    def __post_init__(self) -> None:
+        if self.architecture not in ("cnn", "vgg", "nin"):
+            raise ArgumentError(
+                f"architecture is {self.architecture!r}, expected 'cnn', 'vgg' or 'nin'"
+            )
+        for name, least in _LEAST.items():
+            if not least <= getattr(self, name) < math.inf:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for name, most in (("dropout", 1), ("momentum", 1), ("decay", math.inf)):
+            if not getattr(self, name) < most:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, expected less than {most}")
+        for name in ("init_gain", "learning_rate", "decay", "target_loss"):
+            if not getattr(self, name) > 0:
+                raise ArgumentError(f"{name} is {getattr(self, name)}, expected more than 0")
+
     def network(self, input_shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
         """The config.json of the network for inputs (h, w, c)."""
-        conv = {
-            "layer_name": "Conv2D",
-            "filters": self.width,
-            "kernel_size": [3, 3],
-            "padding": "same",
-            "activation": "relu",
-        }
-        dense = {"layer_name": "Dense", "units": self.dense_units, "activation": "relu"}
-        block = [conv] * self.convs_per_block + [
-            {"layer_name": "MaxPooling2D", "pool_size": 2, "padding": "same"}
+        build = {"cnn": self._cnn, "vgg": self._vgg, "nin": self._nin}[self.architecture]
+        return {"model_config": build(classes), "input_shape": list(input_shape)}
+
+    def _cnn(self, classes: int) -> list[_Layer]:
+        pool = {"layer_name": "MaxPooling2D", "pool_size": 2, "padding": "same"}
+        block = [_conv(self.width)] * self.convs_per_block + [pool]
+        return [*block * self.num_conv_blocks, *self._dense([_dropout(self.dropout)], classes)]
+
+    def _vgg(self, classes: int) -> list[_Layer]:
+        pool = {"layer_name": "MaxPooling2D", "pool_size": 2}
+        widths = [self.width >> b for b in reversed(range(self.num_conv_blocks))]
+        if widths and not widths[0]:
+            raise ArgumentError(f"{len(widths)} blocks cannot double up to a width of {self.width}")
+        blocks = [[_conv(width)] * self.convs_per_block + [pool] for width in widths]
+        return [*chain(*blocks), *self._dense(self._dropout_if_any(), classes)]
+
+    def _nin(self, classes: int) -> list[_Layer]:
+        block = [
+            _conv(self.width, strides=2),
+            *[_conv(self.width, size=1)] * (self.convs_per_block - 1),
+            *self._dropout_if_any(),
         ]
-        hidden = [dense, {"layer_name": "Dropout", "rate": self.dropout}]
-        layers = [
-            *block * self.num_conv_blocks,
+        logits = {"layer_name": "Conv2D", "filters": classes, "kernel_size": [1, 1]}
+        return [*block * self.num_conv_blocks, logits, {"layer_name": "GlobalAveragePooling2D"}]
+
+    def _dense(self, dropout: list[_Layer], classes: int) -> list[_Layer]:
+        hidden = {"layer_name": "Dense", "units": self.dense_units, "activation": "relu"}
+        return [
             {"layer_name": "Flatten"},
-            *hidden * self.num_dense_layers,
+            *[hidden, *dropout] * self.num_dense_layers,
             {"layer_name": "Dense", "units": classes},
         ]
-        return {"model_config": layers, "input_shape": list(input_shape)}
+
+    def _dropout_if_any(self) -> list[_Layer]:
+        return [_dropout(self.dropout)] if self.dropout else []
+
+
+_Layer = dict[str, Any]
+_LEAST = {
+    "width": 1,
+    "num_conv_blocks": 0,
+    "convs_per_block": 1,
+    "num_dense_layers": 0,
+    "dense_units": 1,
+    "dropout": 0,
+    "weight_decay": 0,
+    "batch_size": 1,
+    "momentum": 0,
+    "rho": 0,
+    "m": 0,
+    "max_epochs": 1,
+    "attempts": 1,
+}
+
+
+def _conv(filters: int, *, size: int = 3, **keywords: Any) -> _Layer:
+    return {
+        "layer_name": "Conv2D",
+        "filters": filters,
+        "kernel_size": [size, size],
+        **keywords,
+        "padding": "same",
+        "activation": "relu",
+    }
+
+
+def _dropout(rate: float) -> _Layer:
+    return {"layer_name": "Dropout", "rate": rate}
 
 
 @dataclass(frozen=True)
@@ -106,6 +192,7 @@ def train_model(
     *,
     seed: tuple[int, ...] = (0,),
     shipped_test: int | None = None,
+    device: str | torch.device = "cpu",
 ) -> TrainedModel:
     """Train one network until its training loss is at most the recipe's target.
 
@@ -119,6 +206,7 @@ def train_model(
         test: The same for `test_acc` and `test_loss`.
         seed: Any number of non-negative integers.
         shipped_test: `shipped_test_acc` is the accuracy on that many test examples, from the first.
+        device: Where to train.
 
     Returns:
         TrainedModel: Config, weights before and after training, metrics.
@@ -134,9 +222,9 @@ def train_model(
         >>> model.metrics["train_loss"] <= 0.7
         True
     """
-    (x, y), (test_x, test_y) = train.tensors, test.tensors
+    (x, y), (test_x, test_y) = ([t.to(device) for t in d.tensors] for d in (train, test))
     config = recipe.network((x.shape[2], x.shape[3], x.shape[1]), int(y.max()) + 1)
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with _one_thread(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         for attempt in range(recipe.attempts):
             try:
                 model, initial, epochs = _attempt(config, recipe, x, y, (*seed, attempt))
@@ -168,11 +256,12 @@ def _attempt(
     model = build_model(config)
     _initialise(model, recipe.init_gain, torch.Generator().manual_seed(seeds[1]))
     initial = _state(model)
+    model.to(x.device)
     return model, initial, _fit(model, recipe, x, y, torch.Generator().manual_seed(seeds[2]))
 
 
 def _state(model: nn.Module) -> dict[str, NDArray[np.float32]]:
-    return {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+    return {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
 
 
 def _initialise(model: nn.Module, gain: float, generator: torch.Generator) -> None:
@@ -187,21 +276,18 @@ def _initialise(model: nn.Module, gain: float, generator: torch.Generator) -> No
 
 
 def _fit(model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, shuffle: torch.Generator) -> int:
-    """SGD until the training loss is at most the target; the number of epochs."""
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=recipe.learning_rate * math.sqrt(recipe.batch_size / 16),
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, recipe.decay)
+    """SGD or SAM until the training loss is at most the target; the number of epochs."""
+    optimizer, schedule = _optimizer(model, recipe)
     loss = math.inf
     for epoch in range(1, recipe.max_epochs + 1):
         model.train()
         for batch in torch.split(torch.randperm(len(x), generator=shuffle), recipe.batch_size):
-            optimizer.zero_grad()
-            torch.autograd.backward(nn.functional.cross_entropy(model(x[batch]), y[batch]))
-            optimizer.step()
+            if isinstance(optimizer, SAM):
+                optimizer.step_batch(model, x[batch], y[batch], m=recipe.m or recipe.batch_size)
+            else:
+                optimizer.zero_grad()
+                torch.autograd.backward(nn.functional.cross_entropy(model(x[batch]), y[batch]))
+                optimizer.step()
         schedule.step()
         loss, _ = _evaluate(model, x, y)
         if not math.isfinite(loss):
@@ -211,6 +297,27 @@ def _fit(model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, shuffle: torch.
     raise ModelError(
         f"training loss {loss:.3g} after {recipe.max_epochs} epochs; target {recipe.target_loss}"
     )
+
+
+def _optimizer(
+    model: nn.Module, recipe: Recipe
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    scale = math.sqrt(recipe.batch_size / 16) if recipe.scale_learning_rate else 1.0
+    settings: dict[str, Any] = {
+        "lr": recipe.learning_rate * scale,
+        "momentum": recipe.momentum,
+        "weight_decay": recipe.weight_decay,
+    }
+    parameters, sgd = model.parameters(), torch.optim.SGD
+    optimizer: torch.optim.Optimizer = (
+        SAM(parameters, sgd, rho=recipe.rho, **settings)
+        if recipe.rho
+        else sgd(parameters, **settings)
+    )
+    schedules = torch.optim.lr_scheduler
+    if recipe.decay_epochs:
+        return optimizer, schedules.MultiStepLR(optimizer, recipe.decay_epochs, recipe.decay)
+    return optimizer, schedules.ExponentialLR(optimizer, recipe.decay)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpkit.errors import DataError, ZooFormatError
-from sharpkit.zoo.files import atomic_path
+from sharpkit.files import atomic_path
 from sharpkit.zoo.protos import message_class
 
 # TensorFlow's DataType numbers -> numpy dtype and the TensorProto field with its typed values

@@ -4,22 +4,17 @@ Every setting of the grid becomes one small VGG-like network, trained by SGD unt
 loss, in eval mode over the whole training set, falls to the recipe's target: models then differ in
 how they generalize, not in how well they fit. Seeds depend on the grid's seed and the model's id
 only and each model trains on one thread, so neither workers nor interruptions change a number.
-
-The zoo that ships with the package comes from
-
-    python -m sharpkit.zoo.training --fashion-mnist DIR --out DIR --workers 2
+`sharpkit zoo train mini` trains the zoo that ships with the package.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import multiprocessing
+import json
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,25 +22,17 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
+from tqdm import tqdm
 
 from sharpkit.errors import ArgumentError, DataError, RunError
-from sharpkit.zoo.embedded import ARCHIVE_NAME, pack_zoo
-from sharpkit.zoo.fashion_mnist import fashion_mnist
+from sharpkit.lock import sole_driver
+from sharpkit.runs.workers import Backend, Failure, run_items
 from sharpkit.zoo.files import read_json, write_json
 from sharpkit.zoo.keras import build_model
 from sharpkit.zoo.recipe import Recipe, TrainedModel, train_model
 from sharpkit.zoo.writer import ZooWriter
 
-EMBEDDED_TASK = "fashion_mnist_14x14"
-EMBEDDED_SEED = 1
-EMBEDDED_GRID: dict[str, Sequence[Any]] = {
-    "width": [10, 18],
-    "num_conv_blocks": [1, 2],
-    "init_gain": [1.0, 2.0],
-    "dropout": [0.0, 0.25],
-    "weight_decay": [0.0, 0.001],
-    "batch_size": [16, 32, 64],
-}
+_SHARD_SIZE = 10_000
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,9 @@ def train_zoo(
     recipe: Recipe | None = None,
     seed: int = 0,
     shipped_test: int | None = None,
+    limit: int | None = None,
     workers: int = 1,
+    device: str = "cpu",
     progress: bool = True,
 ) -> TrainingReport:
     """Train one model for each setting of a grid and write them as a zoo.
@@ -94,32 +83,41 @@ def train_zoo(
         seed: Of the whole grid; model i draws from the seed sequence (seed, i, attempt).
         shipped_test: How many test examples, from the first, are written as the zoo's test split;
             their accuracy is recorded as `shipped_test_acc`. Default all.
+        limit: Train only the first models of the grid; the rest can follow later.
         workers: Processes; 1 trains in this one. A script that asks for more needs the usual
             `if __name__ == "__main__":`.
+        device: Where to train, such as "cpu" or "cuda".
         progress: Whether to show a progress bar.
 
     Returns:
         TrainingReport: What was trained, skipped and failed.
 
     Raises:
-        ArgumentError: A name that is not a field of `Recipe`, or an empty list of values.
+        ArgumentError: A name that is not a field of `Recipe`, a value outside its range, or an
+            empty list of values.
         DataError: Inputs or labels of the wrong shape or kind.
-        RunError: The directory holds a run with another grid, recipe, seed or data.
+        RunError: The directory holds a run with another grid, recipe, seed or data, or belongs to
+            another process.
 
     Source:
         Jiang et al., Fantastic Generalization Measures and Where to Find Them, ICLR 2020: a grid
         of hyperparameters at equal training loss.
 
     Example:
+        >>> import tempfile
         >>> x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 2
         >>> data = TensorDataset(x, y)
-        >>> report = train_zoo({"width": [4, 8]}, data, data, "zoo")  # doctest: +SKIP
+        >>> easy = Recipe(target_loss=0.8)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     train_zoo({"width": [4, 8]}, data, data, folder, recipe=easy).trained
+        ['0', '1']
     """
-    from tqdm import tqdm
-
     recipe = Recipe() if recipe is None else recipe
-    _check(grid, train, test, workers)
+    _check(grid, train, test)
     shipped = len(test) if shipped_test is None else min(shipped_test, len(test))
+    settings = {str(i): setting for i, setting in enumerate(_settings(grid))}
+    recipes = {i: replace(recipe, **setting) for i, setting in settings.items()}
+    wanted = list(recipes)[:limit]
     plan = {
         "grid": {name: list(values) for name, values in grid.items()},
         "recipe": asdict(recipe),
@@ -128,75 +126,50 @@ def train_zoo(
         "data": _digest(train, test),
     }
     root = Path(out)
-    _claim(root / "training" / f"{task}.json", plan)
-    writer = ZooWriter(root, shard_size=max(len(train), shipped))
-    writer.write_dataset(task, "train", *train.tensors)
-    writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
-    settings = {str(i): setting for i, setting in enumerate(_settings(grid))}
-    configs = root / "reference_data" / task / "model_configs.json"
-    skipped = list(read_json(configs)) if configs.exists() else []
-    jobs = {i: (replace(recipe, **s), (seed, int(i)), shipped) for i, s in settings.items()}
-    todo = {i: job for i, job in jobs.items() if i not in skipped}
-    failed: dict[str, str] = {}
-    with tqdm(total=len(jobs), initial=len(skipped), unit="model", disable=not progress) as bar:
-        for i, result in _run(todo, train, test, workers):
-            if isinstance(result, str):
-                failed[i] = result
-                bar.write(f"model {i} failed: {result}", file=sys.stderr)
-            else:
-                _write(writer, task, i, result, settings[i], grid)
-            bar.update()
+    with sole_driver(root):
+        _claim(root / "training" / f"{task}.json", json.loads(json.dumps(plan)))
+        writer = ZooWriter(root, shard_size=min(_SHARD_SIZE, max(len(train), shipped)))
+        writer.write_dataset(task, "train", *train.tensors)
+        writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
+        configs = root / "reference_data" / task / "model_configs.json"
+        done = read_json(configs) if configs.exists() else {}
+        skipped = [i for i in wanted if i in done]
+        todo = {i: recipes[i] for i in wanted if i not in done}
+        arrays = [t.numpy() for data in (train, test) for t in data.tensors]
+        train_one = partial(_train_one, arrays, seed, shipped)
+        backend: Backend = "inline" if workers == 1 else "processes"
+        failed: dict[str, str] = {}
+        with tqdm(
+            total=len(wanted),
+            initial=len(skipped),
+            desc="train",
+            unit="model",
+            disable=None if progress else True,
+        ) as bar:
+            for (i, _), result in run_items(
+                train_one, todo.items(), backend=backend, workers=workers, device=device
+            ):
+                if isinstance(result, Failure):
+                    failed[i] = result.message
+                    bar.write(f"model {i} failed: {result.message}", file=sys.stderr)
+                else:
+                    _write(writer, task, i, result, settings[i], grid)
+                bar.update()
     trained = [i for i in todo if i not in failed]
-    return TrainingReport(root, trained, skipped, {i: failed[i] for i in jobs if i in failed})
+    return TrainingReport(root, trained, skipped, {i: failed[i] for i in todo if i in failed})
 
 
-# --- the grid --------------------------------------------------------------------------------
-
-_Job = tuple[Recipe, tuple[int, int], int]  # recipe, seed, test examples shipped
-_worker_data: list[TensorDataset] = []  # of a worker process, sent once
-
-
-def _run(
-    jobs: dict[str, _Job], train: TensorDataset, test: TensorDataset, workers: int
-) -> Iterator[tuple[str, TrainedModel | str]]:
-    """Train models here or in worker processes; each one's id and result, or error message."""
-    if workers == 1 or len(jobs) < 2:
-        for i, job in jobs.items():
-            yield i, _attempt(job, train, test)
-        return
-    context = multiprocessing.get_context("spawn")  # threads of torch do not survive a fork
-    arrays = tuple(t.numpy() for data in (train, test) for t in data.tensors)
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), context, initializer=_set_data, initargs=arrays
+def _train_one(
+    arrays: list[NDArray[Any]], seed: int, shipped: int, item: tuple[str, Recipe], device: str
+) -> TrainedModel:
+    # pickling changes strides and alignment of an array, and the last bits depend on both
+    standard = torch.contiguous_format
+    x, y, test_x, test_y = (torch.from_numpy(a).clone(memory_format=standard) for a in arrays)
+    i, recipe = item
+    train, test = TensorDataset(x, y), TensorDataset(test_x, test_y)
+    return train_model(
+        recipe, train, test, seed=(seed, int(i)), shipped_test=shipped, device=device
     )
-    try:
-        futures = {pool.submit(_attempt_in_worker, job): i for i, job in jobs.items()}
-        for future in as_completed(futures):
-            error = future.exception()  # the process died
-            yield futures[future], future.result() if error is None else _message(error)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _set_data(*arrays: NDArray[Any]) -> None:
-    x, y, test_x, test_y = map(torch.from_numpy, arrays)
-    _worker_data[:] = [TensorDataset(x, y), TensorDataset(test_x, test_y)]
-
-
-def _attempt_in_worker(job: _Job) -> TrainedModel | str:
-    return _attempt(job, *_worker_data)
-
-
-def _attempt(job: _Job, train: TensorDataset, test: TensorDataset) -> TrainedModel | str:
-    try:
-        recipe, seed, shipped = job
-        return train_model(recipe, train, test, seed=seed, shipped_test=shipped)
-    except Exception as error:  # one model must not stop the others
-        return _message(error)
-
-
-def _message(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _write(
@@ -228,17 +201,15 @@ def _settings(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def _check(
-    grid: Mapping[str, Sequence[Any]], train: TensorDataset, test: TensorDataset, workers: int
-) -> None:
+def _check(grid: Mapping[str, Sequence[Any]], train: TensorDataset, test: TensorDataset) -> None:
     known = [field.name for field in fields(Recipe)]
     for name, values in grid.items():
         if name not in known:
             raise ArgumentError(f"unknown hyperparameter {name!r}: expected one of {known}")
         if not values or len({str(v) for v in values}) != len(values):
             raise ArgumentError(f"hyperparameter {name!r} needs distinct values, got {values!r}")
-    if not grid or workers < 1:
-        raise ArgumentError("expected at least one hyperparameter and one worker")
+    if not grid:
+        raise ArgumentError("the grid is empty: expected at least one hyperparameter")
     for name, data in (("train", train), ("test", test)):
         shapes = [tuple(t.shape) for t in data.tensors]
         kinds = [t.dtype for t in data.tensors]
@@ -266,40 +237,3 @@ def _claim(path: Path, plan: dict[str, Any]) -> None:
             f"{path.parent.parent} holds a zoo trained with another {', '.join(changed)}; "
             "choose a new directory or give the same arguments"
         )
-
-
-# --- the zoo of the package -----------------------------------------------------------------
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Train the zoo that ships with the package and pack its archive; 1 if a model failed."""
-    parser = argparse.ArgumentParser("python -m sharpkit.zoo.training", description=main.__doc__)
-    parser.add_argument("--fashion-mnist", type=Path, required=True, help="folder of IDX files")
-    parser.add_argument("--out", type=Path, required=True, help="where the zoo is trained")
-    parser.add_argument("--workers", type=int, default=1, help="training processes")
-    options = parser.parse_args(arguments)
-    start = time.perf_counter()
-    train, test = fashion_mnist(options.fashion_mnist, seed=EMBEDDED_SEED)
-    report = train_zoo(
-        EMBEDDED_GRID,
-        train,
-        test,
-        options.out,
-        task=EMBEDDED_TASK,
-        seed=EMBEDDED_SEED,
-        shipped_test=2000,
-        workers=options.workers,
-    )
-    for id_, message in report.failed.items():
-        print(f"model {id_}: {message}", file=sys.stderr)
-    archive = pack_zoo(options.out, options.out / ARCHIVE_NAME)
-    print(
-        f"{archive}: {archive.stat().st_size:,} bytes; {len(report.trained)} models trained, "
-        f"{len(report.skipped)} were there, {len(report.failed)} failed; "
-        f"{time.perf_counter() - start:.0f} s"
-    )
-    return 1 if report.failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,7 @@ Everything a file declares is checked against the model and the file's size befo
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sharpkit.errors import ModelError, ZooFormatError
-from sharpkit.zoo.files import atomic_path
+from sharpkit.files import atomic_path
 from sharpkit.zoo.heaps import check_local_heaps
 from sharpkit.zoo.layer import Slot
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from sharpkit.zoo.keras import KerasModel
 
 _ATTRIBUTE_LIMIT = 64_000  # bytes; HDF5 keeps at most 64 KiB in an object header
-_MAX_COMPRESSION = 1_100  # deflate cannot do better than 1032 : 1
+_MAX_EXPANSION = 100  # of a file; weights hardly compress, and deflate could do 1032 : 1
+_FREE_BYTES = 2**26  # a file may always expand to this much
 _KERAS_VERSION = b"2.15.0"
 
 
@@ -74,6 +76,14 @@ def load_weights(model: KerasModel, path: str | Path) -> None:
     Raises:
         ZooFormatError: Damaged file, other number of layers or arrays, other shapes, NaN or
             infinite entries; names the file and the layer.
+
+    Example:
+        >>> from sharpkit.zoo import build_model, embedded_zoo
+        >>> entry = embedded_zoo()["fashion_mnist_14x14"]["0"]
+        >>> model = entry.load("initial")
+        >>> load_weights(model, entry.path / "weights.hdf5")  # now the final ones
+        >>> torch.equal(next(model.parameters()), next(entry.load().parameters()))
+        True
     """
     path = Path(path)
     with _open(path) as file:
@@ -117,6 +127,15 @@ def write_weights(
 
     Raises:
         ModelError: A weight is missing, not float32, or NaN or infinite.
+
+    Example:
+        >>> import tempfile
+        >>> from sharpkit.zoo import embedded_zoo
+        >>> model = embedded_zoo()["fashion_mnist_14x14"]["0"].load()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_weights(model, Path(folder, "weights.hdf5"))
+        ...     [[a.shape for a in layer] for layer in read_weights(Path(folder, "weights.hdf5"))]
+        [[(3, 3, 1, 10), (10,)], [(490, 32), (32,)], [(32, 10), (10,)]]
     """
     import h5py
 
@@ -168,20 +187,26 @@ def _layers(path: Path, file: Any) -> list[tuple[str, list[Any]]]:
             _check_storage(path, name, dataset)
         if datasets:
             layers.append((name, datasets))
+    _check_total(path, [dataset for _, datasets in layers for dataset in datasets])
     return layers
 
 
 def _read_names(path: Path, group: Any, key: str) -> list[str]:
     """A list of names from an attribute, possibly split into key0, key1, ..."""
-    if key in group.attrs:
-        raw = list(np.atleast_1d(group.attrs[key]))
-    else:
-        raw, part = [], 0
-        while f"{key}{part}" in group.attrs:
-            raw += list(np.atleast_1d(group.attrs[f"{key}{part}"]))
-            part += 1
-        if part == 0:
-            raise ZooFormatError(f"{path}: {group.name} has no attribute {key!r}")
+    parts = [key]
+    if key not in group.attrs:
+        parts = list(
+            itertools.takewhile(group.attrs.__contains__, (f"{key}{k}" for k in itertools.count()))
+        )
+    if not parts:
+        raise ZooFormatError(f"{path}: {group.name} has no attribute {key!r}")
+    raw: list[Any] = []
+    for part in parts:
+        attribute = group.attrs.get_id(part)
+        # an empty list has no storage, which h5py takes for an error
+        if math.prod(attribute.shape) and attribute.get_storage_size() > path.stat().st_size:
+            raise ZooFormatError(f"{path}: attribute {part!r} declares more than the file holds")
+        raw += list(np.atleast_1d(group.attrs[part]))
     names = [n.decode("utf-8") if isinstance(n, bytes) else n for n in raw]
     if not all(isinstance(n, str) for n in names):
         raise ZooFormatError(f"{path}: attribute {key!r} of {group.name} is not a list of names")
@@ -214,10 +239,26 @@ def _check_storage(path: Path, layer: str, dataset: Any) -> None:
         raise ZooFormatError(f"{where} keeps its data in another file")
     if dataset.dtype.kind != "f":
         raise ZooFormatError(f"{where} has type {dataset.dtype}; expected floating point")
-    stored = dataset.id.get_storage_size()
-    ratio = 1 if dataset.chunks is None else _MAX_COMPRESSION
-    if dataset.shape is None or dataset.nbytes > stored * ratio or stored > path.stat().st_size:
+    stored, size = dataset.id.get_storage_size(), path.stat().st_size
+    held = stored if dataset.chunks is None else min(stored, 1) * _most_bytes(size)
+    if dataset.shape is None or dataset.nbytes > held or stored > size:
         raise ZooFormatError(f"{where} declares shape {dataset.shape}, more than the file holds")
+
+
+def _check_total(path: Path, datasets: list[Any]) -> None:
+    """Refuse a file whose arrays together are more than it can hold, such as one named often."""
+    size = path.stat().st_size
+    stored = sum(dataset.id.get_storage_size() for dataset in datasets)
+    total = sum(dataset.nbytes for dataset in datasets)
+    if stored > size or total > _most_bytes(size):
+        raise ZooFormatError(
+            f"{path}: declares {total:,} bytes of weights, more than a file of {size:,} holds"
+        )
+
+
+def _most_bytes(size: int) -> int:
+    """To how much a compressed file may expand."""
+    return _FREE_BYTES + _MAX_EXPANSION * size
 
 
 def _read(path: Path, layer: str, dataset: Any) -> NDArray[np.float32]:

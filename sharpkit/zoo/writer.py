@@ -166,7 +166,12 @@ def write_zoo(zoo: Mapping[str, Task], path: str | Path, *, shard_size: int = 10
         ZooFormatError: Some models or data cannot be read; everything else has been written.
 
     Example:
-        >>> write_zoo({"mine": load_zoo("public_data")["task1_v4"]}, "copy")  # doctest: +SKIP
+        >>> import tempfile
+        >>> from sharpkit.zoo import embedded_zoo, load_zoo
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_zoo({"mine": embedded_zoo()["fashion_mnist_14x14"]}, folder)
+        ...     load_zoo(folder)["mine"]
+        Task('mine', 96 models, ...)
     """
     writer = ZooWriter(path, shard_size=shard_size)
     failures = [f for name, task in zoo.items() for f in _copy_task(writer, name, task)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -13,25 +14,26 @@ from evaluation_zoos import recorded, simulated, zoo
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import (
+    STATISTICS,
     bootstrap_interval,
     conditional_mutual_information,
+    evaluate_hyperparameters,
     evaluate_measures,
     granulated_kendall,
     holm,
     kendall_tau,
     pearson,
     permutation_p_value,
+    r_squared,
+    sign_error,
     spearman,
 )
 
-SCORED = ["cmi_pgdl", "cmi_jiang", "kendall_tau", "granulated_kendall"]
 COLUMNS = [
     "models",
-    *(name + end for name in SCORED for end in ("", "_low", "_high")),
+    *(name + end for name in STATISTICS for end in ("", "_low", "_high")),
     "cmi_pgdl_set",
     "cmi_jiang_set",
-    "spearman",
-    "pearson",
     "p_value",
     "p_value_holm",
 ]
@@ -70,14 +72,62 @@ def test_each_row_has_what_the_functions_give(
         assert row["granulated_kendall"] == pytest.approx(granulated_kendall(column, configs).mean)
         assert row["spearman"] == pytest.approx(spearman(column.tolist(), gaps))
         assert row["pearson"] == pytest.approx(pearson(column.tolist(), gaps))
-        assert row["p_value"] == permutation_p_value(column, configs, permutations=100, seed=3)
-        for statistic in SCORED:
+        assert row["kendall_tau_b"] == pytest.approx(kendall_tau(column.tolist(), gaps, "b"))
+        assert row["r_squared"] == pytest.approx(r_squared(column.tolist(), gaps))
+        errors = sign_error(column, configs, environments="values").overall
+        assert row["sign_error"] == pytest.approx(errors.mean)
+        assert row["sign_error_90"] == pytest.approx(errors.percentile_90)
+        assert row["sign_error_max"] == pytest.approx(errors.maximum)
+        assert row["p_value"] == permutation_p_value(column, configs, permutations=1000, seed=3)
+        for statistic in STATISTICS:
             interval = bootstrap_interval(
                 column, configs, statistic=statistic, resamples=100, seed=3
             )
             ends = (row[f"{statistic}_low"], row[f"{statistic}_high"])
             assert ends == pytest.approx((interval.low, interval.high))
     assert table["p_value_holm"].tolist() == holm(table["p_value"]).tolist()
+
+
+def test_environments_and_the_size_of_the_test_set_can_be_chosen(
+    configs: dict[str, object], values: pd.DataFrame
+) -> None:
+    options = {"environments": "settings", "test_size": 3}
+    table = evaluate_measures(values, configs, resamples=30, **options)
+    for name in values:
+        expected = sign_error(values[name], configs, **options).overall
+        assert table.loc[name, "sign_error"] == pytest.approx(expected.mean)
+        assert table.loc[name, "sign_error_max"] == expected.maximum
+    with pytest.raises(ArgumentError, match="environments"):
+        evaluate_measures(values, configs, environments="all")
+    with pytest.raises(ArgumentError, match="test_size"):
+        evaluate_hyperparameters(values, configs, test_size=0)
+
+
+def test_each_hyperparameter_has_what_the_functions_give(
+    configs: dict[str, object], values: pd.DataFrame
+) -> None:
+    values.loc["model_3", "bad"] = math.nan
+    table = evaluate_hyperparameters(values, configs, resamples=60)
+    assert table.index.tolist() == [(m, h) for m in values for h in "abcd"]
+    for name in values:
+        column = values[name].dropna()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            taus = granulated_kendall(column, configs).per_hyperparameter
+            errors = sign_error(column, configs, environments="values").per_hyperparameter
+        for h in "abcd":
+            row = table.loc[(name, h)]
+            assert row["granulated_kendall"] == pytest.approx(taus[h])
+            assert row["sign_error"] == pytest.approx(errors[h].mean)
+            assert row["sign_error_90"] == pytest.approx(errors[h].percentile_90)
+            assert row["sign_error_max"] == pytest.approx(errors[h].maximum)
+            assert row["granulated_kendall_low"] <= row["granulated_kendall_high"]
+    whole = evaluate_measures(values, configs, resamples=5)["granulated_kendall"]
+    means = table["granulated_kendall"].groupby(level=0, sort=False).mean()
+    assert means.tolist() == pytest.approx(whole.tolist())
+    values.columns = pd.MultiIndex.from_tuples([("m", 1), ("m", 256)], names=["measure", "m"])
+    several = evaluate_hyperparameters(values, configs, resamples=5)
+    assert several.index.names == ["measure", "m", "hyperparameter"]
 
 
 def test_models_without_a_value_are_left_out_of_that_row_only(
@@ -149,6 +199,8 @@ def test_unusable_tables_are_refused_with_a_reason(configs: dict[str, object]) -
         evaluate_measures(good, configs, definitions="pgdl")
     with pytest.raises(ArgumentError, match="resamples"):
         evaluate_measures(good, configs, resamples=0)
+    with pytest.raises(ArgumentError, match="permutations"):
+        evaluate_measures(good, configs, permutations=0)
     with pytest.raises(ArgumentError, match="confidence"):
         evaluate_measures(good, configs, confidence=0.0)
 
@@ -161,6 +213,18 @@ def test_a_thousand_resamples_of_many_measures_take_seconds() -> None:
     start = time.perf_counter()
     evaluate_measures(pd.DataFrame(noise, index=grid.ids), grid, resamples=200)
     assert time.perf_counter() - start < 12  # a fifth of the resamples in a fifth of a minute
+
+
+def test_many_measures_can_still_be_significant_together(configs: dict[str, object]) -> None:
+    """The correction multiplies by the number of measures, so there must be enough shuffles."""
+    gaps = np.array([entry["metrics"]["train_acc"] for entry in configs.values()])
+    noise = np.random.default_rng(0).normal(size=(24, 39))
+    values = pd.DataFrame(
+        {"good": gaps} | {f"noise{k}": column for k, column in enumerate(noise.T)}
+    )
+    table = evaluate_measures(values, configs, resamples=200)
+    assert table.loc["good", "p_value_holm"] == pytest.approx(40 / 2001)
+    assert table["p_value_holm"].drop("good").min() > 0.05
 
 
 def test_importing_evaluation_imports_no_heavy_statistics() -> None:

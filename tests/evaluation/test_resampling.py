@@ -23,17 +23,19 @@ from sharpkit.evaluation import (
     kendall_tau,
     pearson,
     permutation_p_value,
+    r_squared,
+    sign_error,
     spearman,
 )
 from sharpkit.evaluation._pairs import gap_entropy, mutual_information
-from sharpkit.evaluation._weighted import weighted_statistics
+from sharpkit.evaluation._weighted import LOWER_IS_BETTER, RANGES, weighted_statistics
 from sharpkit.evaluation.permutation import p_values, permuted_kendall, shuffles
 from sharpkit.evaluation.resampling import (
-    RANGES,
     interval_ends,
     observed_and_resampled,
     resample_weights,
 )
+from sharpkit.evaluation.robustness import Environments
 
 
 def measure_for(values: Any) -> dict[str, float]:
@@ -51,7 +53,15 @@ def test_with_every_model_once_the_weighted_statistics_are_the_plain_ones() -> N
         "granulated_kendall": granulated_kendall(measure, grid).mean,
         "spearman": spearman(values, grid.gap),
         "pearson": pearson(values, grid.gap),
+        "kendall_tau_b": kendall_tau(values, grid.gap, variant="b"),
+        "r_squared": r_squared(values, grid.gap),
     }
+    errors = sign_error(measure, grid, environments="values").overall
+    expected |= zip(
+        ("sign_error", "sign_error_90", "sign_error_max"),
+        (errors.mean, errors.percentile_90, errors.maximum),
+        strict=True,
+    )
     assert {name: found[name][0, 0] for name in STATISTICS} == pytest.approx(expected, abs=1e-10)
 
 
@@ -75,6 +85,66 @@ def test_weighted_statistics_equal_those_of_the_models_repeated() -> None:
         ):
             expected = weighted_loop(name, pairs, x, y, grid.codes[copies])
             assert found[name][k, 0] == pytest.approx(expected, abs=1e-10)
+
+
+def test_tau_b_of_tied_measures_is_scipys() -> None:
+    rng = np.random.default_rng(5)
+    _, grid = simulated(rng, 0.5, shape=(3, 2, 2))
+    values = rng.integers(0, 4, size=12).astype(float)
+    ones = np.ones((1, 12), dtype=np.int64)
+    found = weighted_statistics(values[:, None], grid, ones, ["kendall_tau_b"])
+    expected = scipy.stats.kendalltau(values, grid.gap).statistic
+    assert found["kendall_tau_b"][0, 0] == pytest.approx(expected)
+    weights = rng.integers(0, 3, size=(4, 12))
+    found = weighted_statistics(values[:, None], grid, weights, ["kendall_tau_b"])
+    for k, w in enumerate(weights):
+        copies = np.repeat(np.arange(12), w)
+        pairs = [(i, j) for i, j in itertools.combinations(copies, 2) if i != j]
+        x, y = (np.sign([v[i] - v[j] for i, j in pairs]) for v in (values, grid.gap))
+        expected = (x * y).sum() / np.sqrt((x != 0).sum() * (y != 0).sum())
+        assert found["kendall_tau_b"][k, 0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["values", "settings"])
+@pytest.mark.parametrize("test_size", [None, 20])
+def test_sign_errors_of_a_resample_weigh_its_pairs(kind: str, test_size: int | None) -> None:
+    rng = np.random.default_rng(6)
+    values, grid = simulated(rng, 0.3, shape=(3, 2, 2))
+    environments = Environments(kind, test_size)
+    weights = rng.integers(0, 3, size=(5, 12))
+    names = ("sign_error", "sign_error_90", "sign_error_max")
+    found = weighted_statistics(values[:, None], grid, weights, names, environments=environments)
+    for k, w in enumerate(weights):
+        sums: dict[Any, list[float]] = {}
+        for i, j in itertools.combinations(range(12), 2):
+            changed = np.flatnonzero(grid.codes[i] != grid.codes[j])
+            if len(changed) != 1:
+                continue
+            (h,) = changed
+            where: tuple[Any, ...] = (h, frozenset((grid.codes[i, h], grid.codes[j, h])))
+            if kind == "settings":
+                where += tuple(np.delete(grid.codes[i], h))
+            weight = float(w[i] * w[j])
+            if test_size is not None:
+                change = grid.gap[i] - grid.gap[j]
+                weight *= max(
+                    0.0, max(0.0, 1 - 2 * math.exp(-test_size * change**2 / 2)) ** 2 - 0.5
+                )
+            wrong = np.sign(values[i] - values[j]) != np.sign(grid.gap[i] - grid.gap[j])
+            total = sums.setdefault(where, [0.0, 0.0])
+            total[0] += weight * wrong
+            total[1] += weight
+        errors = [a / b for a, b in sums.values() if b > 0]
+        expected = [np.mean(errors), np.percentile(errors, 90), max(errors)]
+        assert [found[name][k, 0] for name in names] == pytest.approx(expected)
+
+
+def test_without_an_environment_there_is_no_sign_error() -> None:
+    values, grid = simulated(np.random.default_rng(7), 0.3, shape=(2, 2))
+    alone = grid.take(np.array([0, 3]))  # differ in both hyperparameters
+    ones = np.ones((1, 2), dtype=np.int64)
+    found = weighted_statistics(values[[0, 3], None], alone, ones, ["sign_error_max"])
+    assert np.isnan(found["sign_error_max"]).all()
 
 
 def weighted_loop(name: str, pairs: list[Any], x: Any, y: Any, codes: Any) -> float:
@@ -204,8 +274,12 @@ def test_a_comparison_tells_a_better_measure_and_not_a_measure_from_itself() -> 
     good, bad = measure_for(values), measure_for(rng.normal(size=96))
     for statistic in STATISTICS:
         result = compare_measures(good, bad, grid, statistic=statistic, resamples=300)
-        assert result.low > 0
-        assert result.p_value < 0.05
+        better = -1 if statistic in LOWER_IS_BETTER else 1
+        ends = sorted((better * result.low, better * result.high))
+        assert ends[1] > 0
+        if statistic != "sign_error_max":  # a single environment decides it
+            assert ends[0] > 0
+            assert result.p_value < 0.05
         assert result.difference == pytest.approx(result.first - result.second)
         opposite = compare_measures(bad, good, grid, statistic=statistic, resamples=300)
         assert opposite.difference == pytest.approx(-result.difference)

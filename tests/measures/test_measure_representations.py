@@ -4,6 +4,7 @@ import torch
 from measure_helpers import (
     convolutional,
     convolutional_data,
+    folded,
     permuted,
     relu_data,
     relu_network,
@@ -11,8 +12,8 @@ from measure_helpers import (
 )
 from torch import nn
 
-from sharpkit.errors import ArgumentError, DataError
-from sharpkit.measures import davies_bouldin
+from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.measures import davies_bouldin, effective_rank, representation_variance
 from sharpkit.measures.representations import features
 
 
@@ -75,3 +76,68 @@ def test_bad_requests_say_what_was_expected():
     with pytest.raises(DataError, match="1 classes among"):
         davies_bouldin(model, (x, torch.zeros_like(y)))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in nn.Module.modules(model))
+
+
+def test_the_variance_within_classes_is_one_minus_the_share_that_the_class_explains():
+    model, (x, y) = relu_network(bias=True), relu_data()
+    with torch.no_grad():
+        hidden = model[:4](x).numpy()
+    centres = np.stack([hidden[y.numpy() == label].mean(0) for label in y.tolist()])
+    explained = ((centres - hidden.mean(0)) ** 2).sum() / ((hidden - hidden.mean(0)) ** 2).sum()
+    assert representation_variance(model, (x, y)) == pytest.approx(1 - explained)
+
+
+def test_collapsed_classes_have_no_variance_and_useless_features_nothing_else():
+    x = torch.tensor([[1.0], [1.0], [3.0], [3.0]])
+    model = nn.Linear(1, 2)
+    assert representation_variance(model, (x, torch.tensor([0, 0, 1, 1]))) == 0.0
+    assert representation_variance(model, (x, torch.tensor([0, 1, 0, 1]))) == 1.0
+    with pytest.raises(ModelError, match="the same for all examples"):
+        representation_variance(model, (torch.ones(4, 1), torch.tensor([0, 0, 1, 1])))
+    with pytest.raises(DataError, match="1 classes among"):
+        representation_variance(model, (x, torch.tensor([0, 0, 0, 0])))
+
+
+def entropy_rank(matrix):
+    values = np.linalg.svd(matrix, compute_uv=False)
+    share = values / values.sum()
+    share = share[share > 0]
+    return np.exp(-(share * np.log(share)).sum())
+
+
+def test_effective_ranks_are_the_definition():
+    model, (x, y) = convolutional(), convolutional_data()
+    found = effective_rank(model, (x, y))
+    with torch.no_grad():
+        hidden = model[:7](x).numpy()
+    assert found["representation"] == pytest.approx(entropy_rank(hidden - hidden.mean(0)))
+    weights = [p.data.flatten(1).numpy() for p in folded(model).parameters() if p.ndim > 1]
+    assert found["weights"] == pytest.approx(np.mean([entropy_rank(w) for w in weights]))
+
+
+def test_equal_directions_count_fully_and_a_rank_of_one_is_one():
+    model = nn.Linear(4, 4, bias=False).double()
+    model.weight.data = 3 * torch.linalg.qr(torch.randn(4, 4).double())[0]
+    x = torch.cat([torch.eye(4), -torch.eye(4)]).double()
+    found = effective_rank(model, (x, torch.zeros(8).long()))
+    assert found == pytest.approx({"representation": 4.0, "weights": 4.0})
+    model.weight.data = torch.outer(torch.arange(4.0), torch.ones(4)).double()
+    assert effective_rank(model, (x, torch.zeros(8).long()))["weights"] == pytest.approx(1.0)
+
+
+def test_the_new_indices_survive_rescaling_and_permutation():
+    model, data = relu_network(bias=True), relu_data()
+    for other in (rescaled(model), permuted(model)):
+        assert effective_rank(other, data) == pytest.approx(effective_rank(model, data))
+        assert representation_variance(other, data) == pytest.approx(
+            representation_variance(model, data)
+        )
+
+
+def test_nothing_has_no_rank():
+    model, (x, y) = relu_network(), relu_data()
+    with pytest.raises(ModelError, match="the same for all examples"):
+        effective_rank(model, (x[:1].repeat(3, 1), y[:1].repeat(3)))
+    model[4].weight.data.zero_()
+    with pytest.raises(ModelError, match="a weight is zero"):
+        effective_rank(model, (x, y))

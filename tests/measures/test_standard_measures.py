@@ -112,7 +112,12 @@ def test_every_function_of_the_package_is_among_the_standard_measures():
 
 def test_a_measure_that_needs_the_initial_network_says_so():
     needing = {m.name for m in standard_measures() if getattr(m, "needs_initial", False)}
-    assert needing == {"distance_from_initial", "pac_bayes", "pac_bayes_magnitude"}
+    assert needing == {
+        "distance_from_initial",
+        "pac_bayes",
+        "pac_bayes_magnitude",
+        "accuracy_sharpness",
+    }
     model, _, data = network(CASES[0])
     measure = make_measure("distance_from_initial")
     with pytest.raises(ArgumentError, match="pass initial="):
@@ -131,7 +136,7 @@ def test_the_initial_network_is_loaded_only_where_it_is_needed():
 
 
 def test_unknown_names_and_options_are_refused_with_the_known_ones():
-    with pytest.raises(ArgumentError, match="expected one of augmentation"):
+    with pytest.raises(ArgumentError, match="expected one of accuracy_sharpness"):
         make_measure("sharpnes")
     with pytest.raises(ArgumentError, match="expected one of percentile"):
         make_measure("output_margin", quantile=10)
@@ -145,3 +150,16 @@ def test_nan_weights_are_refused(name):
     model[0].weight.data[0, 0] = torch.nan
     with pytest.raises(ModelError):
         evaluate_measure(MEASURES[name], model, data, seed=0, initial=lambda: initial)
+
+
+def test_the_length_of_training_is_what_the_zoo_recorded():
+    model, _, data = network(CASES[0])
+    measure = next(m for m in standard_measures(recorded=True) if m.name == "training_steps")
+    metrics = {"train_acc": 1.0, "epochs": 12, "steps": 480.0}
+    found = evaluate_measure(measure, model, data, seed=0, metrics=lambda: metrics)
+    assert {k: v.value for k, v in found.items()} == {"form=steps": 480.0, "form=epochs": 12.0}
+    with pytest.raises(ModelError, match="record train_acc: expected one of steps"):
+        evaluate_measure(measure, model, data, seed=0, metrics=lambda: {"train_acc": 1.0})
+    with pytest.raises(ArgumentError, match="pass metrics="):
+        evaluate_measure(measure, model, data, seed=0)
+    assert "training_steps" not in [m.name for m in standard_measures()]

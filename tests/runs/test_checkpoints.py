@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.runs.checkpoints import import_callable, load_arrays, load_checkpoint
+from sharpkit.importing import import_callable
+from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
 
 MODULE = """
 from torch import nn

@@ -20,7 +20,7 @@ from zoos import write_small_zoo
 
 import sharpkit as sk
 from sharpkit.errors import ArgumentError, RunError, ScoreError
-from sharpkit.runs.lock import sole_driver
+from sharpkit.lock import sole_driver
 
 MEASURE = sk.MSharpness(m=[1, 4], rho=[0.05, 0.1])
 
@@ -157,6 +157,9 @@ def test_refuses_bad_arguments(zoo_path, tmp_path):
         sk.score_zoo(task, [])
     with pytest.raises(RunError, match="not a run directory"):
         sk.Scores.open(tmp_path)
+    with pytest.raises(ArgumentError, match="m = 4 is larger than n = 3"):
+        sk.score_zoo(task, MEASURE, out=tmp_path / "unborn", n=3)
+    assert not (tmp_path / "unborn").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot write"):
         sk.score_zoo(task, MEASURE, out=tmp_path / "file")
@@ -312,7 +315,7 @@ def test_evaluate_refuses_a_run_without_results(zoo_path):
 def _score_command(zoo_path, run):
     return [
         *(sys.executable, "-m", "sharpkit", "score", str(zoo_path), "--out", str(run)),
-        *("--m", "1,2,4,8", "--rho", "0.05,0.1,0.2"),
+        *("--m", "1,2,4,8", "--rho", "0.05,0.1,0.2", "--workers", "1"),
     ]
 
 
@@ -326,7 +329,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_table(tmp_path):
     )
     duration = time.perf_counter() - began
     moments = random.Random(0)
-    for _ in range(5):
+    for _ in range(3):
         process = subprocess.Popen(
             _score_command(zoo_path, tmp_path / "killed"),
             env=environment,
@@ -355,7 +358,8 @@ def test_results_do_not_depend_on_the_order_of_the_models(zoo_path):
 class _Reversed(dict):
     def __init__(self, task):
         super().__init__(reversed(list(task.items())))
-        self.path, self.model_configs, self.dataset = task.path, task.model_configs, task.dataset
+        self.path, self.model_configs = task.path, task.model_configs
+        self.dataset, self.shards = task.dataset, task.shards
 
 
 def test_a_subset_is_the_same_for_every_model_and_depends_on_the_seed(zoo_path):

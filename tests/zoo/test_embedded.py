@@ -15,9 +15,10 @@ import sharpkit
 from sharpkit.errors import ZooFormatError
 from sharpkit.zoo import load_zoo
 from sharpkit.zoo.embedded import ARCHIVE_NAME, _unpacked, embedded_zoo, pack_zoo
+from sharpkit.zoo.plans import read_plan
 from sharpkit.zoo.recipe import Recipe, train_model
-from sharpkit.zoo.training import EMBEDDED_GRID, EMBEDDED_SEED, EMBEDDED_TASK
 
+PLAN = read_plan("mini")
 ARCHIVE = Path(sharpkit.__file__).parent / "data" / ARCHIVE_NAME
 
 
@@ -30,7 +31,7 @@ def cache(tmp_path_factory):
 def task(cache):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARPKIT_CACHE", str(cache))
-        return embedded_zoo()[EMBEDDED_TASK]
+        return embedded_zoo()[PLAN.task]
 
 
 def test_the_archive_fits_the_wheel():
@@ -39,8 +40,8 @@ def test_the_archive_fits_the_wheel():
 
 def test_the_grid_is_complete(task):
     assert task.check() == []
-    assert task.possible_values == EMBEDDED_GRID
-    assert len(task) == np.prod([len(values) for values in EMBEDDED_GRID.values()])
+    assert task.possible_values == {name: list(v) for name, v in PLAN.grid.items()}
+    assert len(task) == np.prod([len(values) for values in PLAN.grid.values()])
 
 
 def test_recorded_accuracies_and_losses_are_those_of_the_models(task):
@@ -81,7 +82,7 @@ def test_initial_weights_are_those_that_the_seed_gives(task):
     train, test = task.dataset("train"), task.dataset("test")
     for entry in list(task.values())[:: len(task) // 4]:
         recipe = Recipe(**entry.hyperparameters, target_loss=1e9)  # one epoch
-        model = train_model(recipe, train, test, seed=(EMBEDDED_SEED, int(entry.id)))
+        model = train_model(recipe, train, test, seed=(PLAN.seed, int(entry.id)))
         assert model.config == entry.config
         for name, stored in entry.load("initial").state_dict().items():
             assert np.array_equal(model.initial[name], stored.numpy())
@@ -92,7 +93,7 @@ def test_unpacking_leaves_one_folder_named_after_the_content(task, cache, monkey
     assert [p.name for p in cache.iterdir()] == [f"embedded_zoo-{digest}"]
     monkeypatch.setenv("SHARPKIT_CACHE", str(cache))
     monkeypatch.setattr("tarfile.open", None)  # the second call does not unpack
-    assert list(embedded_zoo()[EMBEDDED_TASK]) == list(task)
+    assert list(embedded_zoo()[PLAN.task]) == list(task)
 
 
 @pytest.fixture

@@ -2,18 +2,24 @@
 
 import gzip
 import json
+import os
+import signal
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from paths import SHARED, needs_shared
 from torch.utils.data import TensorDataset
 
+from sharpkit.data import read_idx
 from sharpkit.errors import ArgumentError, DataError, ModelError, RunError
-from sharpkit.zoo import load_zoo
-from sharpkit.zoo.fashion_mnist import fashion_mnist, read_idx
-from sharpkit.zoo.recipe import Recipe, train_model
-from sharpkit.zoo.training import main, train_zoo
+from sharpkit.lock import sole_driver
+from sharpkit.zoo import build_model, load_zoo
+from sharpkit.zoo.fashion_mnist import fashion_mnist
+from sharpkit.zoo.recipe import Recipe, _optimizer, train_model
+from sharpkit.zoo.training import _train_one, train_zoo
 
 GRID = {"width": [3, 5], "dropout": [0.0, 0.3]}
 RECIPE = Recipe(dense_units=8, batch_size=8, target_loss=0.6, max_epochs=200)
@@ -167,6 +173,7 @@ def test_a_directory_of_another_run_is_refused(trained, changes, named):
         ({"width": []}, "needs distinct values"),
         ({"width": [3, 3]}, "needs distinct values"),
         ({}, "at least one"),
+        ({"dropout": [0.0, 1.0]}, "dropout is 1.0, expected less than 1"),
     ],
 )
 def test_unusable_grids_are_refused(tmp_path, grid, message):
@@ -178,6 +185,133 @@ def test_unusable_data_is_refused(tmp_path):
     flat = TensorDataset(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
     with pytest.raises(DataError, match="train data: expected float32"):
         train_zoo(GRID, flat, TEST, tmp_path)
+
+
+def killed(mark, *args):
+    """`_train_one` in a process that dies: the first of model 1, every one of model 2."""
+    *_, (id_, _), _ = args
+    if id_ == "2" or (id_ == "1" and not mark.exists()):
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _train_one(*args)
+
+
+def test_a_killed_process_costs_at_most_its_own_model(trained, tmp_path, monkeypatch):
+    killer = partial(killed, tmp_path / "mark")
+    monkeypatch.setattr("sharpkit.zoo.training._train_one", killer)
+    report = train(tmp_path / "zoo", workers=2)
+    assert report.trained == ["0", "1", "3"]
+    assert "SIGKILL" in report.failed["2"]
+    monkeypatch.undo()
+    assert train(tmp_path / "zoo").trained == ["2"]
+    assert same_zoo(trained, tmp_path / "zoo")
+
+
+def test_limit_trains_the_first_models_and_the_rest_can_follow(trained, tmp_path):
+    assert train(tmp_path, limit=1).trained == ["0"]
+    report = train(tmp_path)
+    assert report.skipped == ["0"] and report.trained == ["1", "2", "3"]
+    assert same_zoo(trained, tmp_path)
+
+
+def test_two_drivers_of_one_directory_are_refused(tmp_path):
+    with sole_driver(tmp_path), pytest.raises(RunError, match="another process"):
+        train(tmp_path)
+
+
+def test_sam_is_an_axis_of_the_grid(tmp_path):
+    report = train(tmp_path, grid={"rho": [0.0, 0.05], "m": [0, 2]})
+    assert report.trained == ["0", "1", "2", "3"]
+    _, states = weights(tmp_path)
+
+    def kernel(id_):
+        return states[id_, "final", "conv2d.weight"]
+
+    config = replace(RECIPE, rho=0.0).network((6, 5, 2), 3)
+    assert json.loads((tmp_path / "input_data/task1/model_0/config.json").read_text()) == config
+    assert not torch.equal(kernel("2"), kernel("3"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": "mlp"}, "expected 'cnn', 'vgg' or 'nin'"),
+        ({"width": 0}, "width is 0, expected at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
+        ({"momentum": 1.0}, "momentum is 1.0, expected less than 1"),
+        ({"rho": -0.1}, "rho is -0.1, expected at least 0"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan"),
+    ],
+)
+def test_recipes_out_of_range_are_refused(change, message):
+    with pytest.raises(ArgumentError, match=message):
+        Recipe(**change)
+
+
+def parameters(recipe, input_shape=(32, 32, 3)):
+    return build_model(recipe.network(input_shape, 10), device="meta").parameter_count
+
+
+def test_the_sizes_of_the_competitions_networks_are_met():
+    """1.7 to 19.2 million for task 1, 3.4 to 9.2 for task 2 (DESIGN, section 3)."""
+    vgg = Recipe(architecture="vgg", convs_per_block=2, dense_units=128)
+    assert parameters(replace(vgg, width=256, num_conv_blocks=3)) == pytest.approx(1.7e6, rel=0.02)
+    assert parameters(replace(vgg, width=512, num_conv_blocks=1)) == pytest.approx(19.2e6, rel=0.01)
+    nin = Recipe(architecture="nin", convs_per_block=3, width=512)
+    assert parameters(replace(nin, num_conv_blocks=2)) == pytest.approx(3.4e6, rel=0.01)
+    assert parameters(replace(nin, num_conv_blocks=4)) == pytest.approx(9.2e6, rel=0.01)
+
+
+@needs_shared
+def test_vgg_has_the_layers_of_the_competitions_files():
+    """The fixture's models 20 and 41 have the layers of task 1, with other widths."""
+    for id_, blocks, dense, dropout, width in ((20, 1, 1, 0.0, 8), (41, 3, 2, 0.5, 16)):
+        folder = SHARED / "pgdl_fixture" / "input_data" / "task1_v4" / f"model_{id_}"
+        theirs = build_model(json.loads((folder / "config.json").read_text()), device="meta")
+        recipe = Recipe(
+            architecture="vgg",
+            width=width,
+            num_conv_blocks=blocks,
+            convs_per_block=2,
+            num_dense_layers=dense,
+            dense_units=16,
+            dropout=dropout,
+        )
+        ours = build_model(recipe.network((32, 32, 3), 10), device="meta")
+        assert str(ours) == str(theirs)
+
+
+def test_nin_halves_the_image_in_every_block_and_averages_positions():
+    recipe = Recipe(architecture="nin", width=4, num_conv_blocks=2, convs_per_block=3, dropout=0.5)
+    layers = recipe.network((8, 8, 1), 3)["model_config"]
+    kinds = [layer["layer_name"] for layer in layers]
+    assert kinds == [*["Conv2D"] * 3, "Dropout"] * 2 + ["Conv2D", "GlobalAveragePooling2D"]
+    model = build_model({"model_config": layers, "input_shape": [8, 8, 1]}).eval()
+    assert model(torch.zeros(5, 1, 8, 8)).shape == (5, 3)
+    strides = [m.stride[0] for m in model if isinstance(m, torch.nn.Conv2d)]
+    assert strides == [2, 1, 1, 2, 1, 1, 1]
+
+
+def test_the_step_size_follows_the_recipe():
+    def rates(recipe, epochs):
+        optimizer, schedule = _optimizer(torch.nn.Linear(1, 1), recipe)
+        found = []
+        for _ in range(epochs):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    grows = Recipe(learning_rate=0.02, batch_size=64, decay=0.5)
+    assert rates(grows, 3) == pytest.approx([0.04, 0.02, 0.01])
+    published = Recipe(
+        learning_rate=0.001,
+        scale_learning_rate=False,
+        batch_size=512,
+        decay=0.2,
+        decay_epochs=(2, 3),
+    )
+    assert rates(published, 4) == pytest.approx([0.001, 0.001, 0.0002, 0.00004])
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -225,17 +359,3 @@ def test_damaged_idx_files_are_named(tmp_path, content, message):
         read_idx(path)
     with pytest.raises(DataError, match="absent: cannot be read"):
         read_idx(tmp_path / "absent")
-
-
-def test_the_command_trains_and_packs(mnist_folder, tmp_path, monkeypatch, capsys):
-    def small(folder, *, seed):
-        return fashion_mnist(folder, train_size=20, seed=seed)
-
-    monkeypatch.setattr("sharpkit.zoo.training.fashion_mnist", small)
-    monkeypatch.setattr("sharpkit.zoo.training.EMBEDDED_GRID", {"width": [4, 6]})
-    out = tmp_path / "out"
-    assert main(["--fashion-mnist", str(mnist_folder), "--out", str(out)]) == 0
-    assert "2 models trained" in capsys.readouterr().out
-    configs = out / "reference_data" / "fashion_mnist_14x14" / "model_configs.json"
-    assert list(json.loads(configs.read_text())) == ["0", "1"]
-    assert (out / "embedded_zoo.tar.xz").is_file()

@@ -230,3 +230,35 @@ def test_what_cannot_be_read_back_is_not_written(network, tmp_path, bad):
     with pytest.raises(ModelError, match=r"dense\.bias"):
         write_weights(network, tmp_path / "w.hdf5", state=state)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compression_bomb_is_refused_before_allocation(network, path):
+    def change(file):
+        for name in ("bias:0", "kernel:0"):
+            del file[f"dense/dense/{name}"]
+        zeros = {"chunks": (2**20,), "compression": "gzip", "compression_opts": 9}
+        bomb = file["dense/dense"].create_dataset("kernel:0", (2**26,), "f4", **zeros)
+        bomb[: 2**21] = 0
+        file["dense/dense"].create_dataset("bias:0", (3,), "f4")
+
+    damage(path, change)
+    refuse(network, path, r"declares shape \(67108864,\), more than the file holds")
+
+
+def test_an_array_named_a_thousand_times_is_refused(network, path):
+    def change(file):
+        file["dense"].attrs["weight_names"] = [b"dense/kernel:0"] * 1000
+
+    damage(path, change)
+    refuse(network, path, r"declares [\d,]+ bytes of weights, more than a file of [\d,]+ holds")
+
+
+def test_compressed_weights_load(network, path):
+    kernel = network.dense.weight.detach().numpy().T
+
+    def change(file):
+        del file["dense/dense/kernel:0"]
+        file["dense/dense"].create_dataset("kernel:0", data=kernel, chunks=True, compression="gzip")
+
+    damage(path, change)
+    load_weights(network, path)

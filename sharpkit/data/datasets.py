@@ -1,0 +1,174 @@
+"""Data sets by name: training and test examples as tensors in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import TensorDataset
+
+from sharpkit.data.downloads import cifar10, cifar100, svhn
+from sharpkit.data.idx import read_idx_split
+from sharpkit.data.images import Split, normalised, read_image_tree
+from sharpkit.errors import ArgumentError, DataError
+
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+_NAMES = (
+    "embedded, fashion-mnist, cifar10, cifar100, svhn, an .npz file, a folder or .zip of images, "
+    "or ZOO:TASK"
+)
+
+Pair = tuple[TensorDataset, TensorDataset]
+
+
+def load_dataset(name: str | Path, *, root: str | Path | None = None) -> Pair:
+    """Training and test examples by the name of a data set, or from your own files.
+
+    - "embedded": 2,000 + 2,000 images of Fashion-MNIST at 14x14 pixels, from the embedded zoo.
+    - "fashion-mnist": 60,000 + 10,000 images of 28x28, from the IDX files in `root` (default: where
+      Debian's package `dataset-fashion-mnist` puts them).
+    - "cifar10", "cifar100" (fine labels), "svhn" (without its extra images): from `root`, or
+      downloaded once, with size and checksum verified, into the user's cache.
+    - a path to an .npz file with x_train, y_train, x_test, y_test.
+    - a folder or .zip file of images `train/<class>/*.jpg` (or .png) and `test/<class>/*.jpg`.
+    - "ZOO:TASK": the data of a task of a zoo in the PGDL layout, such as
+      "public_data:task1_v4"; or "embedded:TASK".
+
+    Images of bytes are normalised: mean 0 and variance 1 per channel over the training set,
+    computed in float64, and the test set by the same numbers. In an .npz file, uint8 arrays are
+    such images, of shape (n, h, w), (n, h, w, c) or (n, c, h, w), where c is 1, 3 or 4; arrays of
+    floats are taken as they are, in the model's own layout. PGDL data are as stored.
+
+    Args:
+        name: One of the above.
+        root: Folder with the files of "fashion-mnist", "cifar10", "cifar100" or "svhn": CIFAR as
+            `cifar-10-binary.tar.gz` or its .bin files, SVHN as `train_32x32.mat`, `test_32x32.mat`.
+
+    Returns:
+        tuple: Training and test data: inputs float32, (n, c, h, w) for images; labels int64 (n,).
+
+    Raises:
+        ArgumentError: An unknown name, or a root for data that need none.
+        DataError: A file is missing, damaged or of another form; names it.
+        DownloadError: The server cannot be reached, or has another file.
+        ZooFormatError: The zoo cannot be read.
+
+    Example:
+        >>> train, test = load_dataset("embedded")
+        >>> train.tensors[0].shape, test.tensors[1].shape
+        (torch.Size([2000, 1, 14, 14]), torch.Size([2000]))
+    """
+    text, folder = str(name), None if root is None else Path(root).expanduser()
+    if text in _IMAGES:
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
+        return _checked(text, normalised(*_IMAGES[text](folder)))
+    if folder is not None:
+        raise ArgumentError(f"root is for {', '.join(_IMAGES)}; {text!r} has none")
+    path = Path(text).expanduser()
+    if text == "embedded":
+        return _task("embedded", "fashion_mnist_14x14")
+    if path.suffix == ".npz":
+        return _checked(text, _arrays(path))
+    if (text and path.is_dir()) or path.suffix == ".zip":
+        return _checked(text, normalised(*read_image_tree(path)))
+    zoo, _, task = text.rpartition(":")
+    if zoo and (zoo == "embedded" or Path(zoo).expanduser().exists()):
+        return _task(zoo, task)
+    raise ArgumentError(f"unknown data set {text!r}, and no such file; expected {_NAMES}")
+
+
+def _fashion_mnist(root: Path | None) -> tuple[Split, Split]:
+    folder = root or FASHION_MNIST
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: no such folder. On Debian and Ubuntu: apt-get install "
+            "dataset-fashion-mnist; or give root= a folder with the four IDX files"
+        )
+    splits = [read_idx_split(folder, split) for split in ("train", "t10k")]
+    (train, test) = ((images[:, None], labels.astype(np.int64)) for images, labels in splits)
+    return train, test
+
+
+_IMAGES: dict[str, Callable[[Path | None], tuple[Split, Split]]] = {
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "svhn": svhn,
+}
+
+
+def _task(zoo: str, task: str) -> Pair:
+    """As stored in a zoo."""
+    from sharpkit.zoo import embedded_zoo, load_zoo
+
+    opened = embedded_zoo() if zoo == "embedded" else load_zoo(zoo)
+    if task not in opened:
+        raise ArgumentError(f"no task {task!r} in {zoo}: it has {', '.join(opened)}")
+    return opened[task].dataset("train"), opened[task].dataset("test")
+
+
+def _arrays(path: Path) -> Pair:
+    """The four arrays of an .npz file."""
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = [name for name in names if name not in file]
+            arrays = {name: file[name] for name in names if name in file}
+    except Exception as error:  # numpy raises whatever its zip and pickle layers do
+        raise DataError(f"{path}: not a readable .npz file ({error})") from error
+    if missing:
+        raise DataError(f"{path}: {missing[0]} is missing; expected {', '.join(names)}")
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
+            raise DataError(
+                f"{path}: y_{split} is {y.dtype} of shape {y.shape}; expected integers of shape "
+                f"({len(x)},), one label for each row of x_{split}"
+            )
+    train, test = arrays["x_train"], arrays["x_test"]
+    if train.dtype != test.dtype or train.shape[1:] != test.shape[1:]:
+        raise DataError(
+            f"{path}: x_train is {train.dtype} {train.shape}, x_test {test.dtype} {test.shape}; "
+            "expected the same kind and shape of example"
+        )
+    labels = [arrays[f"y_{split}"].astype(np.int64) for split in ("train", "test")]
+    if train.dtype == np.uint8:
+        channels_first = _layout(path, train.shape)
+        return normalised((channels_first(train), labels[0]), (channels_first(test), labels[1]))
+    if not np.issubdtype(train.dtype, np.floating):
+        raise DataError(f"{path}: x_train is {train.dtype}; expected uint8 images or floats")
+    (first, second) = (
+        TensorDataset(torch.from_numpy(x.astype(np.float32)), torch.from_numpy(y))
+        for x, y in zip((train, test), labels, strict=True)
+    )
+    return first, second
+
+
+def _layout(path: Path, shape: tuple[int, ...]) -> Callable[..., np.ndarray]:
+    """How arrays of images of this shape become (n, c, h, w)."""
+    if len(shape) == 3:
+        return lambda images: images[:, None]
+    first, last = (len(shape) == 4 and shape[axis] in (1, 3, 4) for axis in (1, 3))
+    if first == last:
+        raise DataError(
+            f"{path}: uint8 images of shape {shape}; expected (n, h, w), (n, h, w, c) or "
+            "(n, c, h, w) with c = 1, 3 or 4, and no doubt which"
+        )
+    return lambda images: images if first else images.transpose(0, 3, 1, 2)
+
+
+def _checked(name: str, data: Pair) -> Pair:
+    """The data, if there are some, all finite, with the training classes only."""
+    for split, part in zip(("training", "test"), data, strict=True):
+        inputs, labels = part.tensors
+        if not len(labels):
+            raise DataError(f"{name}: there are no {split} examples")
+        if int(labels.min()) < 0:
+            raise DataError(f"{name}: {split} label {int(labels.min())} is negative")
+        if not bool(torch.isfinite(inputs).all()):
+            raise DataError(f"{name}: the {split} inputs have NaN or infinite entries")
+    return data

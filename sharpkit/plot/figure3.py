@@ -1,0 +1,170 @@
+"""The paper's Figure 3: spectra, test error against ρ, and predictive power, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sharpkit.errors import ArgumentError
+from sharpkit.plot.predictive_power import draw_predictive_power
+from sharpkit.plot.spectrum import draw_density, limit_densities
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from sharpkit.curvature.density import SpectralDensity
+
+_NAMES = {"sgd": "SGD", "sam": "SAM"}
+_OFF_SCALE = 2.0  # test errors beyond this multiple of the lowest are not shown
+_WIDTHS = {"left": 6.4, "middle": 5.0, "right": 5.0}
+
+
+def figure3(
+    *,
+    densities: Mapping[tuple[str, int], SpectralDensity] | None = None,
+    spectra: pd.DataFrame | None = None,
+    test_error: pd.DataFrame | None = None,
+    predictive_power: pd.DataFrame | None = None,
+    statistic: str = "cmi_pgdl",
+) -> Figure:
+    """Draw the panels whose tables are given; the tables are those of `sharpkit.figure3`.
+
+    Args:
+        densities: Left: (optimizer, epoch) to the density, one row per epoch.
+        spectra: Left: columns optimizer, epoch, lambda_max, lambda_max_over_lambda_5; the titles
+            give the mean over rows and its standard error.
+        test_error: Middle: columns optimizer, m, rho, lr, test_error, std_error.
+        predictive_power: Right: from `sharpkit.evaluate`.
+        statistic: What the right panel shows.
+
+    Returns:
+        matplotlib.figure.Figure: The figure.
+
+    Raises:
+        ArgumentError: No panel is given.
+
+    Source:
+        Foret et al., ICLR 2021, Figure 3.
+
+    Example:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({"task": "t", "m": [1, 4], "rho": 0.1, "cmi_pgdl": [0.2, 0.1]})
+        >>> figure3(predictive_power=table).subfigs[0].axes[0].get_xlabel()
+        'm'
+    """
+    from matplotlib.figure import Figure
+
+    given = {"left": densities, "middle": test_error, "right": predictive_power}
+    names = [name for name, content in given.items() if content is not None]
+    if not names:
+        raise ArgumentError("there is no panel to draw")
+    rows = 1 if densities is None else len({epoch for _, epoch in densities})
+    height = max(4.6, 1.9 * rows)
+    widths = [_WIDTHS[name] for name in names]
+    figure = Figure(figsize=(sum(widths), height), layout="constrained")
+    parts = figure.subfigures(1, len(names), width_ratios=widths, squeeze=False)[0]
+    for name, part in zip(names, parts, strict=True):
+        if name == "left":
+            _draw_spectra(part, densities or {}, spectra)
+        elif name == "middle":
+            draw_test_error(part.subplots(), test_error)  # type: ignore[arg-type]
+        else:
+            axis = part.subplots()
+            draw_predictive_power(axis, predictive_power, statistic)  # type: ignore[arg-type]
+            axis.set_title(
+                "Predictive power of m-sharpness\n95 % bootstrap over models", fontsize=10
+            )
+    return figure
+
+
+def draw_test_error(axis: Axes, table: pd.DataFrame) -> None:
+    """Test error against ρ, a line with standard errors for each m; SGD as a band across.
+
+    Errors beyond twice the lowest are cut off.
+    """
+    from matplotlib import colormaps
+
+    sam = table[table["optimizer"] == "sam"]
+    sizes = sorted(sam["m"].unique())
+    shades = colormaps["viridis_r"]
+    for number, m in enumerate(sizes):
+        line = sam[sam["m"] == m].sort_values("rho")
+        axis.errorbar(
+            line["rho"],
+            100 * line["test_error"],
+            100 * line["std_error"].fillna(0),
+            fmt="o-",
+            markersize=4,
+            capsize=2,
+            linewidth=1.4,
+            color=shades(0.15 + 0.85 * number / max(1, len(sizes) - 1)),
+            label=f"SAM, m = {m:g}",
+        )
+    sgd = table[table["optimizer"] == "sgd"]
+    for row in sgd[sgd["lr"].isin(sam["lr"]) | sam.empty].itertuples():
+        mean, error = 100 * float(str(row.test_error)), 100 * float(str(row.std_error))
+        axis.axhline(mean, color="black", linestyle="--", linewidth=1.2, label="SGD")
+        if error == error:
+            axis.axhspan(mean - error, mean + error, color="black", alpha=0.1, linewidth=0)
+    lowest, highest = (100 * float(f(table["test_error"])) for f in (min, max))
+    if highest > _OFF_SCALE * lowest:  # radii that are too large to learn anything
+        axis.set_ylim(top=_OFF_SCALE * lowest)
+    radii = sorted(sam["rho"].unique())
+    if radii and radii[0] > 0:
+        axis.set_xscale("log")
+        axis.set_xticks(radii, [f"{rho:g}" for rho in radii])
+        axis.minorticks_off()
+    axis.set_xlabel("ρ")
+    axis.set_ylabel("test error (%)")
+    seeds = sorted(table["seeds"].unique()) if "seeds" in table else []
+    over = f" over {int(seeds[-1])} seeds" if seeds else ""
+    axis.set_title(f"Test error of m-SAM\nmean and standard error{over}", fontsize=10)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=9)
+
+
+def _draw_spectra(
+    part: Any, densities: Mapping[tuple[str, int], SpectralDensity], spectra: pd.DataFrame | None
+) -> None:
+    """One row per epoch, SGD beside SAM on the same axes."""
+    optimizers = [o for o in ("sgd", "sam") if any(o == optimizer for optimizer, _ in densities)]
+    epochs = sorted({epoch for _, epoch in densities})
+    axes = part.subplots(len(epochs), len(optimizers), squeeze=False, sharex="row", sharey="row")
+    part.suptitle("Hessian spectra in the course of training", fontsize=10)
+    for row, epoch in zip(axes, epochs, strict=True):
+        drawn = []
+        for axis, optimizer in zip(row, optimizers, strict=True):
+            density = densities.get((optimizer, epoch))
+            if density is None:
+                axis.set_title(f"{_NAMES[optimizer]}, epoch {epoch}\nno result", fontsize=9)
+                continue
+            draw_density(axis, _title(optimizer, epoch, spectra), density)
+            drawn.append((axis, density))
+        limit_densities([a for a, _ in drawn], [d for _, d in drawn], True)
+        row[0].set_ylabel("density")
+        for axis in row:
+            axis.set_xlabel("eigenvalue λ" if row is axes[-1] else "")
+
+
+def _title(optimizer: str, epoch: int, spectra: pd.DataFrame | None) -> str:
+    """Optimizer and epoch, λmax and λmax/λ5 with their standard errors over trainings."""
+    title = f"{_NAMES[optimizer]}, epoch {epoch}"
+    if spectra is None:
+        return title
+    rows = spectra[(spectra["optimizer"] == optimizer) & (spectra["epoch"] == epoch)]
+    parts = []
+    for column, symbol in (("lambda_max", "λmax"), ("lambda_max_over_lambda_5", "λmax/λ5")):
+        values = rows[column].dropna().to_numpy(float)
+        if len(values):
+            error = f" ± {_standard_error(values):.2g}" if len(values) > 1 else ""
+            parts.append(f"{symbol} {values.mean():.3g}{error}")
+    return f"{title}\n{', '.join(parts)}"
+
+
+def _standard_error(values: NDArray[np.float64]) -> float:
+    return float(values.std(ddof=1)) / math.sqrt(len(values))

@@ -1,0 +1,94 @@
+"""How measures, statistics and names from files are written on the page."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STATISTICS = {
+    "cmi_pgdl": "CMI, PGDL (%)",
+    "cmi_jiang": "CMI, Jiang (%)",
+    "kendall_tau": "Kendall’s τ",
+    "kendall_tau_b": "Kendall’s τ-b",
+    "granulated_kendall": "granulated Kendall",
+    "spearman": "Spearman’s ρ",
+    "pearson": "Pearson’s r",
+    "r_squared": "R², held out",
+    "sign_error": "sign-error, mean",
+    "sign_error_90": "sign-error, 90 %",
+    "sign_error_max": "sign-error, worst",
+}
+
+
+def scale(statistic: str) -> float:
+    """What a statistic of the table is multiplied with: mutual information is shown in per cent."""
+    return 100.0 if statistic.startswith("cmi") else 1.0
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as mappings."""
+    return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def measure_label(key: Mapping[str, Any]) -> str:
+    """A measure and its setting in one line.
+
+    Example:
+        >>> measure_label({"measure": "m_sharpness", "m": 4.0, "rho": 0.05, "form": None})
+        'm_sharpness, m = 4, rho = 0.05'
+        >>> measure_label({"measure": "path_norm", "m": float("nan"), "form": "plain"})
+        'path_norm: plain'
+    """
+    parts = [str(key["measure"])]
+    if given(key.get("form")):
+        parts[0] += f": {key['form']}"
+    for name, value in key.items():
+        if name not in ("measure", "form") and given(value):
+            parts.append(f"{name} = {number(value)}")
+    return ", ".join(parts)
+
+
+def given(value: Any) -> bool:
+    """Whether a setting has a value."""
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number in a few digits, other values as they are.
+
+    Example:
+        >>> number(256.0), number(0.123456), number("plain"), number(float("nan"))
+        ('256', '0.1235', 'plain', '–')
+    """
+    if not given(value):
+        return "–"
+    if isinstance(value, int | float):
+        return f"{value:.{digits}g}".replace("-", "−")
+    return str(value)
+
+
+def decimal(value: float) -> str:
+    """A statistic with two decimals.
+
+    Example:
+        >>> decimal(-0.1234), decimal(-0.001), decimal(float("nan"))
+        ('−0.12', '0.00', '–')
+    """
+    if not math.isfinite(value):
+        return "–"
+    return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
+def plain(text: Any) -> str:
+    """Text for a figure, whose labels know some HTML: no part of it is taken as such.
+
+    Example:
+        >>> plain("<b>width</b> & depth")
+        '&lt;b&gt;width&lt;/b&gt; &amp; depth'
+    """
+    return html.escape(str(text), quote=False)

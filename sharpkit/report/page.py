@@ -1,0 +1,196 @@
+"""From a run directory to one HTML file that needs nothing else, not even a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shlex
+from contextlib import closing
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sharpkit.errors import ArgumentError
+from sharpkit.report.labels import number
+from sharpkit.runs import Scores, evaluate
+from sharpkit.runs.evaluate import measure_values
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
+
+_NEEDED = ("plotly", "jinja2")
+
+
+def write_report(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    test_size: int | None = None,
+) -> Path:
+    """Write the results of a run as one self-contained, interactive HTML page.
+
+    The ranking of the measures with intervals, score against m, each measure against the gap
+    coloured by any hyperparameter, mutual information by conditioning set, correlations between
+    measures, the measures combined, failures, and what it takes to reproduce the run.
+
+    Args:
+        run: Directory of a run.
+        out: The file; None for report.html in the run's directory.
+        resamples: Bootstrap resamples over models; the permutations are ten times as many.
+        seed: Of both.
+        test_size: Examples behind each test accuracy, for the sign-errors; see `evaluate`.
+
+    Returns:
+        Path: The file written.
+
+    Raises:
+        RunError: If the directory holds no run.
+        ScoreError: If the run has too few results to evaluate.
+        ArgumentError: If plotly or jinja2 is not installed, or an argument is out of range.
+
+    Example:
+        >>> import sharpkit as sk, tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> measure = sk.measures.make_measure("output_margin")
+        >>> _ = sk.score_zoo(sk.embedded_zoo(), measure, out=folder, n=16, limit=20)
+        >>> write_report(folder, resamples=9).name
+        'report.html'
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ArgumentError(
+            f"a report needs {' and '.join(missing)}: pip install 'sharpkit[report]'"
+        )
+    run = Path(run)
+    path = Path(out) if out is not None else run / "report.html"
+    with closing(Scores.open(run)) as scores:
+        table = evaluate(scores, resamples=resamples, seed=seed, test_size=test_size)
+        text = _render(run, scores, table, resamples, seed, test_size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8", newline="\n")
+    draft.replace(path)
+    return path
+
+
+def _render(
+    run: Path,
+    scores: Scores,
+    table: pd.DataFrame,
+    resamples: int,
+    seed: int,
+    test_size: int | None,
+) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    from sharpkit.report.content import task_content
+    from sharpkit.report.reproduce import environments, score_command, versions
+
+    tasks = [
+        task_content(
+            name,
+            table[table["task"] == name],
+            keys,
+            values,
+            scores.model_configs[name],
+            resamples=resamples,
+            seed=seed,
+        )
+        for name, (keys, values) in measure_values(scores).items()
+        if (table["task"] == name).any()
+    ]
+    provenance = scores.provenance()
+    command = ["sharpkit", "report", str(run), "--resamples", str(resamples), "--seed", str(seed)]
+    command += [] if test_size is None else ["--test-size", str(test_size)]
+    plotly, script, style = get_plotlyjs(), _file("page.js"), _file("style.css")
+    environment = Environment(
+        loader=PackageLoader("sharpkit.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"json_script": _json_script, "breakable": _breakable}
+    return environment.get_template("template.html").render(
+        title=run.resolve().name,
+        tasks=tasks,
+        failures=_failures(scores.failures),
+        seconds=_seconds(provenance),
+        command=shlex.join(command),
+        score_command=score_command(scores.config, run),
+        config=json.dumps(scores.config, indent=2, ensure_ascii=False),
+        environments=environments(provenance),
+        hashes=_hashes(provenance),
+        versions=versions(),
+        resamples=resamples,
+        seed=seed,
+        test_size=test_size,
+        run_seed=scores.config.get("seed"),
+        n=scores.config.get("n"),
+        style=Markup(style),
+        plotly=Markup(plotly),
+        script=Markup(script),
+        policy=" ".join(_hash(text) for text in (plotly, script)),
+    )
+
+
+def _file(name: str) -> str:
+    return files("sharpkit.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _json_script(value: Any) -> Markup:
+    """JSON to stand inside a script element: no character of it can end the element.
+
+    A string is taken as JSON already.
+    """
+    from markupsafe import Markup
+
+    text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _breakable(name: str) -> Markup:
+    """A long name that may be broken after an underscore."""
+    from markupsafe import Markup, escape
+
+    return escape(name).replace("_", Markup("_<wbr>"))
+
+
+def _hash(script: str) -> str:
+    """A source of the content security policy that allows this script and no other."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
+
+
+def _failures(failures: pd.DataFrame) -> list[dict[str, Any]]:
+    """Failures with the same cause in one row."""
+    by = failures.groupby(["task", "measure", "error"], sort=False)
+    return [
+        {"task": task, "measure": measure, "error": error, "models": list(rows["model"])}
+        for (task, measure, error), rows in by
+    ]
+
+
+def _seconds(provenance: pd.DataFrame) -> list[tuple[str, str, int]]:
+    """Measure, mean seconds per model and number of models, the slowest first."""
+    means = provenance.groupby("measure")["seconds"].agg(["mean", "count"])
+    means = means.sort_values("mean", ascending=False)
+    return [(str(m), number(r["mean"], 2), int(r["count"])) for m, r in means.iterrows()]
+
+
+def _hashes(provenance: pd.DataFrame) -> dict[str, str]:
+    """SHA-256 of the training data of each task."""
+    if "data_hash" not in provenance:
+        return {}
+    known = provenance.dropna(subset=["data_hash"]).drop_duplicates("task")
+    return dict(zip(known["task"], known["data_hash"], strict=True))

@@ -1,0 +1,130 @@
+"""What a Figure 3 is made from: the content of a preset or of a user's own TOML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharpkit.data.source import DataSource
+from sharpkit.errors import ArgumentError
+from sharpkit.settings import from_table, preset_path, read_toml
+
+
+@dataclass(frozen=True)
+class Training:
+    """The trainings of the left and the middle panel; the arguments of `sharpkit.fit`.
+
+    Args:
+        architecture: As for `build_architecture`.
+        epochs: Of every training.
+        seeds: Of initial weights, order, augmentation and label noise; one training each.
+        m: Group sizes of SAM.
+        rho: Radii of SAM.
+        lr: Learning rates tried with SGD; SAM takes the one with SGD's lowest mean test error.
+        batch_size: Examples of a step.
+        momentum: Of SGD.
+        weight_decay: Of SGD.
+        schedule: "cosine", "step" or "constant".
+        augmentation: "flip", "crop", "flip-crop", or left out.
+        label_noise: Fraction of wrong training labels.
+    """
+
+    architecture: str
+    epochs: int
+    seeds: tuple[int, ...]
+    m: tuple[int, ...]
+    rho: tuple[float, ...]
+    lr: tuple[float, ...]
+    batch_size: int = 256
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: str = "cosine"
+    augmentation: str | None = None
+    label_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "m", "rho", "lr"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values) or min(values) < 0:
+                raise ArgumentError(f"{name} is {list(values)}, expected distinct values, none < 0")
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """The left panel: Hessian spectra in the course of training with SGD and with SAM.
+
+    Args:
+        epochs: After which the Hessian is taken.
+        m: Group size of SAM.
+        rho: Its radius.
+        n: Training examples that the Hessian is of; left out for all.
+        steps: Lanczos steps.
+        probes: Random start vectors.
+        seeds: How many of the training's seeds; left out for all. The first is drawn.
+    """
+
+    epochs: tuple[int, ...]
+    m: int
+    rho: float
+    n: int | None = None
+    steps: int = 80
+    probes: int = 1
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Power:
+    """The right panel: predictive power of m-sharpness over a zoo.
+
+    Args:
+        zoo: A path to a zoo, or "embedded".
+        rho: Radius of m-sharpness.
+        m: Group sizes.
+        tasks: Of the zoo; empty for all.
+        n: Training examples that are used; left out for all.
+    """
+
+    zoo: str
+    rho: float
+    m: tuple[int, ...]
+    tasks: tuple[str, ...] = ()
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of a Figure 3.
+
+    Args:
+        data: For the trainings.
+        training: Of left and middle.
+        spectra: The left panel.
+        power: The right panel.
+    """
+
+    data: DataSource
+    training: Training
+    spectra: Spectra
+    power: Power
+
+    def __post_init__(self) -> None:
+        last = self.training.epochs
+        if not self.spectra.epochs or not all(0 <= e <= last for e in self.spectra.epochs):
+            raise ArgumentError(
+                f"spectra: epochs is {list(self.spectra.epochs)}, expected some of 0 to {last}"
+            )
+
+
+def read_plan(preset: str | Path) -> Plan:
+    """The plan of a preset ("mini", "fashion", "cifar10", "paper") or of a TOML file.
+
+    Raises:
+        ArgumentError: No such file or preset, not TOML, an unknown or missing field, or a value of
+            another type or outside its range; names the file and the field.
+
+    Example:
+        >>> read_plan("mini").training.m
+        (1, 4, 16, 64, 256)
+    """
+    path = preset_path(preset, Path(__file__).parent / "presets")
+    return from_table(Plan, read_toml(path), str(path))

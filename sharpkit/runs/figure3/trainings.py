@@ -1,0 +1,185 @@
+"""The trainings behind the left and the middle panel, one work item each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sharpkit.runs.figure3.plan import Plan
+from sharpkit.training import build_architecture, fit
+from sharpkit.training.augmentation import noisy_labels
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        optimizer: "sgd" or "sam".
+        m: SAM's group size.
+        rho: SAM's radius.
+        lr: First learning rate.
+        seed: Of weights and training.
+    """
+
+    optimizer: str
+    m: int | None
+    rho: float | None
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        sam = f"-m{self.m}-rho{self.rho:g}" if self.optimizer == "sam" else ""
+        return f"{self.optimizer}{sam}-lr{self.lr:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and test data as arrays, which pass between processes by value.
+
+    Args:
+        train: Inputs (n, ...) and labels (n,).
+        test: The same.
+    """
+
+    train: tuple[Any, Any]
+    test: tuple[Any, Any]
+
+    @classmethod
+    def of(cls, train: TensorDataset, test: TensorDataset) -> Examples:
+        """From data sets of tensors."""
+        (x, y), (test_x, test_y) = (tuple(t.numpy() for t in d.tensors) for d in (train, test))
+        return cls((x, y), (test_x, test_y))
+
+    def datasets(self) -> tuple[TensorDataset, TensorDataset]:
+        """As data sets of tensors.
+
+        They are copies in the standard layout: pickling changes strides and alignment of an array,
+        and the last bits of a sum depend on both.
+        """
+        standard = torch.contiguous_format
+        train, test = (
+            TensorDataset(*(torch.from_numpy(a).clone(memory_format=standard) for a in arrays))
+            for arrays in (self.train, self.test)
+        )
+        return train, test
+
+
+def sgd_runs(plan: Plan) -> list[Run]:
+    """The trainings with SGD."""
+    training = plan.training
+    return [Run("sgd", None, None, lr, seed) for lr in training.lr for seed in training.seeds]
+
+
+def sam_runs(plan: Plan, lr: float) -> list[Run]:
+    """The trainings with SAM of the middle panel."""
+    training = plan.training
+    return [
+        Run("sam", m, rho, lr, seed)
+        for m in training.m
+        for rho in training.rho
+        for seed in training.seeds
+    ]
+
+
+def spectrum_runs(plan: Plan, lr: float) -> list[Run]:
+    """The trainings of the left panel, with SGD and with SAM."""
+    spectra = plan.spectra
+    seeds = plan.training.seeds[: spectra.seeds]
+    return [
+        *(Run("sgd", None, None, lr, seed) for seed in seeds),
+        *(Run("sam", spectra.m, spectra.rho, lr, seed) for seed in seeds),
+    ]
+
+
+def train(
+    plan: Plan, examples: Examples, root: Path, kept: frozenset[Run], run: Run, device: str
+) -> dict[str, Any]:
+    """Train a network, or read back one that is trained; its row of trainings.csv.
+
+    Args:
+        plan: Of the figure.
+        examples: To train and test with.
+        root: The figure's directory; the training is in `trainings/<name>`.
+        kept: Trainings whose weights at the epochs of the left panel are kept.
+        run: Which training.
+        device: Where.
+    """
+    training = plan.training
+    result = fit(
+        build(plan, examples, run.seed),
+        *examples.datasets(),
+        epochs=training.epochs,
+        optimizer=cast(Any, run.optimizer),
+        m=run.m,
+        rho=0.0 if run.rho is None else run.rho,
+        batch_size=training.batch_size,
+        lr=run.lr,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        schedule=cast(Any, training.schedule),
+        augmentation=cast(Any, training.augmentation),
+        label_noise=training.label_noise,
+        seed=run.seed,
+        out=root / "trainings" / run.name,
+        keep=plan.spectra.epochs if run in kept else (),
+        evaluate_every=training.epochs,
+        device=device,
+        progress=False,
+    )
+    last = result.history.iloc[-1]
+    return {
+        **asdict(run),
+        "test_error": 1 - last["test_accuracy"],
+        "train_error": 1 - last["train_accuracy"],
+        "train_loss": last["train_loss"],
+        "seconds": result.history["seconds"].sum(),
+    }
+
+
+def build(plan: Plan, examples: Examples, seed: int) -> nn.Module:
+    """The untrained network."""
+    inputs, labels = examples.train
+    classes = int(labels.max()) + 1
+    return build_architecture(plan.training.architecture, inputs.shape[1:], classes, seed=seed)
+
+
+def training_set(plan: Plan, examples: Examples, seed: int) -> TensorDataset:
+    """What a training of a seed was made on, wrong labels included."""
+    inputs, labels = examples.datasets()[0].tensors
+    return TensorDataset(inputs, noisy_labels(labels, plan.training.label_noise, seed))
+
+
+def best_lr(trainings: pd.DataFrame) -> float:
+    """The learning rate with SGD's lowest mean test error."""
+    sgd = trainings[trainings["optimizer"] == "sgd"]
+    return float(str(sgd.groupby("lr")["test_error"].mean().idxmin()))
+
+
+def summary(trainings: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting: the mean over seeds, and the standard error of test error and loss."""
+    by = ["optimizer", "m", "rho", "lr"]
+    rows = []
+    for key, group in trainings.groupby(by, sort=False, dropna=False):
+        count = len(group)
+        rows.append(
+            {
+                **dict(zip(by, key, strict=True)),
+                "seeds": count,
+                "test_error": group["test_error"].mean(),
+                "std_error": group["test_error"].std() / math.sqrt(count),
+                "train_error": group["train_error"].mean(),
+                "train_loss": group["train_loss"].mean(),
+                "train_loss_std_error": group["train_loss"].std() / math.sqrt(count),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,171 @@
+"""Work items of a run, one measure on one model each: which are to do, and how one is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from sharpkit.errors import SharpkitError
+from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
+from sharpkit.runs.fingerprint import digest, stamp
+from sharpkit.runs.provenance import device_name, environment, peak_memory, restart_peak_memory
+from sharpkit.runs.shared_data import shared
+from sharpkit.runs.store import Key, Outcome, Store
+from sharpkit.runs.workers import error_message
+from sharpkit.zoo import ModelEntry, Task
+
+
+class WorkItem(NamedTuple):
+    """One measure on one model; `data` is what `share` returned for the examples of its task."""
+
+    task: str
+    model: str
+    measure: str
+    data: Any
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Does a work item: loads the model, evaluates the measure, never raises.
+
+    Args:
+        tasks: The zoo.
+        measures: By name.
+        seed: Of the measures' random choices.
+    """
+
+    tasks: Mapping[str, Task]
+    measures: Mapping[str, Measure]
+    seed: int
+
+    def __call__(self, item: WorkItem, device: str) -> Outcome:
+        """The values, or the error, with where they come from."""
+        began = time.perf_counter()
+        entry, measure = self.tasks[item.task][item.model], self.measures[item.measure]
+        files = model_files(entry, measure)
+        # before anything is loaded: a file that changes meanwhile will not fit its hash
+        weights_stamp = stamp(files)
+        weights_hash = _digest(files, weights_stamp)
+        restart_peak_memory(device)
+        values: dict[str, Estimate] = {}
+        dtype, message = None, None
+        try:
+            model = entry.load().to(device)
+            dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), None)
+            values = evaluate_measure(
+                measure,
+                model,
+                shared(item.data),
+                seed=self.seed,
+                initial=lambda: entry.load("initial").to(device),
+                metrics=lambda: entry.metrics,
+            )
+        except Exception as error:  # whatever a model does, the others are scored
+            message = error_message(error)
+        return Outcome(
+            values=values,
+            error=message,
+            seconds=time.perf_counter() - began,
+            weights_hash=weights_hash,
+            weights_stamp=weights_stamp,
+            device=device_name(device),
+            dtype=dtype,
+            peak_memory=peak_memory(device),
+            environment=environment(),
+        )
+
+
+def model_files(entry: ModelEntry, measure: Measure) -> tuple[Path, ...]:
+    """The files that a measure of a model depends on."""
+    files = (entry.path / "config.json", entry.weights_path())
+    return (*files, entry.weights_path("initial")) if _needs_initial(measure) else files
+
+
+def pending(
+    store: Store,
+    tasks: Mapping[str, Task],
+    measures: Mapping[str, Measure],
+    limit: int | None,
+    *,
+    progress: bool,
+) -> list[Key]:
+    """The work items without a result, and those whose files have changed since.
+
+    Results whose files cannot be read any more are kept.
+
+    Args:
+        store: The run's results.
+        tasks: The zoo.
+        measures: By name.
+        limit: Only the first models of each task.
+        progress: Show a bar if files must be read.
+    """
+    data = {name: _data_hash(store, name, task) for name, task in tasks.items()}
+    done, restamped = set[Key](), dict[Key, str]()
+    rows = list(store.done())
+    for key, known_hash, known_stamp, data_hash in tqdm(
+        rows, "check", unit="result", delay=2, leave=False, disable=None if progress else True
+    ):
+        name, model, measure = key
+        if name not in tasks or model not in tasks[name] or measure not in measures:
+            continue
+        if data_hash and data[name] and data_hash != data[name]:
+            continue
+        files = model_files(tasks[name][model], measures[measure])
+        now = stamp(files)
+        if known_hash and now != known_stamp:
+            found = _digest(files, now)
+            if found and found != known_hash:
+                continue
+            if found:
+                restamped[key] = now
+        done.add(key)
+    store.restamp(restamped)
+    return [
+        (name, model, measure)
+        for name, task in tasks.items()
+        for model in list(task)[:limit]
+        for measure in measures
+        if (name, model, measure) not in done
+    ]
+
+
+def hash_data(store: Store, name: str, task: Task) -> str:
+    """The hash of the files of a task's training data, kept in the store.
+
+    Raises:
+        ZooFormatError: They are missing.
+    """
+    files = task.shards("train")
+    now = stamp(files)
+    known_hash, known_stamp = store.data(name)
+    if known_hash and now == known_stamp:
+        return known_hash
+    found = digest(files)
+    store.set_data(name, found, now)
+    return found
+
+
+def _data_hash(store: Store, name: str, task: Task) -> str | None:
+    """The hash of the data if it was known before; None if there is nothing to compare with."""
+    if store.data(name)[0] is None:
+        return None
+    try:
+        return hash_data(store, name, task)
+    except SharpkitError:
+        return None
+
+
+@lru_cache(maxsize=2)  # several measures of a model come one after the other
+def _digest(files: Iterable[Path], stamp: str) -> str:
+    return digest(files)
+
+
+def _needs_initial(measure: Measure) -> bool:
+    return bool(getattr(measure, "needs_initial", False))

@@ -1,0 +1,57 @@
+"""What a result was computed with: versions, device, peak memory."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import sys
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+@cache
+def environment() -> str:
+    """Versions and machine of this process, as JSON."""
+    packages = {name: version(name) for name in ("sharpkit", "torch", "numpy")}
+    python = {"python": platform.python_version(), "platform": platform.platform()}
+    return json.dumps({**packages, **python, "host": platform.node()})
+
+
+@cache
+def device_name(device: str) -> str:
+    """The name of a GPU, or of the processor."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(torch.device(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def restart_peak_memory(device: str) -> None:
+    """Count the peak from now on; on a CPU only in a worker, whose peak is no one else's."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(torch.device(device))
+    elif sys.platform == "linux" and multiprocessing.parent_process() is not None:
+        with suppress(OSError):  # else the peak counts from the start of the process
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: str) -> int:
+    """Bytes of GPU memory allocated at the peak, or resident bytes of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(torch.device(device))
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,75 @@
+"""The tables of a results store, and how older stores become like today's."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+
+from sharpkit.errors import RunError
+
+VERSION = 2
+
+_FIRST = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE tasks (task TEXT PRIMARY KEY, model_configs TEXT NOT NULL);
+CREATE TABLE items (
+    task TEXT, model TEXT, measure TEXT, error TEXT, seconds REAL,
+    PRIMARY KEY (task, model, measure)
+);
+CREATE TABLE results (
+    task TEXT, model TEXT, measure TEXT, setting TEXT, value REAL NOT NULL, std_error REAL,
+    PRIMARY KEY (task, model, measure, setting)
+);
+"""
+# version -> the statements that lead to it from the one before; a release adds, and never edits
+_STEPS = {
+    1: _FIRST,
+    2: """
+ALTER TABLE tasks ADD COLUMN data_hash TEXT;
+ALTER TABLE tasks ADD COLUMN data_stamp TEXT;
+ALTER TABLE items ADD COLUMN weights_hash TEXT;
+ALTER TABLE items ADD COLUMN weights_stamp TEXT;
+ALTER TABLE items ADD COLUMN data_hash TEXT;
+ALTER TABLE items ADD COLUMN settings_hash TEXT;
+ALTER TABLE items ADD COLUMN device TEXT;
+ALTER TABLE items ADD COLUMN dtype TEXT;
+ALTER TABLE items ADD COLUMN peak_memory INTEGER;
+ALTER TABLE items ADD COLUMN environment INTEGER;
+CREATE TABLE environments (id INTEGER PRIMARY KEY, content TEXT UNIQUE NOT NULL);
+""",
+}
+
+
+def prepare(db: sqlite3.Connection, path: Path | None) -> None:
+    """Create the tables of an empty database, or bring an older store up to date, all or nothing.
+
+    Raises:
+        RunError: If the database is something else, or of a later version.
+    """
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        if tables and "meta" not in tables:
+            raise RunError(f"{path}: a database of something else, with {min(tables)}")
+        found = version(db, path) if tables else 0
+        for number in range(found + 1, VERSION + 1):
+            for statement in filter(str.strip, _STEPS[number].split(";")):
+                db.execute(statement)
+        if found < VERSION:
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?)", (json.dumps(VERSION),))
+
+
+def version(db: sqlite3.Connection, path: Path | None) -> int:
+    """The version of a store.
+
+    Raises:
+        RunError: If it is none that this code knows.
+    """
+    row = db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
+    found = json.loads(row[0]) if row else None
+    if found not in _STEPS:
+        raise RunError(
+            f"{path}: store version {found}; this version of sharpkit knows 1 to {VERSION}"
+        )
+    return int(found)

@@ -1,0 +1,95 @@
+"""Networks that `sharpkit train` left in a run directory, with the data they were trained on."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sharpkit.data import load_dataset
+from sharpkit.errors import RunError
+from sharpkit.runs.checkpoints import load_checkpoint
+from sharpkit.training.architectures import build_architecture
+from sharpkit.training.augmentation import noisy_labels
+
+_FINAL = "model.safetensors"
+
+
+def provenance(
+    data: str, root: str | None, architecture: str, train: TensorDataset
+) -> dict[str, Any]:
+    """What `sharpkit.fit` has to note in config.json so that the run can be opened again.
+
+    Args:
+        data: The data set's name, as for `load_dataset`.
+        root: Its folder, or None.
+        architecture: As for `build_architecture`.
+        train: The training examples; they give the network's input shape and classes.
+    """
+    inputs, labels = train.tensors
+    return {
+        "architecture": architecture,
+        "input_shape": list(inputs.shape[1:]),
+        "classes": int(labels.max()) + 1,
+        "data": data,
+        "root": root,
+    }
+
+
+def load_trained(path: str | Path) -> nn.Module:
+    """A network that `sharpkit train` has trained.
+
+    Args:
+        path: The run directory, for the final weights; or one of its .safetensors files, such as
+            `epoch-10.safetensors`.
+
+    Returns:
+        nn.Module: In eval mode, on the CPU.
+
+    Raises:
+        RunError: If there is no config.json of `sharpkit train` beside the weights.
+        ModelError: If the weights are missing or damaged, or do not fit.
+    """
+    weights = _weights(Path(path))
+    origin = _config(weights)["provenance"]
+    shape = tuple(origin["input_shape"])
+    build = partial(build_architecture, origin["architecture"], shape, origin["classes"], seed=0)
+    return load_checkpoint(weights, build)
+
+
+def trained_data(path: str | Path) -> tuple[TensorDataset, TensorDataset]:
+    """The training and test data of a run of `sharpkit train`, label noise included.
+
+    Raises:
+        RunError: If there is no config.json of `sharpkit train`.
+        DataError: If the data are not there any more.
+    """
+    config = _config(_weights(Path(path)))
+    origin = config["provenance"]
+    train, test = load_dataset(origin["data"], root=origin["root"])
+    inputs, labels = train.tensors
+    noisy = noisy_labels(labels, config["label_noise"], config["seed"])
+    return TensorDataset(inputs, noisy), test
+
+
+def _weights(path: Path) -> Path:
+    return path / _FINAL if path.is_dir() else path
+
+
+def _config(weights: Path) -> dict[str, Any]:
+    path = weights.with_name("config.json")
+    try:
+        config = json.loads(path.read_bytes())
+        wanted = {"architecture", "input_shape", "classes", "data", "root"}
+        if wanted <= set(config["provenance"]) and {"label_noise", "seed"} <= set(config):
+            return dict(config)
+        reason = "it does not name architecture and data"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, KeyError, TypeError):
+        reason = "not JSON with a provenance"
+    raise RunError(f"{path}: not the config.json of a run of `sharpkit train` ({reason})")

@@ -1,0 +1,242 @@
+"""Training with SGD or SAM: the same seed gives the same weights, interrupted or not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.functional import (
+    Data,
+    Examples,
+    check_finite_weights,
+    check_labels,
+    frozen,
+    load_examples,
+)
+from sharpkit.lock import sole_driver
+from sharpkit.training.loop import Training, call
+from sharpkit.training.parallel import Ranks
+from sharpkit.training.run_directory import Row, RunDirectory, examples_fingerprint, fingerprint
+from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_COLUMNS = [
+    "epoch", "lr", "loss", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """A finished training.
+
+    Args:
+        model: The trained model, in eval mode.
+        history: One row per epoch: epoch (from 1), lr (of its first step), loss (mean over its
+            steps, before each), train_loss, train_accuracy, test_loss, test_accuracy (at its end,
+            in eval mode, without augmentation, on the labels trained on; NaN where not evaluated),
+            seconds.
+        path: The run directory, or None.
+    """
+
+    model: nn.Module
+    history: pd.DataFrame
+    path: Path | None
+
+
+def fit(
+    model: nn.Module,
+    train: Data,
+    test: Data | None = None,
+    *,
+    epochs: int,
+    optimizer: OptimizerName = "sgd",
+    m: int | None = None,
+    rho: float = 0.05,
+    adaptive: bool = False,
+    batch_size: int = 128,
+    lr: float = 0.1,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    schedule: Schedule = "cosine",
+    augmentation: Augmentation | None = None,
+    label_noise: float = 0.0,
+    stop_at_loss: float | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    keep: Collection[int] = (),
+    evaluate_every: int = 1,
+    tensorboard: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Train a classifier in place with SGD or SAM.
+
+    One epoch is the n // batch_size full batches of a random order of the training set; what is
+    left over is left out, each time other examples. The loss is the cross-entropy. Order,
+    augmentation, label noise and dropout each come from a stream of their own that the seed and
+    the epoch fix, never from torch's global state, which is put back.
+
+    With `out`, a checkpoint is written after every epoch, in one step that no crash can leave half
+    done. The same call then goes on where it stopped, with a freshly built model, and reaches the
+    same weights bit for bit (on the same kind of device, with as many threads); if it is finished,
+    it returns at once.
+
+    Under `torchrun` (or any initialised process group) every process calls this with the same
+    arguments; each works on its share of every batch, and rank 0 writes. `out` must be a folder
+    that all of them see.
+
+    Args:
+        model: Takes the inputs, returns logits (n, classes). All of it is put in training mode.
+        train: Inputs and integer labels: a `Dataset`, a `DataLoader`, or a pair of tensors. Held
+            in memory on the device.
+        test: The same, only to be evaluated.
+        epochs: Epochs at most; the schedule spans them.
+        optimizer: "sgd" or "sam"; SAM takes its steps with SGD.
+        m: SAM's group size: each group of m examples has its own perturbation (see
+            `m_sam_gradient`); if m does not divide the batch, its last group is smaller. None for
+            the batch, or a process's share of it.
+        rho: SAM's radius.
+        adaptive: SAM's perturbation in units of |w| (ASAM).
+        batch_size: Examples of a step, over all processes together.
+        lr: Learning rate of the first step. 0.1 is for networks with BatchNorm; those without it
+            (the plain vgg and nin) want 0.05 or less.
+        momentum: Of SGD.
+        weight_decay: Of SGD, on all parameters.
+        schedule: Of the learning rate over the steps: "cosine" to 0; "step", a tenth after half
+            and a hundredth after three quarters; "constant".
+        augmentation: "flip", "crop", "flip-crop", or None; see `augmentation.Augmenter`.
+        label_noise: Fraction of the training labels that are replaced by another class, once,
+            before training.
+        stop_at_loss: Stop after the first evaluated epoch whose train_loss is at most this.
+        seed: Of every random choice here. The initial weights are the caller's.
+        out: Run directory (see `run_directory`); None keeps nothing.
+        keep: Epochs whose weights are kept as `epoch-K.safetensors`; 0 is before training.
+        evaluate_every: Epochs from one evaluation to the next; the last epoch is always evaluated.
+        tensorboard: Log to `out`/tensorboard as well.
+        provenance: Where model and data come from, for config.json; a run with another one is
+            refused like one with other settings. Anything that JSON holds.
+        device: Where to train, such as "cuda"; the model is moved there. None: where it is.
+        progress: Show a bar with loss, accuracy and time left, and a line per epoch.
+
+    Returns:
+        FitResult: model, history, path.
+
+    Raises:
+        ArgumentError: A setting is out of range, or does not fit the number of examples.
+        DataError: Data that do not fit the model.
+        DivergedError: The loss or a weight is NaN or infinite. The last good checkpoint stays.
+        RunError: `out` belongs to another configuration, process or program, its checkpoint is
+            corrupt, or it cannot be written (a full disk).
+
+    Source:
+        Foret et al., ICLR 2021, Algorithm 1 and section 4.1 (m).
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+        >>> model = torch.nn.Linear(2, 2)
+        >>> result = fit(model, (x, (x[:, 0] > 0).long()), epochs=5, optimizer="sam", m=16,
+        ...              batch_size=32, progress=False)
+        >>> result.history.shape
+        (5, 8)
+    """
+    settings = FitSettings(
+        epochs, optimizer, m, rho, adaptive, batch_size, lr, momentum, weight_decay, schedule,
+        augmentation, label_noise, stop_at_loss, seed,
+    )  # fmt: skip
+    ranks = Ranks.current()
+    place = torch.device(device) if device is not None else _device(model)
+    model.to(place)
+    examples = load_examples(train, seed=None)
+    held_out = None if test is None else load_examples(test, seed=None)
+    _check(model, examples, held_out, settings, ranks)
+    _check_outputs(settings, keep, evaluate_every, tensorboard, out)
+    config = {
+        **settings.asdict(),
+        "evaluate_every": evaluate_every,
+        "processes": ranks.world,
+        "device": place.type,
+        "training data": examples_fingerprint(examples),
+        "test data": examples_fingerprint(held_out),
+        "initial weights": fingerprint(*model.state_dict().values()),
+        **({"provenance": dict(provenance)} if provenance else {}),
+    }
+    path = None if out is None else Path(out)
+    directory = RunDirectory(path, config, writes=ranks.rank == 0)
+    with sole_driver(path if ranks.rank == 0 else None), _reproducible(place):
+        training = Training(model, examples, held_out, settings, ranks, directory)
+        board = path / "tensorboard" if path and tensorboard and ranks.rank == 0 else None
+        training.run(set(keep), evaluate_every, board, progress=progress and ranks.rank == 0)
+    return FitResult(model.eval(), _frame(training.history), path)
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise ModelError(f"{type(model).__name__} has no parameters to train")
+    return parameter.device
+
+
+def _check(
+    model: nn.Module, train: Examples, test: Examples | None, settings: FitSettings, ranks: Ranks
+) -> None:
+    """Raise for a batch size or data that cannot be trained with."""
+    size = settings.batch_size
+    if size > len(train):
+        raise ArgumentError(f"batch_size is {size}, but there are {len(train)} training examples")
+    if size % ranks.world:
+        raise ArgumentError(f"batch_size is {size}: {ranks.world} processes cannot share it evenly")
+    check_finite_weights(model)
+    parameter = next(model.parameters())
+    one = train.slice(0, 1).to(parameter.device, parameter.dtype)
+    with frozen(model), torch.no_grad():
+        try:
+            outputs = call(model, one.inputs)
+        except (RuntimeError, ValueError, TypeError) as error:
+            shapes = [(tuple(t.shape[1:]), t.dtype) for t in pytree.tree_leaves(one.inputs)]
+            raise DataError(
+                f"the model does not take the training inputs, (shape, dtype) {shapes}: {error}"
+            ) from error
+    for examples in (train, test):
+        if examples is not None:
+            check_labels(examples.labels, outputs, "cross_entropy")
+
+
+def _check_outputs(
+    settings: FitSettings, keep: Collection[int], every: int, board: bool, out: Any
+) -> None:
+    """Raise for what cannot be written or evaluated."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ArgumentError(f"evaluate_every is {every!r}: expected a whole number >= 1")
+    if out is None and (keep or board):
+        raise ArgumentError("keep and tensorboard write files: give out= a directory for them")
+    wrong = [epoch for epoch in keep if not 0 <= epoch <= settings.epochs]
+    if wrong:
+        raise ArgumentError(f"keep has epoch {wrong[0]}: expected 0 to {settings.epochs}")
+
+
+@contextmanager
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """On a GPU, convolutions by algorithms that always give the same bits."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        yield
+
+
+def _frame(history: list[Row]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(history, columns=_COLUMNS).astype({"epoch": int})

@@ -1,0 +1,214 @@
+"""The loop of a training: epochs, steps, evaluation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from sharpkit.errors import DivergedError, ModelError
+from sharpkit.functional import Examples, check_finite_weights, cross_entropy
+from sharpkit.training.augmentation import Augmenter, noisy_labels
+from sharpkit.training.log import Reporter, reporting
+from sharpkit.training.parallel import Ranks
+from sharpkit.training.run_directory import Row, RunDirectory
+from sharpkit.training.sam import SAM
+from sharpkit.training.schedules import SCHEDULES
+from sharpkit.training.settings import FitSettings
+from sharpkit.training.streams import global_stream, stream, stream_seed
+
+_EVALUATION_BATCH = 500
+_CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the GPU
+
+
+class Training:
+    """A model on its way: what changes from step to step, and the steps."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train: Examples,
+        test: Examples | None,
+        settings: FitSettings,
+        ranks: Ranks,
+        directory: RunDirectory,
+    ) -> None:
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self.model, self.settings, self.ranks, self.directory = model, settings, ranks, directory
+        noisy = noisy_labels(train.labels, settings.label_noise, settings.seed)
+        self.train = Examples(train.inputs, noisy).to(self.device, parameter.dtype)
+        self.test = None if test is None else test.to(self.device, parameter.dtype)
+        self.steps = len(train) // settings.batch_size
+        self.optimizer = _optimizer(model, settings)
+        self.history = directory.restore(model, self.optimizer)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or the target is reached."""
+        if not self.history:
+            return False
+        last, target = self.history[-1], self.settings.stop_at_loss
+        reached = target is not None and last["train_loss"] <= target
+        return reached or last["epoch"] >= self.settings.epochs
+
+    def run(self, keep: set[int], every: int, board: Path | None, *, progress: bool) -> None:
+        """Train to the end."""
+        self.directory.begin()
+        self.directory.require_kept(k for k in keep if self.history and k <= len(self.history))
+        if 0 in keep and not self.history:
+            self.directory.export(self.model, "epoch-0")
+        network = self.ranks.wrap(self.model)
+        with reporting(
+            self.settings.epochs, self.steps, self.history, board, progress=progress
+        ) as report:
+            while not self.finished:
+                epoch = len(self.history) + 1
+                start = time.perf_counter()
+                self.model.train()
+                try:
+                    row = self._epoch(network, epoch, report)
+                    self.ranks.average_buffers(self.model)
+                    row |= self._evaluation(epoch % every == 0 or epoch == self.settings.epochs)
+                    check_finite_weights(self.model)
+                except ModelError as error:
+                    raise self._explained(error, epoch) from error
+                row["seconds"] = time.perf_counter() - start
+                self.history.append(row)
+                if epoch in keep:
+                    self.directory.export(self.model, f"epoch-{epoch}")
+                self.directory.save(self.model, self.optimizer, self.history)
+                report.epoch(row)
+        self.directory.write_log(self.history)
+        self.directory.export(self.model, "model")
+
+    def _epoch(self, network: nn.Module, epoch: int, report: Reporter) -> Row:
+        """All steps of an epoch; their mean loss."""
+        settings, size = self.settings, self.settings.batch_size
+        mine = self.ranks.share(size)
+        order = torch.randperm(len(self.train), generator=stream(settings.seed, "order", epoch))
+        order = order.to(self.device)
+        augment = self._augmenter(epoch)
+        step = _sam_step if isinstance(self.optimizer, SAM) else _sgd_step
+        factor = SCHEDULES[settings.schedule]
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        dropout = stream_seed(settings.seed, "dropout", epoch, self.ranks.rank)
+        with global_stream(dropout, self.device):
+            for i in range(self.steps):
+                done = (epoch - 1) * self.steps + i
+                rate = settings.lr * factor(done / (settings.epochs * self.steps))
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                start = i * size + mine.start
+                chosen = order[start : i * size + mine.stop]
+                inputs = _take(self.train.inputs, chosen)
+                if augment is not None:
+                    inputs = augment(inputs, start)
+                loss = step(network, self.optimizer, inputs, self.train.labels[chosen], settings.m)
+                total += loss
+                if (i + 1) % _CHECK_EVERY == 0 or i + 1 == self.steps:
+                    mean = float(self.ranks.total(total / (i + 1))) / self.ranks.world
+                    if not math.isfinite(mean):
+                        raise DivergedError(f"the loss is {mean} at step {i + 1} of {self.steps}")
+                    report.loss(mean, self.history[-1] if self.history else None)
+                report.step()
+        first = settings.lr * factor((epoch - 1) / settings.epochs)
+        return {"epoch": epoch, "lr": first, "loss": mean}
+
+    def _augmenter(self, epoch: int) -> Augmenter | None:
+        kind = self.settings.augmentation
+        if kind is None:
+            return None
+        images, shape = self.steps * self.settings.batch_size, tuple(self.train.inputs.shape[1:])
+        return Augmenter(
+            kind, images, shape, seed=self.settings.seed, epoch=epoch, device=self.device
+        )
+
+    def _evaluation(self, wanted: bool) -> Row:
+        """Loss and accuracy on both sets; NaN for what is not wanted or not there."""
+        row: Row = {}
+        for name, examples in (("train", self.train), ("test", self.test)):
+            loss = accuracy = math.nan
+            if wanted and examples is not None:
+                loss, accuracy = _evaluate(self.model, examples, self.ranks)
+                if not math.isfinite(loss):
+                    raise DivergedError(f"the {name} loss after the epoch is {loss}")
+            row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
+        return row
+
+    def _explained(self, error: ModelError, epoch: int) -> ModelError:
+        """The error with the epoch, and where the last good weights are."""
+        done = len(self.history)
+        path = self.directory.checkpoint
+        if path is not None:
+            advice = f"the last good checkpoint, of epoch {done}, is {path}"
+        elif self.directory.path is not None:
+            advice = "there was no good checkpoint yet"
+        else:
+            advice = "give out= to have checkpoints"
+        return type(error)(f"training stopped in epoch {epoch}: {error}; {advice}")
+
+
+def _optimizer(model: nn.Module, settings: FitSettings) -> Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    kwargs: dict[str, Any] = {
+        "lr": settings.lr,
+        "momentum": settings.momentum,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.optimizer == "sam":
+        return SAM(
+            parameters, torch.optim.SGD, rho=settings.rho, adaptive=settings.adaptive, **kwargs
+        )
+    return torch.optim.SGD(parameters, **kwargs)
+
+
+def _sgd_step(
+    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, m: int | None
+) -> Tensor:
+    optimizer.zero_grad()
+    loss = cross_entropy(call(network, inputs), labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
+def _sam_step(
+    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, m: int | None
+) -> Tensor:
+    loss: Tensor = optimizer.step_batch(network, inputs, labels, m=len(labels) if m is None else m)
+    return loss
+
+
+def _take(inputs: Any, chosen: Tensor) -> Any:
+    return pytree.tree_map(lambda t: t.index_select(0, chosen), inputs)
+
+
+def call(model: nn.Module, inputs: Any) -> Tensor:
+    """The logits: dicts are keywords and tuples positions, as wherever sharpkit calls a model."""
+    if isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    else:
+        outputs = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+    return getattr(outputs, "logits", outputs)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, examples: Examples, ranks: Ranks) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in eval mode, each process on its share."""
+    model.eval()
+    share = ranks.share(len(examples))
+    sums = torch.zeros(2, dtype=torch.float64, device=examples.labels.device)
+    for batch in examples.slice(share.start, share.stop).chunks(_EVALUATION_BATCH):
+        logits = call(model, batch.inputs)
+        sums[0] += cross_entropy(logits.double(), batch.labels) * len(batch)
+        sums[1] += (logits.argmax(1) == batch.labels).sum()
+    loss, accuracy = (ranks.total(sums) / len(examples)).tolist()
+    return loss, accuracy

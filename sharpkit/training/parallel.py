@@ -1,0 +1,105 @@
+"""The processes of one training, as `torchrun` starts them, or this process alone."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sharpkit.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which of the processes this is; every method is called by all of them.
+
+    Args:
+        rank: Number of this process; 0 writes the files.
+        world: How many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def current(cls) -> Ranks:
+        """Those of torch's process group, if one has been initialised."""
+        if distributed.is_available() and distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls()
+
+    def share(self, total: int) -> slice:
+        """This rank's part of `total` items in order; parts differ by one item at most.
+
+        Example:
+            >>> [Ranks(rank, 2).share(5) for rank in range(2)]
+            [slice(0, 2, None), slice(2, 5, None)]
+        """
+        return slice(total * self.rank // self.world, total * (self.rank + 1) // self.world)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over the ranks, starting from rank 0's weights."""
+        if self.world == 1:
+            return model
+        # running statistics are averaged once an epoch, not copied from rank 0 in every pass
+        known = inspect.signature(DistributedDataParallel).parameters
+        new, old = "forward_sync_buffers", "broadcast_buffers"  # the name before torch 2.12
+        options: dict[str, Any] = {new if new in known else old: False}
+        return DistributedDataParallel(model, **options)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
+    @torch.no_grad()
+    def average_buffers(self, model: nn.Module) -> None:
+        """Running statistics become their mean over ranks.
+
+        They move linearly, so this is where the mean of the ranks' batch statistics leads.
+        """
+        if self.world > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.total(buffer.clone()) / self.world)
+
+
+@contextmanager
+def process_group(device: str = "cpu") -> Iterator[str]:
+    """Join the processes that `torchrun` started, if it did; leave them at the end.
+
+    Args:
+        device: "cpu" (then they talk through gloo) or "cuda" (nccl, a GPU for each).
+
+    Yields:
+        str: This process's own device, such as "cuda:1".
+
+    Raises:
+        ArgumentError: If there are more local processes than GPUs.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
+        local, count = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        if count > torch.cuda.device_count():
+            raise ArgumentError(
+                f"torchrun started {count} processes, but there are {torch.cuda.device_count()} "
+                "GPUs: give it --nproc-per-node with that number, or --device cpu"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()

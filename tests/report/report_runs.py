@@ -1,0 +1,77 @@
+"""A small run whose every name tries to break the page."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import torch
+
+from sharpkit.measures import MSharpness, make_measure
+from sharpkit.runs import score_zoo
+from sharpkit.zoo import ZooWriter, build_model, load_zoo
+
+TASK = "</script><script>window.hacked = 'task'</script>"
+WIDTH = '<img src=x onerror="window.hacked = 1">'
+DEPTH = "depth & <b>more</b> {{ 7 * 7 }} </style>"
+VALUES = {
+    WIDTH: [4, 8],
+    DEPTH: ["<svg onload='window.hacked = 2'>", '"quoted" %{x}'],
+    "seed": [0, 1],
+}
+MEASURE = "<i>loss</i>\u2028 --> <!-- <script>"
+ERROR = "<script>window.hacked = 'error'</script> & 'so' \"on\""
+
+
+class Failing:
+    """A measure that has a value for some models, and an error for the others."""
+
+    name = "failing"
+
+    def __call__(self, model: torch.nn.Module, data: object, *, seed: int) -> float:
+        total = float(sum(p.sum() for p in model.parameters()))
+        if total < 0:
+            raise ValueError(ERROR)
+        return total
+
+
+def hostile_run(path: Path) -> Path:
+    """Eight dense networks in a 2 x 2 x 2 grid, four measures; some models fail."""
+    writer = ZooWriter(path / "zoo", shard_size=10)
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "test"):
+        x = torch.randn(24, 5, generator=generator)
+        labels = torch.randint(0, 3, (24,), generator=generator)
+        writer.write_dataset("plain", split, x, labels)
+    for i, values in enumerate(itertools.product(*VALUES.values())):
+        setting = dict(zip(VALUES, values, strict=True))
+        config = {
+            "input_shape": [5],
+            "model_config": [
+                {"layer_name": "Dense", "units": setting[WIDTH], "activation": "relu"},
+                {"layer_name": "Dense", "units": 3},
+            ],
+        }
+        torch.manual_seed(i)
+        model = build_model(config)
+        for p in model.parameters():
+            p.data.normal_(0, 0.5)
+        writer.write_model(
+            "plain",
+            2 * i + 3,
+            model,
+            initial=model,
+            hyperparameters=setting,
+            possible_values=VALUES,
+            metrics={"train_acc": 0.99, "test_acc": 0.9 - 0.03 * i, "epochs": 10 + i},
+        )
+    task = load_zoo(path / "zoo")["plain"]
+    measures = [
+        MSharpness(m=[1, 4, 24], rho=[0.05, 0.1]),
+        make_measure("training_loss", name=MEASURE),
+        make_measure("frobenius_norms"),
+        Failing(),
+    ]
+    run = path / "run"
+    score_zoo({TASK: task}, measures, out=run, progress=False).close()
+    return run

@@ -1,0 +1,159 @@
+"""Work items in worker processes: the same results, and nothing that an item does spreads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sharpkit.errors import ArgumentError, RunError
+from sharpkit.runs.workers import Failure, run_items
+
+
+def work(item, device):
+    """Does what the item says."""
+    kind, *arguments = item
+    if kind == "sum":
+        generator = torch.Generator().manual_seed(arguments[0])
+        x = torch.randn(300, 300, generator=generator)
+        return device, torch.get_num_threads(), float((x @ x).sum())
+    if kind == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "die once":
+        marker = Path(arguments[0])
+        if not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return "alive"
+    if kind == "hang":
+        ctypes.PyDLL(None).sleep(100)  # native code that never lets go of the interpreter
+    if kind == "raise":
+        raise ValueError("two\nlines")
+    if kind == "allocate":
+        return len(torch.ones(arguments[0]))
+    if kind == "unsendable":
+        return lambda: None
+    return os.getpid()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """One run with two workers and all that can go wrong."""
+    marker = tmp_path_factory.mktemp("marker") / "died"
+    items = [("sum", 0), ("die",), ("hang",), ("die once", str(marker)), ("raise",)]
+    items += [("unsendable",), ("allocate", 2**28), ("allocate", 2**10)]
+    items += [("sum", k) for k in range(1, 20)]
+    began = time.monotonic()
+    results = list(run_items(work, items, backend="processes", workers=2, timeout=3, memory=2**29))
+    assert len(results) == len(items)  # none is lost, none is doubled
+    assert time.monotonic() - began < 60
+    return dict(results)
+
+
+def test_results_are_those_of_this_process_bit_for_bit(results):
+    sums = [("sum", k) for k in range(20)]
+    expected = dict(run_items(work, sums, threads=1))
+    assert {item: results[item] for item in sums} == expected
+    assert all(result[:2] == ("cpu", 1) for result in expected.values())
+
+
+def test_a_crash_is_tried_once_more_and_then_told(results):
+    assert next(r for item, r in results.items() if item[0] == "die once") == "alive"
+    message = results["die",].message
+    assert "died twice (signal SIGKILL" in message
+
+
+def test_a_hanging_native_call_is_ended_in_time(results):
+    assert results["hang",] == Failure("stopped after 3 s")
+
+
+def test_errors_are_told_in_one_line(results):
+    assert results["raise",] == Failure("ValueError: two lines")
+    assert "cannot be sent" in results["unsendable",].message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can limit the memory")
+def test_too_much_memory_is_refused_with_the_number(results):
+    assert str(4 * 2**28) in results["allocate", 2**28].message
+    assert results["allocate", 2**10] == 2**10
+
+
+def test_threads_are_as_they_were_before():
+    before = torch.get_num_threads()
+    assert next(run_items(work, [("sum", 0)], threads=before + 1))[1][1] == before + 1
+    assert torch.get_num_threads() == before
+
+
+def test_workers_end_when_the_results_are_not_wanted_any_more():
+    results = run_items(work, [("pid",), ("hang",)], backend="processes", workers=1)
+    _, pid = next(results)
+    results.close()
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_driver(tmp_path, sent):
+    script = tmp_path / "driver.py"
+    script.write_text(
+        "import os, time\n"
+        "from sharpkit.runs.workers import run_items\n\n"
+        "def work(item, device):\n"
+        "    return os.getpid() if item == 0 else time.sleep(100)\n\n"
+        'if __name__ == "__main__":\n'
+        '    for _, pid in run_items(work, [0, 1], backend="processes", workers=1):\n'
+        "        print(pid, flush=True)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        text=True,
+    ) as driver:
+        pid = int(driver.stdout.readline())
+        if sent == signal.SIGINT:
+            os.killpg(driver.pid, sent)  # as a terminal does: to every process
+        else:
+            driver.send_signal(sent)
+        driver.wait(timeout=20)
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not Path(f"/proc/{pid}").exists()
+
+
+def test_workers_that_cannot_start_are_an_error_and_no_endless_loop(tmp_path):
+    class Unloadable:
+        def __reduce__(self):
+            return (os._exit, (3,))
+
+        def __call__(self, item, device):
+            raise AssertionError
+
+    with pytest.raises(RunError, match=r"do not start \(exit code 3\)"):
+        next(run_items(Unloadable(), [1, 2], backend="processes", workers=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"workers": 0}, "workers must be at least 1"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"memory": 0, "backend": "processes"}, "memory must be at least 1"),
+        ({"timeout": 0.0, "backend": "processes"}, "timeout must be a positive"),
+        ({"timeout": float("nan"), "backend": "processes"}, "timeout must be a positive"),
+        ({"timeout": 1.0}, 'nothing can end an item of backend "inline"'),
+        ({"backend": "threads"}, "backend must be"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        run_items(work, [], **arguments)
