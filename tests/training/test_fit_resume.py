@@ -24,8 +24,17 @@ from sharpkit.training.run_directory import RunDirectory
 KINDS = {"sgd": {}, "sam": {"optimizer": "sam", "m": 4, "rho": 0.1}}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums, and so the last bits, depend on the number of threads, also in another process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def undisturbed():
+def undisturbed(one_thread):
     return {kind: fit(**settings) for kind, settings in KINDS.items()}
 
 
@@ -72,7 +81,8 @@ def test_interrupted_again_and_again(tmp_path, undisturbed, monkeypatch):
 
 
 _KILLED = """
-import os, signal, sys
+import os, signal, sys, torch
+torch.set_num_threads(1)
 from fits import fit
 from sharpkit.files import atomic_path
 import sharpkit.training.run_directory as directory

@@ -7,9 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from tqdm import tqdm
 
 from sharpkit.curvature.density import SpectralDensity
@@ -32,6 +31,9 @@ from sharpkit.runs.figure3.trainings import (
 )
 from sharpkit.runs.score import score_zoo
 from sharpkit.runs.workers import Backend, Failure, run_items
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PANELS = ("left", "middle", "right")
 
@@ -167,6 +169,8 @@ def _train_all(
     driver: _Driver, plan: Plan, examples: Examples, root: Path, panels: Collection[str]
 ) -> tuple[float, pd.DataFrame]:
     """The learning rate that SGD chose, and a row per training."""
+    import pandas as pd
+
     rates = plan.training.lr
     kept = frozenset(run for lr in rates for run in spectrum_runs(plan, lr))
     one = partial(train, plan, examples, root, kept)
@@ -185,6 +189,8 @@ def _measure_all(
     driver: _Driver, plan: Plan, examples: Examples, root: Path, lr: float
 ) -> tuple[pd.DataFrame, dict[tuple[str, int], SpectralDensity]]:
     """A row per training and epoch, and the densities of the first seed by optimizer and epoch."""
+    import pandas as pd
+
     snapshots = [
         Snapshot(run, epoch)
         for run in spectrum_runs(plan, lr)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import pandas as pd
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -15,6 +14,9 @@ from torch.utils.data import TensorDataset
 from sharpkit.runs.figure3.plan import Plan
 from sharpkit.training import build_architecture, fit
 from sharpkit.training.augmentation import noisy_labels
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ def best_lr(trainings: pd.DataFrame) -> float:
 
 def summary(trainings: pd.DataFrame) -> pd.DataFrame:
     """One row per setting: the mean over seeds, and the standard error of test error and loss."""
+    import pandas as pd
+
     by = ["optimizer", "m", "rho", "lr"]
     rows = []
     for key, group in trainings.groupby(by, sort=False, dropna=False):
