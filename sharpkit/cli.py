@@ -44,12 +44,7 @@ class _Group(click.Group):
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
         try:
             return super().invoke(ctx)
-        except SharpkitError as error:
-            if ctx.params.get("debug"):
-                raise
-            click.echo(f"error: {error}", err=True)
-            sys.exit(1)
-        except (OSError, sqlite3.Error) as error:
+        except (SharpkitError, OSError, sqlite3.Error) as error:
             if ctx.params.get("debug"):
                 raise
             click.echo(f"error: {error}", err=True)
@@ -64,6 +59,9 @@ _RESAMPLES = click.option(
     "--resamples", default=1000, show_default=True, help="Bootstrap resamples over models."
 )
 
+_DEVICE = click.option(
+    "--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...'
+)
 _TEST_SIZE = click.option(
     "--test-size", type=int, help="Examples behind each test accuracy, to weight the sign-errors."
 )
@@ -134,7 +132,7 @@ def fetch(name: str, to: Path | None) -> None:
 @click.option("--data", help="Folder with the data set's files, or another data set.")
 @click.option("--workers", default=1, show_default=True, help="Training processes.")
 @click.option("--limit", type=int, help="Only the first models of the grid.")
-@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+@_DEVICE
 def train_zoo_command(
     grid: str, out: Path, data: str | None, workers: int, limit: int | None, device: str
 ) -> None:
@@ -172,10 +170,7 @@ def train_zoo_command(
         f"{report.path}: {len(report.trained)} models trained, {len(report.skipped)} were there, "
         f"{len(report.failed)} failed"
     )
-    for i, reason in report.failed.items():
-        click.echo(f"failed: model {i}: {reason}", err=True)
-    if report.failed:
-        sys.exit(1)
+    _exit_if_any({f"model {i}": reason for i, reason in report.failed.items()})
 
 
 @main.command()
@@ -196,7 +191,7 @@ def train_zoo_command(
 @click.option("--n", type=int, help="Training examples used; all by default.")
 @click.option("--limit", type=int, help="Only the first models of each task.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+@_DEVICE
 @click.option(
     "--backend",
     default="processes",
@@ -431,10 +426,7 @@ def spectrum(
     )
     click.echo(spectra.frame().to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     click.echo(out / "spectrum.png")
-    for name, reason in spectra.failures.items():
-        click.echo(f"failed: {name}: {reason}", err=True)
-    if spectra.failures:
-        sys.exit(1)
+    _exit_if_any(spectra.failures)
 
 
 def _zoo_models(
@@ -507,7 +499,7 @@ def _checkpoint_models(
 @click.option("--evaluate-every", default=1, show_default=True, help="Epochs.")
 @click.option("--tensorboard", is_flag=True, help="Log to OUT/tensorboard as well.")
 @click.option("--seed", default=0, show_default=True, help="Of initial weights and training.")
-@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+@_DEVICE
 def train(
     data: str,
     root: Path | None,
@@ -572,7 +564,7 @@ def train(
 @click.option("--data", help="Folder with the data set's files, or another data set.")
 @click.option("--zoo", "zoo_path", help="Another zoo for the right panel.")
 @click.option("--workers", default=1, show_default=True, help="Processes.")
-@click.option("--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...')
+@_DEVICE
 def figure3_command(
     preset: str,
     out: Path,
@@ -606,10 +598,7 @@ def figure3_command(
         device=_device(device),
     )
     click.echo(f"{result.picture} and tables beside it")
-    for name, reason in result.failures.items():
-        click.echo(f"failed: {name}: {reason}", err=True)
-    if result.failures:
-        sys.exit(1)
+    _exit_if_any(result.failures)
 
 
 def _load(path: str) -> Zoo:
@@ -669,6 +658,13 @@ def _evaluate(run: Path, resamples: int, seed: int, test_size: int | None = None
     table = evaluate(Scores.open(run), resamples=resamples, seed=seed, test_size=test_size)
     table.to_csv(run / "evaluation.csv", index=False)
     return table
+
+
+def _exit_if_any(failures: Mapping[str, str]) -> None:
+    for name, reason in failures.items():
+        click.echo(f"failed: {name}: {reason}", err=True)
+    if failures:
+        sys.exit(1)
 
 
 def _report_failures(scores: Scores) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softplus
@@ -328,6 +329,19 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
             )
         return _choose(data.tensors[0], data.tensors[1], n, seed)
     return _from_dataset(data, n, seed, _default_collate)
+
+
+def standard_tensor(array: NDArray[Any]) -> Tensor:
+    """A copy of an array in the standard layout.
+
+    Pickling changes strides and alignment of an array, and the last bits of a sum depend on both.
+
+    Example:
+        >>> import numpy as np
+        >>> standard_tensor(np.arange(6).reshape(2, 3).T).stride()
+        (2, 1)
+    """
+    return torch.from_numpy(array).clone(memory_format=torch.contiguous_format)
 
 
 def check_labels(labels: Tensor, outputs: Tensor, loss: Loss) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sharpkit.curvature.lanczos import fresh_direction, orthogonalise
+from sharpkit.curvature.lanczos import fresh_direction, orthogonal_part, orthogonalise
 from sharpkit.curvature.linear_map import (
     LinearMap,
     Symmetric,
@@ -206,7 +206,7 @@ class _Search:
             known = self.q[: j + 1].unsqueeze(0)
             self.h[: j + 1, j] = (self.q[: j + 1] @ w).double().cpu().numpy()
             self.h[j, : j + 1] = self.h[: j + 1, j]
-            w = orthogonalise(orthogonalise(w.unsqueeze(0), known), known)[0]
+            w = orthogonal_part(w.unsqueeze(0), known)[0]
             self.residual = float(w.norm())
             self.used += 1
             scale = float(np.abs(self.h[:, j]).sum()) + self.residual

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 from sharpkit.errors import ArgumentError, ModelError
 
@@ -34,6 +35,7 @@ def size_of_drop(
     """
     from scipy.optimize import brentq
 
+    @cache  # Brent's method asks again for the two ends of the bracket
     def excess(log_size: float) -> float:
         return clean - accuracy(math.exp(log_size)) - drop
 

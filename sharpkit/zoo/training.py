@@ -25,6 +25,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from sharpkit.errors import ArgumentError, DataError, RunError
+from sharpkit.functional import standard_tensor
 from sharpkit.lock import sole_driver
 from sharpkit.runs.workers import Backend, Failure, run_items
 from sharpkit.zoo.files import read_json, write_json
@@ -162,9 +163,7 @@ def train_zoo(
 def _train_one(
     arrays: list[NDArray[Any]], seed: int, shipped: int, item: tuple[str, Recipe], device: str
 ) -> TrainedModel:
-    # pickling changes strides and alignment of an array, and the last bits depend on both
-    standard = torch.contiguous_format
-    x, y, test_x, test_y = (torch.from_numpy(a).clone(memory_format=standard) for a in arrays)
+    x, y, test_x, test_y = map(standard_tensor, arrays)
     i, recipe = item
     train, test = TensorDataset(x, y), TensorDataset(test_x, test_y)
     return train_model(

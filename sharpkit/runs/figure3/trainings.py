@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from sharpkit.functional import standard_tensor
 from sharpkit.runs.figure3.plan import Plan
 from sharpkit.training import build_architecture, fit
 from sharpkit.training.augmentation import noisy_labels
@@ -63,15 +63,9 @@ class Examples:
         return cls((x, y), (test_x, test_y))
 
     def datasets(self) -> tuple[TensorDataset, TensorDataset]:
-        """As data sets of tensors.
-
-        They are copies in the standard layout: pickling changes strides and alignment of an array,
-        and the last bits of a sum depend on both.
-        """
-        standard = torch.contiguous_format
+        """As data sets of tensors, in the standard layout."""
         train, test = (
-            TensorDataset(*(torch.from_numpy(a).clone(memory_format=standard) for a in arrays))
-            for arrays in (self.train, self.test)
+            TensorDataset(*map(standard_tensor, arrays)) for arrays in (self.train, self.test)
         )
         return train, test
 
