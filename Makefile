@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs format clean
+.PHONY: demo test lint docs format clean bench bench-compare wheel minimum
 
 demo: $(VENV)/.installed
-	$(BIN)/sharpkit score embedded --out demo-output/run --m 1,4,16,64,256 --rho 0.1
-	$(BIN)/sharpkit plot demo-output/run --out demo-output/predictive_power.png
+	$(BIN)/sharpkit figure3 --preset mini --panels right --workers 2 --out demo-output
+	$(BIN)/sharpkit plot demo-output/scores --out demo-output/predictive_power.png
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
@@ -17,12 +17,43 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict sharpkit
 
+# 12 parts, so that the pages with code are not all in one of them
 docs: $(VENV)/.installed
-	$(BIN)/python -m sphinx -q -W --keep-going -E -b html docs docs/_build/html
+	$(BIN)/python -m sphinx -q -W --keep-going -E -j 12 -b html docs docs/_build/html
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Every speed claim beside the peers: about 40 minutes on 2 idle cores; QUICK=1 for a few minutes.
+bench: .venv-bench/.installed
+	.venv-bench/bin/python benchmarks/run_all.py $(if $(QUICK),--quick)
+
+# BASE=<commit> [HEAD=<commit>]: fails if a case of the regression set is past 15 % slower.
+HEAD ?= HEAD
+bench-compare: $(VENV)/.installed
+	$(BIN)/python benchmarks/compare.py $(BASE) $(if $(BASE),$(HEAD))
+
+# Builds dist/, and runs the demo from the wheel in an environment outside the tree.
+wheel: $(VENV)/.installed
+	.ci/wheel
+
+# The tests with the oldest torch and the lower bounds of pyproject.toml. On Linux the index gives
+# the CUDA build of that torch: some 3 GB to download, 6 GB on disk.
+minimum: .venv-minimum/.installed
+	.venv-minimum/bin/python -m pytest $(TESTS)
+
+.venv-bench/.installed: pyproject.toml constraints.txt benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet -c constraints.txt \
+		-r benchmarks/requirements-peers.txt -e .
+	touch $@
+
+.venv-minimum/.installed: pyproject.toml .ci/lower_bounds.py
+	$(PYTHON) -m venv .venv-minimum
+	.venv-minimum/bin/python .ci/lower_bounds.py > .venv-minimum/requirements.txt
+	.venv-minimum/bin/python -m pip install --quiet -r .venv-minimum/requirements.txt -e '.[test]'
+	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,4 +62,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated
+	rm -rf $(VENV) .venv-bench .venv-minimum dist demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated

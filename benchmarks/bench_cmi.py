@@ -1,24 +1,28 @@
-"""Time and memory of scoring measures, printed as a Markdown table.
+"""Time and memory of scoring measures, beside the definitions written out as loops over pairs.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_cmi.py
 
-Each row is the median of the runs, with their smallest and largest. Memory is what the process
-needed beyond its size before the row, from a fresh process for each row.
+Each measurement has a fresh process. Memory is what it needed beyond its size before.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import multiprocessing
 import resource
+import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
+from timing import Case, Record, parser, run_cases
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "evaluation"))
 
 SHAPES = {96: (3, 2, 2, 2, 2, 2, 1), 5000: (5, 5, 5, 5, 2, 2, 2)}
 
@@ -59,7 +63,16 @@ def score(models: int, definition: str) -> Callable[[], Any]:
     return lambda: conditional_mutual_information(measure, zoo, definition)
 
 
-def table(models: int, measures: int) -> Callable[[], Any]:
+def loop(models: int, definition: str) -> Callable[[], Any]:
+    import evaluation_zoos
+
+    zoo = random_zoo(SHAPES[models])
+    measure = random_measures(zoo, 1)[0].to_dict()
+    function = getattr(evaluation_zoos, f"slow_{definition}")
+    return lambda: function(measure, zoo)
+
+
+def statistics_table(models: int, measures: int) -> Callable[[], Any]:
     from sharpkit.evaluation import evaluate_measures
 
     zoo = random_zoo(SHAPES[models])
@@ -67,20 +80,12 @@ def table(models: int, measures: int) -> Callable[[], Any]:
     return lambda: evaluate_measures(values, zoo, resamples=1000)
 
 
-CASES: dict[str, tuple[Callable[..., Callable[[], Any]], tuple[Any, ...], int, str]] = {
-    "pgdl score, 96 models x 7 hyperparameters": (score, (96, "pgdl"), 200, "5 ms"),
-    "jiang score, 96 models x 7 hyperparameters": (score, (96, "jiang"), 200, "5 ms"),
-    "pgdl score, 5,000 models x 7 hyperparameters": (score, (5000, "pgdl"), 5, "60 s, 4 GiB"),
-    "jiang score, 5,000 models x 7 hyperparameters": (score, (5000, "jiang"), 5, "60 s, 4 GiB"),
-    "all statistics, 1,000 resamples, 96 models x 40 measures": (table, (96, 40), 5, "60 s"),
-}
-
-
-def measure_case(name: str) -> tuple[list[float], float]:
-    """Run one case in this process: seconds of each run, and peak MiB."""
-    make, arguments, runs, _ = CASES[name]
+def measure_here(
+    make: Callable[..., Callable[[], Any]], sizes: tuple[Any, ...], runs: int
+) -> tuple[list[float], float]:
+    """Seconds of each run, and the peak in MiB."""
     warnings.simplefilter("ignore")
-    call = make(*arguments)
+    call = make(*sizes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
     seconds = []
@@ -92,22 +97,37 @@ def measure_case(name: str) -> tuple[list[float], float]:
     return seconds, peak / 1024
 
 
-def readable(seconds: float) -> str:
-    return f"{seconds * 1e3:.2f} ms" if seconds < 0.1 else f"{seconds:.2f} s"
-
-
-@click.command(help=__doc__)
-def main() -> None:
+def measure(make: Callable[..., Any], *sizes: Any, runs: int) -> tuple[list[float], float]:
+    """The same in a fresh process."""
     context = multiprocessing.get_context("spawn")
-    print("| case | median | smallest - largest | runs | extra memory | target |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for name, (_, _, runs, target) in CASES.items():
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            seconds, peak = pool.submit(measure_case, name).result()
-        spread = f"{readable(min(seconds))} - {readable(max(seconds))}"
-        middle = readable(float(np.median(seconds)))
-        print(f"| {name} | {middle} | {spread} | {runs} | {peak:.0f} MiB | {target} |", flush=True)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(measure_here, make, sizes, runs).result()
 
+
+def small(arguments: argparse.Namespace) -> Iterator[Record]:
+    for definition in ("pgdl", "jiang"):
+        case = f"{definition} score, 96 models x 7 hyperparameters"
+        for contender, make, runs in (("sharpkit", score, 200), ("plain loop", loop, 3)):
+            seconds, _ = measure(make, 96, definition, runs=3 if arguments.quick else runs)
+            target = "<= 5" if contender == "sharpkit" else ""
+            yield Record(case, contender, "ms", [1e3 * s for s in seconds], target)
+
+
+def large(arguments: argparse.Namespace) -> Iterator[Record]:
+    for definition in ("pgdl", "jiang"):
+        case = f"{definition} score, 5,000 models x 7 hyperparameters"
+        seconds, peak = measure(score, 5000, definition, runs=1 if arguments.quick else 5)
+        yield Record(case, "sharpkit", "s", seconds, "<= 60")
+        yield Record(f"{case}, extra memory", "sharpkit", "MiB", [peak], "<= 4096")
+
+
+def everything(arguments: argparse.Namespace) -> Iterator[Record]:
+    seconds, _ = measure(statistics_table, 96, 40, runs=1 if arguments.quick else 5)
+    case = "all statistics, 1,000 resamples, 96 models x 40 measures"
+    yield Record(case, "sharpkit", "s", seconds, "<= 60")
+
+
+CASES: dict[str, Case] = {"small": small, "large": large, "everything": everything}
 
 if __name__ == "__main__":
-    main()
+    run_cases(parser(__doc__, CASES).parse_args(), CASES)

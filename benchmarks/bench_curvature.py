@@ -1,15 +1,14 @@
 """sharpkit's curvature against curvlinops, pytorch-hessian-eigenthings and PyHessian.
 
-    python -m venv /tmp/peers
-    /tmp/peers/bin/pip install -r benchmarks/requirements-peers.txt -e .
-    /tmp/peers/bin/python benchmarks/bench_curvature.py [--quick] [--clock cpu]
+    make bench                                      # or, once that has made .venv-bench:
+    .venv-bench/bin/python benchmarks/bench_curvature.py [--quick] [--clock cpu]
 
-One run measures everything in interleaved rounds, so that a slow moment of the machine hits all
-contenders, and prints medians and ratios: one Hessian-vector product in units of a gradient pass;
-an 80-step density with one and four probes; agreement of the top five eigenvalues; how the cost
-grows with data, steps and parameters (a log-log figure); and peak memory, each contender in a
-process of its own. Every contender runs at the batch size that is fastest for it. `--clock cpu`
-counts processor time instead of wall time: steadier on a busy machine.
+Everything is measured in interleaved rounds, so that a slow moment of the machine hits all
+contenders: one Hessian-vector product in units of a gradient pass; an 80-step density with one and
+four probes; agreement of the top five eigenvalues; peak memory, each contender in a process of its
+own; and how the cost grows with data, steps and parameters (`--figure` draws it). Every contender
+runs at the batch size that is fastest for it. `--clock cpu` counts processor time instead of wall
+time: steadier on a busy machine.
 """
 
 from __future__ import annotations
@@ -22,18 +21,20 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from timing import Case, Record, parser, run_cases
 from torch import nn
 from torch.nn import functional as F
 
 import sharpkit.curvature as sk
 
 BATCHES = (50, 100, 200, 500)
+OURS = {"sharpkit": None, "sharpkit past its budget": 0}  # name -> memory budget
 PEERS = {
     "curvlinops": "curvlinops",
     "hessian-eigenthings": "hessian_eigenthings",
@@ -98,20 +99,10 @@ def gradient_pass(model, data, batch) -> Callable[[], None]:
 def product(name: str, model, data, batch) -> Callable[[torch.Tensor], torch.Tensor]:
     """The Hessian-vector product of a contender."""
     loader = batches(data, batch or 100)
-    if name.startswith("sharpkit"):
-        chunk = batch or "auto"
-        budget = 0 if "recomputed" in name else None
-        return sk.HessianOperator(model, data, chunk=chunk, memory_budget=budget).matvec
+    if name in OURS:
+        return sk.HessianOperator(model, data, memory_budget=OURS[name]).matvec
     if name == "curvlinops":
-        from curvlinops import HessianLinearOperator
-
-        operator = HessianLinearOperator(
-            model,
-            nn.CrossEntropyLoss(),
-            list(model.parameters()),
-            loader,
-            check_deterministic=False,
-        )
+        operator = curvlinops_operator(model, loader)
         return lambda v: operator @ v
     if name == "hessian-eigenthings":
         return eigenthings(model, loader).matvec
@@ -129,6 +120,18 @@ def product(name: str, model, data, batch) -> Callable[[torch.Tensor], torch.Ten
     raise ValueError(name)
 
 
+def curvlinops_operator(model, loader):
+    from curvlinops import HessianLinearOperator
+
+    return HessianLinearOperator(
+        model,
+        nn.CrossEntropyLoss(),
+        list(model.parameters()),
+        loader,
+        check_deterministic=False,
+    )
+
+
 def eigenthings(model, loader):
     from hessian_eigenthings.loss_fns.standard import supervised_loss
     from hessian_eigenthings.operators.hessian import HessianOperator
@@ -141,23 +144,13 @@ def density(name: str, model, data, batch, steps: int, probes: int = 1) -> Calla
     loader = batches(data, batch or 100)
 
     def run() -> object:
-        if name.startswith("sharpkit"):
-            budget = 0 if "recomputed" in name else None
-            with sk.HessianOperator(
-                model, data, chunk=batch or "auto", memory_budget=budget
-            ) as operator:
+        if name in OURS:
+            with sk.HessianOperator(model, data, memory_budget=OURS[name]) as operator:
                 return sk.spectral_density(operator, steps=steps, probes=probes)
         if name == "curvlinops":
-            from curvlinops import HessianLinearOperator
             from curvlinops.papyan2020traces.spectrum import fast_lanczos
 
-            operator = HessianLinearOperator(
-                model,
-                nn.CrossEntropyLoss(),
-                list(model.parameters()),
-                loader,
-                check_deterministic=False,
-            )
+            operator = curvlinops_operator(model, loader)
             return [fast_lanczos(operator, steps) for _ in range(probes)]
         from hessian_eigenthings.algorithms.spectral_density import spectral_density
 
@@ -194,92 +187,97 @@ def installed() -> list[str]:
     return [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
 
 
-def bench_products(model, data, clock, count: int, quick: bool) -> dict[str, int]:
-    names = ["sharpkit kept", "sharpkit recomputed", *installed()]
+def in_units(times: dict[str, list[float]], name: str, unit: str) -> list[float]:
+    """Times of one contender in those of another of the same round."""
+    return [a / b for a, b in zip(times[name], times[unit], strict=True)]
+
+
+def against_peers(case: str, times: dict[str, list[float]], bounds: tuple[str, str]):
+    """How sharpkit compares with the fastest peer, within and past its memory budget."""
+    peers = [name for name in times if name in PEERS]
+    if not peers:
+        return
+    fastest = min(peers, key=lambda name: statistics.median(times[name]))
+    for name, bound in zip(OURS, bounds, strict=True):
+        values = in_units(times, name, fastest)
+        yield Record(f"{case}, against the fastest peer", name, f"time of {fastest}", values, bound)
+
+
+def best_batches(model, data, arguments) -> dict[str, int]:
+    """Of the gradient pass and of each peer; sharpkit chooses its own."""
     v = torch.randn(sum(p.numel() for p in model.parameters()))
-    chosen = {}
-    for name in ["gradient", *names]:
-        if name.startswith("sharpkit"):
-            chosen[name] = 0  # its own choice
-        elif quick:
-            chosen[name] = 100
-        elif name == "gradient":
-            chosen[name] = best_batch(lambda b: gradient_pass(model, data, b), clock)
-        else:
-            chosen[name] = best_batch(
-                lambda b, name=name: partial(product(name, model, data, b), v), clock
-            )
+    make = {"gradient": lambda b: gradient_pass(model, data, b)}
+    for name in installed():
+        make[name] = lambda b, name=name: partial(product(name, model, data, b), v)
+    return {k: 100 if arguments.quick else best_batch(f, arguments.clock) for k, f in make.items()}
+
+
+def products(arguments: argparse.Namespace) -> Iterator[Record]:
+    """One Hessian-vector product of every contender, in gradient passes."""
+    model, data = problem(arguments)
+    batch = best_batches(model, data, arguments)
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
     functions: dict[str, Callable[[], object]] = {
-        "gradient": gradient_pass(model, data, chosen["gradient"])
+        "gradient": gradient_pass(model, data, batch["gradient"])
     }
     results = {}
-    for name in names:
-        f = product(name, model, data, chosen[name])
-        functions[name] = lambda f=f: f(v)
+    for name in [*OURS, *installed()]:
+        f = product(name, model, data, batch.get(name, 0))
+        functions[name] = partial(f, v)
         results[name] = f(v)
-    times = {k: statistics.median(t) for k, t in rounds(functions, count, clock).items()}
-    exact = results["sharpkit kept"]
-    print("\nOne Hessian-vector product (medians)")
-    for name, seconds in times.items():
-        error = (
-            f", {float((results[name] - exact).norm() / exact.norm()):.0e} from sharpkit"
-            if name in results
-            else ""
+    times = rounds(functions, 5 if arguments.quick else 15, arguments.clock)
+    case = f"Hessian-vector product, {described(model, data)}"
+    for name in results:
+        target = "<= 1.1" if name == "sharpkit" else ""
+        yield Record(case, name, "gradient passes", in_units(times, name, "gradient"), target)
+    yield from against_peers("Hessian-vector product", times, ("", "<= 1.1"))
+    exact = results["sharpkit"]
+    for name in installed():
+        off = float((results[name] - exact).norm() / exact.norm())
+        yield Record(
+            "Hessian-vector product, difference", name, "of sharpkit's norm", [off], "<= 1e-4"
         )
-        batch = f"batch {chosen[name]}" if chosen[name] else "own chunks"
-        print(
-            f"  {name:22s} {seconds:8.4f} s  {seconds / times['gradient']:5.2f} gradient passes"
-            f"  ({batch}{error})"
-        )
-    peers = [times[name] for name in installed()]
-    if peers:
-        print(
-            f"  kept: {min(peers) / times['sharpkit kept']:.2f} times as fast as the fastest peer;"
-            f" recomputed: {times['sharpkit recomputed'] / min(peers):.2f} of its time"
-        )
-    return chosen
 
 
-def bench_density(model, data, clock, count: int, chosen: dict[str, int], steps: int) -> None:
-    names = ["sharpkit", "sharpkit recomputed"]
-    names += [name for name in installed() if name != "PyHessian"]  # its density() does not run
-    functions = {name: density(name, model, data, chosen.get(name, 0), steps) for name in names}
-    functions["sharpkit, 4 probes"] = density("sharpkit", model, data, 0, steps, 4)
-    times = {k: statistics.median(t) for k, t in rounds(functions, count, clock).items()}
-    print(f"\n{steps}-step spectral density, operator included (medians)")
-    for name, seconds in times.items():
-        print(f"  {name:22s} {seconds:8.2f} s")
-    peers = [times[name] for name in names if name in PEERS]
-    if peers:
-        print(
-            f"  {min(peers) / times['sharpkit']:.2f} times as fast as the fastest peer, "
-            f"recomputed {min(peers) / times['sharpkit recomputed']:.2f}"
-        )
-    print(f"  four probes: {times['sharpkit, 4 probes'] / times['sharpkit']:.2f} times one")
-    report_accuracy(functions, model, data, steps)
+def density_of_all(arguments: argparse.Namespace) -> Iterator[Record]:
+    """A spectral density of every contender that has one, and four probes."""
+    model, data = problem(arguments)
+    batch = best_batches(model, data, arguments)
+    steps = 10 if arguments.quick else 80
+    names = [*OURS, *(name for name in installed() if name != "PyHessian")]  # its does not run
+    functions = {name: density(name, model, data, batch.get(name, 0), steps) for name in names}
+    functions["four probes"] = density("sharpkit", model, data, 0, steps, 4)
+    times = rounds(functions, 1 if arguments.quick else 3, arguments.clock)
+    case = f"{steps}-step spectral density, {described(model, data)}"
+    for name in names:
+        yield Record(case, name, "s", times[name])
+    yield from against_peers("spectral density", times, ("<= 0.625", "<= 1.1"))  # 1.6 times as fast
+    four = in_units(times, "four probes", "sharpkit")
+    yield Record("spectral density, four probes", "sharpkit", "one probe", four, "<= 4")
+    yield from accuracy(functions, model, data)
 
 
-def report_accuracy(functions, model, data, steps: int) -> None:
-    """Copies of the largest eigenvalue, and the error of the fifth."""
-    exact = sk.top_eigenvalues(sk.HessianOperator(model.double(), (data[0].double(), data[1])), 5)
+def accuracy(functions, model, data) -> Iterator[Record]:
+    """Copies of the largest eigenvalue among the Ritz values, and the error of the fifth."""
+    operator = sk.HessianOperator(model.double(), (data[0].double(), data[1]))
+    exact = sk.top_eigenvalues(operator, 5).values
     model.float()
     nodes = {"sharpkit": functions["sharpkit"]().nodes[0]}
     if "curvlinops" in functions:
         nodes["curvlinops"] = functions["curvlinops"]()[0][0].numpy()
     if "hessian-eigenthings" in functions:
         nodes["hessian-eigenthings"] = functions["hessian-eigenthings"]().raw_eigenvalues[0].numpy()
-    print(f"  exact λmax {exact.values[0]:.6g}, λ5 {exact.values[4]:.6g}")
     for name, theta in nodes.items():
-        copies = int((np.abs(theta / exact.values[0] - 1) < 1e-3).sum())
-        fifth = np.sort(theta)[::-1][4]
-        print(
-            f"  {name:22s} {copies} Ritz value(s) at λmax; fifth {fifth:.6g} "
-            f"({abs(fifth / exact.values[4] - 1):.1e} off)"
-        )
+        copies = int((np.abs(theta / exact[0] - 1) < 1e-3).sum())
+        yield Record("spectral density, Ritz values at λmax", name, "copies", [copies])
+    for name, theta in nodes.items():
+        error = abs(float(np.sort(theta)[::-1][4]) / exact[4] - 1)
+        yield Record("spectral density, fifth Ritz value", name, "relative error of λ5", [error])
 
 
-def bench_agreement(model, data) -> None:
+def agreement(arguments: argparse.Namespace) -> Iterator[Record]:
     """The top five eigenvalues of every contender, with settings that let it converge."""
+    model, data = problem(arguments)
     loader = batches(data, 100)
     mine = sk.top_eigenvalues(sk.HessianOperator(model, data), 5)
     found = {"sharpkit": (mine.values, mine.products)}
@@ -308,33 +306,35 @@ def bench_agreement(model, data) -> None:
         peer = hessian(model, nn.CrossEntropyLoss(), dataloader=loader, cuda=False)
         values, _ = peer.eigenvalues(maxIter=100, tol=1e-7, top_n=5)
         found["PyHessian"] = np.sort(values)[::-1], 500
-    print("\nTop five eigenvalues")
-    for name, (values, products) in found.items():
-        off = np.abs(np.asarray(values) / mine.values - 1)
-        flag = "agrees to 1e-4" if off.max() < 1e-4 else "DIFFERS"
-        listed = " ".join(f"{v:.6g}" for v in values)
-        print(f"  {name:22s} {listed}  ({products} products; off by {off.max():.1e}: {flag})")
+    for name, (_, count_) in found.items():
+        yield Record("top five eigenvalues, products at most", name, "products", [count_])
+    for name, (values, _) in found.items():
+        if name != "sharpkit":
+            off = float(np.abs(np.asarray(values) / mine.values - 1).max())
+            yield Record(
+                "top five eigenvalues, difference", name, "of sharpkit's", [off], "<= 1e-4"
+            )
 
 
-def bench_memory(size: int, n: int) -> None:
-    print("\nPeak memory of a process above its start, two products")
-    for name in ["sharpkit kept", "sharpkit recomputed", *installed()]:
+def memory(arguments: argparse.Namespace) -> Iterator[Record]:
+    """Peak of a process above its start, two products."""
+    case = "memory of two Hessian-vector products"
+    for name in [*OURS, *installed()]:
+        command = [sys.executable, __file__, "--worker", name, "--size", str(arguments.size)]
         done = subprocess.run(
-            [sys.executable, __file__, "--worker", name, "--size", str(size), "--n", str(n)],
-            capture_output=True,
-            text=True,
-            check=True,
+            [*command, "--n", str(arguments.n)], stdout=subprocess.PIPE, text=True, check=True
         )
         report = json.loads(done.stdout.splitlines()[-1])
-        stated = f"  (stated: {report['stated'] / 1e6:.0f} MB)" if report["stated"] else ""
-        print(f"  {name:22s} {report['peak'] / 1e6:8.0f} MB{stated}")
+        yield Record(case, name, "MB", [report["peak"] / 1e6])
+        if report["stated"]:
+            yield Record(f"{case}, as stated", name, "MB", [report["stated"] / 1e6])
 
 
 def worker(name: str, size: int, n: int) -> None:
     model, data = cnn(size), images(n, size)
     model(data[0][:2]).sum().backward()
     before = peak_memory()
-    f = product(name, model, data, 0 if name.startswith("sharpkit") else 100)
+    f = product(name, model, data, 0 if name in OURS else 100)
     v = torch.randn(sum(p.numel() for p in model.parameters()))
     f(v), f(v)
     owner = getattr(f, "__self__", None)
@@ -347,20 +347,16 @@ def peak_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def bench_scaling(clock, out: Path, quick: bool) -> None:
-    """Cost against data, steps and parameters, with fitted exponents."""
-    from matplotlib.figure import Figure
-
-    top = 3 if quick else 4
+def scaling(arguments: argparse.Namespace) -> Iterator[Record]:
+    """Exponents of the cost against data, steps and parameters."""
+    top = 3 if arguments.quick else 4
     grids = {
         "examples": [250 * 2**i for i in range(top)],
         "steps": [10 * 2**i for i in range(top)],
         "parameters": [256 * 2**i for i in range(top)],  # width of a dense network
     }
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    print("\nScaling of a spectral density (exponent of a fitted power law)")
-    for axis, (what, values) in zip(axes, grids.items(), strict=True):
+    curves = {}
+    for what, values in grids.items():
         x, seconds = [], []
         for value in values:
             # in a convolutional network the cost follows the images, not the parameters
@@ -368,62 +364,69 @@ def bench_scaling(clock, out: Path, quick: bool) -> None:
             data = images(value if what == "examples" else 500, 14)
             steps = value if what == "steps" else 20
             with sk.HessianOperator(model, data) as operator:
-                f = lambda o=operator, s=steps: sk.spectral_density(o, steps=s, probes=1)  # noqa: E731
-                seconds.append(min(rounds({"f": f}, 3, clock)["f"]))
+                f = partial(sk.spectral_density, operator, steps=steps, probes=1)
+                seconds.append(min(rounds({"f": f}, 3, arguments.clock)["f"]))
                 x.append(operator.shape[0] if what == "parameters" else value)
+        curves[what] = x, seconds
+        exponent = float(np.polyfit(np.log(x), np.log(seconds), 1)[0])
+        case = f"spectral density, growth with {what}"
+        yield Record(case, "sharpkit", "exponent of a power law", [exponent], "<= 1.1")
+    if arguments.figure:
+        draw(curves, arguments.figure)
+
+
+def draw(curves: dict[str, tuple[list[int], list[float]]], path: Path) -> None:
+    """Time against examples, steps and parameters, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for axis, (what, (x, seconds)) in zip(axes, curves.items(), strict=True):
         slope = np.polyfit(np.log(x), np.log(seconds), 1)[0]
-        print(
-            f"  {what:12s} {slope:.2f}   "
-            + ", ".join(f"{a}: {b:.3f} s" for a, b in zip(x, seconds, strict=True))
-        )
         axis.loglog(x, seconds, "o-")
         axis.set_xlabel(what)
         axis.set_title(f"exponent {slope:.2f}", fontsize=9)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel("seconds")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=150)
-    print(f"  figure: {out}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def problem(arguments: argparse.Namespace):
+    return cnn(arguments.size), images(arguments.n, arguments.size)
+
+
+def described(model, data) -> str:
+    size = sum(p.numel() for p in model.parameters())
+    return f"CNN {size / 1e6:.2f} M, {len(data[0]):,} images"
+
+
+CASES: dict[str, Case] = {
+    "products": products,
+    "density": density_of_all,
+    "agreement": agreement,
+    "memory": memory,
+    "scaling": scaling,
+}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer images, steps and rounds")
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--size", type=int, default=28, help="side of the images")
-    parser.add_argument("--n", type=int, default=None, help="images")
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--out", type=Path, default=Path("/tmp/bench_curvature.png"))
-    parser.add_argument("--only", choices=["products", "density", "agreement", "memory", "scaling"])
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    options = parser(__doc__, CASES)
+    options.add_argument("--clock", choices=CLOCKS, default="wall")
+    options.add_argument("--size", type=int, default=28, help="side of the images")
+    options.add_argument("--n", type=int, default=None, help="images")
+    options.add_argument("--figure", type=Path, help="of the growth with data, steps, parameters")
+    options.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
     warnings.filterwarnings("ignore")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    n = arguments.n or (400 if arguments.quick else 2000)
+    arguments.n = arguments.n or (400 if arguments.quick else 2000)
+    arguments.clock = CLOCKS[arguments.clock]
     if arguments.worker:
-        worker(arguments.worker, arguments.size, n)
-        return
-    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
-    model, data = cnn(arguments.size), images(n, arguments.size)
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.clock} time; "
-        f"{sum(p.numel() for p in model.parameters())} parameters, {n} images of "
-        f"{arguments.size} x {arguments.size}; peers: {', '.join(installed()) or 'none'}"
-    )
-    wanted = arguments.only
-    chosen: dict[str, int] = {}
-    if wanted in (None, "products"):
-        chosen = bench_products(model, data, clock, 5 if arguments.quick else 15, arguments.quick)
-    if wanted in (None, "density"):
-        steps = 10 if arguments.quick else 80
-        bench_density(model, data, clock, 1 if arguments.quick else 3, chosen, steps)
-    if wanted in (None, "agreement"):
-        bench_agreement(model, data)
-    if wanted in (None, "memory"):
-        bench_memory(arguments.size, n)
-    if wanted in (None, "scaling"):
-        bench_scaling(clock, arguments.out, arguments.quick)
+        worker(arguments.worker, arguments.size, arguments.n)
+    else:
+        print(f"peers: {', '.join(installed()) or 'none'}; {torch.get_num_threads()} threads")
+        run_cases(arguments, CASES)
 
 
 if __name__ == "__main__":

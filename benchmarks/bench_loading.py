@@ -8,13 +8,15 @@ is timed in fresh processes, after torch's own import.
 
 from __future__ import annotations
 
-import statistics
+import argparse
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 import torch
+from timing import Case, Record, parser, run_cases
 
 from sharpkit.zoo import ZooWriter, build_model, load_zoo
 
@@ -35,50 +37,45 @@ IMPORT = (
 )
 
 
-def load_times(folder: str, repeats: int = 9) -> list[float]:
+def loading(arguments: argparse.Namespace) -> Iterator[Record]:
+    """Both weight files of one model."""
     model = build_model(VGG)
-    writer = ZooWriter(folder)
-    writer.write_dataset("vgg", "train", torch.zeros(4, 3, 32, 32), torch.arange(4))
-    writer.write_model(
-        "vgg",
-        0,
-        model,
-        initial=model,
-        hyperparameters={"width": 512},
-        possible_values={"width": [512]},
-        metrics={"train_acc": 1.0, "test_acc": 0.5},
-    )
-    print(f"parameters: {model.parameter_count:,}")
-    entry = load_zoo(folder)["vgg"]["0"]
-    entry.load()  # reads h5py and the disk's cache in
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        entry.load("final")
-        entry.load("initial")
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def import_times(repeats: int = 5) -> list[float]:
-    command = [sys.executable, "-c", IMPORT]
-    return [
-        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        for _ in range(repeats)
-    ]
-
-
-def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        loads = load_times(folder)
-    print("| case | median s | range | bound |\n|---|---|---|---|")
-    for name, times, bound in (
-        ("load a 19.2 M-parameter VGG, both weight files", loads, "0.25"),
-        ("import sharpkit, torch's own time excluded", import_times(), "0.3"),
-    ):
-        spread = f"{min(times):.3f}-{max(times):.3f}"
-        print(f"| {name} | {statistics.median(times):.3f} | {spread} | {bound} |")
+        writer = ZooWriter(folder)
+        writer.write_dataset("vgg", "train", torch.zeros(4, 3, 32, 32), torch.arange(4))
+        writer.write_model(
+            "vgg",
+            0,
+            model,
+            initial=model,
+            hyperparameters={"width": 512},
+            possible_values={"width": [512]},
+            metrics={"train_acc": 1.0, "test_acc": 0.5},
+        )
+        entry = load_zoo(folder)["vgg"]["0"]
+        entry.load()  # reads h5py and the disk's cache in
+        times = []
+        for _ in range(3 if arguments.quick else 9):
+            start = time.perf_counter()
+            entry.load("final")
+            entry.load("initial")
+            times.append(time.perf_counter() - start)
+    size = f"{model.parameter_count / 1e6:.1f} M"
+    yield Record(f"load a VGG of {size}, both weight files", "sharpkit", "s", times, "<= 0.25")
 
+
+def importing(arguments: argparse.Namespace) -> Iterator[Record]:
+    """In fresh processes, after torch."""
+    command = [sys.executable, "-c", IMPORT]
+    times = [
+        float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        for _ in range(2 if arguments.quick else 5)
+    ]
+    case = "import sharpkit, torch's own time excluded"
+    yield Record(case, "sharpkit", "s", times, "<= 0.3")
+
+
+CASES: dict[str, Case] = {"loading": loading, "importing": importing}
 
 if __name__ == "__main__":
-    main()
+    run_cases(parser(__doc__, CASES).parse_args(), CASES)

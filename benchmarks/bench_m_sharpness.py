@@ -1,7 +1,6 @@
 """Speed of m-sharpness, in units of (gradient pass + forward pass) over the same examples.
 
     python benchmarks/bench_m_sharpness.py [--quick] [--device cuda] [--system-allocator]
-        [--out FILE.json]
 
 Every ratio comes from this one process: each measurement stands between two units, and the median
 of the ratios is reported. The unit is taken at the best of several batch sizes. Beside it stands
@@ -10,12 +9,12 @@ the plain loop, with one gradient and one forward pass per group.
 
 from __future__ import annotations
 
-import json
+import argparse
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
-from timing import parse_arguments, ratio, timed
+from timing import Case, Record, main_on_device, ratios, timed
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,6 +22,7 @@ import sharpkit
 
 MS = [1, 4, 16, 64, 256]
 RHOS = [0.01, 0.02, 0.05, 0.1]
+UNIT = "gradient + forward passes"
 
 
 def small_cnn(width: int = 32, dense: int = 128) -> nn.Module:
@@ -81,66 +81,64 @@ def plain_loop(model: nn.Module, x: Tensor, y: Tensor, m: int, rho: float) -> fl
     return total
 
 
-def main() -> None:
-    args = parse_arguments(__doc__)
-    device = torch.device(args.device)
-    repeats = 3 if args.quick else 5
-    torch.manual_seed(0)
-    rows: list[dict[str, object]] = []
+Data = tuple[Tensor, Tensor]
 
-    def report(name: str, values: dict[str, float], bound: str = "") -> None:
-        row = {"case": name, **values, "bound": bound}
-        rows.append(row)
-        print(
-            f"| {name} | {values['median']:.2f} | {values['low']:.2f}-{values['high']:.2f} "
-            f"| {bound} |",
-            flush=True,
-        )
 
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
-    print("| case | median | range | bound |\n|---|---|---|---|")
+def measurement(
+    model: nn.Module, data: Data, m: int | list[int], rho: float | list[float]
+) -> Callable[[], object]:
+    return lambda: sharpkit.m_sharpness(model, data, m=m, rho=rho, seed=None, progress=False)
 
-    n = 512 if args.quick else 1024
-    model = small_cnn().to(device).eval()
-    x, y = torch.randn(n, 1, 28, 28, device=device), torch.randint(0, 10, (n,), device=device)
-    unit = Unit(model, x, y, [32, 64, 128, 256] if device.type == "cpu" else [512, 2048])
 
-    def ours(m: int | list[int], rho: float | list[float]) -> Callable[[], object]:
-        return lambda: sharpkit.m_sharpness(model, (x, y), m=m, rho=rho, seed=None, progress=False)
+def cnn_case(arguments: argparse.Namespace) -> tuple[nn.Module, Data]:
+    n, device = 512 if arguments.quick else 1024, arguments.device
+    data = torch.randn(n, 1, 28, 28, device=device), torch.randint(0, 10, (n,), device=device)
+    return small_cnn().to(device).eval(), data
 
+
+def cnn(arguments: argparse.Namespace) -> Iterator[Record]:
+    """One m at a time, beside the plain loop."""
+    model, data = cnn_case(arguments)
+    unit = Unit(model, *data, [32, 64, 128, 256] if arguments.device == "cpu" else [512, 2048])
+    repeats = 3 if arguments.quick else 5
     for m in MS:
-        report(f"CNN 0.47 M, m = {m}", ratio(ours(m, 0.05), unit, repeats),
-               "1.5" if m == 1 else "1.2")  # fmt: skip
-    for m in MS:
-        loop = ratio(lambda m=m: plain_loop(model, x, y, m, 0.05), unit, max(1, repeats // 2))
-        report(f"CNN 0.47 M, plain loop, m = {m}", loop)
+        case = f"m-sharpness, CNN 0.47 M, m = {m}"
+        ours = ratios(measurement(model, data, m, 0.05), unit, repeats)
+        yield Record(case, "sharpkit", UNIT, ours, "<= 1.5" if m == 1 else "<= 1.2")
+        loop = ratios(lambda m=m: plain_loop(model, *data, m, 0.05), unit, max(1, repeats // 2))
+        yield Record(case, "plain loop", UNIT, loop)
+
+
+def sweep(arguments: argparse.Namespace) -> Iterator[Record]:
+    """The whole grid of m and rho at once."""
+    model, data = cnn_case(arguments)
 
     def separate() -> None:
         for m in MS:
             for rho in RHOS:
-                ours(m, rho)()
+                measurement(model, data, m, rho)()
 
-    report(
-        "20 separate calls / one sweep of m x rho",
-        ratio(separate, ours(MS, RHOS), 1 if args.quick else 5),
-        ">= 2.5",
+    values = ratios(separate, measurement(model, data, MS, RHOS), 1 if arguments.quick else 5)
+    yield Record(
+        "m-sharpness, 20 separate calls (5 m x 4 rho)", "sharpkit", "one call", values, ">= 2.5"
     )
 
-    n = 32 if args.quick else 64
+
+def vgg(arguments: argparse.Namespace) -> Iterator[Record]:
+    """A model whose weights do not fit the memory once per example."""
+    n, device = 32 if arguments.quick else 64, arguments.device
     model = task1_vgg().to(device).eval()
-    x, y = torch.randn(n, 3, 32, 32, device=device), torch.randint(0, 10, (n,), device=device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    unit = Unit(model, x, y, [16, 32] if device.type == "cpu" else [128])
-    report("VGG 19.2 M, m = 1", ratio(ours(1, 0.05), unit, max(3, repeats // 2)), "2.0")
-    report(
-        "VGG 19.2 M, plain loop, m = 1",
-        ratio(lambda: plain_loop(model, x, y, 1, 0.05), unit, 1 if args.quick else 3),
-    )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"peak memory {peak / 2**20:.2f} GiB, before the VGG {before / 2**20:.2f} GiB")
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1))
+    data = torch.randn(n, 3, 32, 32, device=device), torch.randint(0, 10, (n,), device=device)
+    unit = Unit(model, *data, [16, 32] if device == "cpu" else [128])
+    case = "m-sharpness, VGG 19.2 M, m = 1"
+    yield Record(case, "sharpkit", UNIT, ratios(measurement(model, data, 1, 0.05), unit, 3), "<= 2")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    loop = ratios(lambda: plain_loop(model, *data, 1, 0.05), unit, 1 if arguments.quick else 3)
+    yield Record(case, "plain loop", UNIT, loop)
+    yield Record(f"{case}, peak memory of the process", "sharpkit", "GiB", [peak], "<= 4")
 
+
+CASES: dict[str, Case] = {"cnn": cnn, "sweep": sweep, "vgg": vgg}
 
 if __name__ == "__main__":
-    main()
+    main_on_device(__doc__, CASES)

@@ -1,11 +1,11 @@
 """Speed of SAM and m-SAM steps, in units of a plain SGD step on the same batch.
 
     python benchmarks/bench_sam.py [--quick] [--device cuda] [--system-allocator]
-        [--out FILE.json]
 
 Every ratio comes from this one process: each measured step runs between two plain ones and is
-divided by their mean; the median of the ratios is reported. Beside the vectorised step
-stands the plain loop: per group two ordinary passes, weights moved in place and put back.
+divided by their mean; the median of the ratios is reported. Beside `SAM.step(closure)` stands the
+usual two-pass optimizer, parameter by parameter; beside the vectorised step of m-SAM the plain
+loop: per group two ordinary passes, weights moved in place and put back.
 
 On Linux the C allocator is told to keep freed memory. Otherwise it hands activations back to the
 system now and then, and the page faults that follow (up to 40 % of a plain step, from one run to
@@ -14,11 +14,11 @@ the next) drown the differences. `--system-allocator` leaves it alone.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import argparse
+from collections.abc import Callable, Iterator
 
 import torch
-from timing import parse_arguments, ratio
+from timing import Case, Record, main_on_device, ratios
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -26,6 +26,7 @@ import sharpkit.training as training
 
 MS = [1, 4, 16, 64, 128]
 BATCH = 128
+UNIT = "plain SGD steps"
 
 
 def small_cnn(width: int = 16, dense: int = 128, *, norm: bool = False) -> nn.Module:
@@ -70,6 +71,29 @@ def closure_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]
     return lambda: optimizer.step(closure)
 
 
+def two_pass_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
+    """SAM as most implementations write it: one parameter at a time, and two backward passes."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            norm = torch.stack([p.grad.norm() for p in parameters]).norm()
+            before = [p.clone() for p in parameters]
+            for p in parameters:
+                p.add_(p.grad * (0.05 / (norm + 1e-12)))
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        with torch.no_grad():
+            for p, weights in zip(parameters, before, strict=True):
+                p.copy_(weights)
+        optimizer.step()
+
+    return step
+
+
 def loop_step(model: nn.Module, x: Tensor, y: Tensor, m: int) -> Callable[[], object]:
     """What a careful script does, group by group."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -92,43 +116,43 @@ def loop_step(model: nn.Module, x: Tensor, y: Tensor, m: int) -> Callable[[], ob
     return step
 
 
-def main() -> None:
-    args = parse_arguments(__doc__)
-    repeats = 7 if args.quick else 25
-    torch.manual_seed(0)
-    rows: list[dict[str, object]] = []
+def batch(device: str) -> tuple[Tensor, Tensor]:
+    return (
+        torch.randn(BATCH, 1, 28, 28, device=device),
+        torch.randint(0, 10, (BATCH,), device=device),
+    )
 
-    def report(name: str, values: dict[str, float], bound: str = "") -> None:
-        rows.append({"case": name, **values, "bound": bound})
-        print(
-            f"| {name} | {values['median']:.2f} | {values['low']:.2f}-{values['high']:.2f} "
-            f"| {bound} |",
-            flush=True,
-        )
 
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}")
-    print("| case | median | range | bound |\n|---|---|---|---|")
-    x = torch.randn(BATCH, 1, 28, 28, device=args.device)
-    y = torch.randint(0, 10, (BATCH,), device=args.device)
-    model = small_cnn().to(args.device)
-    size = sum(p.numel() for p in model.parameters())
-    name = f"CNN {size / 1e6:.2f} M, batch {BATCH}"
+def plain(arguments: argparse.Namespace) -> Iterator[Record]:
+    """A network without BatchNorm."""
+    repeats = 7 if arguments.quick else 25
+    x, y = batch(arguments.device)
+    model = small_cnn().to(arguments.device)
     unit = sgd_step(model, x, y)
-    report(f"{name}, SAM.step(closure)", ratio(closure_step(model, x, y), unit, repeats), "2.15")
+    case = f"SAM.step(closure), CNN 0.22 M, batch {BATCH}"
+    ours = ratios(closure_step(model, x, y), unit, repeats)
+    yield Record(case, "sharpkit", UNIT, ours, "<= 2.15")
+    yield Record(case, "two-pass SAM", UNIT, ratios(two_pass_step(model, x, y), unit, repeats))
     for m in MS:
-        bound = {1: "3.5", BATCH: "2.15"}.get(m, "")
-        report(f"{name}, m = {m}", ratio(m_sam_step(model, x, y, m), unit, repeats), bound)
-    for m in MS:
-        few = max(3, repeats // 5)
-        report(f"{name}, plain loop, m = {m}", ratio(loop_step(model, x, y, m), unit, few))
-    model = small_cnn(norm=True).to(args.device)
+        case = f"m-SAM step, CNN 0.22 M, batch {BATCH}, m = {m}"
+        ours = ratios(m_sam_step(model, x, y, m), unit, repeats)
+        yield Record(case, "sharpkit", UNIT, ours, {1: "<= 3.5", BATCH: "<= 2.15"}.get(m, ""))
+        loop = ratios(loop_step(model, x, y, m), unit, max(3, repeats // 5))
+        yield Record(case, "plain loop", UNIT, loop)
+
+
+def batchnorm(arguments: argparse.Namespace) -> Iterator[Record]:
+    """A network with BatchNorm."""
+    repeats = 7 if arguments.quick else 25
+    x, y = batch(arguments.device)
+    model = small_cnn(norm=True).to(arguments.device)
     unit = sgd_step(model, x, y)
     for m in MS:
-        run = m_sam_step(model, x, y, m)
-        report(f"{name}, BatchNorm, m = {m}", ratio(run, unit, repeats))
-    if args.out:
-        args.out.write_text(json.dumps(rows, indent=1))
+        case = f"m-SAM step, CNN 0.22 M with BatchNorm, batch {BATCH}, m = {m}"
+        yield Record(case, "sharpkit", UNIT, ratios(m_sam_step(model, x, y, m), unit, repeats))
 
+
+CASES: dict[str, Case] = {"plain": plain, "batchnorm": batchnorm}
 
 if __name__ == "__main__":
-    main()
+    main_on_device(__doc__, CASES)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "zoo"))
 
 from fuzzing import KINDS, try_case, write_seeds
 
-from sharpkit.runs.workers import Failure, run_items
+from sharpkit.workers import Failure, run_items
 
 
 def case(folder: Path, item: tuple[str, int], device: str) -> tuple[str, float]:

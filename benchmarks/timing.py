@@ -1,29 +1,110 @@
-"""How the benchmarks measure: ratios from one process, medians, one allocator for all."""
+"""How the benchmarks measure, and what they record: ratios from one process, one value a round."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import json
+import operator
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+COMPARISONS = {"<=": operator.le, ">=": operator.ge}
 
-def parse_arguments(description: str | None) -> argparse.Namespace:
-    """The common options: quick, device, system_allocator (obeyed here) and out."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="Less work, fewer repetitions.")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--system-allocator", action="store_true", help="Do not tune malloc.")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+
+@dataclass(frozen=True)
+class Record:
+    """What one contender took in one case.
+
+    Args:
+        case: What was done.
+        contender: "sharpkit", or a peer.
+        unit: Of the values, such as "s" or "gradient passes".
+        values: One per repetition.
+        target: Asked of their median, such as "<= 1.5"; empty for none.
+    """
+
+    case: str
+    contender: str
+    unit: str
+    values: list[float]
+    target: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    @property
+    def holds(self) -> bool | None:
+        """Whether the median meets the target; None without one."""
+        if not self.target:
+            return None
+        sign, bound = self.target.split()
+        return COMPARISONS[sign](self.median, float(bound))
+
+    @property
+    def verdict(self) -> str:
+        return {None: "", True: "yes", False: "**no**"}[self.holds]
+
+    def __str__(self) -> str:
+        low, high = short(min(self.values)), short(max(self.values))
+        spread = "" if low == high else f" ({low}-{high})"
+        return f"{short(self.median)}{spread}"
+
+
+Case = Callable[[argparse.Namespace], Iterator[Record]]
+
+
+def short(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def parser(description: str | None, cases: Mapping[str, Case]) -> argparse.ArgumentParser:
+    """The options that all benchmarks have."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--quick", action="store_true", help="Less work, fewer repetitions.")
+    options.add_argument("--only", choices=cases, action="append")
+    options.add_argument("--out", type=Path, help="File to append the records to, a JSON a line.")
+    return options
+
+
+def run_cases(arguments: argparse.Namespace, cases: Mapping[str, Case]) -> None:
+    """Print every record as a row, and write it at once, so that a failure loses only its own."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(
+        "| case | contender | median (range) | unit | target | holds |\n|---|---|---|---|---|---|"
+    )
+    for name in arguments.only or cases:
+        for record in cases[name](arguments):
+            print(
+                f"| {record.case} | {record.contender} | {record} | {record.unit} "
+                f"| {record.target} | {record.verdict} |",
+                flush=True,
+            )
+            if arguments.out:
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(asdict(record)) + "\n")
+
+
+def main_on_device(description: str | None, cases: Mapping[str, Case]) -> None:
+    """The whole program of a benchmark that runs on any device."""
+    options = parser(description, cases)
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--system-allocator", action="store_true", help="Do not tune malloc.")
+    arguments = options.parse_args()
     if not arguments.system_allocator:
         keep_freed_memory()
-    return arguments
+    torch.manual_seed(0)
+    run_cases(arguments, cases)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -35,19 +116,19 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(run: Callable[[], object], unit: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Time of `run` in times of `unit`: median and range over repetitions.
+def ratios(run: Callable[[], object], unit: Callable[[], object], repeats: int) -> list[float]:
+    """Times of `run` in times of `unit`.
 
     Each run stands between two units, so that a slow spell of the machine hits both.
     """
     run()
-    ratios = []
+    found = []
     before = timed(unit)
     for _ in range(repeats):
         middle, after = timed(run), timed(unit)
-        ratios.append(2 * middle / (before + after))
+        found.append(2 * middle / (before + after))
         before = after
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return found
 
 
 def keep_freed_memory() -> None:

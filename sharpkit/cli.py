@@ -62,6 +62,15 @@ _RESAMPLES = click.option(
 _DEVICE = click.option(
     "--device", default="cpu", show_default=True, help='"cpu", "cuda", "cuda:1", ...'
 )
+_BACKEND = click.option(
+    "--backend",
+    type=click.Choice(["processes", "inline", "ray"]),
+    help="Worker processes, this process, or a Ray cluster whose nodes share the disk of --out; by "
+    "default, this process for one worker and worker processes for more.",
+)
+_ADDRESS = click.option(
+    "--address", help='Of the Ray cluster, such as "auto"; by default, one is started.'
+)
 _TEST_SIZE = click.option(
     "--test-size", type=int, help="Examples behind each test accuracy, to weight the sign-errors."
 )
@@ -92,7 +101,8 @@ def zoo() -> None:
 def info(path: str, deep: bool, csv: Path | None) -> None:
     """List tasks, models, layers, parameters and gaps of the zoo at PATH; check every file.
 
-    PATH is a directory in the PGDL layout, or "embedded" for the zoo that ships with sharpkit.
+    PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
+    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit.
 
     \b
     Example:
@@ -130,11 +140,20 @@ def fetch(name: str, to: Path | None) -> None:
 @click.argument("grid")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The zoo's root.")
 @click.option("--data", help="Folder with the data set's files, or another data set.")
-@click.option("--workers", default=1, show_default=True, help="Training processes.")
+@click.option("--workers", default=1, show_default=True, help="Models at a time.")
+@_BACKEND
+@_ADDRESS
 @click.option("--limit", type=int, help="Only the first models of the grid.")
 @_DEVICE
 def train_zoo_command(
-    grid: str, out: Path, data: str | None, workers: int, limit: int | None, device: str
+    grid: str,
+    out: Path,
+    data: str | None,
+    workers: int,
+    backend: Any,
+    address: str | None,
+    limit: int | None,
+    device: str,
 ) -> None:
     """Train one model for every setting of GRID and write them as a zoo in the PGDL layout.
 
@@ -164,6 +183,8 @@ def train_zoo_command(
         shipped_test=plan.shipped_test,
         limit=limit,
         workers=workers,
+        backend=backend,
+        address=address,
         device=_device(device),
     )
     click.echo(
@@ -203,7 +224,7 @@ def train_zoo_command(
 @click.option("--threads", type=int, help="CPU threads per model; those of the run, or 1.")
 @click.option("--timeout", type=float, help="Seconds that one model may take per measure.")
 @click.option("--memory", type=float, help="GiB that one model may take.")
-@click.option("--address", help='Of the Ray cluster, such as "auto"; by default, one is started.')
+@_ADDRESS
 def score(
     path: str,
     out: Path,
@@ -226,7 +247,8 @@ def score(
 ) -> None:
     """Compute m-sharpness, or other measures, of every model of the zoo at PATH.
 
-    PATH is a directory in the PGDL layout, or "embedded" for the zoo that ships with sharpkit.
+    PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
+    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit.
 
     Results are saved one by one in --out; the same command resumes a stopped run. A model that
     fails, hangs or crashes does not stop the others; the exit code is then 1.
@@ -563,7 +585,9 @@ def train(
 @click.option("--panels", default="left,middle,right", show_default=True, help="Some of them.")
 @click.option("--data", help="Folder with the data set's files, or another data set.")
 @click.option("--zoo", "zoo_path", help="Another zoo for the right panel.")
-@click.option("--workers", default=1, show_default=True, help="Processes.")
+@click.option("--workers", default=1, show_default=True, help="Work items at a time.")
+@_BACKEND
+@_ADDRESS
 @_DEVICE
 def figure3_command(
     preset: str,
@@ -572,6 +596,8 @@ def figure3_command(
     data: str | None,
     zoo_path: str | None,
     workers: int,
+    backend: Any,
+    address: str | None,
     device: str,
 ) -> None:
     """The three panels of the SAM paper's Figure 3: spectra, test error of m-SAM, predictive power.
@@ -595,6 +621,8 @@ def figure3_command(
         data=data,
         zoo=zoo_path,
         workers=workers,
+        backend=backend,
+        address=address,
         device=_device(device),
     )
     click.echo(f"{result.picture} and tables beside it")

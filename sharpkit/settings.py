@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -26,6 +27,20 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ArgumentError(f"{path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ArgumentError(f"{path}: not a TOML file ({error})") from error
+
+
+def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Which settings differ, for the error that refuses to mix two runs; "" if none does.
+
+    Example:
+        >>> changes({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 0})
+        'lr: 0.1 there, 0.2 now'
+    """
+    return "; ".join(
+        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(now.get(key))} now"
+        for key in dict.fromkeys([*there, *now])
+        if there.get(key) != now.get(key)
+    )
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:

@@ -1,29 +1,17 @@
-"""How much memory there is, how much a graph keeps, and the message when it does not fit."""
+"""How much memory a graph keeps, how much it may, and the message when it does not fit."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sharpkit.errors import ArgumentError
+from sharpkit.memory import available_memory
 
 _CPU_BUDGET = 4 * 2**30
-
-
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on a device; None where the system does not tell."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + reserved)
-    if device.type != "cpu":
-        return None
-    known = [free for free in (_system_memory(), _container_memory()) if free is not None]
-    return min(known, default=None)
 
 
 def default_budget(device: torch.device) -> int:
@@ -89,28 +77,3 @@ def saved_bytes(record: Callable[[], object], ignore: list[Tensor]) -> int:
     sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}
     del graph
     return sum(sizes.values())
-
-
-def _system_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _container_memory() -> int | None:
-    """What is left of the control group's limit, if there is one."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        cached = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    if limit == "max":
-        return None
-    return max(0, int(limit) - used + int(cached.get("inactive_file", 0)))

@@ -14,8 +14,8 @@ from sharpkit.curvature.density import DEFAULT_POINTS, SpectralDensity, check_sh
 from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.lanczos import basis_bytes, lanczos
 from sharpkit.curvature.linear_map import Symmetric, as_linear_map, random_rows
-from sharpkit.curvature.memory import available_memory
 from sharpkit.errors import ArgumentError
+from sharpkit.memory import available_memory
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,7 +6,6 @@ binary version, because the other one is a Python pickle.
 
 from __future__ import annotations
 
-import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -81,12 +80,10 @@ def _file(root: Path | None, remote: _Remote) -> Path:
         if not (root / remote.name).is_file():
             raise DataError(f"{root}: {remote.name} is missing; it is at {remote.url}")
         return root / remote.name
-    from platformdirs import user_cache_dir
-
     from sharpkit.zoo.fetch import fetch_file
+    from sharpkit.zoo.files import cache_folder
 
-    cache = Path(os.environ.get("SHARPKIT_CACHE") or user_cache_dir("sharpkit"))
-    target = cache / "datasets" / remote.name
+    target = cache_folder() / "datasets" / remote.name
     try:
         return fetch_file(remote.url, target, size=remote.size, sha256=remote.sha256)
     except DownloadError as error:

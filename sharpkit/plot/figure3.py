@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sharpkit.curvature.density import SpectralDensity
 
 _NAMES = {"sgd": "SGD", "sam": "SAM"}
-_OFF_SCALE = 2.0  # test errors beyond this multiple of the lowest are not shown
+_OFF_SCALE = 1.25  # test errors beyond this multiple of the lowest are not shown
 _WIDTHS = {"left": 6.4, "middle": 5.0, "right": 5.0}
 
 
@@ -85,8 +85,9 @@ def figure3(
 def draw_test_error(axis: Axes, table: pd.DataFrame) -> None:
     """Test error against ρ, a line with standard errors for each m; SGD as a band across.
 
-    Errors beyond twice the lowest are cut off.
+    Errors beyond 1.25 times the lowest are cut off.
     """
+    import pandas as pd
     from matplotlib import colormaps
 
     sam = table[table["optimizer"] == "sam"]
@@ -106,14 +107,18 @@ def draw_test_error(axis: Axes, table: pd.DataFrame) -> None:
             label=f"SAM, m = {m:g}",
         )
     sgd = table[table["optimizer"] == "sgd"]
-    for row in sgd[sgd["lr"].isin(sam["lr"]) | sam.empty].itertuples():
+    sgd = sgd[sgd["lr"].isin(sam["lr"]) | sam.empty]
+    for row in sgd.itertuples():
         mean, error = 100 * float(str(row.test_error)), 100 * float(str(row.std_error))
         axis.axhline(mean, color="black", linestyle="--", linewidth=1.2, label="SGD")
         if error == error:
             axis.axhspan(mean - error, mean + error, color="black", alpha=0.1, linewidth=0)
-    lowest, highest = (100 * float(f(table["test_error"])) for f in (min, max))
-    if highest > _OFF_SCALE * lowest:  # radii that are too large to learn anything
-        axis.set_ylim(top=_OFF_SCALE * lowest)
+    drawn = pd.concat([sam, sgd])
+    lowest = float(drawn["test_error"].min())
+    if drawn["test_error"].max() > _OFF_SCALE * lowest:  # radii too large to learn anything
+        bottom = float((drawn["test_error"] - drawn["std_error"].fillna(0)).min())
+        top = max(_OFF_SCALE * lowest, 1.05 * float(sgd["test_error"].max()) if len(sgd) else 0.0)
+        axis.set_ylim(98 * bottom, 100 * top)
     radii = sorted(sam["rho"].unique())
     if radii and radii[0] > 0:
         axis.set_xscale("log")

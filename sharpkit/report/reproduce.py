@@ -30,7 +30,7 @@ def score_command(config: Mapping[str, Any], run: Path) -> str | None:
         run: Its directory.
     """
     try:
-        folders = {str(Path(path).parent) for path in config["tasks"].values()}
+        folders = {_parent(path) for path in config["tasks"].values()}
         measures = dict(config["measures"])
         options = _m_sharpness_options(measures.pop("m_sharpness", None))
     except (KeyError, TypeError, ValueError):
@@ -50,6 +50,11 @@ def score_command(config: Mapping[str, Any], run: Path) -> str | None:
         if config.get(name) is not None:
             words += [f"--{name}", str(config[name])]
     return shlex.join(words)
+
+
+def _parent(path: str) -> str:
+    """The zoo of a task's path or URL."""
+    return path.rpartition("/")[0] if "://" in path else str(Path(path).parent)
 
 
 def _zoo_name(folder: str) -> str:

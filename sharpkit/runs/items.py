@@ -17,7 +17,7 @@ from sharpkit.runs.fingerprint import digest, stamp
 from sharpkit.runs.provenance import device_name, environment, peak_memory, restart_peak_memory
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome, Store
-from sharpkit.runs.workers import error_message
+from sharpkit.workers import error_message
 from sharpkit.zoo import ModelEntry, Task
 
 
@@ -50,12 +50,12 @@ class Scorer:
         entry, measure = self.tasks[item.task][item.model], self.measures[item.measure]
         files = model_files(entry, measure)
         # before anything is loaded: a file that changes meanwhile will not fit its hash
-        weights_stamp = stamp(files)
-        weights_hash = _digest(files, weights_stamp)
+        weights_stamp, weights_hash = _stamp(entry.task, files), ""
         restart_peak_memory(device)
         values: dict[str, Estimate] = {}
         dtype, message = None, None
         try:
+            weights_hash = _digest(entry.task, files, weights_stamp)
             model = entry.load().to(device)
             dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), None)
             values = evaluate_measure(
@@ -118,9 +118,9 @@ def pending(
         if data_hash and data[name] and data_hash != data[name]:
             continue
         files = model_files(tasks[name][model], measures[measure])
-        now = stamp(files)
+        now = _stamp(tasks[name], files)
         if known_hash and now != known_stamp:
-            found = _digest(files, now)
+            found = _digest_if_there(tasks[name], files, now)
             if found and found != known_hash:
                 continue
             if found:
@@ -141,13 +141,14 @@ def hash_data(store: Store, name: str, task: Task) -> str:
 
     Raises:
         ZooFormatError: They are missing.
+        DownloadError: They are remote and cannot be copied.
     """
     files = task.shards("train")
-    now = stamp(files)
+    now = _stamp(task, files)
     known_hash, known_stamp = store.data(name)
     if known_hash and now == known_stamp:
         return known_hash
-    found = digest(files)
+    found = digest(map(task.local, files))
     store.set_data(name, found, now)
     return found
 
@@ -162,8 +163,24 @@ def _data_hash(store: Store, name: str, task: Task) -> str | None:
         return None
 
 
+def _stamp(task: Task, files: Iterable[Path]) -> str:
+    """Sizes and times of files, or what a server tells in their place: no file is read."""
+    return stamp(files) if task.mirror is None else " ".join(map(task.mirror.stamp, files))
+
+
+def _digest(task: Task, files: Iterable[Path], stamp: str) -> str:
+    return _digest_of_copies(tuple(map(task.local, files)), stamp)
+
+
+def _digest_if_there(task: Task, files: Iterable[Path], stamp: str) -> str:
+    try:
+        return _digest(task, files, stamp)
+    except SharpkitError:  # gone from the server, or it does not answer
+        return ""
+
+
 @lru_cache(maxsize=2)  # several measures of a model come one after the other
-def _digest(files: Iterable[Path], stamp: str) -> str:
+def _digest_of_copies(files: tuple[Path, ...], stamp: str) -> str:
     return digest(files)
 
 

@@ -25,7 +25,7 @@ from sharpkit.runs.fingerprint import digest_of_settings
 from sharpkit.runs.items import Scorer, WorkItem, hash_data, pending
 from sharpkit.runs.shared_data import share
 from sharpkit.runs.store import Key, Outcome, Store
-from sharpkit.runs.workers import Backend, Failure, check_limits, run_items
+from sharpkit.workers import Backend, Failure, check_limits, run_items
 from sharpkit.zoo import Task
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def score_zoo(
             "seed": seed,
             "device": torch.device(device).type,
             "threads": threads,
-            "tasks": {name: str(Path(task.path).resolve()) for name, task in tasks.items()},
+            "tasks": {name: task.location for name, task in tasks.items()},
         }
         store = Store(None if run is None else run / STORE_NAME, config)
         keys = pending(store, tasks, named, limit, progress=progress)
@@ -270,7 +270,7 @@ class _Items:
     def _open(self, name: str) -> TensorDataset:
         """The subset that all models of a task are measured on."""
         task = self._tasks[name]
-        self._store.add_task(name, task.model_configs)
+        task.model_configs  # noqa: B018  (raises if they cannot be read)
         self._data_hashes[name] = hash_data(self._store, name, task)
         if self._backend != "inline":
             task = copy.copy(task)  # a task keeps its data; here it is not needed again

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from sharpkit.errors import RunError
-from sharpkit.runs.workers import Backend
+from sharpkit.workers import Backend
 
 
 def share(data: TensorDataset, backend: Backend, folder: Path) -> Any:

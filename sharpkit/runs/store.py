@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, parse_setting
 from sharpkit.runs.schema import VERSION, prepare, version
+from sharpkit.settings import changes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -262,17 +263,13 @@ class Store:
         with self._transaction() as db:
             # what an older version did not record is taken from now
             stored = {**config, **self.config}
-            changes = [
-                f"{key}: {json.dumps(stored.get(key))} there, {json.dumps(config.get(key))} now"
-                for key in sorted({*stored, *config})
-                if stored.get(key) != config.get(key)
-            ]
-            if changes and self._has_results():
+            changed = changes(stored, config)
+            if changed and self._has_results():
                 raise RunError(
-                    f"{self.path}: the run was started with another configuration "
-                    f"({'; '.join(changes)}). Give it the same one, or another directory"
+                    f"{self.path}: the run was started with another configuration ({changed}). "
+                    "Give it the same one, or another directory"
                 )
-            if changes:  # all that there can be are failures of a configuration given up
+            if changed:  # all that there can be are failures of a configuration given up
                 db.execute("DELETE FROM items")
             db.execute("INSERT OR REPLACE INTO meta VALUES ('config', ?)", (json.dumps(config),))
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sharpkit.errors import ArgumentError
 from sharpkit.functional import Examples, FunctionalModel
+from sharpkit.memory import allowed_memory
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.geometry import Tensors
 from sharpkit.sharpness.low_rank import pays
@@ -68,10 +69,12 @@ def activation_bytes(model: FunctionalModel, weights: Tensors, loss: LossFn, one
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """4 GiB on a CPU, half of the memory of a GPU."""
+    """4 GiB on a CPU, half of the memory of a GPU; at most half of what a worker is allowed."""
+    budget = _CPU_MEMORY_BUDGET
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory // 2)
-    return _CPU_MEMORY_BUDGET
+        budget = torch.cuda.get_device_properties(device).total_memory // 2
+    allowed = allowed_memory(device)
+    return budget if allowed is None else min(budget, allowed // 2)
 
 
 def chunk_size(

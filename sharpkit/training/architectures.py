@@ -25,8 +25,9 @@ def build_architecture(
 ) -> nn.Module:
     """A freshly initialised network of a family, for inputs of a shape.
 
-    - `vgg-WxB`: the competition's VGG family (tasks 1 and 8): B blocks of two 3x3 convolutions of
-      W channels with ReLU and a 2x2 max pooling, then one dense layer.
+    - `vgg-WxB`: the competition's VGG family (tasks 1 and 8): B blocks of two 3x3 convolutions
+      with ReLU and a 2x2 max pooling, then one dense layer. The width doubles from block to block
+      up to W channels.
     - `nin-WxB`: its NiN family (tasks 2, 6, 7 and 9): B blocks of a 3x3 convolution with stride 2
       and two 1x1 convolutions of W channels with ReLU, then a 1x1 convolution to the classes and
       the mean over positions.
@@ -91,6 +92,8 @@ def _recipe(name: str, shape: tuple[int, ...], classes: int) -> Callable[[], Any
             raise ArgumentError(
                 f"{name} halves the image {blocks} times: {shape[1]}x{shape[2]} is too small"
             )
+        if width < 2 ** (blocks - 1):
+            raise ArgumentError(f"{name}: {blocks} blocks cannot double up to {width} channels")
         return lambda: _vgg(shape, classes, width, blocks, norm)
     if match := re.fullmatch(r"resnet(\d+)", name):
         depth = int(match[1])
@@ -110,10 +113,10 @@ def _vgg(
 ) -> nn.Sequential:
     channels, height, width_in = shape
     layers: list[nn.Module] = []
-    for _ in range(blocks):
+    for block in reversed(range(blocks)):
         for _ in range(2):
-            layers += _convolution(channels, width, 3, 1, norm)
-            channels = width
+            layers += _convolution(channels, width >> block, 3, 1, norm)
+            channels = width >> block
         layers.append(nn.MaxPool2d(2))
     positions = (height >> blocks) * (width_in >> blocks)
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * positions, classes))

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from sharpkit.errors import RunError
 from sharpkit.files import atomic_path
+from sharpkit.settings import changes
 
 if TYPE_CHECKING:
     from sharpkit.functional import Examples
@@ -187,14 +188,9 @@ def _corrupt(path: Path, error: Exception) -> RunError:
 
 
 def _compare(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    changes = [
-        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(now.get(key))} now"
-        for key in dict.fromkeys([*there, *now])
-        if there.get(key) != now.get(key)
-    ]
-    if changes:
+    if changed := changes(there, now):
         raise RunError(
-            f"{path}: belongs to a training with another configuration ({'; '.join(changes)}). "
+            f"{path}: belongs to a training with another configuration ({changed}). "
             "Give it the same one, or another directory"
         )
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import lzma
-import os
 import shutil
 import tarfile
 import uuid
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import ZooFormatError
+from sharpkit.zoo.files import cache_folder
 
 if TYPE_CHECKING:
     from sharpkit.zoo.layout import Zoo
@@ -51,7 +51,7 @@ def embedded_zoo() -> Zoo:
     """
     from sharpkit.zoo.layout import load_zoo
 
-    return load_zoo(_unpacked(Path(str(files("sharpkit"))) / "data" / ARCHIVE_NAME, _cache()))
+    return load_zoo(_unpacked(Path(str(files("sharpkit"))) / "data" / ARCHIVE_NAME, cache_folder()))
 
 
 def pack_zoo(zoo: str | Path, archive: str | Path) -> Path:
@@ -81,12 +81,6 @@ def pack_zoo(zoo: str | Path, archive: str | Path) -> Path:
             tar.addfile(member, BytesIO(data))
     archive.write_bytes(lzma.compress(content.getvalue(), filters=_FILTERS))
     return archive
-
-
-def _cache() -> Path:
-    from platformdirs import user_cache_dir
-
-    return Path(os.environ.get("SHARPKIT_CACHE") or user_cache_dir("sharpkit"))
 
 
 def _unpacked(archive: Path, cache: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sharpkit.errors import ArgumentError, DownloadError, ZooFormatError
 from sharpkit.zoo.archive import BadArchiveError, unpack_zip
-from sharpkit.zoo.files import read_json, write_json
+from sharpkit.zoo.files import cache_folder, read_json, write_json
 
 _BUCKET = "https://storage.googleapis.com/gresearch/pgdl/"
 ARCHIVES = {
@@ -68,7 +68,7 @@ def fetch_zoo(
         url = ARCHIVES[name]
     if not name or Path(name).name != name or name.startswith("."):
         raise ArgumentError(f"name {name!r} cannot be a directory name")
-    folder = _default_folder() if target is None else Path(target).expanduser()
+    folder = cache_folder() / "zoos" if target is None else Path(target).expanduser()
     unpacked, archive = folder / name, folder / f"{name}.zip"
     if unpacked.is_dir():
         return unpacked
@@ -122,12 +122,6 @@ def fetch_file(
     except OSError as error:
         raise DownloadError(f"{path}: cannot be written ({error})") from error
     return path
-
-
-def _default_folder() -> Path:
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("sharpkit")) / "zoos"
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,11 @@ def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
 
     Always checked: model_configs.json, each config.json (every layer builds), each weight file
     (opens, shapes agree), that shards are there. With `deep`: every weight is read and finite, one
-    forward pass per model is finite, every shard is decoded with its checksums, labels fit.
+    forward pass per model is finite, every shard is decoded with its checksums, labels fit. Without
+    `deep`, weights and shards of a remote zoo are not copied, only seen to be there.
 
     Args:
-        zoo: An open zoo or its path.
+        zoo: An open zoo, its path or URL.
         deep: Read everything.
 
     Returns:
@@ -49,7 +50,7 @@ def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
     """
     import pandas as pd
 
-    opened = zoo if isinstance(zoo, Zoo) else find_tasks(Path(zoo))
+    opened = zoo if isinstance(zoo, Zoo) else find_tasks(zoo)
     rows: list[dict[str, Any]] = []
     for task in opened.values():
         problems = _task_problems(task, deep)
@@ -77,7 +78,7 @@ def _task_problems(task: Task, deep: bool) -> list[str]:
         except SharpkitError as error:
             problems.append(str(error))
             continue
-        broken = [p for shard in shards if (p := _shard_problem(shard, deep))]
+        broken = [p for shard in shards if (p := _shard_problem(task, shard, deep))]
         if deep and not broken:
             broken = _dataset_problems(task, split)
         problems += broken
@@ -93,16 +94,23 @@ def _dataset_problems(task: Task, split: Literal["train", "test"]) -> list[str]:
     return []
 
 
-def _shard_problem(shard: Path, deep: bool) -> str:
+def _shard_problem(task: Task, shard: Path, deep: bool) -> str:
     if not deep:
-        return "" if shard.is_file() and shard.stat().st_size else f"{shard}: shard is empty"
+        return f"{shard}: shard is empty" if _size(task, shard) == 0 else ""
     from sharpkit.zoo.tfrecord import read_shards
 
     try:
-        read_shards([shard])
+        read_shards([task.local(shard)])
     except SharpkitError as error:
         return str(error)
     return ""
+
+
+def _size(task: Task, path: Path) -> int | None:
+    """Bytes of a file; None if a server does not tell."""
+    if task.mirror is not None:
+        return task.mirror.size(path)
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _trial_inputs(task: Task) -> tuple[Tensor, int]:
@@ -143,7 +151,11 @@ def _weight_problems(
     try:
         if trial is not None:
             return _forward_problems(entry, weights, *trial)
-        check_weights(entry.build(), entry.weights_path(weights))
+        path = entry.weights_path(weights)
+        if entry.task.mirror is None:
+            check_weights(entry.build(), path)
+        elif _size(entry.task, path) == 0:
+            return [f"{path}: weights are empty"]
     except SharpkitError as error:
         return [str(error)]
     return []

@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sharpkit.errors import ArgumentError, ZooFormatError
+from sharpkit.errors import ArgumentError, DownloadError, ZooFormatError
 from sharpkit.zoo.files import list_directory, read_json
 from sharpkit.zoo.grid import check_grid, possible_values
+from sharpkit.zoo.remote import Mirror, is_remote, local_path
 
 if TYPE_CHECKING:
     from torch.utils.data import TensorDataset
@@ -35,8 +36,12 @@ def load_zoo(path: str | Path) -> Zoo:
     tasks, or one task; model_configs.json may also lie beside the models. Models that the file
     does not list, entries without a model, and incomplete or doubled grids are warned about.
 
+    Of a zoo elsewhere, opening reads the listing and model_configs.json; any other file is copied
+    into the cache (`SHARPKIT_CACHE`, or the platform's) when it is used, and again if it changes.
+
     Args:
-        path: The directory.
+        path: The directory, or a URL that fsspec knows, such as "s3://bucket/zoo", "gs://...",
+            "hf://datasets/...", "https://..." (each needs a package: `sharpkit[remote]`).
 
     Returns:
         Zoo: Task name to `Task`.
@@ -44,6 +49,8 @@ def load_zoo(path: str | Path) -> Zoo:
     Raises:
         ZooFormatError: Nothing there, no model, or (for a single task) no usable
             model_configs.json. Of several tasks the good ones load and the others are warned about.
+        ArgumentError: A URL of an unknown protocol, or of one whose package is missing.
+        DownloadError: The server cannot be reached, or refuses.
 
     Source:
         Jiang et al., NeurIPS 2020 Competition: Predicting Generalization in Deep Learning.
@@ -56,11 +63,11 @@ def load_zoo(path: str | Path) -> Zoo:
         >>> model(torch.zeros(1, 1, 14, 14)).shape
         torch.Size([1, 10])
     """
-    zoo = find_tasks(Path(path))
+    zoo = find_tasks(path)
     for task in zoo.values():
         try:
             messages = task.check()
-        except ZooFormatError as error:
+        except (ZooFormatError, DownloadError) as error:
             if len(zoo) == 1:
                 raise
             messages = [str(error)]
@@ -69,12 +76,13 @@ def load_zoo(path: str | Path) -> Zoo:
     return zoo
 
 
-def find_tasks(path: Path) -> Zoo:
-    """The tasks below a path, without opening any file; see `load_zoo`."""
-    path = path.expanduser()
+def find_tasks(path: str | Path) -> Zoo:
+    """The tasks below a path or URL, without opening any file; see `load_zoo`."""
+    mirror = Mirror(str(path)) if is_remote(path) else None
+    path = local_path(path) if mirror is None else mirror.path
     for root in _candidates(path):
         if _model_directories(root):
-            return Zoo(path, [Task(root.resolve().name, root)])
+            return Zoo(path, [Task(root.resolve().name, root, mirror)])
         tasks = [d for d in list_directory(root) if d.is_dir() and d.name != "reference_data"]
         full = [d for d in tasks if _model_directories(d)]
         empties = [d for d in tasks if d not in full]
@@ -86,10 +94,10 @@ def find_tasks(path: Path) -> Zoo:
                 raise ZooFormatError(message)
             warnings.warn(message, UserWarning, stacklevel=3)
         if full:
-            return Zoo(path, [Task(d.name, d) for d in full])
+            return Zoo(path, [Task(d.name, d, mirror) for d in full])
     raise ZooFormatError(
-        f"{path}: no model found; expected input_data/<task>/model_<id>/, or a task with "
-        "model_<id> directories"
+        f"{path if mirror is None else mirror.url}: no model found; expected "
+        "input_data/<task>/model_<id>/, or a task with model_<id> directories"
     )
 
 
@@ -127,10 +135,11 @@ class Task(Mapping[str, "ModelEntry"]):
     Args:
         name: The task's name.
         path: Its directory, the one with `model_<id>` and `dataset_1`.
+        mirror: Of a remote task, what brings its files; they are at their paths after `local`.
     """
 
-    def __init__(self, name: str, path: Path) -> None:
-        self.name, self.path = name, path
+    def __init__(self, name: str, path: Path, mirror: Mirror | None = None) -> None:
+        self.name, self.path, self.mirror = name, path, mirror
         directories = _model_directories(path)
         ids = sorted(directories, key=lambda id_: (int(id_), id_))
         self._models = {id_: ModelEntry(self, id_, directories[id_]) for id_ in ids}
@@ -153,10 +162,24 @@ class Task(Mapping[str, "ModelEntry"]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_datasets": {}}  # other processes read the data themselves
 
+    @property
+    def location(self) -> str:
+        """The task's URL if it is remote, else its absolute path."""
+        return str(self.path.resolve()) if self.mirror is None else self.mirror.location(self.path)
+
+    def local(self, path: Path) -> Path:
+        """One of the task's files, copied here before if the task is remote.
+
+        Raises:
+            ZooFormatError: The server does not have it.
+            DownloadError: It cannot be copied.
+        """
+        return path if self.mirror is None else self.mirror.fetch(path)
+
     @cached_property
     def model_configs(self) -> dict[str, Any]:
         """The parsed model_configs.json: id -> {"hparams", "metrics"}."""
-        content = read_json(self.model_configs_path)
+        content = read_json(self.local(self.model_configs_path))
         if not isinstance(content, dict) or not content:
             raise ZooFormatError(f"{self.model_configs_path}: expected a non-empty JSON object")
         return content
@@ -171,7 +194,7 @@ class Task(Mapping[str, "ModelEntry"]):
             here.parent / "reference_data" / name / "model_configs.json",
         ]
         for place in places:
-            if place.is_file():
+            if place.is_file() if self.mirror is None else self.mirror.has(place):
                 return place
         raise ZooFormatError(
             f"{self.path}: model_configs.json is missing; looked for {', '.join(map(str, places))}"
@@ -199,7 +222,7 @@ class Task(Mapping[str, "ModelEntry"]):
         return messages + check_grid(configs)
 
     def shards(self, split: Literal["train", "test"]) -> list[Path]:
-        """The files of a split in numeric order.
+        """The files of a split in numeric order, not all here if the task is remote; see `local`.
 
         Raises:
             ArgumentError: Not "train" or "test".
@@ -212,7 +235,7 @@ class Task(Mapping[str, "ModelEntry"]):
             raise ZooFormatError(f"{folder}: this task has no {split} data")
         numbered = [
             (int(match[1]), entry)
-            for entry in list_directory(folder)
+            for entry in self._children(folder)
             if (match := _SHARD.fullmatch(entry.name))
         ]
         if not numbered:
@@ -243,12 +266,15 @@ class Task(Mapping[str, "ModelEntry"]):
 
             from sharpkit.zoo.tfrecord import read_shards
 
-            stored, labels = read_shards(self.shards(split))
+            stored, labels = read_shards(list(map(self.local, self.shards(split))))
             inputs = torch.from_numpy(stored)
             if inputs.ndim == 4:
                 inputs = inputs.permute(0, 3, 1, 2).contiguous()
             self._datasets[split] = TensorDataset(inputs, torch.from_numpy(labels))
         return self._datasets[split]
+
+    def _children(self, folder: Path) -> list[Path]:
+        return list_directory(folder) if self.mirror is None else self.mirror.children(folder)
 
 
 class ModelEntry:
@@ -269,7 +295,7 @@ class ModelEntry:
     @property
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        config = read_json(self.path / "config.json", max_bytes=2**24)
+        config = read_json(self.task.local(self.path / "config.json"), max_bytes=2**24)
         if not isinstance(config, dict):
             raise ZooFormatError(f"{self.path / 'config.json'}: expected a JSON object")
         return config
@@ -281,7 +307,7 @@ class ModelEntry:
         return build_model(self.config, model_name=str(self.path / "config.json"), device=device)
 
     def weights_path(self, weights: Literal["final", "initial"] = "final") -> Path:
-        """The weight file of the trained or the freshly initialised network."""
+        """The weight file of the trained or the freshly initialised network; see `Task.local`."""
         if weights not in WEIGHT_FILES:
             raise ArgumentError(f"weights is {weights!r}; expected 'final' or 'initial'")
         return self.path / WEIGHT_FILES[weights]
@@ -304,7 +330,7 @@ class ModelEntry:
 
         path = self.weights_path(weights)
         model = self.build()
-        load_weights(model, path)
+        load_weights(model, self.task.local(path))
         return model.eval()
 
     @property

@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from sharpkit.errors import ArgumentError, DataError, RunError
 from sharpkit.functional import standard_tensor
 from sharpkit.lock import sole_driver
-from sharpkit.runs.workers import Backend, Failure, run_items
+from sharpkit.workers import Backend, Failure, run_items
 from sharpkit.zoo.files import read_json, write_json
 from sharpkit.zoo.keras import build_model
 from sharpkit.zoo.recipe import Recipe, TrainedModel, train_model
@@ -65,6 +66,8 @@ def train_zoo(
     shipped_test: int | None = None,
     limit: int | None = None,
     workers: int = 1,
+    backend: Backend | None = None,
+    address: str | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> TrainingReport:
@@ -85,8 +88,10 @@ def train_zoo(
         shipped_test: How many test examples, from the first, are written as the zoo's test split;
             their accuracy is recorded as `shipped_test_acc`. Default all.
         limit: Train only the first models of the grid; the rest can follow later.
-        workers: Processes; 1 trains in this one. A script that asks for more needs the usual
-            `if __name__ == "__main__":`.
+        workers: Models at a time.
+        backend: "inline", "processes" or "ray"; None for this process with one worker and worker
+            processes with more. A script that starts them needs `if __name__ == "__main__":`.
+        address: Of the Ray cluster, such as "auto"; None for a local one.
         device: Where to train, such as "cpu" or "cuda".
         progress: Whether to show a progress bar.
 
@@ -138,18 +143,24 @@ def train_zoo(
         todo = {i: recipes[i] for i in wanted if i not in done}
         arrays = [t.numpy() for data in (train, test) for t in data.tensors]
         train_one = partial(_train_one, arrays, seed, shipped)
-        backend: Backend = "inline" if workers == 1 else "processes"
+        results = run_items(
+            train_one,
+            todo.items(),
+            backend=backend or ("inline" if workers == 1 else "processes"),
+            workers=workers,
+            device=device,
+            address=address,
+        )
         failed: dict[str, str] = {}
-        with tqdm(
+        bar = tqdm(
             total=len(wanted),
             initial=len(skipped),
             desc="train",
             unit="model",
             disable=None if progress else True,
-        ) as bar:
-            for (i, _), result in run_items(
-                train_one, todo.items(), backend=backend, workers=workers, device=device
-            ):
+        )
+        with bar, closing(results):  # workers end at once if this process is interrupted
+            for (i, _), result in results:
                 if isinstance(result, Failure):
                     failed[i] = result.message
                     bar.write(f"model {i} failed: {result.message}", file=sys.stderr)

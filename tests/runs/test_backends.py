@@ -118,7 +118,7 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path):
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, start_new_session=True, text=True
     ) as driver:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150  # on a busy machine
         while _finished(tmp_path / "run") < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
         os.killpg(driver.pid, signal.SIGINT)  # as Ctrl-C in a terminal: to workers as well

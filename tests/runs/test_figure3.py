@@ -1,5 +1,6 @@
 """Figure 3: what its tables say is what the trainings, spectra and scores are."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from sharpkit.cli import main
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.functional import load_examples
 from sharpkit.runs.figure3 import figure3, read_plan
+from sharpkit.runs.figure3.trainings import best_lr
 from sharpkit.training import build_architecture, fit
+from sharpkit.zoo.plans import read_plan as read_zoo_plan
 
 TINY = """
 [data]
@@ -110,6 +113,15 @@ def test_sam_has_the_learning_rate_that_is_best_for_sgd(made):
     sgd = rows[rows["optimizer"] == "sgd"].set_index("lr")["test_error"]
     assert len(sgd) == 2
     assert set(rows[rows["optimizer"] == "sam"]["lr"]) == {sgd.idxmin()}
+
+
+def test_a_learning_rate_at_which_a_seed_failed_is_not_chosen():
+    rows = [("sgd", lr, seed, lr) for lr in (0.1, 0.2) for seed in (0, 1)]
+    trainings = pd.DataFrame(rows, columns=["optimizer", "lr", "seed", "test_error"])
+    assert best_lr(trainings, 2) == 0.1
+    assert best_lr(trainings.iloc[1:], 2) == 0.2
+    with pytest.raises(RunError, match="at every learning rate"):
+        best_lr(trainings.iloc[1:3], 2)
 
 
 def test_the_left_table_has_the_largest_eigenvalues_of_the_loss(preset, made):
@@ -215,7 +227,7 @@ def test_what_diverges_is_recorded_and_the_rest_goes_on(preset, tmp_path):
 def test_a_directory_of_another_figure_is_refused(preset, made):
     plan = read_plan(preset)
     other = replace(plan, training=replace(plan.training, epochs=3))
-    with pytest.raises(RunError, match=r"training\.epochs: 2 there, 3 now"):
+    with pytest.raises(RunError, match=r"training: epochs: 2 there, 3 now"):
         figure3(other, out=made[1], progress=False)
 
 
@@ -259,9 +271,10 @@ def test_presets_have_the_papers_group_sizes_and_their_networks_exist(name):
 
 def test_experiments_are_readable():
     folder = Path(__file__).parents[2] / "benchmarks" / "experiments"
-    plans = [read_plan(path) for path in sorted(folder.glob("*.toml"))]
-    assert len(plans) == 2
-    assert all(p.training.m == (1, 4, 16, 64, 256) and len(p.training.seeds) == 3 for p in plans)
+    plans = [read_plan(folder / f"{name}.toml") for name in ("fashion_small", "cifar10_subset")]
+    assert all(p.training.m == (1, 4, 16, 64, 256) and len(p.training.seeds) >= 3 for p in plans)
+    zoo = read_zoo_plan(folder / "cifar10_zoo.toml")
+    assert len(list(itertools.product(*zoo.grid.values()))) == 48
 
 
 def test_the_command_draws_and_tells_of_failures(preset, tmp_path):

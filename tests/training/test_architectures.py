@@ -37,7 +37,7 @@ def test_sizes_are_those_of_the_papers(name, classes, expected, monkeypatch):
 
 def test_sizes_of_the_competitions_families():
     vgg = build_architecture("vgg-32x2", (1, 28, 28), 10, seed=0)
-    conv = (1 * 9 * 32 + 32) + 3 * (32 * 9 * 32 + 32)
+    conv = (1 * 9 + 1) * 16 + (16 * 9 + 1) * 16 + (16 * 9 + 1) * 32 + (32 * 9 + 1) * 32
     assert size(vgg) == conv + 7 * 7 * 32 * 10 + 10
     nin = build_architecture("nin-16x2", (3, 32, 32), 10, seed=0)
     block = 2 * (16 * 16 + 16)
@@ -79,7 +79,7 @@ def test_convolutions_start_with_hes_variance_and_biases_at_zero():
     model = build_architecture("vgg-64x2", (1, 28, 28), 10, seed=0)
     convolutions = [layer for layer in model if isinstance(layer, nn.Conv2d)]
     for layer in convolutions[1:]:
-        assert abs(float(layer.weight.detach().var()) * 64 * 9 / 2 - 1) < 0.05
+        assert abs(float(layer.weight.detach().var()) * layer.in_channels * 9 / 2 - 1) < 0.05
         assert not layer.bias.any()
 
 
@@ -136,6 +136,7 @@ def test_your_own_function(tmp_path, monkeypatch):
         ("resnet2", "depth of 6n"),
         ("wrn-17-4", "depth of 6n"),
         ("vgg-8x5", "28x28 is too small"),
+        ("vgg-2x3", "3 blocks cannot double up to 2 channels"),
     ],
 )
 def test_other_names_are_refused(name, message):

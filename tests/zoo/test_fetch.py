@@ -266,5 +266,6 @@ def test_a_folder_that_cannot_be_made_is_an_error(server, tmp_path):
 
 
 def test_the_default_folder_is_the_users_cache(server, tmp_path, monkeypatch):
+    monkeypatch.delenv("SHARPKIT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert get(server, None) == tmp_path / "sharpkit" / "zoos" / "public"

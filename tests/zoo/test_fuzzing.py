@@ -7,7 +7,7 @@ from functools import partial
 
 from fuzzing import KINDS, try_case, write_seeds
 
-from sharpkit.runs.workers import Failure, run_items
+from sharpkit.workers import Failure, run_items
 
 
 def case(folder, item, device):

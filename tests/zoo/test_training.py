@@ -108,6 +108,14 @@ def test_neither_workers_nor_random_state_change_a_number(trained, tmp_path):
     assert same_zoo(trained, tmp_path / "two")
 
 
+@pytest.mark.parametrize("backend", ["processes", "ray"])
+def test_backends_train_the_same_zoo(trained, tmp_path, backend):
+    if backend == "ray":
+        pytest.importorskip("ray", reason="Ray is not installed: pip install 'sharpkit[ray]'")
+    train(tmp_path, workers=1, backend=backend)
+    assert same_zoo(trained, tmp_path)
+
+
 def test_another_seed_gives_other_weights(trained, tmp_path):
     train(tmp_path, seed=1)
     assert not same_zoo(trained, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,8 @@ from sharpkit.runs.figure3.trainings import (
     train,
 )
 from sharpkit.runs.score import score_zoo
-from sharpkit.runs.workers import Backend, Failure, run_items
+from sharpkit.settings import changes
+from sharpkit.workers import Backend, Failure, run_items
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,6 +69,8 @@ def figure3(
     data: str | None = None,
     zoo: str | None = None,
     workers: int = 1,
+    backend: Backend | None = None,
+    address: str | None = None,
     device: str = "cpu",
     progress: bool = True,
 ) -> Figure3:
@@ -89,8 +93,11 @@ def figure3(
         panels: Which of "left", "middle" and "right".
         data: Another folder with the data set's files, or another data set, for the trainings.
         zoo: Another zoo for the right panel.
-        workers: Processes; 1 works in this one. A script that asks for more needs the usual
-            `if __name__ == "__main__":`.
+        workers: Trainings, spectra and models at a time.
+        backend: "inline", "processes" or "ray"; None for this process with one worker and worker
+            processes with more. A script that uses processes needs the usual
+            `if __name__ == "__main__":`; the nodes of a Ray cluster must share the disk of `out`.
+        address: Of the Ray cluster, such as "auto"; None for a local one.
         device: Where to train and measure, such as "cpu" or "cuda".
         progress: Whether to show progress bars.
 
@@ -121,7 +128,8 @@ def figure3(
     root = Path(out)
     with sole_driver(root):
         _claim(root / "figure3.json", plan, panels)
-        driver = _Driver(workers, device, progress, {})
+        chosen = backend or ("inline" if workers == 1 else "processes")
+        driver = _Driver(chosen, workers, address, device, progress, {})
         spectra = densities = test_error = power = None
         if "left" in panels or "middle" in panels:
             examples = Examples.of(*plan.data.load())
@@ -140,22 +148,27 @@ def figure3(
 class _Driver:
     """How work items are done, and which of them failed."""
 
+    backend: Backend
     workers: int
+    address: str | None
     device: str
     progress: bool
     failures: dict[str, str]
 
-    @property
-    def backend(self) -> Backend:
-        return "inline" if self.workers == 1 else "processes"
-
     def results(self, label: str, function: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
         """What a function gives for the items, in their order; failures are noted and left out."""
         found: dict[Any, Any] = {}
-        with tqdm(total=len(items), desc=label, disable=None if self.progress else True) as bar:
-            for item, result in run_items(
-                function, items, backend=self.backend, workers=self.workers, device=self.device
-            ):
+        outcomes = run_items(
+            function,
+            items,
+            backend=self.backend,
+            workers=self.workers,
+            device=self.device,
+            address=self.address,
+        )
+        silent = None if self.progress else True
+        with closing(outcomes), tqdm(total=len(items), desc=label, disable=silent) as bar:
+            for item, result in outcomes:
                 if isinstance(result, Failure):
                     self.failures[item.name] = result.message
                     bar.write(f"{item.name} failed: {result.message}")
@@ -177,7 +190,7 @@ def _train_all(
     rows = driver.results("SGD", one, sgd_runs(plan))
     if not rows:
         raise RunError(f"every training with SGD failed: {_first(driver.failures)}")
-    lr = best_lr(pd.DataFrame(rows))
+    lr = best_lr(pd.DataFrame(rows), len(plan.training.seeds))
     runs: list[Run] = sam_runs(plan, lr) if "middle" in panels else []
     if "left" in panels:
         runs += [run for run in spectrum_runs(plan, lr) if run.optimizer == "sam"]
@@ -228,6 +241,7 @@ def _predictive_power(driver: _Driver, plan: Plan, root: Path) -> pd.DataFrame:
         threads=1,
         backend=driver.backend,
         workers=driver.workers,
+        address=driver.address,
         device=driver.device,
         progress=driver.progress,
     )
@@ -249,12 +263,7 @@ def _claim(path: Path, plan: Plan, panels: Collection[str]) -> None:
     except (ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged: delete it, or choose another directory") from error
     if changed:
-        listed = "; ".join(
-            f"{key}.{name}: {there[key].get(name)!r} there, {wanted[key].get(name)!r} now"
-            for key in sorted(changed)
-            for name in wanted[key]
-            if there[key].get(name) != wanted[key].get(name)
-        )
+        listed = "; ".join(f"{key}: {changes(there[key], wanted[key])}" for key in sorted(changed))
         raise RunError(f"{path.parent} holds a figure of other settings ({listed}): choose another")
     with atomic_path(path) as temporary:
         merged = {**there, **{key: wanted[key] for key in sorted(needed)}}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from sharpkit.errors import RunError
 from sharpkit.functional import standard_tensor
 from sharpkit.runs.figure3.plan import Plan
 from sharpkit.training import build_architecture, fit
@@ -155,10 +156,17 @@ def training_set(plan: Plan, examples: Examples, seed: int) -> TensorDataset:
     return TensorDataset(inputs, noisy_labels(labels, plan.training.label_noise, seed))
 
 
-def best_lr(trainings: pd.DataFrame) -> float:
-    """The learning rate with SGD's lowest mean test error."""
-    sgd = trainings[trainings["optimizer"] == "sgd"]
-    return float(str(sgd.groupby("lr")["test_error"].mean().idxmin()))
+def best_lr(trainings: pd.DataFrame, seeds: int) -> float:
+    """The learning rate with SGD's lowest mean test error, of those at which no seed failed.
+
+    Raises:
+        RunError: If at every learning rate a training failed.
+    """
+    sgd = trainings[trainings["optimizer"] == "sgd"].groupby("lr")["test_error"]
+    complete = sgd.mean()[sgd.count() == seeds]
+    if complete.empty:
+        raise RunError("with SGD, a training failed at every learning rate; add a smaller one")
+    return float(str(complete.idxmin()))
 
 
 def summary(trainings: pd.DataFrame) -> pd.DataFrame:

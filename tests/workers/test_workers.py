@@ -13,8 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import sharpkit as sk
+from sharpkit.curvature.memory import default_budget
 from sharpkit.errors import ArgumentError, RunError
-from sharpkit.runs.workers import Failure, run_items
+from sharpkit.memory import available_memory
+from sharpkit.sharpness.plan import default_memory_budget
+from sharpkit.workers import Failure, run_items
 
 
 def work(item, device):
@@ -85,6 +89,39 @@ def test_too_much_memory_is_refused_with_the_number(results):
     assert results["allocate", 2**10] == 2**10
 
 
+def wide_convolution():
+    """2.4 MB of weights and little else: at m = 1, many groups are worth one chunk."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(256, 256, 3, padding=1)
+    return torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.Flatten())
+
+
+def sharpness(memory_budget, device):
+    model = wide_convolution()  # seeds what follows
+    data = torch.utils.data.TensorDataset(torch.randn(256, 256, 1, 1), torch.arange(256))
+    return sk.m_sharpness(model, data, m=1, rho=0.1, memory_budget=memory_budget).value
+
+
+def budgets(item, device):
+    cpu = torch.device(device)
+    torch.ones(2**25)  # memory that is free again does not count
+    return default_memory_budget(cpu), default_budget(cpu), available_memory(cpu)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can limit the memory")
+def test_measures_cut_their_data_to_the_memory_of_the_worker():
+    limit = 2**30
+    with_limit = {"backend": "processes", "workers": 1, "memory": limit}
+    ((_, (chunk, kept, free)),) = run_items(budgets, [0], **with_limit)
+    assert chunk == limit // 2  # what m-sharpness lays its chunks out for
+    assert kept <= limit // 2  # the graphs that curvature keeps
+    assert limit - 2**27 < free <= limit
+    results = dict(run_items(sharpness, [None, 4 * 2**30], **with_limit))
+    assert isinstance(results[4 * 2**30], Failure)  # the whole machine's budget is too much
+    expected = sharpness(2**28, "cpu")
+    assert results[None] == pytest.approx(expected, rel=1e-4)  # chunks change the rounding only
+
+
 def test_threads_are_as_they_were_before():
     before = torch.get_num_threads()
     assert next(run_items(work, [("sum", 0)], threads=before + 1))[1][1] == before + 1
@@ -104,7 +141,7 @@ def test_workers_end_with_their_driver(tmp_path, sent):
     script = tmp_path / "driver.py"
     script.write_text(
         "import os, time\n"
-        "from sharpkit.runs.workers import run_items\n\n"
+        "from sharpkit.workers import run_items\n\n"
         "def work(item, device):\n"
         "    return os.getpid() if item == 0 else time.sleep(100)\n\n"
         'if __name__ == "__main__":\n'

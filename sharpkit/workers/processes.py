@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from sharpkit.errors import RunError
-from sharpkit.runs.limits import free_memory, limit_memory, limited_threads
-from sharpkit.runs.workers import Failure, attempt
+from sharpkit.memory import available_memory, limit_memory
+from sharpkit.workers.items import Failure, attempt
+from sharpkit.workers.threads import limited_threads
 
 _READY = "ready"
 _MOST_FAILED_STARTS = 3  # in a row; more means that no worker can start
@@ -48,7 +49,7 @@ def run_in_processes(
 ) -> Generator[tuple[Any, Any]]:
     """`run_items` in one process per device given."""
     if memory is None and all(torch.device(d).type == "cpu" for d in devices):
-        memory = free_memory() // len(devices) or None
+        memory = (available_memory(torch.device("cpu")) or 0) // len(devices) or None
     setup = cloudpickle.dumps((function, threads, memory))
     source, again, crew = iter(items), deque[_Job](), dict[int, _Worker]()
     failed_starts = 0

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from sharpkit.errors import ArgumentError, RunError
-from sharpkit.runs.limits import limit_memory, limited_threads
-from sharpkit.runs.workers import Failure, attempt, error_message
+from sharpkit.memory import limit_memory
+from sharpkit.workers.items import Failure, attempt, error_message
+from sharpkit.workers.threads import limited_threads
 
 _NOTHING = object()
 

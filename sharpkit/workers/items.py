@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import torch
 
 from sharpkit.errors import ArgumentError, SharpkitError
-from sharpkit.runs.limits import limited_threads
+from sharpkit.workers.threads import limited_threads
 
 Backend = Literal["inline", "processes", "ray"]
 Item = TypeVar("Item")
@@ -54,7 +54,8 @@ def run_items(
         threads: CPU threads of one item.
         timeout: Seconds that one item may take; needs a backend that can end it.
         memory: Bytes that one item may allocate on its device; None for an equal share of what is
-            free ("processes" on a CPU) or no limit.
+            free ("processes" on a CPU) or no limit. sharpkit's own measures cut their data into
+            chunks that fit half of it; where that binds, the last digits may follow from it.
         device: Such as "cpu"; "cuda" spreads the workers over all GPUs.
         address: Of a Ray cluster, such as "auto"; None for a local one.
 
@@ -73,13 +74,13 @@ def run_items(
     if backend == "inline":
         return _run_inline(function, items, threads, device)
     if backend == "processes":
-        from sharpkit.runs.processes import run_in_processes
+        from sharpkit.workers.processes import run_in_processes
 
         devices = _devices(device, workers, threads)
         return run_in_processes(
             function, items, devices=devices, threads=threads, timeout=timeout, memory=memory
         )
-    from sharpkit.runs.cluster import run_on_ray
+    from sharpkit.workers.cluster import run_on_ray
 
     return run_on_ray(
         function,

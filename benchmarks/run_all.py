@@ -1,0 +1,231 @@
+"""Every speed claim of the project beside its peers, in one go: `make bench`.
+
+    .venv-bench/bin/python benchmarks/run_all.py [--quick] [--threads N] [--results FOLDER]
+
+Each benchmark is a process of its own with the same number of threads. What it measured is written
+to FOLDER/<machine>.json, and as a table to FOLDER/<machine>.md. A benchmark that fails is recorded,
+the others run, and the exit code is 1. `--quick` takes minutes: sizes too small for the targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from timing import Record, short
+
+HERE = Path(__file__).resolve().parent
+JOBS = (
+    "bench_m_sharpness.py",
+    "bench_sam.py",
+    "bench_cmi.py",
+    "bench_loading.py",
+    "bench_curvature.py --only products",
+    "bench_curvature.py --only density",
+    "bench_curvature.py --only agreement",
+    "bench_curvature.py --only memory",
+    "bench_curvature.py --only scaling",
+    "bench_runs.py --only many",
+    "bench_runs.py --only overhead",
+    "bench_runs.py --only speedup",
+)
+PACKAGES = (
+    "sharpkit",
+    "torch",
+    "numpy",
+    "curvlinops-for-pytorch",
+    "hessian-eigenthings",
+    "pyhessian",
+)
+
+
+def run_job(job: str, quick: bool, threads: int) -> tuple[list[Record], dict[str, Any] | None]:
+    """The records of one benchmark, and why it failed, if it did."""
+    script, *options = job.split()
+    limits = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder) / "records", Path(folder) / "errors"
+        command = [sys.executable, str(HERE / script), *options, "--out", str(out)]
+        with errors.open("w") as stderr:
+            done = subprocess.run(
+                [*command, "--quick"] if quick else command,
+                env={**os.environ, **limits},
+                stderr=stderr,
+                check=False,
+            )
+        lines = out.read_text().splitlines() if out.is_file() else []
+        records = [Record(**json.loads(line)) for line in lines]
+        if done.returncode:
+            error = errors.read_text()[-2000:]
+            print(error, file=sys.stderr)
+            return records, {"job": job, "exit_code": done.returncode, "error": error}
+    return records, None
+
+
+def table(records: Sequence[Record]) -> str:
+    """One row per case: sharpkit, its peers, and the fastest peer in times of sharpkit."""
+    lines = [
+        "| case | unit | sharpkit | peers | fastest peer / sharpkit | target | holds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in dict.fromkeys(record.case for record in records):
+        group = [record for record in records if record.case == case]
+        ours = [record for record in group if record.contender.startswith("sharpkit")]
+        peers = [record for record in group if record not in ours]
+        fastest = ""
+        if ours and peers and ours[0].median > 0:
+            fastest = short(min(peer.median for peer in peers) / ours[0].median)
+        targets = [record for record in group if record.target]
+        cells = (
+            case,
+            group[0].unit,
+            "; ".join(named(record, plain="sharpkit") for record in ours),
+            "; ".join(named(record) for record in peers),
+            fastest,
+            "; ".join(dict.fromkeys(record.target for record in targets)),
+            holds(targets),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def holds(records: Sequence[Record]) -> str:
+    """Whether all targets of a case are met, or by whom they are not."""
+    missed = [record.contender for record in records if not record.holds]
+    if missed:
+        return f"**no**: {', '.join(missed)}"
+    return "yes" if records else ""
+
+
+def named(record: Record, plain: str = "") -> str:
+    """The values with the contender before them, but for the one of that name."""
+    name = record.contender.removeprefix(plain).strip()
+    return f"{name} {record}" if name else str(record)
+
+
+def machine_name(processor: str, cores: int) -> str:
+    """Such as amd-epyc-9554-2-cores, from what the processor calls itself."""
+    name = re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|\d+-core|@.*", " ", processor.lower())
+    return f"{'-'.join(re.findall('[a-z0-9]+', name))}-{cores}-cores"
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures depend on; no host name."""
+    info: dict[str, str] = {}
+    if Path("/proc/cpuinfo").is_file():
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        info = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in first.splitlines())}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "processor": info.get("model name") or platform.processor() or platform.machine(),
+        "family": info.get("cpu family", ""),
+        "model": info.get("model", ""),
+        "cores": cores,
+        "memory_gib": round(memory),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the contenders, which must all be there.
+
+    Raises:
+        SystemExit: If one is missing.
+    """
+    try:
+        return {name: importlib.metadata.version(name) for name in PACKAGES}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SystemExit(f"{error.name} is missing: run `make bench`, which installs it") from None
+
+
+def commit() -> str:
+    """Of the working tree, with a + if it was changed since; "" outside a repository."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=10", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def page(result: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """The Markdown page of a result."""
+    machine, failures = result["machine"], result["failures"]
+    missed = [record for record in records if record.holds is False]
+    used = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    kind = f" (family {machine['family']}, model {machine['model']})" if machine["family"] else ""
+    lines = [
+        f"# Benchmarks: {machine['processor']}, {machine['cores']} cores",
+        "",
+        "Written by `make bench`; see [the explanations](../README.md).",
+        "Medians, with the smallest and largest value in brackets. A ratio above 1 in the fifth",
+        "column means that sharpkit took less than the fastest (or smallest) peer.",
+        "",
+        f"- {machine['processor']}{kind}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{machine['system']}; load {machine['load_before']} before the start",
+        f"- {result['threads']} threads for every contender; Python {machine['python']}, {used}",
+        f"- commit {result['commit'] or 'unknown'}, {result['date']}, "
+        f"{result['seconds'] / 60:.0f} minutes",
+        f"- {len(missed)} of {sum(bool(r.target) for r in records)} targets missed",
+    ]
+    if result["quick"]:
+        lines.append("- **`--quick`: sizes too small for the targets to mean anything**")
+    for failure in failures:
+        reason = (failure["error"].strip().splitlines() or [""])[-1]
+        lines.append(
+            f"- **failed**: `{failure['job']}` (exit code {failure['exit_code']}): {reason}"
+        )
+    return "\n".join([*lines, "", table(records), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--threads", type=int, help="Of every contender; all cores by default.")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    machine = describe_machine()
+    threads = arguments.threads or machine["cores"]
+    result: dict[str, Any] = {
+        "machine": machine,
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "threads": threads,
+        "quick": arguments.quick,
+        "failures": [],
+    }
+    records: list[Record] = []
+    began = time.monotonic()
+    for job in JOBS:
+        print(f"\n{job}, {time.monotonic() - began:.0f} s", flush=True)
+        found, failure = run_job(job, arguments.quick, threads)
+        records += found
+        result["failures"] += [failure] if failure else []
+    result["seconds"] = round(time.monotonic() - began)
+    result["records"] = [asdict(r) | {"median": r.median, "holds": r.holds} for r in records]
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    name = machine_name(machine["processor"], machine["cores"]) + "-quick" * arguments.quick
+    written = arguments.results / f"{name}.json"
+    written.write_text(json.dumps(result, indent=1) + "\n")
+    written.with_suffix(".md").write_text(page(result, records))
+    print(f"\n{written} and .md; {len(result['failures'])} of {len(JOBS)} benchmarks failed")
+    sys.exit(bool(result["failures"]))
+
+
+if __name__ == "__main__":
+    main()
