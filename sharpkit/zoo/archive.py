@@ -114,5 +114,5 @@ def _extract(file: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> No
 def _bar(members: list[zipfile.ZipInfo], progress: bool) -> list[zipfile.ZipInfo]:
     from tqdm import tqdm
 
-    bar: list[zipfile.ZipInfo] = tqdm(members, "unpacking", disable=not progress)  # type: ignore[assignment]
+    bar: list[zipfile.ZipInfo] = tqdm(members, "unpacking", disable=None if progress else True)  # type: ignore[assignment]
     return bar

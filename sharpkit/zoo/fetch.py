@@ -200,7 +200,7 @@ class _Download:
 
         bar = tqdm(
             desc=self.path.name, total=total, initial=have, unit="B", unit_scale=True,
-            disable=not self.progress,
+            disable=None if self.progress else True,
         )  # fmt: skip
         with bar, self.part.open("ab" if have else "wb") as file:
             for piece in response.iter_content(_PIECE):
