@@ -16,7 +16,7 @@ from sharpkit.data import load_dataset
 from sharpkit.evaluation import conditional_mutual_information
 from sharpkit.measures import MSharpness
 from sharpkit.report import write_report
-from sharpkit.runs import Scores, combine, evaluate, score_zoo
+from sharpkit.runs import Scores, combine, evaluate, score_models, score_zoo
 from sharpkit.runs.figure3 import Figure3, figure3
 from sharpkit.sharpness import SharpnessResult, m_sharpness
 from sharpkit.training import SAM, FitResult, build_architecture, fit, m_sam_gradient
@@ -67,6 +67,7 @@ __all__ = [
     "m_sharpness",
     "measures",
     "plot",
+    "score_models",
     "score_zoo",
     "spectral_density",
     "top_eigenvalues",

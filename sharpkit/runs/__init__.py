@@ -1,6 +1,7 @@
-"""Scoring a zoo and evaluating the scores."""
+"""Scoring networks and evaluating the scores."""
 
 from sharpkit.runs.evaluate import combine, evaluate
 from sharpkit.runs.score import Scores, score_zoo
+from sharpkit.runs.score_models import score_models
 
-__all__ = ["Scores", "combine", "evaluate", "score_zoo"]
+__all__ = ["Scores", "combine", "evaluate", "score_models", "score_zoo"]

@@ -168,12 +168,12 @@ def score_zoo(
         4
     """
     tasks = {zoo.name: zoo} if isinstance(zoo, Task) else dict(zoo)
-    named = _named(measures)
-    _check(named, n, limit)
+    named = named_measures(measures)
+    check_request(named, n, limit)
     check_limits(backend, workers, threads, timeout, memory)
     run = None if out is None else Path(out)
     with sole_driver(run), _scratch(run) as scratch:
-        threads = threads or _recorded_threads(run) or _default_threads(backend)
+        threads = threads or recorded_threads(run) or _default_threads(backend)
         config = {
             "measures": {name: describe(measure)[1] for name, measure in named.items()},
             "n": n,
@@ -229,13 +229,7 @@ class _Items:
         self._backend, self._scratch, self._bar = backend, scratch, bar
         self._data_hashes: dict[str, str] = {}
         self._left: Counter[str] = Counter()
-        self._settings = {
-            name: digest_of_settings(
-                {"name": name, "measure": measure}
-                | {key: config[key] for key in ("n", "seed", "device", "threads")}
-            )
-            for name, measure in config["measures"].items()
-        }
+        self._settings = settings_hashes(config)
 
     def of(self, keys: Sequence[Key]) -> Iterator[WorkItem]:
         """The items of some keys, task by task; a task is opened when its turn comes."""
@@ -298,7 +292,17 @@ def _scratch(run: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _named(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
+def settings_hashes(config: Mapping[str, Any]) -> dict[str, str]:
+    """Measure -> SHA-256 of all settings that determine its values."""
+    common = {key: config[key] for key in ("n", "seed", "device", "threads")}
+    return {
+        name: digest_of_settings({"name": name, "measure": measure} | common)
+        for name, measure in config["measures"].items()
+    }
+
+
+def named_measures(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
+    """The measures by name; ArgumentError if there is none, or two have the same name."""
     several = measures if isinstance(measures, Sequence) else [measures]
     named = {describe(measure)[0]: measure for measure in several}
     if not named:
@@ -308,7 +312,8 @@ def _named(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
     return named
 
 
-def _check(measures: Mapping[str, Measure], n: int | None, limit: int | None) -> None:
+def check_request(measures: Mapping[str, Measure], n: int | None, limit: int | None = None) -> None:
+    """ArgumentError if a number is below 1 or a measure has groups of more than n examples."""
     for label, number in (("n", n), ("limit", limit)):
         if number is not None and number < 1:
             raise ArgumentError(f"{label} must be at least 1, got {number}")
@@ -319,7 +324,7 @@ def _check(measures: Mapping[str, Measure], n: int | None, limit: int | None) ->
             raise ArgumentError(f"{name}: m = {largest} is larger than n = {n} examples")
 
 
-def _recorded_threads(run: Path | None) -> int | None:
+def recorded_threads(run: Path | None) -> int | None:
     """The threads that a run was started with."""
     if run is None or not (run / STORE_NAME).is_file():
         return None

@@ -116,7 +116,12 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path):
     command = [sys.executable, "-m", "sharpkit", "score", str(zoo_path)]
     command += ["--out", str(tmp_path / "run"), "--m", "1,2", "--rho", "0.05,0.1", "--workers", "2"]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, start_new_session=True, text=True
+        command,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+        # a shell's background jobs, such as this test may be, inherit that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as driver:
         deadline = time.monotonic() + 150  # on a busy machine
         while _finished(tmp_path / "run") < 3 and time.monotonic() < deadline:

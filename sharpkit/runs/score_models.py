@@ -1,0 +1,442 @@
+"""Scoring modules that are not in a zoo: a user's own networks, by name."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from tqdm import tqdm
+
+from sharpkit.errors import ArgumentError, ModelError, RunError
+from sharpkit.evaluation._grid import normal_id
+from sharpkit.functional import (
+    Data,
+    Examples,
+    _visits_all_once,
+    check_finite_weights,
+    frozen,
+    load_examples,
+)
+from sharpkit.lock import sole_driver
+from sharpkit.measures.measure import Measure, describe, evaluate_measure
+from sharpkit.measures.passes import mean_of, setup, single_losses
+from sharpkit.runs.provenance import device_name, environment, peak_memory, restart_peak_memory
+from sharpkit.runs.score import (
+    STORE_NAME,
+    Scores,
+    check_request,
+    named_measures,
+    recorded_threads,
+    settings_hashes,
+)
+from sharpkit.runs.store import Outcome, Store
+from sharpkit.workers import error_message
+from sharpkit.workers.threads import limited_threads
+
+Model: TypeAlias = "nn.Module | Callable[[], nn.Module]"
+
+_TASK = "models"
+_UNKNOWN = {"train_acc": float("nan"), "test_acc": float("nan")}
+
+
+def score_models(
+    models: Mapping[str, Model],
+    measures: Measure | Sequence[Measure],
+    train: Data,
+    test: Data,
+    *,
+    hyperparameters: Mapping[str, Mapping[str, Any]] | None = None,
+    initial: Mapping[str, Model] | None = None,
+    out: str | Path | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> Scores:
+    """Every measure, and the accuracies, of classifiers that are plain PyTorch modules.
+
+    The counterpart of `score_zoo` for models that are not in a zoo; `evaluate`, `combine` and
+    `write_report` take the result as they take that of a zoo. Models are scored one after the
+    other, in eval mode, and left as they were found. One that fails is recorded with its error,
+    and the others are scored.
+
+    Started again with the same `out`, it skips what is done. A model is scored again if its
+    parameters, buffers or printed form (`repr`) have changed, or the training data; its accuracies
+    also if the test data have. A change in the code of a module alone is not noticed. Models can
+    be added later. Failures are tried again at the next start.
+
+    Args:
+        models: Name -> module, or a function without arguments that returns one. A function is
+            called when its turn comes and its module is released afterwards, so that only one is
+            in memory. Modules return logits of shape (n, classes).
+        measures: One or several, each a callable `(model, data, *, seed)`.
+        train: Training examples: a pair (inputs, labels), a `Dataset` or a `DataLoader`, with
+            integer labels of shape (n,).
+        test: Test examples, in the same forms.
+        hyperparameters: Model -> hyperparameter -> its value (a number, text or bool), the same
+            hyperparameters for all; None if none were varied on purpose.
+        initial: Model -> the network before training, for measures that compare with it.
+        out: Run directory; None keeps the results in memory.
+        n: Examples that the measures see, a seeded subset of the training data as in `score_zoo`;
+            None for all, in their own order. The accuracies are always those of all examples.
+        seed: Of the subset and of the measures' random choices.
+        device: Where the models run, such as "cpu" or "cuda".
+        progress: Show a bar with the time left.
+
+    Returns:
+        Scores: `.frame()`, `.failures`, `.provenance()`. The task is called "models". Its
+        `.model_configs` hold train_acc, test_acc, train_loss and test_loss (mean cross-entropy);
+        the accuracies of a model that fails are NaN, and the evaluation leaves it out.
+
+    Raises:
+        ArgumentError: If there are no models, two names are the same to the evaluation (which
+            drops a leading "model_"), `hyperparameters` or `initial` do not fit the models, an
+            argument is out of range, or a measure needs groups of more examples than there are.
+        DataError: If the examples cannot be read.
+        RunError: If `out` holds a run of another configuration or with other models, belongs to
+            another process, or cannot be written.
+
+    Example:
+        >>> import torch, sharpkit as sk
+        >>> from torch import nn
+        >>> train, test = (data.tensors for data in sk.load_dataset("embedded"))
+        >>> def build(width):
+        ...     torch.manual_seed(0)  # your own trained networks instead
+        ...     return nn.Sequential(nn.Flatten(), nn.Linear(196, width), nn.Linear(width, 10))
+        >>> models = {f"width {w}": build(w) for w in (8, 16, 32)}
+        >>> measure = sk.MSharpness(m=[1, 16], rho=0.05)
+        >>> scores = sk.score_models(models, measure, train, test, n=32, progress=False)
+        >>> len(scores.frame())
+        6
+        >>> list(scores.model_configs["models"]["width 8"]["metrics"])
+        ['train_acc', 'test_acc', 'train_loss', 'test_loss']
+    """
+    named = named_measures(measures)
+    _check_models(models, initial)
+    hparams = _hyperparameters(models, hyperparameters)
+    check_request(named, n)
+    whole, unseen = _in_own_order(train), _in_own_order(test)
+    check_request(named, n or len(whole))
+    measured = whole
+    if n is not None:
+        measured = load_examples((whole.inputs, whole.labels), n=n, seed=seed)
+    run = None if out is None else Path(out)
+    with sole_driver(run):
+        threads = recorded_threads(run) or torch.get_num_threads()
+        config = {
+            "measures": {name: describe(measure)[1] for name, measure in named.items()},
+            "n": n,
+            "seed": seed,
+            "device": torch.device(device).type,
+            "threads": threads,
+            "tasks": {_TASK: None},  # in no file: only Python can start this run
+        }
+        store = Store(None if run is None else run / STORE_NAME, config)
+        scorer = _Scorer(
+            store=store,
+            measures=named,
+            whole=whole,
+            test=unseen,
+            measured=_as_data(measured),
+            hashes=(_hash_examples(whole), _hash_examples(unseen)),
+            settings=settings_hashes(config),
+            configs=_model_configs(store, hparams),
+            seed=seed,
+            device=str(device),
+        )
+        with (
+            limited_threads(threads),
+            tqdm(
+                total=len(models) * len(named),
+                desc="score",
+                unit="model",
+                disable=None if progress else True,
+            ) as bar,
+        ):
+            for name, model in models.items():
+                scorer.score(name, model, None if initial is None else initial[name], bar)
+    return Scores(store)
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores one model after the other and writes what it finds."""
+
+    store: Store
+    measures: Mapping[str, Measure]
+    whole: Examples
+    test: Examples
+    measured: Data
+    hashes: tuple[str, str]  # of training and test data
+    settings: Mapping[str, str]
+    configs: dict[str, dict[str, Any]]
+    seed: int
+    device: str
+
+    def score(self, name: str, source: Model, initial: Model | None, bar: tqdm[Any]) -> None:
+        """All measures of one model; whatever it does, nothing is raised."""
+        began = time.perf_counter()
+        try:
+            with _ready(source, self.device) as model:
+                weights = _hash_model(model)
+                self._note_metrics(name, model, weights)
+                for measure in self.measures:
+                    self._measure(name, measure, model, weights, initial)
+                    bar.update()
+        except Exception as error:  # a model that cannot be used fails every measure
+            self.configs[name] |= {"metrics": _UNKNOWN, "computed_from": None}
+            self.store.add_task(_TASK, self.configs)
+            for measure in self.measures:
+                failed = Outcome(error=error_message(error), seconds=time.perf_counter() - began)
+                self._write(name, measure, failed)
+            bar.update(len(self.measures))
+        gc.collect()  # modules often refer to themselves, and the next one may need the memory
+
+    def _note_metrics(self, name: str, model: nn.Module, weights: str) -> None:
+        """Accuracies and losses, unless they are known for this model and these data."""
+        computed_from = _joined(weights, *self.hashes)
+        if self.configs[name].get("computed_from") != computed_from:
+            train_acc, train_loss = _accuracy_and_loss(model, self.whole)
+            test_acc, test_loss = _accuracy_and_loss(model, self.test)
+            metrics = {"train_acc": train_acc, "test_acc": test_acc}
+            metrics |= {"train_loss": train_loss, "test_loss": test_loss}
+            self.configs[name] |= {"metrics": metrics, "computed_from": computed_from}
+            self.store.add_task(_TASK, self.configs)
+
+    def _measure(
+        self, name: str, measure: str, model: nn.Module, weights: str, initial: Model | None
+    ) -> None:
+        """One measure of one model, unless its value is known."""
+        began = time.perf_counter()
+        restart_peak_memory(self.device)
+        called = self.measures[measure]
+        outcome = Outcome(
+            weights_hash=weights,
+            dtype=next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), None),
+        )
+        try:
+            with ExitStack() as stack:
+                load_initial = None
+                if initial is not None and getattr(called, "needs_initial", False):
+                    before = stack.enter_context(_ready(initial, self.device))
+                    weights = _joined(weights, _hash_model(before))
+                    load_initial = partial(_same, before)
+                if getattr(called, "needs_metrics", False):
+                    weights = _joined(weights, self.hashes[1])
+                outcome = replace(outcome, weights_hash=weights)
+                if self._is_done(name, measure, weights):
+                    return
+                values = evaluate_measure(
+                    called,
+                    model,
+                    self.measured,
+                    seed=self.seed,
+                    initial=load_initial,
+                    metrics=lambda: self.configs[name]["metrics"],
+                )
+            outcome = replace(outcome, values=values)
+        except Exception as error:  # whatever a measure does, the others are tried
+            outcome = replace(outcome, error=error_message(error))
+        self._write(name, measure, replace(outcome, seconds=time.perf_counter() - began))
+
+    def _is_done(self, name: str, measure: str, weights: str) -> bool:
+        wanted = ((_TASK, name, measure), weights, self.hashes[0])
+        return any((key, w, data) == wanted for key, w, _, data in self.store.done())
+
+    def _write(self, name: str, measure: str, outcome: Outcome) -> None:
+        complete = replace(
+            outcome,
+            data_hash=self.hashes[0],
+            settings_hash=self.settings[measure],
+            device=device_name(self.device),
+            peak_memory=peak_memory(self.device),
+            environment=environment(),
+        )
+        self.store.add(_TASK, name, measure, complete)
+
+
+@contextmanager
+def _ready(source: Model, device: str) -> Iterator[nn.Module]:
+    """The module on the device and in eval mode; afterwards as it was, and where it was.
+
+    Raises:
+        ModelError: If a function returns something else, or the module is on several devices.
+    """
+    model = source if isinstance(source, nn.Module) else source()
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the function returned {type(model).__name__}: expected an nn.Module")
+    homes = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
+    if len(homes) > 1:
+        raise ModelError(f"the model is on {', '.join(sorted(map(str, homes)))}: expected one")
+    model.to(device)
+    try:
+        with frozen(model):
+            yield model
+    finally:
+        for home in homes:
+            model.to(home)
+
+
+def _accuracy_and_loss(model: nn.Module, examples: Examples) -> tuple[float, float]:
+    """Share of examples classified rightly, and mean cross-entropy.
+
+    Raises:
+        ModelError: If a weight or an output is NaN or infinite.
+        DataError: If the outputs do not fit the labels.
+    """
+    check_finite_weights(model)
+    run = setup(model, (examples.inputs, examples.labels))
+    outputs = run.logits()
+    right = (outputs.argmax(1) == run.labels).double().mean()
+    return float(right), mean_of(single_losses("cross_entropy")(outputs, run.labels)).value
+
+
+def _in_own_order(data: Data) -> Examples:
+    """All examples; a loader that shuffles stands for its data set in index order."""
+    if (
+        isinstance(data, DataLoader)
+        and isinstance(data.sampler, RandomSampler)
+        and _visits_all_once(data)
+    ):
+        data = DataLoader(data.dataset, collate_fn=data.collate_fn)
+    return load_examples(data, seed=None)
+
+
+def _as_data(examples: Examples) -> Data:
+    """What measures are given: a data set as in `score_zoo`, a pair if inputs are a structure."""
+    if isinstance(examples.inputs, Tensor):
+        return TensorDataset(examples.inputs, examples.labels)
+    return examples.inputs, examples.labels
+
+
+def _check_models(models: Mapping[str, Model], initial: Mapping[str, Model] | None) -> None:
+    if not models:
+        raise ArgumentError("no models are given: expected a mapping of names to modules")
+    for label, given in (("models", models), ("initial", initial or {})):
+        for name, source in given.items():
+            if not isinstance(name, str):
+                raise ArgumentError(f"{label}: found the name {name!r}, expected text")
+            if not callable(source):  # a module is callable, too
+                raise ArgumentError(
+                    f"{label}, {name}: found {type(source).__name__}, expected an nn.Module or a "
+                    "function that returns one"
+                )
+    if len({normal_id(name) for name in models}) < len(models):
+        raise ArgumentError(
+            'two names of models differ only by spaces or a leading "model_": rename one'
+        )
+    if initial is not None:
+        _check_names("initial", initial, models)
+
+
+def _check_names(label: str, given: Mapping[str, Any], models: Mapping[str, Model]) -> None:
+    missing = [name for name in models if name not in given]
+    unknown = [name for name in given if name not in models]
+    if missing:
+        raise ArgumentError(f"{label} lacks the models {', '.join(missing)}")
+    if unknown:
+        raise ArgumentError(f"{label} names models that are not given: {', '.join(unknown)}")
+
+
+def _hyperparameters(
+    models: Mapping[str, Model], given: Mapping[str, Mapping[str, Any]] | None
+) -> dict[str, dict[str, Any]]:
+    """Model -> hparams as in a model_configs.json, the values that occur as the possible ones."""
+    if given is None:
+        return {name: {} for name in models}
+    _check_names("hyperparameters", given, models)
+    first = next(iter(models))
+    names = list(given[first])
+    rows: dict[str, dict[str, Any]] = {}
+    for model in models:
+        if set(given[model]) != set(names):
+            raise ArgumentError(
+                f"hyperparameters of {model}: found {', '.join(map(str, given[model])) or 'none'}, "
+                f"expected those of {first}: {', '.join(map(str, names)) or 'none'}"
+            )
+        rows[model] = {name: _plain(model, name, given[model][name]) for name in names}
+    levels = {name: list({str(r[name]): r[name] for r in rows.values()}.values()) for name in names}
+    return {
+        model: {
+            name: {"possible_values": levels[name], "current_value": row[name]} for name in names
+        }
+        for model, row in rows.items()
+    }
+
+
+def _plain(model: str, name: str, value: Any) -> Any:
+    """A value that JSON can hold; numpy's and torch's scalars become Python's."""
+    value = value.item() if hasattr(value, "item") else value
+    if not isinstance(value, str | int | float | bool):
+        raise ArgumentError(
+            f"hyperparameters of {model}, {name}: found {type(value).__name__}, expected a "
+            "number, text or bool"
+        )
+    return value
+
+
+def _model_configs(store: Store, hparams: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Hyperparameters of now and metrics as far as the store knows them; written to the store.
+
+    Raises:
+        RunError: If the run has models that are not given any more.
+    """
+    known = store.model_configs().get(_TASK, {})
+    gone = [name for name in known if name not in hparams]
+    if gone:
+        raise RunError(
+            f"{store.path}: the run has models that are not given: {', '.join(gone)}. Give them "
+            "as well, or another directory"
+        )
+    configs = {
+        name: {"metrics": _UNKNOWN} | known.get(name, {}) | {"hparams": own}
+        for name, own in hparams.items()
+    }
+    store.add_task(_TASK, configs)
+    return configs
+
+
+def _hash_examples(examples: Examples) -> str:
+    """SHA-256 of the examples in their order."""
+    leaves, structure = pytree.tree_flatten(examples.inputs)
+    whole = hashlib.sha256(str(structure).encode())
+    for leaf in [*leaves, examples.labels]:
+        _add_tensor(whole, leaf)
+    return whole.hexdigest()
+
+
+def _hash_model(model: nn.Module) -> str:
+    """SHA-256 of a module's printed form and of its state, buffers outside the state dict too."""
+    whole = hashlib.sha256(repr(model).encode())
+    for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items():
+        whole.update(name.encode())
+        if isinstance(value, Tensor):
+            _add_tensor(whole, value)
+        else:
+            whole.update(repr(value).encode())
+    return whole.hexdigest()
+
+
+def _add_tensor(whole: hashlib._Hash, tensor: Tensor) -> None:
+    whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _joined(*hashes: str) -> str:
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def _same(model: nn.Module) -> nn.Module:
+    return model
