@@ -88,6 +88,7 @@ class Training:
                 report.epoch(row)
         self.directory.write_log(self.history)
         self.directory.export(self.model, "model")
+        self.ranks.wait()  # none of them may look for the files before they are there
 
     def _epoch(self, network: nn.Module, epoch: int, report: Reporter) -> Row:
         """All steps of an epoch; their mean loss."""

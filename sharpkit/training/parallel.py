@@ -60,6 +60,11 @@ class Ranks:
             distributed.all_reduce(values)
         return values
 
+    def wait(self) -> None:
+        """Go on when all ranks have come here."""
+        if self.world > 1:
+            distributed.barrier()
+
     @torch.no_grad()
     def average_buffers(self, model: nn.Module) -> None:
         """Running statistics become their mean over ranks.

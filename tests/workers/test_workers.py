@@ -154,6 +154,8 @@ def test_workers_end_with_their_driver(tmp_path, sent):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         text=True,
+        # a shell's background jobs, such as this test may be, inherit that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as driver:
         pid = int(driver.stdout.readline())
         if sent == signal.SIGINT:
