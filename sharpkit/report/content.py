@@ -103,7 +103,7 @@ def task_content(
     values = values.set_axis(labels, axis=1)
     settings = [column for column in keys.columns if column in table]
     table = table.assign(label=[measure_label(k) for k in records(table[settings])])
-    by = "cmi_pgdl" if table["cmi_pgdl"].notna().any() else "kendall_tau"
+    by = "cmi_pgdl" if np.isfinite(table["cmi_pgdl"]).any() else "kendall_tau"
     table = table.sort_values(by, ascending=False, na_position="last", kind="stable")
     ranked = values[list(table["label"])]
     usable = [s for s in STATISTICS if s in table and table[s].notna().any()]

@@ -167,6 +167,7 @@ def score_models(
         ):
             for name, model in models.items():
                 scorer.score(name, model, None if initial is None else initial[name], bar)
+                gc.collect()  # modules may refer to themselves, and the next needs the memory
     return Scores(store)
 
 
@@ -202,7 +203,6 @@ class _Scorer:
                 failed = Outcome(error=error_message(error), seconds=time.perf_counter() - began)
                 self._write(name, measure, failed)
             bar.update(len(self.measures))
-        gc.collect()  # modules often refer to themselves, and the next one may need the memory
 
     def _note_metrics(self, name: str, model: nn.Module, weights: str) -> None:
         """Accuracies and losses, unless they are known for this model and these data."""
@@ -431,7 +431,7 @@ def _hash_model(model: nn.Module) -> str:
 
 def _add_tensor(whole: hashlib._Hash, tensor: Tensor) -> None:
     whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _joined(*hashes: str) -> str:
