@@ -341,7 +341,8 @@ def standard_tensor(array: NDArray[Any]) -> Tensor:
         >>> standard_tensor(np.arange(6).reshape(2, 3).T).stride()
         (2, 1)
     """
-    return torch.from_numpy(array).clone(memory_format=torch.contiguous_format)
+    writeable = array if array.flags.writeable else array.copy()  # torch warns of others
+    return torch.from_numpy(writeable).clone(memory_format=torch.contiguous_format)
 
 
 def check_labels(labels: Tensor, outputs: Tensor, loss: Loss) -> None:
