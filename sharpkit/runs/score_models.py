@@ -102,7 +102,7 @@ def score_models(
 
     Raises:
         ArgumentError: If there are no models, two names are the same to the evaluation (which
-            drops a leading "model_"), `hyperparameters` or `initial` do not fit the models, an
+            drops a leading `model_`), `hyperparameters` or `initial` do not fit the models, an
             argument is out of range, or a measure needs groups of more examples than there are.
         DataError: If the examples cannot be read.
         RunError: If `out` holds a run of another configuration or with other models, belongs to
