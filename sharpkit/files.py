@@ -1,4 +1,4 @@
-"""Writing of single files such that no reader and no crash ever sees half of one."""
+"""Where downloads are kept, and writing files such that no reader or crash sees half of one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `SHARPKIT_CACHE`, if set, else the platform's folder."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("SHARPKIT_CACHE") or user_cache_dir("sharpkit"))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ parameter values without assigning them.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -308,7 +309,7 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
         tensor([0, 1])
     """
     if isinstance(data, DataLoader):
-        if isinstance(data.dataset, IterableDataset) or not _visits_all_once(data):
+        if isinstance(data.dataset, IterableDataset) or not visits_all_once(data):
             return _from_pair(_concatenate(list(data)), n, seed)
         if seed is None and isinstance(data.sampler, RandomSampler):
             raise DataError(
@@ -345,6 +346,12 @@ def standard_tensor(array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(writeable).clone(memory_format=torch.contiguous_format)
 
 
+def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
+    """Feed a hash with the shape, dtype and values of a tensor."""
+    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
 def check_labels(labels: Tensor, outputs: Tensor, loss: Loss) -> None:
     """Raise DataError if class labels do not fit the outputs of a cross-entropy."""
     if loss != "cross_entropy":
@@ -366,7 +373,7 @@ def check_labels(labels: Tensor, outputs: Tensor, loss: Loss) -> None:
         )
 
 
-def _visits_all_once(loader: DataLoader[Any]) -> bool:
+def visits_all_once(loader: DataLoader[Any]) -> bool:
     """Whether a loader's sampling is the plain one, in order or shuffled."""
     sampler, batches = loader.sampler, loader.batch_sampler
     plain = type(batches) in (BatchSampler, type(None))

@@ -38,7 +38,7 @@ def limit_memory(memory: int | None, device: torch.device) -> None:
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + memory, hard))
+        resource.setrlimit(resource.RLIMIT_DATA, (process_status("VmData") + memory, hard))
 
 
 def allowed_memory(device: torch.device) -> int | None:
@@ -53,6 +53,12 @@ def allowed_memory(device: torch.device) -> int | None:
     return _allowed.get(device.type)
 
 
+def process_status(name: str) -> int:
+    """Bytes of one line of the process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith(f"{name}:")) * 1024
+
+
 def _left_of_limits(device: torch.device) -> int | None:
     """Bytes that this process may still allocate under its own limits; None if it has none.
 
@@ -63,22 +69,16 @@ def _left_of_limits(device: torch.device) -> int | None:
         if device.type not in _allowed:
             return None
         return max(0, _allowed[device.type] - torch.cuda.memory_allocated(device))
-    if device.type != "cpu" or sys.platform != "linux":
+    if sys.platform != "linux":
         return None
     import resource
 
-    limits = ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize"))
-    soft = [(resource.getrlimit(limit)[0], used) for limit, used in limits]
-    left = [
-        max(0, limit - _status(used)) for limit, used in soft if limit != resource.RLIM_INFINITY
-    ]
+    left = []
+    for kind, used in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            left.append(max(0, limit - process_status(used)))
     return min(left, default=None)
-
-
-def _status(name: str) -> int:
-    """Bytes of one line of the process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(x.split()[1]) for x in lines if x.startswith(f"{name}:")) * 1024
 
 
 def _system_memory() -> int | None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from sharpkit.data.images import Split
 from sharpkit.errors import DataError, DownloadError
+from sharpkit.files import cache_folder
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,6 @@ def _file(root: Path | None, remote: _Remote) -> Path:
             raise DataError(f"{root}: {remote.name} is missing; it is at {remote.url}")
         return root / remote.name
     from sharpkit.zoo.fetch import fetch_file
-    from sharpkit.zoo.files import cache_folder
 
     target = cache_folder() / "datasets" / remote.name
     try:

@@ -14,7 +14,13 @@ from tqdm import tqdm
 from sharpkit.errors import SharpkitError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
 from sharpkit.runs.fingerprint import digest, stamp
-from sharpkit.runs.provenance import device_name, environment, peak_memory, restart_peak_memory
+from sharpkit.runs.provenance import (
+    device_name,
+    dtype_name,
+    environment,
+    peak_memory,
+    restart_peak_memory,
+)
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
@@ -57,7 +63,7 @@ class Scorer:
         try:
             weights_hash = _digest(entry.task, files, weights_stamp)
             model = entry.load().to(device)
-            dtype = next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), None)
+            dtype = dtype_name(model)
             values = evaluate_measure(
                 measure,
                 model,

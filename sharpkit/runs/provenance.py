@@ -12,6 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from sharpkit.memory import process_status
 
 
 @cache
@@ -34,6 +37,11 @@ def device_name(device: str) -> str:
         return platform.processor() or platform.machine()
 
 
+def dtype_name(model: nn.Module) -> str | None:
+    """That of the weights, such as "float32"; None without weights."""
+    return next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), None)
+
+
 def restart_peak_memory(device: str) -> None:
     """Count the peak from now on; on a CPU only in a worker, whose peak is no one else's."""
     if torch.device(device).type == "cuda":
@@ -48,8 +56,7 @@ def peak_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(torch.device(device))
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith("VmHWM:"))
+        return process_status("VmHWM")
     except (OSError, StopIteration):
         import resource
 

@@ -174,14 +174,8 @@ def score_zoo(
     run = None if out is None else Path(out)
     with sole_driver(run), _scratch(run) as scratch:
         threads = threads or recorded_threads(run) or _default_threads(backend)
-        config = {
-            "measures": {name: describe(measure)[1] for name, measure in named.items()},
-            "n": n,
-            "seed": seed,
-            "device": torch.device(device).type,
-            "threads": threads,
-            "tasks": {name: task.location for name, task in tasks.items()},
-        }
+        locations = {name: task.location for name, task in tasks.items()}
+        config = run_config(named, n, seed, device, threads, locations)
         store = Store(None if run is None else run / STORE_NAME, config)
         keys = pending(store, tasks, named, limit, progress=progress)
         total = sum(min(len(task), limit or len(task)) for task in tasks.values()) * len(named)
@@ -290,6 +284,25 @@ def _scratch(run: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_config(
+    measures: Mapping[str, Measure],
+    n: int | None,
+    seed: int,
+    device: str | torch.device,
+    threads: int,
+    tasks: Mapping[str, str | None],
+) -> dict[str, Any]:
+    """What a run computes, as the store keeps it; a task that is in no file has no place."""
+    return {
+        "measures": {name: describe(measure)[1] for name, measure in measures.items()},
+        "n": n,
+        "seed": seed,
+        "device": torch.device(device).type,
+        "threads": threads,
+        "tasks": dict(tasks),
+    }
 
 
 def settings_hashes(config: Mapping[str, Any]) -> dict[str, str]:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,24 +23,32 @@ from sharpkit.evaluation._grid import normal_id
 from sharpkit.functional import (
     Data,
     Examples,
-    _visits_all_once,
+    add_to_digest,
     check_finite_weights,
     frozen,
     load_examples,
+    visits_all_once,
 )
 from sharpkit.lock import sole_driver
-from sharpkit.measures.measure import Measure, describe, evaluate_measure
+from sharpkit.measures.measure import Measure, evaluate_measure
 from sharpkit.measures.passes import mean_of, setup, single_losses
-from sharpkit.runs.provenance import device_name, environment, peak_memory, restart_peak_memory
+from sharpkit.runs.provenance import (
+    device_name,
+    dtype_name,
+    environment,
+    peak_memory,
+    restart_peak_memory,
+)
 from sharpkit.runs.score import (
     STORE_NAME,
     Scores,
     check_request,
     named_measures,
     recorded_threads,
+    run_config,
     settings_hashes,
 )
-from sharpkit.runs.store import Outcome, Store
+from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
 from sharpkit.workers.threads import limited_threads
 
@@ -135,17 +142,12 @@ def score_models(
     run = None if out is None else Path(out)
     with sole_driver(run):
         threads = recorded_threads(run) or torch.get_num_threads()
-        config = {
-            "measures": {name: describe(measure)[1] for name, measure in named.items()},
-            "n": n,
-            "seed": seed,
-            "device": torch.device(device).type,
-            "threads": threads,
-            "tasks": {_TASK: None},  # in no file: only Python can start this run
-        }
+        # in no file: only Python can start this run
+        config = run_config(named, n, seed, device, threads, {_TASK: None})
         store = Store(None if run is None else run / STORE_NAME, config)
         scorer = _Scorer(
             store=store,
+            done={key: (weights, data) for key, weights, _, data in store.done()},
             measures=named,
             whole=whole,
             test=unseen,
@@ -176,6 +178,7 @@ class _Scorer:
     """Scores one model after the other and writes what it finds."""
 
     store: Store
+    done: Mapping[Key, tuple[str | None, str | None]]  # hashes that a value was computed from
     measures: Mapping[str, Measure]
     whole: Examples
     test: Examples
@@ -222,38 +225,30 @@ class _Scorer:
         began = time.perf_counter()
         restart_peak_memory(self.device)
         called = self.measures[measure]
-        outcome = Outcome(
-            weights_hash=weights,
-            dtype=next((str(p.dtype).removeprefix("torch.") for p in model.parameters()), None),
-        )
+        outcome = Outcome(weights_hash=weights, dtype=dtype_name(model))
         try:
             with ExitStack() as stack:
-                load_initial = None
+                before = None
                 if initial is not None and getattr(called, "needs_initial", False):
                     before = stack.enter_context(_ready(initial, self.device))
                     weights = _joined(weights, _hash_model(before))
-                    load_initial = partial(_same, before)
                 if getattr(called, "needs_metrics", False):
                     weights = _joined(weights, self.hashes[1])
                 outcome = replace(outcome, weights_hash=weights)
-                if self._is_done(name, measure, weights):
+                if self.done.get((_TASK, name, measure)) == (weights, self.hashes[0]):
                     return
                 values = evaluate_measure(
                     called,
                     model,
                     self.measured,
                     seed=self.seed,
-                    initial=load_initial,
+                    initial=None if before is None else (lambda: before),
                     metrics=lambda: self.configs[name]["metrics"],
                 )
             outcome = replace(outcome, values=values)
         except Exception as error:  # whatever a measure does, the others are tried
             outcome = replace(outcome, error=error_message(error))
         self._write(name, measure, replace(outcome, seconds=time.perf_counter() - began))
-
-    def _is_done(self, name: str, measure: str, weights: str) -> bool:
-        wanted = ((_TASK, name, measure), weights, self.hashes[0])
-        return any((key, w, data) == wanted for key, w, _, data in self.store.done())
 
     def _write(self, name: str, measure: str, outcome: Outcome) -> None:
         complete = replace(
@@ -308,7 +303,7 @@ def _in_own_order(data: Data) -> Examples:
     if (
         isinstance(data, DataLoader)
         and isinstance(data.sampler, RandomSampler)
-        and _visits_all_once(data)
+        and visits_all_once(data)
     ):
         data = DataLoader(data.dataset, collate_fn=data.collate_fn)
     return load_examples(data, seed=None)
@@ -413,7 +408,7 @@ def _hash_examples(examples: Examples) -> str:
     leaves, structure = pytree.tree_flatten(examples.inputs)
     whole = hashlib.sha256(str(structure).encode())
     for leaf in [*leaves, examples.labels]:
-        _add_tensor(whole, leaf)
+        add_to_digest(whole, leaf)
     return whole.hexdigest()
 
 
@@ -423,20 +418,11 @@ def _hash_model(model: nn.Module) -> str:
     for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items():
         whole.update(name.encode())
         if isinstance(value, Tensor):
-            _add_tensor(whole, value)
+            add_to_digest(whole, value)
         else:
             whole.update(repr(value).encode())
     return whole.hexdigest()
 
 
-def _add_tensor(whole: hashlib._Hash, tensor: Tensor) -> None:
-    whole.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
 def _joined(*hashes: str) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
-
-
-def _same(model: nn.Module) -> nn.Module:
-    return model

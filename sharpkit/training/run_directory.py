@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,8 @@ from torch.optim import Optimizer
 
 from sharpkit.errors import RunError
 from sharpkit.files import atomic_path
+from sharpkit.functional import Examples, add_to_digest
 from sharpkit.settings import changes
-
-if TYPE_CHECKING:
-    from sharpkit.functional import Examples
 
 _FORMAT = 1
 _CHECKPOINT = "checkpoint.pt"
@@ -147,9 +145,7 @@ def fingerprint(*tensors: Tensor) -> str:
     """16 hexadecimal digits that identify values, shapes and dtypes."""
     digest = hashlib.sha256()
     for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+        add_to_digest(digest, tensor)
     return digest.hexdigest()[:16]
 
 

@@ -8,8 +8,17 @@ from sharpkit.workers.items import (
     Failure,
     attempt,
     check_limits,
+    default_backend,
     error_message,
     run_items,
 )
 
-__all__ = ["Backend", "Failure", "attempt", "check_limits", "error_message", "run_items"]
+__all__ = [
+    "Backend",
+    "Failure",
+    "attempt",
+    "check_limits",
+    "default_backend",
+    "error_message",
+    "run_items",
+]

@@ -94,6 +94,11 @@ def run_items(
     )
 
 
+def default_backend(workers: int) -> Backend:
+    """Where to work if the user did not say: one worker is this process, more are processes."""
+    return "inline" if workers == 1 else "processes"
+
+
 def check_limits(
     backend: str,
     workers: int | None,

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import ZooFormatError
-from sharpkit.zoo.files import cache_folder
+from sharpkit.files import cache_folder
 
 if TYPE_CHECKING:
     from sharpkit.zoo.layout import Zoo

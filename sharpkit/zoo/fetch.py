@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sharpkit.errors import ArgumentError, DownloadError, ZooFormatError
+from sharpkit.files import cache_folder
 from sharpkit.zoo.archive import BadArchiveError, unpack_zip
-from sharpkit.zoo.files import cache_folder, read_json, write_json
+from sharpkit.zoo.files import read_json, write_json
 
 _BUCKET = "https://storage.googleapis.com/gresearch/pgdl/"
 ARCHIVES = {

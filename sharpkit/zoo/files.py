@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,6 @@ from sharpkit.errors import ZooFormatError
 from sharpkit.files import atomic_path
 
 _MAX_DEPTH = 64
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `SHARPKIT_CACHE`, if set, else the platform's folder."""
-    from platformdirs import user_cache_dir
-
-    return Path(os.environ.get("SHARPKIT_CACHE") or user_cache_dir("sharpkit"))
 
 
 def read_json(path: Path, max_bytes: int = 2**30) -> Any:

@@ -21,7 +21,8 @@ from typing import Any
 from filelock import FileLock
 
 from sharpkit.errors import ArgumentError, DownloadError, SharpkitError, ZooFormatError
-from sharpkit.zoo.files import cache_folder, is_litter, read_json, write_json
+from sharpkit.files import cache_folder
+from sharpkit.zoo.files import is_litter, read_json, write_json
 
 _ATTEMPTS = 3
 _PAUSE = 0.5  # seconds, doubled after each attempt

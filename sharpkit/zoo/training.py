@@ -28,7 +28,7 @@ from tqdm import tqdm
 from sharpkit.errors import ArgumentError, DataError, RunError
 from sharpkit.functional import standard_tensor
 from sharpkit.lock import sole_driver
-from sharpkit.workers import Backend, Failure, run_items
+from sharpkit.workers import Backend, Failure, default_backend, run_items
 from sharpkit.zoo.files import read_json, write_json
 from sharpkit.zoo.keras import build_model
 from sharpkit.zoo.recipe import Recipe, TrainedModel, train_model
@@ -146,7 +146,7 @@ def train_zoo(
         results = run_items(
             train_one,
             todo.items(),
-            backend=backend or ("inline" if workers == 1 else "processes"),
+            backend=backend or default_backend(workers),
             workers=workers,
             device=device,
             address=address,

@@ -32,7 +32,7 @@ from sharpkit.runs.figure3.trainings import (
 )
 from sharpkit.runs.score import score_zoo
 from sharpkit.settings import changes
-from sharpkit.workers import Backend, Failure, run_items
+from sharpkit.workers import Backend, Failure, default_backend, run_items
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,8 +128,9 @@ def figure3(
     root = Path(out)
     with sole_driver(root):
         _claim(root / "figure3.json", plan, panels)
-        chosen = backend or ("inline" if workers == 1 else "processes")
-        driver = _Driver(chosen, workers, address, device, progress, {})
+        driver = _Driver(
+            backend or default_backend(workers), workers, address, device, progress, {}
+        )
         spectra = densities = test_error = power = None
         if "left" in panels or "middle" in panels:
             examples = Examples.of(*plan.data.load())
