@@ -14,9 +14,13 @@ from torch import Tensor
 
 from sharpkit.curvature.memory import default_budget, require_memory, saved_bytes
 
-# bytes of kept graph per chunk that run fastest (benchmarks/bench_curvature.py)
-_CPU_WORKING_SET = 32 * 2**20
+# bytes of kept graph per chunk that run fastest (benchmarks/bench_curvature.py); with more, the
+# C library returns freed memory to the system, which clears it again in every product
+_CPU_WORKING_SET = 16 * 2**20
 _GPU_WORKING_SET = 1024 * 2**20
+# deep networks keep much per example: fewer examples are slow, and may take up to this
+_CPU_FEW = 64
+_CPU_FEW_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,10 @@ def make_plan(
 
 
 def _automatic_chunk(per_example: int, weights: Sequence[Tensor]) -> int:
+    if not per_example:
+        return 64
     on_cpu = weights[0].device.type == "cpu"
     # adding a chunk's product to the total should cost little beside it
     target = max(_CPU_WORKING_SET if on_cpu else _GPU_WORKING_SET, sum(w.nbytes for w in weights))
-    return min(max(target // per_example, 1), 1024 if on_cpu else 8192) if per_example else 64
+    few = min(_CPU_FEW, _CPU_FEW_BYTES // per_example) if on_cpu else 1
+    return min(max(target // per_example, few, 1), 1024 if on_cpu else 8192)

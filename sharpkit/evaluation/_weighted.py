@@ -54,6 +54,7 @@ def weighted_statistics(
     *,
     environments: Environments | None = None,
     hyperparameter: int | None = None,
+    as_new_zoos: bool = False,
 ) -> dict[str, Floats]:
     """Statistics of each measure under each weighting.
 
@@ -65,13 +66,15 @@ def weighted_statistics(
         environments: What the sign-errors count; None for the default.
         hyperparameter: Column of the only one that may differ between the models that granulated
             Kendall and the sign-errors compare; None for all in turn.
+        as_new_zoos: Spread sign-errors about those of the models as they are like new zoos would;
+            see `_as_new_zoos`.
 
     Returns:
         dict: Statistic -> array (weightings, measures).
     """
     columns = grid.varying() if hyperparameter is None else [hyperparameter]
     result = {name: np.full((len(weights), values.shape[1]), np.nan) for name in statistics}
-    plan = _Plan.of(grid, statistics, columns, environments or Environments())
+    plan = _Plan.of(grid, statistics, columns, environments or Environments(), as_new_zoos)
     starts = range(0, len(weights), _BATCH)
     batches = [_Batch.of(weights[s : s + _BATCH].astype(plan.dtype), plan) for s in starts]
     bar = tqdm(values.T, "evaluate", unit="measure", delay=2, leave=False, disable=None)
@@ -95,6 +98,7 @@ class _Plan:
     jiang: list[int]
     coupled: list[_Pairs]  # per hyperparameter, by setting
     environments: _Pairs | None  # of all hyperparameters, by environment
+    as_new_zoos: bool
 
     @classmethod
     def of(
@@ -103,6 +107,7 @@ class _Plan:
         statistics: Sequence[str],
         columns: Sequence[int],
         environments: Environments,
+        as_new_zoos: bool,
     ) -> _Plan:
         names = range(len(grid.names))
         pairs = list(itertools.combinations(names, 2))
@@ -139,7 +144,7 @@ class _Plan:
         # whole numbers up to n² are exact in float32 below 2**24
         dtype = np.float32 if len(grid) < 4096 else np.float64
         bits = grid.gap[:, None] > grid.gap
-        return cls(grid.gap, bits, dtype, partitions, pgdl, jiang, coupled, changes)
+        return cls(grid.gap, bits, dtype, partitions, pgdl, jiang, coupled, changes, as_new_zoos)
 
 
 @dataclass(frozen=True)
@@ -308,6 +313,8 @@ def _sign_errors(bits: _Bits, batch: _Batch, plan: _Plan) -> tuple[Floats, Float
     pairs, (pair, total) = plan.environments, batch.changes
     loss = (1 - bits.concordance[pairs.first, pairs.second]) / 2
     errors = _divide(pairs.sums(pair * loss), total)
+    if plan.as_new_zoos:
+        errors = _as_new_zoos(errors, loss, pairs, len(plan.gap))
     errors = np.sort(errors, axis=1)  # NaN last
     counts = (total > 0).sum(1)
     mean = _divide(np.nansum(errors, axis=1), counts)
@@ -317,6 +324,30 @@ def _sign_errors(bits: _Bits, batch: _Batch, plan: _Plan) -> tuple[Floats, Float
     rows = np.arange(len(errors))
     low, high = errors[rows, below], errors[rows, np.minimum(below + 1, last)]
     return mean, low + (place - below) * (high - low), errors[rows, last]
+
+
+def _as_new_zoos(errors: Floats, loss: Floats, pairs: _Pairs, models: int) -> Floats:
+    """Errors of environments (batch, groups), drawn together to the spread of new zoos'.
+
+    A resample weighs a pair by w_i w_j, of variance 3: one from each model, one from both. So what
+    is particular to a single pair counts three times, and in a new zoo once. With e_ij the terms of
+    the mean error, each about its environment, the former has the variance Σ_i (Σ_j e_ij)² + Σ e²,
+    the latter Σ_i (Σ_j e_ij)² − Σ e² (Aronow, Samii and Assenova, Political Analysis 23(4), 2015),
+    and at least the Σ e² of independent pairs.
+    """
+    weight = np.broadcast_to(pairs.weight, loss.shape)
+    members = np.diff(np.append(pairs.starts, len(loss)))
+    total = np.repeat(pairs.sums(weight[None])[0], members)
+    share = np.divide(weight, total, out=np.zeros(len(loss)), where=total > 0)
+    observed = pairs.sums((share * loss)[None])[0]
+    terms = share * (loss - np.repeat(observed, members))
+    of_models = np.bincount(pairs.first, terms, models) + np.bincount(pairs.second, terms, models)
+    own, shared = (terms**2).sum(), (of_models**2).sum()
+    if own == 0:
+        return errors
+    narrower = np.sqrt(max(shared - own, own) / (shared + own))
+    drawn: Floats = observed + narrower * (errors - observed)
+    return drawn
 
 
 def _correlation(x: Floats, y: Floats, batch: _Batch) -> Floats:

@@ -262,6 +262,7 @@ def observed_and_resampled(
         statistics,
         environments=environments,
         hyperparameter=hyperparameter,
+        as_new_zoos=True,
     )
     return {name: (rows[0], rows[1:]) for name, rows in found.items()}
 

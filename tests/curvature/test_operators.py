@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import ClassVar
 
 import numpy as np
@@ -230,6 +231,9 @@ def test_convolution_rules_have_the_native_derivatives(function, shape, weight, 
         lambda x: F.max_pool2d(x, 2, 2, ceil_mode=True, dilation=(2, 1)),
         lambda x: F.max_pool2d(x, 2, return_indices=True)[0],
         lambda x: F.max_pool2d(x[0], 2),
+        lambda x: F.max_pool2d(torch.relu(x - 1), 2),
+        lambda x: F.max_pool2d(F.relu(x - 1), 3, padding=1) + F.relu(x - 1).sum(),
+        lambda x: (y := x - 1, z := F.relu(y), y.neg_(), F.max_pool2d(z, 2))[-1],
     ],
 )
 def test_rules_for_relu_and_pooling_have_the_native_derivatives(function):
@@ -243,6 +247,26 @@ def test_rules_for_relu_and_pooling_have_the_native_derivatives(function):
     assert torch.equal(call(x), function(x * x))
     assert torch.autograd.gradcheck(call, x)
     assert torch.autograd.gradgradcheck(call, x)
+
+
+def test_modules_are_recorded_with_the_rules_and_pooled_before_the_relu():
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    with fast_rules():
+        pooled = nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), nn.MaxPool2d(2))(x)
+    nodes, node = [], pooled.grad_fn
+    while node is not None and len(nodes) < 3:
+        nodes.append(type(node).__name__)
+        node = node.next_functions[0][0]
+    assert nodes == ["_ReluBackward", "_MaxPoolBackward", "_ConvolutionBackward"]
+
+
+def test_a_relu_that_changed_before_its_pooling_is_refused_as_natively():
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    for rules in (nullcontext(), fast_rules()):
+        with rules:
+            pooled = F.max_pool2d(torch.relu(x).mul_(-2), 2)
+        with pytest.raises(RuntimeError, match="inplace"):
+            pooled.sum().backward()
 
 
 def test_a_bias_alone_and_an_input_without_batch():

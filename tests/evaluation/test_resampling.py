@@ -27,6 +27,7 @@ from sharpkit.evaluation import (
     sign_error,
     spearman,
 )
+from sharpkit.evaluation._grid import read_configs
 from sharpkit.evaluation._pairs import gap_entropy, mutual_information
 from sharpkit.evaluation._weighted import LOWER_IS_BETTER, RANGES, weighted_statistics
 from sharpkit.evaluation.permutation import p_values, permuted_kendall, shuffles
@@ -313,6 +314,32 @@ def test_wrong_arguments_are_refused() -> None:
         bootstrap_interval({"0": 1.0, "1": 2.0}, grid)
     with pytest.raises(ScoreError, match="2 models have both values"):
         compare_measures({"0": 1.0, "1": 2.0}, measure, grid)
+
+
+def test_resampled_sign_errors_of_separate_pairs_spread_like_a_mean_of_pairs() -> None:
+    rng = np.random.default_rng(12)
+    values, gaps = rng.normal(size=(2, 200))
+    grid = read_configs(zoo((2, 100), gaps))
+    weights = resample_weights(200, 4000, seed=0)
+    found = observed_and_resampled(values[:, None], grid, weights, ["sign_error"], hyperparameter=0)
+    share, draws = (rows[..., 0] for rows in found["sign_error"])
+    # 100 pairs with no model in common, each right or wrong: a binomial share; 5 % for ratios
+    assert draws.std() == pytest.approx(math.sqrt(share * (1 - share) / 100), rel=0.05)
+
+
+@pytest.mark.slow
+def test_resampled_sign_errors_spread_like_those_of_new_zoos() -> None:
+    zoos = [simulated(np.random.default_rng(20_000 + k), 0.6) for k in range(400)]
+    once = np.ones((1, 96), dtype=np.int64)
+    scores = [weighted_statistics(v[:, None], g, once, ["sign_error"]) for v, g in zoos]
+    spread = np.std([score["sign_error"] for score in scores])
+    resampled = []
+    for k, (values, grid) in enumerate(zoos[:40]):
+        weights = resample_weights(96, 200, seed=k)
+        found = observed_and_resampled(values[:, None], grid, weights, ["sign_error"])
+        resampled.append(found["sign_error"][1].std())
+    # three standard errors: 3.5 % for 400 zoos, 2.5 % for 40 estimates; a plain bootstrap: 1.45
+    assert np.mean(resampled) == pytest.approx(spread, rel=0.13)
 
 
 @pytest.mark.slow
