@@ -83,7 +83,8 @@ def noise_scale(
             return sum(accuracies) / draws
 
         guess = 0.1 if magnitude else 0.1 * typical_weight(weights)
-        return size_of_drop(noisy, run.accuracy(), drop, guess)
+        hint = ": try a smaller epsilon" if magnitude else ""
+        return size_of_drop(noisy, run.accuracy(), drop, guess, hint)
 
 
 def pac_bayes(

@@ -13,7 +13,7 @@ _TOLERANCE = 5e-3  # of the logarithm
 
 
 def size_of_drop(
-    accuracy: Callable[[float], float], clean: float, drop: float, guess: float
+    accuracy: Callable[[float], float], clean: float, drop: float, guess: float, hint: str = ""
 ) -> float:
     """Where the accuracy has fallen by `drop`: bracketed by factors of 4, then Brent's method.
 
@@ -22,6 +22,7 @@ def size_of_drop(
         clean: Accuracy without a perturbation.
         drop: Fall in accuracy.
         guess: Where the search begins.
+        hint: What to try if every size is too large, for the error message.
 
     Returns:
         float: The size, to 0.5 %.
@@ -39,7 +40,7 @@ def size_of_drop(
     def excess(log_size: float) -> float:
         return clean - accuracy(math.exp(log_size)) - drop
 
-    low, high = _bracket(excess, math.log(guess), clean, drop)
+    low, high = _bracket(excess, math.log(guess), clean, drop, hint)
     return math.exp(low if low == high else brentq(excess, low, high, xtol=_TOLERANCE))
 
 
@@ -50,7 +51,7 @@ def check_drop(drop: float) -> None:
 
 
 def _bracket(
-    excess: Callable[[float], float], guess: float, clean: float, drop: float
+    excess: Callable[[float], float], guess: float, clean: float, drop: float, hint: str
 ) -> tuple[float, float]:
     """Logarithms of two sizes between which the excess changes its sign."""
     value = excess(guess)
@@ -64,11 +65,7 @@ def _bracket(
         if (following > 0) != (value > 0):
             return min(guess, guess + step), max(guess, guess + step)
         guess += step
+    fall = f"lowers the training accuracy of {clean:.3f} by"
     if value < 0:
-        raise ModelError(
-            f"no amount of weight noise lowers the training accuracy of {clean:.3f} by {drop}"
-        )
-    raise ModelError(
-        f"even the smallest weight noise lowers the training accuracy of {clean:.3f} by more than "
-        f"{drop}: try a smaller epsilon"
-    )
+        raise ModelError(f"no perturbation of the weights {fall} {drop}")
+    raise ModelError(f"even the smallest perturbation of the weights {fall} more than {drop}{hint}")

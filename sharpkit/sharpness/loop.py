@@ -69,29 +69,39 @@ def _one_group(
     if not torch.isfinite(base):
         raise ModelError(f"the loss is not finite at the unperturbed weights (group {number})")
     if ascent.kind == "average":
-        return [
-            sum(
-                float(_loss(objective, group, w + rho * scale * z) - base)
-                for z in _gaussians(objective, ascent, m, number)
-            )
-            / ascent.steps
-            for rho in rhos
-        ], True
+        noise = _gaussians(objective, ascent, m, number)
+        increases = [_average(objective, group, w, scale, noise, base, rho) for rho in rhos]
+        return _finite(increases, m, rhos), True
     first = _dual(scale * _gradient(objective, group, w), ascent.p)
     if not bool(first.any()):
         return [0.0 for _ in rhos], False
-    values = []
-    for rho in rhos:
-        if ascent.kind == "one_step":
-            increase = _loss(objective, group, w + rho * scale * first) - base
-        else:
-            increase = _ascend(objective, group, w, scale, first, base, rho, ascent)
-        if not torch.isfinite(increase):
+    if ascent.kind == "one_step":
+        increases = [_loss(objective, group, w + rho * scale * first) - base for rho in rhos]
+    else:
+        increases = [_ascend(objective, group, w, scale, first, base, rho, ascent) for rho in rhos]
+    return _finite(increases, m, rhos), True
+
+
+def _finite(increases: Sequence[Tensor], m: int, rhos: Sequence[float]) -> list[float]:
+    for increase, rho in zip(increases, rhos, strict=True):
+        if not bool(torch.isfinite(increase)):
             raise ModelError(
                 f"the loss is not finite at the perturbed weights (m = {m}, rho = {rho})"
             )
-        values.append(float(increase))
-    return values, True
+    return [float(increase) for increase in increases]
+
+
+def _average(
+    objective: Objective,
+    group: Examples,
+    w: Tensor,
+    scale: Tensor,
+    noise: Sequence[Tensor],
+    base: Tensor,
+    rho: float,
+) -> Tensor:
+    losses = [_loss(objective, group, w + rho * scale * z) for z in noise]
+    return torch.stack(losses).mean() - base
 
 
 def _ascend(
@@ -114,7 +124,8 @@ def _ascend(
         else:
             u = u.clamp(-rho, rho)
         best = torch.maximum(best, _loss(objective, group, w + scale * u) - base)
-        direction = _dual(scale * _gradient(objective, group, w + scale * u), ascent.p)
+        if step + 1 < ascent.steps:
+            direction = _dual(scale * _gradient(objective, group, w + scale * u), ascent.p)
     return best
 
 

@@ -89,5 +89,5 @@ def test_impossible_requests_say_why():
     for option in ({"drop": 1.0}, {"steps": 0}):
         with pytest.raises(ArgumentError, match=next(iter(option))):
             sharpness_radius(model, (x, y), **option)
-    with pytest.raises(ModelError, match="no amount of weight noise"):
+    with pytest.raises(ModelError, match="no perturbation of the weights"):
         sharpness_radius(model, (x, (y + 1) % 3))  # right nowhere: nothing to lose

@@ -99,7 +99,7 @@ def test_the_seed_decides_everything():
 
 def test_impossible_requests_say_why():
     model, (x, y) = relu_network(), relu_data()
-    with pytest.raises(ModelError, match="no amount of weight noise"):
+    with pytest.raises(ModelError, match="no perturbation of the weights"):
         noise_scale(model, (x, (y + 1) % 3))  # accuracy 0
     with pytest.raises(ModelError, match="smaller epsilon"):
         noise_scale(model, (x, y), magnitude=True, epsilon=100.0)

@@ -503,10 +503,53 @@ def test_refuses_a_loss_that_is_not_finite(engine):
         m_sharpness(
             model, (x, y), m=1, rho=0.1, engine=engine, loss=lambda o, y: o.mean() * math.inf
         )
-    with pytest.raises(ModelError, match="perturbed weights"):
-        m_sharpness(
-            model, (x, y), m=1, rho=1e4, engine=engine, loss=lambda o, y: o.square().exp().mean()
-        )
+    for options in ({}, {"average": True}):
+        with pytest.raises(ModelError, match="perturbed weights"):
+            m_sharpness(
+                model,
+                (x, y),
+                m=1,
+                rho=1e4,
+                engine=engine,
+                loss=lambda o, y: o.square().exp().mean(),
+                **options,
+            )
+
+
+class SteepAway(torch.autograd.Function):
+    """The identity, with a derivative that is NaN away from 0."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.where(ctx.saved_tensors[0].abs() < 1e-6, grad, math.nan)
+
+
+@pytest.mark.parametrize("engine", ["vectorized", "loop"])
+def test_takes_no_gradient_after_the_last_step(engine):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 2))
+
+        def forward(self, x):
+            return SteepAway.apply(x @ self.weight)
+
+    data = torch.eye(3), torch.tensor([0, 1, 0])
+    options = {"m": 1, "rho": 0.1, "ascent": "pgd", "engine": engine}
+    one = m_sharpness(Model(), data, **options, steps=1)
+    assert one.value == pytest.approx(m_sharpness(Model(), data, m=1, rho=0.1).value)
+    with pytest.raises(ModelError, match=r"gradient.*NaN"):
+        m_sharpness(Model(), data, **options, steps=2)
 
 
 class NanGradient(nn.Module):
