@@ -25,9 +25,10 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every speed claim beside the peers: about 40 minutes on 2 idle cores; QUICK=1 for a few minutes.
+# Every speed claim beside the peers: about 50 minutes on 2 idle cores; QUICK=1 for a few minutes,
+# ONLY=sam to run again what has that text in its name.
 bench: .venv-bench/.installed
-	.venv-bench/bin/python benchmarks/run_all.py $(if $(QUICK),--quick)
+	.venv-bench/bin/python benchmarks/run_all.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
 
 # BASE=<commit> [HEAD=<commit>]: fails if a case of the regression set is past 15 % slower.
 HEAD ?= HEAD

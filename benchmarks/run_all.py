@@ -1,10 +1,13 @@
 """Every speed claim of the project beside its peers, in one go: `make bench`.
 
-    .venv-bench/bin/python benchmarks/run_all.py [--quick] [--threads N] [--results FOLDER]
+    .venv-bench/bin/python benchmarks/run_all.py [--quick] [--only TEXT] [--threads N]
+        [--results FOLDER]
 
 Each benchmark is a process of its own with the same number of threads. What it measured is written
 to FOLDER/<machine>.json, and as a table to FOLDER/<machine>.md. A benchmark that fails is recorded,
 the others run, and the exit code is 1. `--quick` takes minutes: sizes too small for the targets.
+`--only sam` runs the benchmarks with that text in their name again, in the results that are there:
+for the case that something else ran on the machine.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,10 +55,12 @@ PACKAGES = (
 )
 
 
-def run_job(job: str, quick: bool, threads: int) -> tuple[list[Record], dict[str, Any] | None]:
-    """The records of one benchmark, and why it failed, if it did."""
+def run_job(job: str, quick: bool, threads: int) -> dict[str, Any]:
+    """What one benchmark found, when, from which code, and why it failed, if it did."""
     script, *options = job.split()
     limits = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "OPENBLAS")}
+    result = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out, errors = Path(folder) / "records", Path(folder) / "errors"
         command = [sys.executable, str(HERE / script), *options, "--out", str(out)]
@@ -68,11 +73,23 @@ def run_job(job: str, quick: bool, threads: int) -> tuple[list[Record], dict[str
             )
         lines = out.read_text().splitlines() if out.is_file() else []
         records = [Record(**json.loads(line)) for line in lines]
-        if done.returncode:
-            error = errors.read_text()[-2000:]
-            print(error, file=sys.stderr)
-            return records, {"job": job, "exit_code": done.returncode, "error": error}
-    return records, None
+        error = errors.read_text()[-2000:] if done.returncode else ""
+    if done.returncode:
+        print(error, file=sys.stderr)
+    return {
+        **result,
+        "seconds": round(time.monotonic() - began),
+        "exit_code": done.returncode,
+        "error": error,
+        "records": [asdict(r) | {"median": r.median, "holds": r.holds} for r in records],
+    }
+
+
+def records_of(jobs: Mapping[str, Mapping[str, Any]]) -> list[Record]:
+    """All records of a result, in the order of the benchmarks."""
+    names = [field.name for field in fields(Record)]
+    found = [record for job in JOBS if job in jobs for record in jobs[job]["records"]]
+    return [Record(**{name: record[name] for name in names}) for record in found]
 
 
 def table(records: Sequence[Record]) -> str:
@@ -138,7 +155,6 @@ def describe_machine() -> dict[str, Any]:
         "memory_gib": round(memory),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "load_before": round(os.getloadavg()[0], 2),
     }
 
 
@@ -160,9 +176,10 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def page(result: Mapping[str, Any], records: Sequence[Record]) -> str:
+def page(result: Mapping[str, Any]) -> str:
     """The Markdown page of a result."""
-    machine, failures = result["machine"], result["failures"]
+    machine, jobs = result["machine"], result["jobs"]
+    records = records_of(jobs)
     missed = [record for record in records if record.holds is False]
     used = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     kind = f" (family {machine['family']}, model {machine['model']})" if machine["family"] else ""
@@ -174,19 +191,20 @@ def page(result: Mapping[str, Any], records: Sequence[Record]) -> str:
         "column means that sharpkit took less than the fastest (or smallest) peer.",
         "",
         f"- {machine['processor']}{kind}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
-        f"{machine['system']}; load {machine['load_before']} before the start",
+        f"{machine['system']}",
         f"- {result['threads']} threads for every contender; Python {machine['python']}, {used}",
-        f"- commit {result['commit'] or 'unknown'}, {result['date']}, "
-        f"{result['seconds'] / 60:.0f} minutes",
         f"- {len(missed)} of {sum(bool(r.target) for r in records)} targets missed",
     ]
     if result["quick"]:
         lines.append("- **`--quick`: sizes too small for the targets to mean anything**")
-    for failure in failures:
-        reason = (failure["error"].strip().splitlines() or [""])[-1]
+    for job in filter(jobs.__contains__, JOBS):
+        run = jobs[job]
         lines.append(
-            f"- **failed**: `{failure['job']}` (exit code {failure['exit_code']}): {reason}"
+            f"- `{job}`: commit {run['commit'] or 'unknown'}, {run['date']}, {run['seconds']} s"
         )
+        if run["exit_code"]:
+            reason = (run["error"].strip().splitlines() or [""])[-1]
+            lines[-1] += f"; **failed** (exit code {run['exit_code']}): {reason}"
     return "\n".join([*lines, "", table(records), ""])
 
 
@@ -195,36 +213,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", help="Text in the names of the benchmarks to run again.")
     parser.add_argument("--threads", type=int, help="Of every contender; all cores by default.")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     machine = describe_machine()
-    threads = arguments.threads or machine["cores"]
     result: dict[str, Any] = {
         "machine": machine,
         "versions": versions(),
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
-        "threads": threads,
+        "threads": arguments.threads or machine["cores"],
         "quick": arguments.quick,
-        "failures": [],
     }
-    records: list[Record] = []
-    began = time.monotonic()
-    for job in JOBS:
-        print(f"\n{job}, {time.monotonic() - began:.0f} s", flush=True)
-        found, failure = run_job(job, arguments.quick, threads)
-        records += found
-        result["failures"] += [failure] if failure else []
-    result["seconds"] = round(time.monotonic() - began)
-    result["records"] = [asdict(r) | {"median": r.median, "holds": r.holds} for r in records]
-    arguments.results.mkdir(parents=True, exist_ok=True)
     name = machine_name(machine["processor"], machine["cores"]) + "-quick" * arguments.quick
     written = arguments.results / f"{name}.json"
-    written.write_text(json.dumps(result, indent=1) + "\n")
-    written.with_suffix(".md").write_text(page(result, records))
-    print(f"\n{written} and .md; {len(result['failures'])} of {len(JOBS)} benchmarks failed")
-    sys.exit(bool(result["failures"]))
+    jobs: dict[str, Any] = {}
+    if arguments.only and written.is_file():
+        earlier = json.loads(written.read_text())
+        jobs = earlier.pop("jobs")
+        if earlier != result:
+            sys.exit(f"{written} is of another machine, other versions or threads: run everything")
+    chosen = [job for job in JOBS if (arguments.only or "") in job]
+    if not chosen:
+        sys.exit(f"no benchmark has {arguments.only!r} in its name: {', '.join(JOBS)}")
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    for job in chosen:
+        print(f"\n{job}", flush=True)
+        jobs[job] = run_job(job, arguments.quick, result["threads"])
+        written.write_text(json.dumps({**result, "jobs": jobs}, indent=1) + "\n")
+        written.with_suffix(".md").write_text(page({**result, "jobs": jobs}))
+    failed = sum(bool(jobs[job]["exit_code"]) for job in chosen)
+    print(f"\n{written} and .md; {failed} of {len(chosen)} benchmarks failed")
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":

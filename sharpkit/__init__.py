@@ -17,6 +17,7 @@ from sharpkit.evaluation import conditional_mutual_information
 from sharpkit.measures import MSharpness
 from sharpkit.report import write_report
 from sharpkit.runs import Scores, combine, evaluate, score_models, score_zoo
+from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.runs.figure3 import Figure3, figure3
 from sharpkit.sharpness import SharpnessResult, m_sharpness
 from sharpkit.training import SAM, FitResult, build_architecture, fit, m_sam_gradient
@@ -61,6 +62,7 @@ __all__ = [
     "fit",
     "frobenius_norm",
     "layer_spectra",
+    "load_checkpoint",
     "load_dataset",
     "load_zoo",
     "m_sam_gradient",

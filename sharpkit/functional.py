@@ -101,22 +101,30 @@ def resolve_loss(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Hold the model in eval mode; restore mode and random state afterwards, also after an error.
-
-    Fused attention has neither second derivatives nor batching rules, so the plain kernels are
-    used inside.
-    """
-    modes = [(module, module.training) for module in model.modules()]
+def unfused_attention() -> Iterator[None]:
+    """Plain kernels inside: fused attention has neither second derivatives nor batching rules."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices=devices), sdpa_kernel(SDPBackend.MATH):
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Hold the model in eval mode, with unfused attention.
+
+    Mode and random state are restored afterwards, also after an error.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices), unfused_attention():
+            model.eval()
+            yield
+    finally:
         for module, mode in modes:
             module.training = mode
 
@@ -174,6 +182,18 @@ def select_parameters(model: nn.Module, parameters: Parameters = None) -> dict[s
     if not selected:
         raise ArgumentError("no parameter is selected")
     return selected
+
+
+def floating_parameters(model: nn.Module, parameters: Parameters = None) -> dict[str, Tensor]:
+    """Those of `select_parameters` that have gradients: integers, as of quantised layers, do not.
+
+    Example:
+        >>> from torch import nn
+        >>> list(floating_parameters(nn.Linear(3, 4)))
+        ['weight', 'bias']
+    """
+    chosen = select_parameters(model, parameters)
+    return {name: p for name, p in chosen.items() if p.is_floating_point()}
 
 
 def check_finite_weights(model: nn.Module) -> None:
@@ -330,6 +350,36 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
             )
         return _choose(data.tensors[0], data.tensors[1], n, seed)
     return _from_dataset(data, n, seed, _default_collate)
+
+
+def load_in_order(data: Data, n: int | None = None) -> Examples:
+    """The first n examples in the data's own order, for values that do not depend on the order.
+
+    As `load_examples` without a seed, except that a loader that shuffles stands for its data set in
+    index order.
+
+    Args:
+        data: As for `load_examples`.
+        n: How many examples; None for all.
+
+    Raises:
+        DataError: As `load_examples`.
+        ArgumentError: As `load_examples`.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.zeros(4, 1), torch.arange(4))
+        >>> load_in_order(DataLoader(data, shuffle=True)).labels
+        tensor([0, 1, 2, 3])
+    """
+    if (
+        isinstance(data, DataLoader)
+        and isinstance(data.sampler, RandomSampler)
+        and visits_all_once(data)
+    ):
+        data = DataLoader(data.dataset, collate_fn=data.collate_fn)
+    return load_examples(data, n=n, seed=None)
 
 
 def standard_tensor(array: NDArray[Any]) -> Tensor:

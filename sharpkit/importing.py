@@ -29,8 +29,8 @@ def import_callable(name: str) -> Any:
     sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ArgumentError(f"cannot import {name!r}: {error}") from error
+    except Exception as error:  # the module is the user's: it raises whatever it does
+        raise ArgumentError(f"cannot import {name!r}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(here)
     if not callable(found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from compare import Comparison, compare
-from run_all import machine_name, run_job, table
+from run_all import machine_name, page, records_of, run_job, table
 from timing import Record
 
 import sharpkit
@@ -51,11 +52,29 @@ def test_a_machine_is_named_after_its_processor(processor: str, name: str) -> No
 
 
 def test_a_benchmark_that_fails_is_told_from_one_that_works() -> None:
-    records, failure = run_job("bench_cmi.py --only no-such-case", quick=True, threads=1)
-    assert records == []
-    assert failure is not None
-    assert failure["exit_code"] == 2
-    assert "no-such-case" in failure["error"]
+    result = run_job("bench_cmi.py --only no-such-case", quick=True, threads=1)
+    assert result["records"] == []
+    assert result["exit_code"] == 2
+    assert "no-such-case" in result["error"]
+
+
+def test_the_page_says_of_each_benchmark_when_it_ran_and_whether_it_failed() -> None:
+    record = asdict(Record("product", "sharpkit", "s", [1.0], "<= 2")) | {"holds": True}
+    run = {"commit": "abc", "date": "2026-11-25", "seconds": 9, "error": ""}
+    jobs = {
+        "bench_sam.py": run
+        | {"commit": "def", "exit_code": 2, "error": "no\nreason", "records": []},
+        "bench_m_sharpness.py": run | {"exit_code": 0, "records": [record]},
+    }
+    machine = dict.fromkeys(("processor", "family", "model", "memory_gib", "system", "python"), "x")
+    result = {"machine": machine | {"cores": 2}, "versions": {"torch": "2"}, "threads": 2}
+    lines = page(result | {"quick": False, "jobs": jobs}).splitlines()
+    assert records_of(jobs) == [Record("product", "sharpkit", "s", [1.0], "<= 2")]
+    assert "- `bench_m_sharpness.py`: commit abc, 2026-11-25, 9 s" in lines
+    failed = next(line for line in lines if "bench_sam.py" in line)
+    assert "commit def" in failed
+    assert failed.endswith("**failed** (exit code 2): reason")
+    assert "| product | s | 1 |  |  | <= 2 | yes |" in lines
 
 
 def test_noise_on_one_side_is_not_slower_but_a_shift_is() -> None:

@@ -51,10 +51,25 @@ def test_from_zoo_to_figure(zoo_path, tmp_path):
     assert "cmi_pgdl" in text
     table = pd.read_csv(out / "evaluation.csv")
     assert table["m"].tolist() == [1, 4, 24] * 2
+    (out / "evaluation.csv").unlink()
     run("plot", out, "--resamples", 20, "--out", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     plotted = pd.read_csv(tmp_path / "figure.csv")
     assert sorted(plotted["cmi_pgdl"]) == sorted(table["cmi_pgdl"])
+    assert not (out / "evaluation.csv").exists()  # that table is of `evaluate` alone
+
+
+def test_plot_weights_pairs_by_the_test_size_as_evaluate_does(zoo_path, tmp_path):
+    out = tmp_path / "run"
+    run("score", zoo_path, "--task", "first", "--out", out, "--m", "1,4", "--rho", "0.1")
+    size = ("--resamples", 9, "--test-size", 1000)
+    run("evaluate", out, *size)
+    run("plot", out, *size, "--statistic", "sign_error", "--out", tmp_path / "figure.png")
+    run("plot", out, "--resamples", 9, "--out", tmp_path / "unweighted.png")
+    names = (out / "evaluation.csv", tmp_path / "figure.csv", tmp_path / "unweighted.csv")
+    table, plotted, unweighted = (pd.read_csv(path)["sign_error"].tolist() for path in names)
+    assert plotted == table
+    assert unweighted != table
 
 
 def test_score_takes_tasks_limits_and_subsets(zoo_path, tmp_path):

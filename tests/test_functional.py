@@ -22,8 +22,10 @@ from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.functional import (
     FunctionalModel,
     cross_entropy,
+    floating_parameters,
     frozen,
     load_examples,
+    load_in_order,
     mean_squared_error,
     select_parameters,
 )
@@ -103,6 +105,14 @@ def test_selects_parameters_by_name_pattern_and_module():
         select_parameters(model, "3.weight")
     with pytest.raises(ArgumentError, match="no parameter of the model"):
         select_parameters(model, nn.Linear(2, 2))
+
+
+def test_integer_parameters_are_not_among_the_floating_ones():
+    model = nn.Linear(2, 2)
+    model.codes = nn.Parameter(torch.arange(3), requires_grad=False)
+    assert list(select_parameters(model)) == ["weight", "bias", "codes"]
+    assert list(floating_parameters(model)) == ["weight", "bias"]
+    assert list(floating_parameters(model, ["codes", "bias"])) == ["bias"]
 
 
 def test_a_shared_parameter_answers_to_each_of_its_names():
@@ -214,6 +224,20 @@ def test_other_samplers_are_followed():
     assert load_examples(batches, seed=None).labels.tolist() == [1, 2, 3, 4]
     few = DataLoader(data, sampler=RandomSampler(data, num_samples=5))
     assert len(load_examples(few)) == 5
+
+
+def test_a_loader_that_shuffles_stands_for_its_data_set_in_order():
+    data = TensorDataset(torch.arange(20.0).unsqueeze(1), torch.arange(20))
+
+    def doubled(items):
+        return torch.stack([2 * x for x, _ in items]), torch.stack([y for _, y in items])
+
+    loader = DataLoader(data, batch_size=3, shuffle=True, collate_fn=doubled)
+    assert load_in_order(loader).labels.tolist() == list(range(20))
+    assert load_in_order(loader, 2).inputs.tolist() == [[0.0], [2.0]]
+    assert load_in_order(DataLoader(data, sampler=[4, 0])).labels.tolist() == [4, 0]
+    with pytest.raises(DataError, match="shuffles"):
+        load_examples(loader, seed=None)
 
 
 def test_items_of_a_subclass_are_its_own():

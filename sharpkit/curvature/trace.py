@@ -24,7 +24,9 @@ _BLOCK = 16  # vectors per call of matmat
 
 @dataclass(frozen=True)
 class Estimated:
-    """A number with its standard error.
+    """A number with its standard error, and how it was found.
+
+    A measure returns an `Estimate` instead (of `sharpkit.measures`), the two numbers alone.
 
     Attributes:
         value: The estimate.

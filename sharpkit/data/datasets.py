@@ -21,6 +21,8 @@ _NAMES = (
     "or ZOO:TASK"
 )
 
+ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # of an .npz file
+
 Pair = tuple[TensorDataset, TensorDataset]
 
 
@@ -113,15 +115,14 @@ def _task(zoo: str, task: str) -> Pair:
 
 def _arrays(path: Path) -> Pair:
     """The four arrays of an .npz file."""
-    names = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file]
-            arrays = {name: file[name] for name in names if name in file}
+            missing = [name for name in ARRAYS if name not in file]
+            arrays = {name: file[name] for name in ARRAYS if name in file}
     except Exception as error:  # numpy raises whatever its zip and pickle layers do
         raise DataError(f"{path}: not a readable .npz file ({error})") from error
     if missing:
-        raise DataError(f"{path}: {missing[0]} is missing; expected {', '.join(names)}")
+        raise DataError(f"{path}: {missing[0]} is missing; expected {', '.join(ARRAYS)}")
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):

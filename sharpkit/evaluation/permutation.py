@@ -11,7 +11,7 @@ from sharpkit.errors import ArgumentError
 from sharpkit.evaluation._grid import Configs, Floats, Ints, Measure, read_comparable
 from sharpkit.evaluation._weighted import LOWER_IS_BETTER, weighted_statistics
 from sharpkit.evaluation._weighted_cells import Weights
-from sharpkit.evaluation.resampling import check_resampling
+from sharpkit.evaluation.resampling import LEAST, check_resampling
 
 _BATCH_SIGNS = 2_000_000  # signs of permuted gaps held at a time
 
@@ -62,8 +62,8 @@ def permutation_p_value(
         >>> permutation_p_value({k: k for k in range(20)}, configs, permutations=99)
         0.01
     """
-    check_resampling(statistic, permutations, 0.95, "percentile")
-    values, grid = read_comparable(measure, configs, least=3)
+    check_resampling(permutations, statistic=statistic)
+    values, grid = read_comparable(measure, configs, least=LEAST)
     unknown = [name for name in within if name not in grid.names]
     if unknown:
         raise ArgumentError(f"within = {list(within)}: the zoo has {', '.join(grid.names)}")

@@ -16,7 +16,13 @@ from numpy.typing import ArrayLike
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation._grid import Configs, Floats, Ints, listed, read_configs, read_measure
 from sharpkit.evaluation.ranks import aligned, kendall_tau
-from sharpkit.evaluation.resampling import Interval, interval_ends, resample_weights
+from sharpkit.evaluation.resampling import (
+    LEAST,
+    Interval,
+    check_resampling,
+    interval_ends,
+    resample_weights,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,8 +63,8 @@ def r_squared(measure: ArrayLike | Any, gap: ArrayLike | Any) -> float:
     """
     x, y = aligned(measure, gap)
     n = len(x)
-    if n < 3:
-        raise ScoreError(f"a held-out fit needs at least 3 models, got {n}")
+    if n < LEAST:
+        raise ScoreError(f"a held-out fit needs at least {LEAST} models, got {n}")
     if not np.isfinite(x).all() or (x == x[0]).all() or (y == y[0]).all():
         return float("nan")
     dx, dy = x - x.mean(), y - y.mean()
@@ -157,10 +163,7 @@ def combined_predictor(
     features, gap, ids = _complete(values, configs)
     if not 2 <= folds <= len(gap):
         raise ArgumentError(f"folds = {folds}: expected 2 to {len(gap)}, the number of models")
-    if resamples < 1:
-        raise ArgumentError(f"resamples = {resamples}: expected at least 1")
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence = {confidence}: expected a number between 0 and 1")
+    check_resampling(resamples, confidence)
     parts = list(KFold(folds, shuffle=True, random_state=seed).split(features))
     fewest = min(len(training) for training, _ in parts)
     predicted: Floats = cross_val_predict(_ridge(fewest), features, gap, cv=parts)

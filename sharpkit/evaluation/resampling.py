@@ -26,6 +26,7 @@ from sharpkit.evaluation._weighted import RANGES, STATISTICS, weighted_statistic
 from sharpkit.evaluation.robustness import Environments
 
 METHODS = ("recentred", "percentile", "debiased")
+LEAST = 3  # models that a statistic needs
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,8 @@ def bootstrap_interval(
         >>> interval.low < interval.value < interval.high
         True
     """
-    check_resampling(statistic, resamples, confidence, method)
-    values, grid = read_comparable(measure, configs, least=3)
+    check_resampling(resamples, confidence, statistic, method)
+    values, grid = read_comparable(measure, configs, least=LEAST)
     weights = resample_weights(len(grid), resamples, seed)
     value, draws = observed_and_resampled(values[:, None], grid, weights, (statistic,))[statistic]
     low, high = interval_ends(value, draws, confidence, method, RANGES[statistic])
@@ -216,12 +217,12 @@ def compare_measures(
         >>> compare_measures(good, bad, configs).p_value < 0.05
         True
     """
-    check_resampling(statistic, resamples, confidence, "recentred")
+    check_resampling(resamples, confidence, statistic)
     grid = read_configs(configs)
     columns = np.stack([read_measure(m, grid)[0] for m in (first, second)], axis=1)
     usable = ~np.isnan(columns).any(1) & ~np.isnan(grid.gap)
-    if usable.sum() < 3:
-        raise ScoreError(f"{int(usable.sum())} models have both values; expected at least 3")
+    if usable.sum() < LEAST:
+        raise ScoreError(f"{int(usable.sum())} models have both values; expected at least {LEAST}")
     columns, grid = columns[usable], grid.take(usable)
     weights = resample_weights(len(grid), resamples, seed)
     value, draws = observed_and_resampled(columns, grid, weights, (statistic,))[statistic]
@@ -301,15 +302,20 @@ def _two_sided(difference: float, draws: Floats) -> float:
     return float(min(1.0, 2 * (1 + smaller) / (1 + len(draws))))
 
 
-def check_resampling(statistic: str, count: int, confidence: float, method: str) -> None:
+def check_resampling(
+    count: int,
+    confidence: float = 0.95,
+    statistic: str = "kendall_tau",
+    method: str = "recentred",
+) -> None:
     """Raise ArgumentError for an unknown statistic or method, or a number outside its range."""
-    if statistic not in STATISTICS:
-        raise ArgumentError(
-            f"unknown statistic {statistic!r}: expected one of {', '.join(STATISTICS)}"
-        )
     if count < 1:
         raise ArgumentError(f"{count} resamples or permutations: expected at least 1")
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence = {confidence}: expected a number between 0 and 1")
+    if statistic not in STATISTICS:
+        raise ArgumentError(
+            f"unknown statistic {statistic!r}: expected one of {', '.join(STATISTICS)}"
+        )
     if method not in METHODS:
         raise ArgumentError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")

@@ -22,6 +22,8 @@ from sharpkit.evaluation._weighted import RANGES, SIGN_ERRORS, STATISTICS
 from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score, set_name
 from sharpkit.evaluation.permutation import holm, p_values, permuted_kendall, shuffles
 from sharpkit.evaluation.resampling import (
+    LEAST,
+    check_resampling,
     interval_ends,
     observed_and_resampled,
     resample_weights,
@@ -30,8 +32,6 @@ from sharpkit.evaluation.robustness import Environments
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_LEAST = 3  # models
 
 
 def evaluate_measures(
@@ -111,10 +111,9 @@ def evaluate_measures(
 
     if isinstance(definitions, str) or not set(definitions) <= set(DEFINITIONS):
         raise ArgumentError(f"definitions = {definitions!r}: expected some of {DEFINITIONS}")
-    _check(resamples, confidence)
+    check_resampling(resamples, confidence)
     permutations = 10 * resamples if permutations is None else permutations
-    if permutations < 1:
-        raise ArgumentError(f"permutations = {permutations}: expected at least 1")
+    check_resampling(permutations)
     chosen = Environments(environments, test_size)
     skipped = {f"cmi_{name}" for name in DEFINITIONS if name not in definitions}
     statistics = [name for name in STATISTICS if name not in skipped]
@@ -189,7 +188,7 @@ def evaluate_hyperparameters(
     """
     import pandas as pd
 
-    _check(resamples, confidence)
+    check_resampling(resamples, confidence)
     chosen = Environments(environments, test_size)
     statistics = ["granulated_kendall", *SIGN_ERRORS]
     rows: dict[tuple[int, int], dict[str, float]] = {}
@@ -262,21 +261,14 @@ def _exact_cmi(definition: str, column: Floats, grid: Grid) -> dict[str, Any]:
     return row
 
 
-def _check(resamples: int, confidence: float) -> None:
-    if resamples < 1:
-        raise ArgumentError(f"resamples = {resamples}: expected at least 1")
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence = {confidence}: expected a number between 0 and 1")
-
-
 def _check_enough(usable: Bools, values: pd.DataFrame, grid: Grid) -> None:
     if usable.shape[1] == 0:
         raise ScoreError("the table of values has no columns, so no measure to evaluate")
     counts = usable.sum(0)
     counted = zip(values.columns, counts.tolist(), strict=True)
-    poor = [f"{name} ({count})" for name, count in counted if count < _LEAST]
+    poor = [f"{name} ({count})" for name, count in counted if count < LEAST]
     if poor:
         raise ScoreError(
             f"too few of {len(grid)} models have a value and a gap: {listed(poor)}; expected at "
-            f"least {_LEAST}"
+            f"least {LEAST}"
         )

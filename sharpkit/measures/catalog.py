@@ -32,7 +32,7 @@ from sharpkit.measures.curvature import (
     MaxEigenvalue,
 )
 from sharpkit.measures.m_sharpness import MSharpness
-from sharpkit.measures.measure import Estimate, Measure
+from sharpkit.measures.measure import Estimate, Measure, needed
 from sharpkit.measures.recorded import TrainingSteps
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -95,8 +95,8 @@ class FunctionMeasure:
         Raises:
             ArgumentError: If the measure needs the initial network and none is given.
         """
-        if self.needs_initial and initial is None:
-            raise ArgumentError(f"{self.name} needs the network before training: pass initial=")
+        if self.needs_initial:
+            needed(self.name, "initial", initial)
         function = _FUNCTIONS[self.function]
         given = dict(zip(_GIVEN, (model, data, initial, seed), strict=True))
         wanted = inspect.signature(function).parameters

@@ -17,6 +17,7 @@ from sharpkit.functional import (
     Inputs,
     Loss,
     check_labels,
+    floating_parameters,
     frozen,
     resolve_loss,
     select_parameters,
@@ -67,7 +68,7 @@ def gradient_noise(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy"
         n = len(run.examples)
         if n < 2:
             raise DataError("the variance of gradients needs at least two examples, got 1")
-        weights = {k: p for k, p in select_parameters(model).items() if p.is_floating_point()}
+        weights = floating_parameters(model)
         _check_outputs(run, loss)
 
         def one(parameters: dict[str, Tensor], inputs: Inputs, label: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def fisher_rao_norm(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy
     each = single_losses(loss)
     with frozen(model):
         run = setup(model, data)
-        weights = {k: p for k, p in select_parameters(model).items() if p.is_floating_point()}
+        weights = floating_parameters(model)
         _check_outputs(run, loss)
         parts = []
         for batch in run.batches():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.errors import DataError, ModelError
-from sharpkit.functional import Data, Examples, check_labels, frozen, select_parameters
+from sharpkit.functional import Data, Examples, check_labels, floating_parameters, frozen
 from sharpkit.measures.layers import layer_inputs
 from sharpkit.measures.margins import check_percentile, margins
 from sharpkit.measures.passes import Setup, setup
@@ -73,7 +73,7 @@ def all_layer_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) 
 
 def _distances(run: Setup, model: nn.Module) -> tuple[list[Tensor], list[float]]:
     """First-order distances (n,) from the boundary at each layer, and the total variances."""
-    weights = {k: p for k, p in select_parameters(model).items() if p.is_floating_point()}
+    weights = floating_parameters(model)
     leaves = {k: p.detach().requires_grad_() for k, p in weights.items()}
     parts: list[list[Tensor]] = []
     spreads: list[_Spread] = []

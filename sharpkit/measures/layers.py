@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.functional import Data, FunctionalModel, frozen, load_examples, select_parameters
+from sharpkit.functional import Data, FunctionalModel, frozen, load_in_order, select_parameters
 
 Convolution = nn.modules.conv._ConvNd
 BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -85,7 +85,7 @@ def trace(model: nn.Module, data: Data) -> Trace:
         handles += [leaf.register_forward_hook(watch) for leaf in leaves]
         try:
             function = FunctionalModel(model)
-            one = load_examples(data, n=1, seed=None).to(function.device, function.dtype)
+            one = load_in_order(data, n=1).to(function.device, function.dtype)
             function({}, one.inputs)
         finally:
             for handle in handles:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
 from sharpkit.functional import Data
-from sharpkit.measures.measure import Estimate
+from sharpkit.measures.measure import Estimate, plain
 from sharpkit.sharpness import m_sharpness
 from sharpkit.sharpness.m_sharpness import read_grid, read_rule
 
@@ -49,11 +49,12 @@ class MSharpness:
     name: str = field(default="m_sharpness", init=False)
 
     def __post_init__(self) -> None:
-        """Store sequences as tuples, so that a measure is hashable; refuse bad arguments early."""
+        """Store plain numbers and tuples, so that a measure is hashable; refuse bad ones early."""
         for key in ("m", "rho"):
-            value = getattr(self, key)
-            if isinstance(value, Sequence):
-                object.__setattr__(self, key, tuple(value))
+            value = plain(getattr(self, key))
+            if isinstance(value, Iterable):
+                value = tuple(plain(v) for v in value)
+            object.__setattr__(self, key, value)
         read_grid(self.m, self.rho)
         read_rule(self.ascent, self.steps, self.norm, self.adaptive, self.average, 0)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.functional import Data, Loss, check_labels, frozen
+from sharpkit.functional import Data, Loss, check_labels, frozen, load_in_order
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import mean_of, setup, single_losses
 
@@ -156,13 +156,12 @@ def normalized_margin(model: nn.Module, data: Data, *, percentile: float = 10.0)
         >>> round(normalized_margin(model, data), 6)  # (20 − 15) / (5 · 5)
         0.2
     """
-    from sharpkit.functional import load_examples
     from sharpkit.measures.layers import weight_layers
     from sharpkit.measures.passes import images
     from sharpkit.measures.spectral import spectral_norm
 
     margin = output_margin(model, data, percentile=percentile)
-    inputs = images(load_examples(data, seed=None), "the normalised margin")
+    inputs = images(load_in_order(data), "the normalised margin")
     size = float(inputs.double().flatten(1).norm(dim=1).mean())
     norms = [spectral_norm(layer) for layer in weight_layers(model, data)]
     if size == 0:

@@ -5,18 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.functional import Data
 
+T = TypeVar("T")
+
 _RESERVED = {"task", "model", "measure", "value", "std_error"}
+_NEEDS = {"initial": "the network before training", "metrics": "what the zoo recorded"}
 
 
 class Estimate(NamedTuple):
-    """A value with its standard error (NaN if unknown)."""
+    """A value with its standard error (NaN if unknown): what a measure may return.
+
+    The estimators of `sharpkit.curvature` give an `Estimated`, which also says how it was found.
+    """
 
     value: float
     std_error: float = math.nan
@@ -42,13 +49,17 @@ class Measure(Protocol):
             seed: Of every random choice.
 
         Returns:
-            One value, or values by setting; a setting is text like "m=4,rho=0.05".
+            One value, or values by setting; a setting is text like "m=4,rho=0.05". A name alone,
+            like "origin", stands for "form=origin".
         """
         ...
 
 
 def describe(measure: Measure) -> tuple[str, dict[str, Any]]:
     """The name of a measure and its configuration, as it is stored with a run.
+
+    The configuration holds Python's numbers and lists in the place of numpy's and torch's, which
+    JSON does not know.
 
     Example:
         >>> from sharpkit.measures import MSharpness
@@ -59,10 +70,37 @@ def describe(measure: Measure) -> tuple[str, dict[str, Any]]:
     name = getattr(measure, "name", None) or getattr(measure, "__name__", None)
     config: dict[str, Any] = {}
     if dataclasses.is_dataclass(measure) and not isinstance(measure, type):
-        config = dataclasses.asdict(measure)
+        config = pytree.tree_map(plain, dataclasses.asdict(measure))
     if not isinstance(name, str):
         raise ArgumentError(f"{measure!r} has no name: set the attribute `name`")
     return name, config
+
+
+def plain(value: Any) -> Any:
+    """A number or array of numpy or torch as Python's number or list; anything else as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> plain(np.arange(3)), plain(np.float64(0.5)), plain("auto")
+        ([0, 1, 2], 0.5, 'auto')
+    """
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def needed(measure: str, need: str, given: T | None) -> T:
+    """What a measure needs besides model and data: "initial" or "metrics".
+
+    Raises:
+        ArgumentError: If it is not given.
+
+    Example:
+        >>> needed("training_steps", "metrics", None)
+        Traceback (most recent call last):
+        sharpkit.errors.ArgumentError: training_steps needs what the zoo recorded: pass metrics=
+    """
+    if given is None:
+        raise ArgumentError(f"{measure} needs {_NEEDS[need]}: pass {need}=")
+    return given
 
 
 def evaluate_measure(
@@ -88,17 +126,12 @@ def evaluate_measure(
         ModelError: If a value is not a finite number.
         ArgumentError: If the measure needs the initial network or the metrics, and there are none.
     """
-    further: dict[str, Any] = {}
-    if getattr(measure, "needs_initial", False):
-        if initial is None:
-            raise ArgumentError(
-                f"{describe(measure)[0]} needs the network before training: pass initial="
-            )
-        further["initial"] = initial()
-    if getattr(measure, "needs_metrics", False):
-        if metrics is None:
-            raise ArgumentError(f"{describe(measure)[0]} needs what a zoo recorded: pass metrics=")
-        further["metrics"] = metrics()
+    loaders: dict[str, Callable[[], Any] | None] = {"initial": initial, "metrics": metrics}
+    further = {
+        need: needed(describe(measure)[0], need, load)()
+        for need, load in loaders.items()
+        if getattr(measure, f"needs_{need}", False)
+    }
     raw = cast("Any", measure)(model, data, seed=seed, **further)
     values = raw if isinstance(raw, Mapping) else {"": raw}
     estimates = {}
@@ -115,14 +148,18 @@ def evaluate_measure(
 
 
 def parse_setting(setting: str) -> dict[str, float | int | str]:
-    """The columns of a setting.
+    """The columns of a setting; a name alone is a form.
 
     Example:
         >>> parse_setting("m=4,rho=0.05")
         {'m': 4, 'rho': 0.05}
+        >>> parse_setting("origin")
+        {'form': 'origin'}
         >>> parse_setting("")
         {}
     """
+    if setting and "=" not in setting:
+        return {"form": setting}
     columns: dict[str, float | int | str] = {}
     for part in filter(None, setting.split(",")):
         key, _, text = part.partition("=")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.errors import ModelError
-from sharpkit.functional import Data, FunctionalModel, frozen, load_examples, select_parameters
+from sharpkit.functional import Data, FunctionalModel, frozen, load_in_order, select_parameters
 from sharpkit.measures.layers import BatchNorm, WeightLayer, fold, trace, weight_layers
 from sharpkit.measures.margins import margin_squared
 
@@ -161,7 +161,7 @@ def path_norm(model: nn.Module, data: Data, *, percentile: float = 10.0) -> dict
     from sharpkit.measures.passes import images
 
     select_parameters(model)
-    inputs = images(load_examples(data, n=1, seed=None), "the path norm")
+    inputs = images(load_in_order(data, n=1), "the path norm")
     found = trace(model, data)
     with frozen(model), torch.no_grad():
         function = FunctionalModel(model)

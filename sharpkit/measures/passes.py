@@ -15,7 +15,7 @@ from sharpkit.functional import (
     FunctionalModel,
     Loss,
     check_labels,
-    load_examples,
+    load_in_order,
     resolve_loss,
 )
 from sharpkit.measures.measure import Estimate
@@ -63,7 +63,7 @@ class Setup:
 
 def setup(model: nn.Module, data: Data) -> Setup:
     """Collect the examples; the model must be inside `frozen`."""
-    return Setup(FunctionalModel(model), load_examples(data, seed=None))
+    return Setup(FunctionalModel(model), load_in_order(data))
 
 
 def images(examples: Examples, what: str) -> Tensor:

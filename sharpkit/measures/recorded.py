@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.errors import ModelError
 from sharpkit.functional import Data
+from sharpkit.measures.measure import needed
 
 KINDS = ("steps", "iterations", "epochs")
 
@@ -41,8 +42,7 @@ class TrainingSteps:
             ArgumentError: If no metrics are given.
             ModelError: If they record none of the three.
         """
-        if metrics is None:
-            raise ArgumentError(f"{self.name} needs what the zoo recorded: pass metrics=")
+        metrics = needed(self.name, "metrics", metrics)
         found = {f"form={kind}": float(metrics[kind]) for kind in KINDS if kind in metrics}
         if not found:
             raise ModelError(

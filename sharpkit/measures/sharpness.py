@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from sharpkit.functional import Data, load_examples
+from sharpkit.functional import Data, load_in_order
 from sharpkit.measures.measure import Estimate
 from sharpkit.sharpness import m_sharpness
 
@@ -30,7 +30,7 @@ def worst_case_sharpness(
     p = 2 is Foret et al.'s, p = ∞ that of Keskar et al.; `adaptive` makes it invariant under
     rescaling the layers of a ReLU network: with p = 2 the adaptive elementwise sharpness, with
     p = ∞ the magnitude-aware one. Projected ascent gives a lower bound of the
-    maximum. Cost: `steps` gradient passes and as many forward passes.
+    maximum. Cost: `steps` gradient passes and one forward pass.
 
     Args:
         model: Any module.
@@ -38,7 +38,7 @@ def worst_case_sharpness(
         rho: Radius, > 0.
         norm: 2 or infinity.
         adaptive: Measure ε in units of |w|.
-        ascent: "pgd", or "one_step" for the linearised maximum (one gradient pass).
+        ascent: "pgd", or "one_step" for the linearised maximum (one pass of either kind).
         steps: Steps of "pgd".
         seed: Order of the examples; matters by rounding only.
 
@@ -61,10 +61,11 @@ def worst_case_sharpness(
         >>> worst_case_sharpness(model, data) > 0
         True
     """
+    examples = load_in_order(data)
     result = m_sharpness(
         model,
-        data,
-        m=len(load_examples(data, seed=None)),
+        (examples.inputs, examples.labels),
+        m=len(examples),
         rho=rho,
         norm=norm,
         adaptive=adaptive,
@@ -90,7 +91,7 @@ def average_sharpness(
         E[L(w + ε) − L(w)],  ε Gaussian, scaled to ‖ε‖₂ = ρ
 
     To second order this is ρ² tr(H) / 2P for P parameters: far smaller than the worst case at the
-    same ρ. Cost: `draws` forward passes, and one gradient pass that is not used.
+    same ρ. Cost: `draws` + 1 forward passes.
 
     Args:
         model: Any module.
@@ -119,10 +120,11 @@ def average_sharpness(
         >>> average_sharpness(model, data, rho=2.0, draws=200).value > 0
         True
     """
+    examples = load_in_order(data)
     result = m_sharpness(
         model,
-        data,
-        m=len(load_examples(data, seed=None)),
+        (examples.inputs, examples.labels),
+        m=len(examples),
         rho=rho,
         average=True,
         adaptive=adaptive,

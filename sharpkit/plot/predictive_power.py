@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.evaluation.labels import LABELS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +51,7 @@ def predictive_power(
     rows = draw_predictive_power(figure.add_subplot(), table, statistic)
     if out is not None:
         path = Path(out)
-        if path.stem in ("scores", "evaluation"):
+        if path.stem in ("scores", "evaluation", "combined"):
             raise ArgumentError(f"{path}: its numbers would overwrite a run's {path.stem}.csv")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=160)
@@ -84,7 +85,7 @@ def draw_predictive_power(left: Axes, table: pd.DataFrame, statistic: str) -> pd
     left.set_xticks(ticks, [f"{m:g}" for m in ticks])
     left.set_xlabel("m")
     for axis, colour in _sole_colours(axes, list(lines)).items():
-        axis.set_ylabel(_name(statistic), color=colour)
+        axis.set_ylabel(LABELS.get(statistic, statistic), color=colour)
         axis.tick_params(axis="y", colors=colour)
     left.set_title("Predictive power of m-sharpness (95 % bootstrap over models)", fontsize=10)
     left.legend(handles=handles, fontsize=9, loc="upper right")
@@ -125,13 +126,3 @@ def _label(by: list[str], key: Any, line: pd.DataFrame) -> str:
     if "models" in line:
         parts.append(f"{int(line['models'].min())} models")
     return ", ".join(parts)
-
-
-def _name(statistic: str) -> str:
-    names = {
-        "cmi_pgdl": "Conditional mutual information (PGDL score)",
-        "cmi_jiang": "Conditional mutual information (Jiang et al.)",
-        "kendall_tau": "Kendall's τ",
-        "granulated_kendall": "Granulated Kendall",
-    }
-    return names.get(statistic, statistic)

@@ -15,7 +15,16 @@ from sharpkit.evaluation._weighted import LOWER_IS_BETTER
 from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.report import figures
-from sharpkit.report.labels import STATISTICS, decimal, given, measure_label, number, records, scale
+from sharpkit.report.labels import (
+    STATISTICS,
+    decimal,
+    finite,
+    given,
+    measure_label,
+    number,
+    records,
+    scale,
+)
 from sharpkit.runs.evaluate import complete_measures
 
 if TYPE_CHECKING:
@@ -214,7 +223,7 @@ def _scatter(values: pd.DataFrame, table: pd.DataFrame, grid: Grid) -> dict[str,
     }
     return {
         "models": list(grid.ids),
-        "gaps": [_finite(g) for g in grid.gap],
+        "gaps": [finite(g) for g in grid.gap],
         "hyperparameters": [
             {
                 "name": name,
@@ -227,7 +236,7 @@ def _scatter(values: pd.DataFrame, table: pd.DataFrame, grid: Grid) -> dict[str,
             {
                 "label": str(label),
                 "note": notes.get(label, ""),
-                "values": [_finite(value) for value in column],
+                "values": [finite(value) for value in column],
             }
             for label, column in zip(values, found, strict=True)
         ],
@@ -257,7 +266,3 @@ def _gaps(grid: Grid) -> str:
         f"{number(float(gaps.min()), 3)} to {number(float(gaps.max()), 3)} %, "
         f"standard deviation {spread} %"
     )
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

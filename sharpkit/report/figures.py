@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sharpkit.evaluation._weighted import LOWER_IS_BETTER
-from sharpkit.report.labels import STATISTICS, decimal, number, plain, scale
+from sharpkit.report.labels import STATISTICS, decimal, finite, number, plain, scale
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,7 +122,7 @@ def conditioning_sets(scores: Mapping[str, Mapping[tuple[str, ...], float]], tit
         title: Of the colour bar.
     """
     sets = list(dict.fromkeys(names for row in scores.values() for names in row))
-    z = [[_finite(100 * row.get(names, np.nan)) for names in sets] for row in scores.values()]
+    z = [[finite(100 * row.get(names, np.nan)) for names in sets] for row in scores.values()]
     columns = [plain(" + ".join(names) or "none") for names in sets]
     return _heat_map(
         z,
@@ -146,7 +146,7 @@ def correlations(values: pd.DataFrame) -> str:
     matrix = matrix.iloc[order, order]
     labels = [plain(label) for label in matrix.columns]
     return _heat_map(
-        [[_finite(v) for v in row] for row in matrix.to_numpy()],
+        [[finite(v) for v in row] for row in matrix.to_numpy()],
         labels,
         labels,
         colorscale="RdBu_r",
@@ -226,10 +226,6 @@ def _layout(height: int) -> go.Layout:
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},
         hoverlabel={"align": "left"},
     )
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
 
 
 def _json(figure: go.Figure) -> str:

@@ -7,27 +7,20 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from sharpkit.evaluation.labels import LABELS
+
 if TYPE_CHECKING:
     import pandas as pd
-
-STATISTICS = {
-    "cmi_pgdl": "CMI, PGDL (%)",
-    "cmi_jiang": "CMI, Jiang (%)",
-    "kendall_tau": "Kendall’s τ",
-    "kendall_tau_b": "Kendall’s τ-b",
-    "granulated_kendall": "granulated Kendall",
-    "spearman": "Spearman’s ρ",
-    "pearson": "Pearson’s r",
-    "r_squared": "R², held out",
-    "sign_error": "sign-error, mean",
-    "sign_error_90": "sign-error, 90 %",
-    "sign_error_max": "sign-error, worst",
-}
 
 
 def scale(statistic: str) -> float:
     """What a statistic of the table is multiplied with: mutual information is shown in per cent."""
     return 100.0 if statistic.startswith("cmi") else 1.0
+
+
+STATISTICS = {
+    name: f"{label} (%)" if scale(name) == 100 else label for name, label in LABELS.items()
+}
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -56,6 +49,11 @@ def measure_label(key: Mapping[str, Any]) -> str:
 def given(value: Any) -> bool:
     """Whether a setting has a value."""
     return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def finite(value: float) -> float | None:
+    """A number for JSON, which knows neither NaN nor infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def number(value: Any, digits: int = 4) -> str:

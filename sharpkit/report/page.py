@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import shlex
 from contextlib import closing
 from importlib.resources import files
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import ArgumentError
+from sharpkit.files import atomic_path
 from sharpkit.report.labels import number
 from sharpkit.runs import Scores, evaluate
 from sharpkit.runs.evaluate import measure_values
@@ -72,10 +72,8 @@ def write_report(
     with closing(Scores.open(run)) as scores:
         table = evaluate(scores, resamples=resamples, seed=seed, test_size=test_size)
         text = _render(run, scores, table, resamples, seed, test_size)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8", newline="\n")
-    draft.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 

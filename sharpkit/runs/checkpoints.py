@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from sharpkit.data.datasets import ARRAYS, load_dataset
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.importing import import_callable
 
@@ -18,27 +19,35 @@ _KEYS = ("state_dict", "model_state_dict", "model")
 
 
 def load_checkpoint(path: str | Path, build: str | Callable[[], Any]) -> nn.Module:
-    """A model with the weights of a checkpoint.
+    """A model with the weights of a checkpoint, read without running code that the file may hold.
 
     Args:
-        path: A .safetensors file, or one written by `torch.save` that holds tensors only: a state
-            dict, also under the key "state_dict", "model_state_dict" or "model".
+        path: A .safetensors file, or one written by `torch.save` that holds tensors, numbers
+            and text only: a state dict, also under the key "state_dict", "model_state_dict" or
+            "model".
         build: A function that returns the model, or its name as "module:callable"; the module is
             looked for in the working directory as well. It is the only code that runs.
 
     Returns:
-        nn.Module: In eval mode, on the CPU.
+        nn.Module: In eval mode, on the device where `build` makes it.
 
     Raises:
         ModelError: If the file is missing or not readable without unpickling, or does not fit.
         ArgumentError: If `build` cannot be imported or gives no module.
 
     Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "weights.pt"
-        >>> torch.save(nn.Identity().state_dict(), path)
-        >>> load_checkpoint(path, "torch.nn:Identity")
-        Identity()
+        >>> import tempfile, torch, sharpkit as sk
+        >>> from pathlib import Path
+        >>> from torch import nn
+        >>> def build():
+        ...     return nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> path = Path(tempfile.mkdtemp()) / "epoch-9.pt"
+        >>> torch.save({"epoch": 9, "state_dict": build().state_dict()}, path)
+        >>> sk.load_checkpoint(path, build)
+        Sequential(
+          (0): Flatten(start_dim=1, end_dim=-1)
+          (1): Linear(in_features=4, out_features=2, bias=True)
+        )
     """
     model = (import_callable(build) if isinstance(build, str) else build)()
     if not isinstance(model, nn.Module):
@@ -55,8 +64,12 @@ def load_checkpoint(path: str | Path, build: str | Callable[[], Any]) -> nn.Modu
 def load_arrays(path: str | Path, split: str = "train") -> TensorDataset:
     """The examples of an .npz file with x_train, y_train (and x_test, y_test).
 
+    Images of bytes (uint8) are read, and normalised over the training set, as by `load_dataset`,
+    so the model sees what `sharpkit train` has trained on.
+
     Args:
-        path: The file; x of shape (n, ...) in the model's own layout, y of shape (n,).
+        path: The file; x of shape (n, ...) in the model's own layout, y of shape (n,). With uint8
+            images, it needs both splits.
         split: "train" or "test".
 
     Raises:
@@ -67,10 +80,18 @@ def load_arrays(path: str | Path, split: str = "train") -> TensorDataset:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             x, y = (torch.from_numpy(arrays[f"{name}_{split}"]) for name in ("x", "y"))
+            complete = set(ARRAYS) <= set(arrays)
     except KeyError as error:
         raise DataError(f"{path}: expected the arrays x_{split} and y_{split} ({error})") from error
     except Exception as error:  # numpy raises whatever its zip and pickle layers do
         raise DataError(f"{path}: not a readable .npz file ({error})") from error
+    if x.dtype == torch.uint8:
+        if not complete:
+            raise DataError(
+                f"{path}: x_{split} is uint8. Images of bytes are normalised over the training "
+                f"set: give {', '.join(ARRAYS)}; or give x in floats, as the model takes it"
+            )
+        return load_dataset(path)[split == "test"]
     if len(x) != len(y):
         raise DataError(f"{path}: x_{split} has {len(x)} examples, y_{split} has {len(y)}")
     labels = y if y.is_floating_point() else y.long()

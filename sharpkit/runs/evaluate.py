@@ -6,12 +6,13 @@ import warnings
 from typing import TYPE_CHECKING
 
 from sharpkit.errors import ScoreError
+from sharpkit.evaluation import combined_predictor, evaluate_measures
+from sharpkit.evaluation.regression import LEAST_COMBINED
+from sharpkit.evaluation.resampling import LEAST
 from sharpkit.runs.score import Scores
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_LEAST = 3  # models that a statistic needs
 
 
 def evaluate(
@@ -45,13 +46,11 @@ def evaluate(
     """
     import pandas as pd
 
-    from sharpkit.evaluation import evaluate_measures
-
     tables = []
     for task, (keys, values) in measure_values(scores).items():
         configs = scores.model_configs[task]
         _warn_of_missing(task, values, keys, list(configs))
-        enough = values.columns[values.notna().sum() >= _LEAST]
+        enough = values.columns[values.notna().sum() >= LEAST]
         if enough.empty:
             continue
         keys, values = keys.loc[enough].reset_index(drop=True), values[enough]
@@ -62,7 +61,7 @@ def evaluate(
         table.insert(0, "task", task)
         tables.append(table)
     if not tables:
-        raise ScoreError(f"no measure has values for {_LEAST} models or more: nothing to evaluate")
+        raise ScoreError(f"no measure has values for {LEAST} models or more: nothing to evaluate")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -90,9 +89,6 @@ def combine(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> pd.DataF
         [{'measures': 2, 'models': 96}]
     """
     import pandas as pd
-
-    from sharpkit.evaluation import combined_predictor
-    from sharpkit.evaluation.regression import LEAST_COMBINED
 
     rows = []
     for task, (_, values) in measure_values(scores).items():
@@ -160,7 +156,7 @@ def _warn_of_missing(
         missing = sorted(values.index[lacking], key=lambda i: (len(i), i))
         if missing:
             shown = f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}"
-            fate = "are left out" if len(models) - len(missing) >= _LEAST else "leave too few"
+            fate = "are left out" if len(models) - len(missing) >= LEAST else "leave too few"
             warnings.warn(
                 f"task {task}: {measure} has no value for {len(missing)} of {len(models)} models, "
                 f"which {fate}: {shown}",

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, RunError, SharpkitError
 from sharpkit.functional import load_examples
 from sharpkit.lock import sole_driver
@@ -60,6 +61,33 @@ class Scores:
     def frame(self) -> pd.DataFrame:
         """One row per value: task, model, measure, setting columns (m, rho), value, std_error."""
         return self._store.results()
+
+    def metrics(self) -> pd.DataFrame:
+        """Accuracies, losses and generalization gap of every model of the tasks.
+
+        Returns:
+            pandas.DataFrame: One row per task and model: task, model, a column for each metric that
+            is known (train_acc, test_acc, train_loss, test_loss, ...; NaN where a model lacks it),
+            and generalization_gap = train_acc − test_acc.
+
+        Example:
+            >>> import sharpkit as sk
+            >>> measure = sk.MSharpness(m=1, rho=0.1)
+            >>> scores = sk.score_zoo(sk.embedded_zoo(), measure, n=8, limit=1)
+            >>> columns = ["train_acc", "test_acc", "generalization_gap"]
+            >>> scores.metrics()[columns].loc[0].round(4).to_dict()
+            {'train_acc': 0.986, 'test_acc': 0.8207, 'generalization_gap': 0.1653}
+        """
+        import pandas as pd
+
+        rows = [
+            {"task": task, "model": model, **entry.get("metrics", {})}
+            for task, configs in self.model_configs.items()
+            for model, entry in configs.items()
+        ]
+        frame = pd.DataFrame(rows, columns=None if rows else ["task", "model"])
+        accuracies = frame.reindex(columns=["train_acc", "test_acc"]).astype(float)
+        return frame.assign(generalization_gap=accuracies["train_acc"] - accuracies["test_acc"])
 
     @property
     def failures(self) -> pd.DataFrame:
@@ -150,13 +178,13 @@ def score_zoo(
         progress: Show a bar with the time left.
 
     Returns:
-        Scores: `.frame()`, `.failures`, `.provenance()`.
+        Scores: `.frame()`, `.metrics()`, `.failures`, `.provenance()`.
 
     Raises:
         RunError: If `out` holds a run of another configuration, belongs to another process, or
             cannot be written; or if workers cannot start.
-        ArgumentError: If an argument is out of range, a measure needs groups of more than n
-            examples, or two measures have the same name.
+        ArgumentError: If an argument is out of range, the device cannot be used, a measure needs
+            groups of more than n examples, or two measures have the same name.
 
     Example:
         >>> import sharpkit as sk
@@ -171,6 +199,8 @@ def score_zoo(
     named = named_measures(measures)
     check_request(named, n, limit)
     check_limits(backend, workers, threads, timeout, memory)
+    if backend != "ray":  # its workers may have a GPU that this process lacks
+        check_device(device)
     run = None if out is None else Path(out)
     with sole_driver(run), _scratch(run) as scratch:
         threads = threads or recorded_threads(run) or _default_threads(backend)

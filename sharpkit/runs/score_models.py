@@ -15,9 +15,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.evaluation._grid import normal_id
 from sharpkit.functional import (
@@ -27,7 +28,7 @@ from sharpkit.functional import (
     check_finite_weights,
     frozen,
     load_examples,
-    visits_all_once,
+    load_in_order,
 )
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, evaluate_measure
@@ -90,7 +91,8 @@ def score_models(
             in memory. Modules return logits of shape (n, classes).
         measures: One or several, each a callable `(model, data, *, seed)`.
         train: Training examples: a pair (inputs, labels), a `Dataset` or a `DataLoader`, with
-            integer labels of shape (n,).
+            integer labels of shape (n,). Without random augmentation: the accuracies would be those
+            of augmented images, and a later start would take them for other data.
         test: Test examples, in the same forms.
         hyperparameters: Model -> hyperparameter -> its value (a number, text or bool), the same
             hyperparameters for all; None if none were varied on purpose.
@@ -103,14 +105,15 @@ def score_models(
         progress: Show a bar with the time left.
 
     Returns:
-        Scores: `.frame()`, `.failures`, `.provenance()`. The task is called "models". Its
-        `.model_configs` hold train_acc, test_acc, train_loss and test_loss (mean cross-entropy);
-        the accuracies of a model that fails are NaN, and the evaluation leaves it out.
+        Scores: `.frame()`, `.metrics()`, `.failures`, `.provenance()`. The task is called "models".
+        Its `.metrics()` are train_acc, test_acc, train_loss and test_loss (mean cross-entropy); the
+        accuracies of a model that fails are NaN, and the evaluation leaves it out.
 
     Raises:
         ArgumentError: If there are no models, two names are the same to the evaluation (which
             drops a leading `model_`), `hyperparameters` or `initial` do not fit the models, an
-            argument is out of range, or a measure needs groups of more examples than there are.
+            argument is out of range, the device cannot be used, or a measure needs groups of more
+            examples than there are.
         DataError: If the examples cannot be read.
         RunError: If `out` holds a run of another configuration or with other models, belongs to
             another process, or cannot be written.
@@ -127,14 +130,15 @@ def score_models(
         >>> scores = sk.score_models(models, measure, train, test, n=32, progress=False)
         >>> len(scores.frame())
         6
-        >>> list(scores.model_configs["models"]["width 8"]["metrics"])
-        ['train_acc', 'test_acc', 'train_loss', 'test_loss']
+        >>> list(scores.metrics().columns)[2:]
+        ['train_acc', 'test_acc', 'train_loss', 'test_loss', 'generalization_gap']
     """
     named = named_measures(measures)
     _check_models(models, initial)
     hparams = _hyperparameters(models, hyperparameters)
     check_request(named, n)
-    whole, unseen = _in_own_order(train), _in_own_order(test)
+    check_device(device)
+    whole, unseen = load_in_order(train), load_in_order(test)
     check_request(named, n or len(whole))
     measured = whole
     if n is not None:
@@ -298,17 +302,6 @@ def _accuracy_and_loss(model: nn.Module, examples: Examples) -> tuple[float, flo
     return float(right), mean_of(single_losses("cross_entropy")(outputs, run.labels)).value
 
 
-def _in_own_order(data: Data) -> Examples:
-    """All examples; a loader that shuffles stands for its data set in index order."""
-    if (
-        isinstance(data, DataLoader)
-        and isinstance(data.sampler, RandomSampler)
-        and visits_all_once(data)
-    ):
-        data = DataLoader(data.dataset, collate_fn=data.collate_fn)
-    return load_examples(data, seed=None)
-
-
 def _as_data(examples: Examples) -> Data:
     """What measures are given: a data set as in `score_zoo`, a pair if inputs are a structure."""
     if isinstance(examples.inputs, Tensor):
@@ -317,9 +310,8 @@ def _as_data(examples: Examples) -> Data:
 
 
 def _check_models(models: Mapping[str, Model], initial: Mapping[str, Model] | None) -> None:
-    if not models:
-        raise ArgumentError("no models are given: expected a mapping of names to modules")
-    for label, given in (("models", models), ("initial", initial or {})):
+    for label, given in (("models", models), ("initial", {} if initial is None else initial)):
+        _check_mapping(label, given, "names to modules")
         for name, source in given.items():
             if not isinstance(name, str):
                 raise ArgumentError(f"{label}: found the name {name!r}, expected text")
@@ -328,12 +320,19 @@ def _check_models(models: Mapping[str, Model], initial: Mapping[str, Model] | No
                     f"{label}, {name}: found {type(source).__name__}, expected an nn.Module or a "
                     "function that returns one"
                 )
+    if not models:
+        raise ArgumentError("no models are given: expected a mapping of names to modules")
     if len({normal_id(name) for name in models}) < len(models):
         raise ArgumentError(
             'two names of models differ only by spaces or a leading "model_": rename one'
         )
     if initial is not None:
         _check_names("initial", initial, models)
+
+
+def _check_mapping(label: str, given: Any, of: str) -> None:
+    if not isinstance(given, Mapping | nn.ModuleDict):
+        raise ArgumentError(f"{label}: found {type(given).__name__}, expected a mapping of {of}")
 
 
 def _check_names(label: str, given: Mapping[str, Any], models: Mapping[str, Model]) -> None:
@@ -351,7 +350,10 @@ def _hyperparameters(
     """Model -> hparams as in a model_configs.json, the values that occur as the possible ones."""
     if given is None:
         return {name: {} for name in models}
+    _check_mapping("hyperparameters", given, "models to hyperparameters")
     _check_names("hyperparameters", given, models)
+    for model in models:
+        _check_mapping(f"hyperparameters of {model}", given[model], "names to values")
     first = next(iter(models))
     names = list(given[first])
     rows: dict[str, dict[str, Any]] = {}

@@ -23,8 +23,13 @@ from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.quadrature import spectral_density
-from sharpkit.errors import ArgumentError, RunError, SharpkitError
+from sharpkit.device import check_device
+from sharpkit.errors import ArgumentError, RunError
+from sharpkit.files import atomic_path
 from sharpkit.functional import Data, Examples, frozen, load_examples
+from sharpkit.lock import sole_driver
+from sharpkit.settings import changes
+from sharpkit.workers import error_message
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,8 +119,9 @@ def spectrum(
         Spectra: densities, summary and failures, with `.frame()`.
 
     Raises:
-        ArgumentError: For no models, or arguments out of range.
-        RunError: If the directory holds a run with other settings, or every model failed.
+        ArgumentError: For no models, arguments out of range, or a device that cannot be used.
+        RunError: If the directory holds a run with other settings or belongs to another process,
+            or every model failed.
 
     Source:
         Foret et al., ICLR 2021, Figure 3, left.
@@ -127,7 +133,7 @@ def spectrum(
         >>> result = spectrum({"first": lambda: nn.Linear(3, 2)}, data, out, steps=5)
         >>> list(result.frame()["model"]), result.failures
         (['first'], {})
-        >>> sorted(p.name for p in Path(out).iterdir())  # doctest: +NORMALIZE_WHITESPACE
+        >>> sorted(p.name for p in Path(out).glob("[!.]*"))  # doctest: +NORMALIZE_WHITESPACE
         ['config.json', 'density.csv', 'models', 'nodes.csv', 'spectrum.png', 'summary.json']
     """
     if not models:
@@ -139,30 +145,33 @@ def spectrum(
         raise ArgumentError(f'loss must be "cross_entropy" or "mse", got {loss!r}')
     if grid not in ("linear", "log", "symlog"):
         raise ArgumentError(f'grid must be "linear", "log" or "symlog", got {grid!r}')
+    check_device(device)
     examples = load_examples(data, n=n, seed=seed)
     names = None if parameters is None else _names(parameters)
     settings = _Settings(
         loss, names, len(examples), steps, probes, seed, _digest_of_examples(examples)
     )
     root = Path(out)
-    _open(root, settings)
     densities: dict[str, SpectralDensity] = {}
     summary: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
-    bar = tqdm(models.items(), desc="spectrum", unit="model", disable=None if progress else True)
-    for name, build in bar:
-        bar.set_postfix_str(name)
-        try:
-            model = build().to(device)
-            path = root / _MODELS / f"{_file_name(name)}.npz"
-            density, numbers = _measured(
-                model, examples, path, settings, memory_budget, progress=progress
-            )
-            densities[name] = density.on(grid, bandwidth=bandwidth)
-            summary[name] = numbers
-        except (SharpkitError, RuntimeError) as error:
-            failures[name] = f"{type(error).__name__}: {error}"
-    _write(root, densities, summary, failures, share_axes)
+    silent = None if progress else True
+    with sole_driver(root):
+        _claim(root, settings)
+        bar = tqdm(models.items(), desc="spectrum", unit="model", disable=silent)
+        for name, build in bar:
+            bar.set_postfix_str(name)
+            try:
+                model = build().to(device)
+                path = root / _MODELS / f"{_file_name(name)}.npz"
+                density, numbers = _measured(
+                    model, examples, path, settings, memory_budget, progress=progress
+                )
+                densities[name] = density.on(grid, bandwidth=bandwidth)
+                summary[name] = numbers
+            except Exception as error:  # the model is the user's: it raises whatever it does
+                failures[name] = error_message(error)
+        _write(root, densities, summary, failures, share_axes)
     if not densities:
         raise RunError(f"no model could be measured; the first: {next(iter(failures.values()))}")
     return Spectra(densities, summary, failures)
@@ -233,24 +242,19 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _open(root: Path, settings: _Settings) -> None:
-    """Make the run directory, or check that it holds a run with these settings."""
+def _claim(root: Path, settings: _Settings) -> None:
+    """Write down what the directory is for, or refuse one that is for something else."""
     config = root / _CONFIG
     wanted = asdict(settings)
-    if config.is_file():
-        try:
-            found = json.loads(config.read_text())
-        except ValueError as error:
-            raise RunError(
-                f"{config} is damaged: delete it, or choose another directory"
-            ) from error
-        different = [k for k in wanted if found.get(k) != wanted[k]]
-        if different:
-            listed = ", ".join(f"{k}: {found.get(k)!r} there, {wanted[k]!r} now" for k in different)
-            raise RunError(f"{root} holds a run with other settings ({listed}): choose another")
+    if not config.is_file():
+        _replace(config, json.dumps(wanted, indent=2))
         return
-    (root / _MODELS).mkdir(parents=True, exist_ok=True)
-    _replace(config, json.dumps(wanted, indent=2))
+    try:
+        changed = changes(json.loads(config.read_text()), wanted)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RunError(f"{config} is damaged: delete it, or choose another directory") from error
+    if changed:
+        raise RunError(f"{root} holds a run with other settings ({changed}): choose another")
 
 
 def _write(
@@ -276,17 +280,16 @@ def _write(
         table = pd.concat([frame.assign(model=name) for name, frame in tables.items()])
         table.insert(0, "model", table.pop("model"))
         _replace(root / file, table.to_csv(index=False))
-    draw(densities, share_axes=share_axes).savefig(root / "spectrum.png", dpi=160)
+    with atomic_path(root / "spectrum.png") as temporary:
+        draw(densities, share_axes=share_axes).savefig(temporary, dpi=160, format="png")
 
 
 def _save(path: Path, density: SpectralDensity, numbers: dict[str, Any], weights: str) -> None:
     arrays: dict[str, Any] = {f.name: np.asarray(getattr(density, f.name)) for f in fields(density)}
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(
             file, **arrays, numbers=np.asarray(json.dumps(numbers)), weights_digest=weights
         )
-    temporary.replace(path)
 
 
 def _read(path: Path) -> tuple[SpectralDensity, dict[str, Any], str] | None:
@@ -303,10 +306,8 @@ def _read(path: Path) -> tuple[SpectralDensity, dict[str, Any], str] | None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file that is never seen half-written."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 def _names(parameters: str | Iterable[str]) -> list[str]:

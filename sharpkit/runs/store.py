@@ -237,11 +237,6 @@ class Store:
             columns=[*columns, "sharpkit", "torch", "numpy", "python", "platform", "host"],
         )
 
-    def seconds(self) -> float:
-        """Time spent on all items."""
-        total = self._db.execute("SELECT TOTAL(seconds) FROM items").fetchone()[0]
-        return float(total)
-
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All of the block is written, or nothing."""

@@ -76,6 +76,25 @@ def trained_data(path: str | Path) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(inputs, noisy), test
 
 
+def same_examples(one: str | Path, other: str | Path) -> bool:
+    """Whether two runs of `sharpkit train` were trained on the same examples and labels.
+
+    Raises:
+        RunError: If one has no config.json of `sharpkit train`.
+    """
+    return _examples(Path(one)) == _examples(Path(other))
+
+
+def _examples(path: Path) -> tuple[Any, ...]:
+    """All that decides what a run was trained on; the seed only where it draws wrong labels."""
+    config = _config(_weights(path))
+    # a name is no path, but equal names give equal paths, and so do two ways to write one file
+    places = (config["provenance"][key] for key in ("data", "root"))
+    resolved = [None if place is None else Path(place).expanduser().resolve() for place in places]
+    noise = config["label_noise"]
+    return *resolved, noise, config["seed"] if noise else None
+
+
 def _weights(path: Path) -> Path:
     return path / _FINAL if path.is_dir() else path
 

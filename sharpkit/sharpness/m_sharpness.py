@@ -23,10 +23,10 @@ from sharpkit.functional import (
     Loss,
     Parameters,
     check_labels,
+    floating_parameters,
     frozen,
     load_examples,
     resolve_loss,
-    select_parameters,
 )
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.engine import Groupwise, Sweep
@@ -192,9 +192,8 @@ def m_sharpness(
     if engine not in ("auto", "vectorized", "loop"):
         raise ArgumentError(f'engine must be "auto", "vectorized" or "loop", got {engine!r}')
     with frozen(model):
-        weights = select_parameters(model, parameters)
+        weights = floating_parameters(model, parameters)
         function = FunctionalModel(model)
-        weights = {k: w for k, w in weights.items() if w.is_floating_point()}
         examples = load_examples(data, n=n, seed=seed)
         if max(ms) > len(examples):
             raise ArgumentError(f"m = {max(ms)} is larger than n = {len(examples)} examples")

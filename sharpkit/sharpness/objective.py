@@ -38,6 +38,6 @@ def grouped(examples: Examples, groups: int) -> tuple[Inputs, Tensor]:
     """The examples with a group axis in front: leaves (groups, size, ...)."""
     size = len(examples) // groups
     pair: tuple[Inputs, Tensor] = pytree.tree_map(
-        lambda t: t.view(groups, size, *t.shape[1:]), (examples.inputs, examples.labels)
+        lambda t: t.reshape(groups, size, *t.shape[1:]), (examples.inputs, examples.labels)
     )
     return pair

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.functional import (
     Data,
@@ -19,7 +20,7 @@ from sharpkit.functional import (
     check_finite_weights,
     check_labels,
     frozen,
-    load_examples,
+    load_in_order,
 )
 from sharpkit.lock import sole_driver
 from sharpkit.training.loop import Training, call
@@ -98,8 +99,8 @@ def fit(
 
     Args:
         model: Takes the inputs, returns logits (n, classes). All of it is put in training mode.
-        train: Inputs and integer labels: a `Dataset`, a `DataLoader`, or a pair of tensors. Held
-            in memory on the device.
+        train: Inputs and integer labels: a `Dataset`, a `DataLoader` (its data set in index order,
+            with any batch size), or a pair of tensors. Held in memory on the device.
         test: The same, only to be evaluated.
         epochs: Epochs at most; the schedule spans them.
         optimizer: "sgd" or "sam"; SAM takes its steps with SGD.
@@ -133,7 +134,8 @@ def fit(
         FitResult: model, history, path.
 
     Raises:
-        ArgumentError: A setting is out of range, or does not fit the number of examples.
+        ArgumentError: A setting is out of range, or does not fit the number of examples; or the
+            device cannot be used.
         DataError: Data that do not fit the model.
         DivergedError: The loss or a weight is NaN or infinite. The last good checkpoint stays.
         RunError: `out` belongs to another configuration, process or program, its checkpoint is
@@ -156,10 +158,12 @@ def fit(
         augmentation, label_noise, stop_at_loss, seed,
     )  # fmt: skip
     ranks = Ranks.current()
+    if device is not None:
+        check_device(device)
     place = torch.device(device) if device is not None else _device(model)
     model.to(place)
-    examples = load_examples(train, seed=None)
-    held_out = None if test is None else load_examples(test, seed=None)
+    examples = load_in_order(train)
+    held_out = None if test is None else load_in_order(test)
     _check(model, examples, held_out, settings, ranks)
     _check_outputs(settings, keep, evaluate_every, tensorboard, out)
     config = {

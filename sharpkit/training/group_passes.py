@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
-from torch.utils import _pytree as pytree
 
 from sharpkit.functional import Examples, FunctionalModel, Inputs
 from sharpkit.sharpness import geometry, low_rank
 from sharpkit.sharpness.geometry import Direction, Factors, Tensors
+from sharpkit.sharpness.objective import grouped
 from sharpkit.training.layer_calls import CallsDiffer
 from sharpkit.training.perturbed_layers import PerturbedLayers
 from sharpkit.training.radius import Radii
@@ -63,15 +63,6 @@ class Gradients:
     tensors: Tensors
     factors: Factors
     statistics: Statistics
-
-
-def grouped(examples: Examples, count: int) -> tuple[Inputs, Tensor]:
-    """Inputs and labels with a leading group axis, (count, size, ...)."""
-    size = len(examples) // count
-    result: tuple[Inputs, Tensor] = pytree.tree_map(
-        lambda t: t.reshape(count, size, *t.shape[1:]), (examples.inputs, examples.labels)
-    )
-    return result
 
 
 def gradients(objective: Objective, examples: Examples, count: int) -> Gradients:

@@ -14,12 +14,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from sharpkit.errors import ModelError
-from sharpkit.functional import Examples, FunctionalModel, Loss, check_labels, resolve_loss
+from sharpkit.functional import (
+    Examples,
+    FunctionalModel,
+    Loss,
+    check_labels,
+    resolve_loss,
+    unfused_attention,
+)
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.low_rank import pays
 from sharpkit.sharpness.plan import activation_bytes, default_memory_budget
@@ -158,15 +164,12 @@ def vmap_friendly(model: nn.Module) -> Iterator[None]:
     def widen(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].float() if args[0].dtype != torch.float64 else args[0], *args[1:])
 
-    fastpath = torch.backends.mha.get_fastpath_enabled()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     kind = next(model.parameters()).device.type
     hooks = [n.register_forward_pre_hook(widen) for n in norms if torch.is_autocast_enabled(kind)]
     try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
+        with unfused_attention():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         for hook in hooks:
             hook.remove()

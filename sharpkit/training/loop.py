@@ -172,7 +172,7 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> Optimizer:
 
 
 def _sgd_step(
-    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, m: int | None
+    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, _m: int | None
 ) -> Tensor:
     optimizer.zero_grad()
     loss = cross_entropy(call(network, inputs), labels)

@@ -33,6 +33,8 @@ class Recipe:
     - "nin": the first convolution of a block has stride 2, the others are 1x1; dropout after each
       block; a 1x1 convolution to the classes and global average pooling. Its NiN family.
 
+    Where `sharpkit.fit` calls the same thing otherwise, its name is in brackets.
+
     Args:
         architecture: "cnn", "vgg" or "nin".
         width: Channels of the last block's convolutions.
@@ -45,14 +47,15 @@ class Recipe:
         weight_decay: L2 coefficient of SGD.
         batch_size: Examples in a step.
         learning_rate: Step size in the first epoch (at batch size 16, with
-            `scale_learning_rate`).
+            `scale_learning_rate`) [lr].
         scale_learning_rate: Whether the step size grows with the square root of the batch size.
         momentum: Momentum of SGD.
         decay: Factor on the step size.
         decay_epochs: Epochs after which the factor applies; empty for every one.
-        rho: Radius of SAM; 0 for plain SGD.
+        rho: Radius of SAM; 0 for plain SGD [optimizer="sgd"].
         m: Group size of m-SAM; 0 for the whole batch.
-        target_loss: Training stops after the first epoch with at most this training loss.
+        target_loss: Training stops after the first epoch with at most this training loss
+            [stop_at_loss].
         max_epochs: An attempt that has not reached the target by then has failed.
         attempts: How often to start, each time from other random numbers, before giving up.
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sharpkit.errors import ArgumentError, RunError
+from sharpkit.lock import sole_driver
 from sharpkit.runs.spectrum import spectrum
 
 DATA = torch.randn(20, 3), torch.randint(0, 2, (20,))
@@ -64,9 +65,17 @@ def test_other_settings_are_refused(tmp_path):
         spectrum({"a": net(1)}, DATA, tmp_path, **{**QUICK, "steps": 7})
     with pytest.raises(RunError, match="data: "):
         spectrum({"a": net(1)}, (DATA[0] + 1, DATA[1]), tmp_path, **QUICK)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(RunError, match="damaged"):
+    for damaged in ("{", "[]"):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(RunError, match="damaged"):
+            spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
+
+
+def test_a_second_process_is_refused(tmp_path):
+    with sole_driver(tmp_path), pytest.raises(RunError, match="another process"):
         spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
+    spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_failing_model_does_not_stop_the_others(tmp_path):
@@ -81,12 +90,20 @@ def test_a_failing_model_does_not_stop_the_others(tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["failures"] == result.failures
     again = spectrum({"bad": net(3), "good": net(1)}, DATA, tmp_path, **QUICK)
     assert not again.failures
+
+    def unbuilt():
+        raise KeyError("layer1.weight")
+
+    result = spectrum({"lost": unbuilt, "good": net(1)}, DATA, tmp_path, **QUICK)
+    assert result.failures == {"lost": "KeyError: 'layer1.weight'"}
+    assert list(result.densities) == ["good"]
     with pytest.raises(RunError, match=r"no model could be measured.*NaN"):
         spectrum({"bad": broken}, DATA, tmp_path / "other", **QUICK)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"steps": 0}, {"probes": 0}, {"loss": "hinge"}, {"grid": "round"}]
+    "arguments",
+    [{"steps": 0}, {"probes": 0}, {"loss": "hinge"}, {"grid": "round"}, {"device": "abacus"}],
 )
 def test_bad_arguments_are_refused(tmp_path, arguments):
     with pytest.raises(ArgumentError):

@@ -6,12 +6,23 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES
+from torch.utils.data import DataLoader, TensorDataset
 
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.measures import FunctionMeasure, make_measure, measure_names, standard_measures
+from sharpkit.measures import (
+    EigenvalueRatio,
+    FunctionMeasure,
+    HessianRank,
+    HessianTrace,
+    MSharpness,
+    make_measure,
+    measure_names,
+    standard_measures,
+)
 from sharpkit.measures.measure import describe, evaluate_measure
 
 MEASURES = {describe(m)[0]: m for m in standard_measures(m=[1, 8])}
@@ -86,6 +97,20 @@ def test_a_measure_is_finite_deterministic_and_leaves_no_trace(case, name):
     assert_same(initial_before, state(initial))
 
 
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_loader_that_shuffles_gives_what_its_data_set_gives(name):
+    model, initial, data = network(CASES[1])
+    pairs = TensorDataset(*data)
+    loader = DataLoader(pairs, batch_size=5, shuffle=True)
+    values = [
+        evaluate_measure(MEASURES[name], model, d, seed=0, initial=lambda: initial)
+        for d in (pairs, loader)
+    ]
+    assert values[0].keys() == values[1].keys()
+    for setting, (value, _) in values[0].items():
+        assert values[1][setting].value == value, setting
+
+
 @pytest.mark.parametrize("name", [n for n in MEASURES if n not in NEED_IMAGES])
 def test_single_and_double_precision_agree(name):
     results = []
@@ -102,6 +127,31 @@ def test_names_differ_and_configurations_are_json():
     for _, config in described:
         json.dumps(config)
     assert len({hash(m) for m in standard_measures()}) == len(described)
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain"),
+    [
+        (MSharpness(m=list(2 ** np.arange(3)), rho=0.1), MSharpness(m=[1, 2, 4], rho=0.1)),
+        (MSharpness(m=2 ** np.arange(3), rho=0.1), MSharpness(m=[1, 2, 4], rho=0.1)),
+        (MSharpness(m=torch.tensor([1, 2]), rho=1), MSharpness(m=(1, 2), rho=1)),
+        (MSharpness(m=np.int64(4), rho=np.array([0.1, 0.2])), MSharpness(m=4, rho=[0.1, 0.2])),
+        (MSharpness(m=np.array(4), rho=np.float64(0.1)), MSharpness(m=4, rho=0.1)),
+        (MSharpness(m=1, rho=1, steps=np.int64(3)), MSharpness(m=1, rho=1, steps=3)),
+        (EigenvalueRatio(rank=np.int64(3)), EigenvalueRatio(rank=3)),
+        (HessianTrace(products=np.int64(30)), HessianTrace(products=30)),
+        (HessianRank(probes=np.int64(3)), HessianRank(probes=3)),
+        (
+            make_measure("output_margin", percentile=np.int64(5)),
+            make_measure("output_margin", percentile=5),
+        ),
+    ],
+)
+def test_numpys_numbers_configure_a_measure_as_pythons_do(ours, plain):
+    assert json.dumps(describe(ours)) == json.dumps(describe(plain))
+    assert hash(ours) == hash(plain)
+    model, _, data = network(CASES[0])
+    assert ours(model, data, seed=0) == plain(model, data, seed=0)
 
 
 def test_every_function_of_the_package_is_among_the_standard_measures():

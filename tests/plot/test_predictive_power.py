@@ -7,6 +7,8 @@ import pandas as pd
 import pytest
 
 from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.evaluation import STATISTICS
+from sharpkit.evaluation.labels import LABELS
 from sharpkit.plot import predictive_power
 
 MS = [1, 4, 16, 64, 256]
@@ -93,5 +95,13 @@ def test_refuses_a_statistic_that_is_nan_throughout(tmp_path):
 
 
 def test_does_not_overwrite_the_tables_of_a_run(tmp_path):
-    with pytest.raises(ArgumentError, match="overwrite"):
-        predictive_power(table(one=0.1), tmp_path / "scores.png")
+    for name in ("scores", "evaluation", "combined"):
+        with pytest.raises(ArgumentError, match=f"overwrite.*{name}.csv"):
+            predictive_power(table(one=0.1), tmp_path / f"{name}.png")
+
+
+def test_every_statistic_has_a_name_for_figures_and_reports():
+    assert tuple(LABELS) == STATISTICS
+    assert predictive_power(table(one=0.1)).axes[0].get_ylabel() == LABELS["cmi_pgdl"]
+    own = table(one=0.1).assign(own=0.5)
+    assert predictive_power(own, statistic="own").axes[0].get_ylabel() == "own"

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sharpkit.data import load_dataset
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.importing import import_callable
 from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
@@ -23,11 +24,14 @@ def text():
 
 number = 3
 """
+BROKEN = {"syntax": "def f(:\n", "value": "raise ValueError('no data here')\n"}
 
 
 @pytest.fixture(autouse=True)
 def working_directory(tmp_path, monkeypatch):
     (tmp_path / "my_models.py").write_text(MODULE)
+    for name, text in BROKEN.items():
+        (tmp_path / f"broken_{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -85,6 +89,8 @@ def test_names_what_is_wrong_with_a_checkpoint(working_directory):
         ("no_such_module:f", "cannot import"),
         ("my_models:absent", "cannot import"),
         ("my_models:number", "not callable"),
+        ("broken_syntax:f", r"cannot import.*SyntaxError: .*broken_syntax\.py, line 1"),
+        ("broken_value:f", "cannot import.*ValueError: no data here"),
     ],
 )
 def test_names_what_is_wrong_with_a_builder(name, message):
@@ -111,3 +117,19 @@ def test_reads_arrays(working_directory):
         load_arrays("uneven.npz")
     with pytest.raises(DataError, match="not a readable"):
         load_arrays("absent.npz")
+
+
+def test_images_of_bytes_are_read_as_in_training(working_directory):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 6), ("test", 4)):
+        arrays[f"x_{split}"] = rng.integers(0, 256, (n, 5, 5, 3)).astype(np.uint8)
+        arrays[f"y_{split}"] = np.arange(n) % 3
+    np.savez("images.npz", **arrays)
+    for split, expected in zip(("train", "test"), load_dataset("images.npz"), strict=True):
+        found = load_arrays("images.npz", split)
+        assert found.tensors[0].shape[1:] == (3, 5, 5)
+        assert all(map(torch.equal, found.tensors, expected.tensors))
+    np.savez("half.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
+    with pytest.raises(DataError, match=r"uint8.*give x_train, .*, y_test; or .*float"):
+        load_arrays("half.npz")

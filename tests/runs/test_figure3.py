@@ -298,11 +298,11 @@ def test_the_command_draws_and_tells_of_failures(preset, tmp_path):
 
 
 def test_wrong_labels_are_in_the_hessian(preset):
-    from sharpkit.runs.figure3.trainings import Examples, training_set
+    from sharpkit.runs.figure3.trainings import ArrayExamples, training_set
 
     plan = read_plan(preset)
     noisy = replace(plan, training=replace(plan.training, label_noise=0.5))
     train, test = plan.data.load()
-    labels = training_set(noisy, Examples.of(train, test), 1).tensors[1]
+    labels = training_set(noisy, ArrayExamples.of(train, test), 1).tensors[1]
     assert int((labels != train.tensors[1]).sum()) == 48
-    assert isinstance(training_set(plan, Examples.of(train, test), 1), TensorDataset)
+    assert isinstance(training_set(plan, ArrayExamples.of(train, test), 1), TensorDataset)

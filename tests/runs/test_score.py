@@ -193,6 +193,61 @@ def test_settings_may_not_hide_columns(zoo_path):
     assert "'model' is a column" in scores.failures["error"][0]
 
 
+def test_a_name_without_a_number_is_a_form(zoo_path, tmp_path):
+    def two(model, data, *, seed):
+        return {"alpha": 1.0, "beta, scaled": 2.0}
+
+    task = sk.load_zoo(zoo_path)["first"]
+    scores = sk.score_zoo(task, two, out=tmp_path / "run", limit=1, progress=False)
+    frame = scores.frame()
+    assert list(frame.columns) == ["task", "model", "measure", "form", "value", "std_error"]
+    assert frame["form"].tolist() == ["alpha", "beta, scaled"]
+    assert frame["value"].tolist() == [1.0, 2.0]
+
+
+def test_metrics_are_a_table(zoo_path, tmp_path):
+    zoo = sk.load_zoo(zoo_path)
+    del zoo["second"].model_configs["3"]["metrics"]["test_acc"]
+    scores = sk.score_zoo(zoo, MEASURE, out=tmp_path / "run", limit=1, progress=False)
+    table = scores.metrics()
+    assert table.columns[0:2].tolist() == ["task", "model"]
+    assert table.columns[-1] == "generalization_gap"
+    assert len(table) == 2 * 8
+    pd.testing.assert_frame_equal(sk.Scores.open(tmp_path / "run").metrics(), table)
+    rows = table.set_index(["task", "model"])
+    for name, task in zoo.items():
+        for entry in task.values():
+            row, metrics = rows.loc[name, entry.id], task.model_configs[entry.id]["metrics"]
+            assert row["train_acc"] == metrics["train_acc"]
+            if (name, entry.id) != ("second", "3"):
+                assert row["test_acc"] == metrics["test_acc"]
+                assert row["generalization_gap"] == entry.generalization_gap
+    assert rows.loc["second", "3"][["test_acc", "generalization_gap"]].isna().all()
+
+
+def test_a_run_without_models_has_an_empty_table_of_metrics():
+    table = sk.score_zoo({}, MEASURE, progress=False).metrics()
+    assert list(table.columns) == ["task", "model", "generalization_gap"]
+    assert table.empty
+
+
+def test_a_run_may_be_configured_with_numpys_numbers(zoo_path, tmp_path):
+    task = sk.load_zoo(zoo_path)["first"]
+    ours = sk.MSharpness(m=4 ** np.arange(2), rho=np.array([0.05, 0.1]))
+    first = sk.score_zoo(task, ours, out=tmp_path / "run", limit=1, progress=False).frame()
+    again = sk.score_zoo(task, MEASURE, out=tmp_path / "run", limit=1, progress=False)
+    pd.testing.assert_frame_equal(again.frame(), first)
+    assert again.provenance()["settings_hash"].nunique() == 1
+
+
+@pytest.mark.parametrize("backend", ["inline", "processes"])
+def test_a_device_that_is_not_there_is_refused_at_once(zoo_path, tmp_path, backend):
+    task = sk.load_zoo(zoo_path)["first"]
+    with pytest.raises(ArgumentError, match="device 'abacus' cannot be used: Expected one of cpu"):
+        sk.score_zoo(task, MEASURE, out=tmp_path / "run", device="abacus", backend=backend)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_database_of_something_else_is_left_alone(zoo_path, tmp_path):
     path = tmp_path / "results.sqlite"
     with sqlite3.connect(path) as other:

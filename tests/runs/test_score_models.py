@@ -134,6 +134,22 @@ def test_data_sets_and_loaders_give_the_same(models, shuffle):
         assert scores.model_configs == expected.model_configs
 
 
+def test_metrics_are_a_table_with_a_row_per_model(models):
+    scores = score({**models, "broken": lambda: 3}, LOSS)
+    table = scores.metrics()
+    names = ["train_acc", "test_acc", "train_loss", "test_loss"]
+    assert list(table.columns) == ["task", "model", *names, "generalization_gap"]
+    assert set(table["task"]) == {"models"}
+    rows = table.set_index("model")
+    assert list(rows.index) == [*models, "broken"]
+    for name in models:
+        metrics = scores.model_configs["models"][name]["metrics"]
+        assert rows.loc[name, names].to_dict() == metrics
+        gap = metrics["train_acc"] - metrics["test_acc"]
+        assert rows.loc[name, "generalization_gap"] == gap
+    assert rows.loc["broken", [*names, "generalization_gap"]].isna().all()
+
+
 def test_functions_are_called_in_turn_and_their_modules_released():
     alive = weakref.WeakSet()
     most = []
@@ -329,6 +345,14 @@ def test_combine_and_the_report_take_the_run(tmp_path, count):
     ("arguments", "message"),
     [
         ({"models": {}}, "no models are given"),
+        ({"models": [network(0)]}, "models: found list, expected a mapping of names to modules"),
+        ({"initial": [network(0)]}, "initial: found list, expected a mapping of names to modules"),
+        ({"hyperparameters": [{}]}, "hyperparameters: found list, expected a mapping of models"),
+        (
+            {"hyperparameters": {"a": {"width": 1}, "b": [1]}},
+            "hyperparameters of b: found list, expected a mapping of names to values",
+        ),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
         ({"models": {"a": 3}}, "a: found int, expected an nn.Module or a function"),
         ({"models": {3: network(0)}}, "found the name 3, expected text"),
         ({"models": {"7": network(0), "model_7": network(1)}}, "rename one"),
@@ -355,6 +379,12 @@ def test_arguments_that_are_refused(arguments, message):
     plain = {"models": {"a": network(0), "b": network(1)}, "measures": LOSS}
     with pytest.raises(ArgumentError, match=message):
         score(**{**plain, **arguments})
+
+
+def test_models_may_be_a_module_dict() -> None:
+    models = {"a": network(0), "b": network(1)}
+    rows = [score(models=m, measures=LOSS).frame() for m in (models, nn.ModuleDict(models))]
+    pd.testing.assert_frame_equal(*rows)
 
 
 def test_data_that_cannot_be_read_are_refused_at_once(models):

@@ -12,6 +12,7 @@ from fits import EVERYTHING, fit, images, network, same_weights
 from sam_reference import gradient, m_sam_loop, sgd_momentum
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 import sharpkit as sk
 from sharpkit.errors import ArgumentError, DataError, ModelError
@@ -183,6 +184,16 @@ def test_dicts_and_tuples_of_inputs():
             assert len(result.history) == 1
 
 
+def test_loaders_that_shuffle_stand_for_their_data_sets(tmp_path):
+    sets = [TensorDataset(*images()), TensorDataset(*images(30, seed=1))]
+    loaders = [DataLoader(data, batch_size=7, shuffle=True) for data in sets]
+    expected, found = fit(), sk.fit(network(), *loaders, out=tmp_path, **EVERYTHING)
+    assert same_weights(found.model, expected.model)
+    timeless = [result.history.drop(columns="seconds") for result in (expected, found)]
+    pd.testing.assert_frame_equal(*timeless, check_exact=True)
+    sk.fit(network(), *loaders, out=tmp_path, **EVERYTHING)  # the same data at the next start
+
+
 def test_frozen_parameters_stay():
     model = network()
     model[0].weight.requires_grad_(False)
@@ -216,6 +227,7 @@ def test_frozen_parameters_stay():
         ({"keep": [1]}, "give out="),
         ({"tensorboard": True}, "give out="),
         ({"keep": [5], "out": "x"}, "keep has epoch 5: expected 0 to 4"),
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
     ],
 )
 def test_bad_settings_are_refused(setting, message, tmp_path, monkeypatch):

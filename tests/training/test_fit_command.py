@@ -60,6 +60,30 @@ def test_train_and_look_at_the_spectrum(data, tmp_path):
     assert int((train.tensors[1] != torch.arange(64) % 3).sum()) == 32
 
 
+def test_spectra_of_runs_with_other_examples_or_labels_are_not_mixed(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    noisy = {"label-noise": 0.25, "epochs": 1}
+    other = tmp_path / "other.npz"
+    other.write_bytes(data.read_bytes())
+    for name, file, options in (
+        ("a", data, {"epochs": 1}),
+        ("other_seed", data.name, {"epochs": 1, "seed": 1}),  # the same file, called otherwise
+        ("other_data", other, {"epochs": 1}),
+        ("noisy", data, noisy),
+        ("noisy_other_seed", data, {**noisy, "seed": 1}),
+    ):
+        run(*arguments(file, name, **options))
+
+    def spectrum(one, two, code=0):
+        weights = [f"--checkpoint={name}/model.safetensors" for name in (one, two)]
+        quick = ("--steps", 2, "--probes", 1)
+        return run("spectrum", *weights, "--out", f"{one}-{two}", *quick, code=code)
+
+    spectrum("a", "other_seed")
+    for one, two in (("a", "other_data"), ("a", "noisy"), ("noisy", "noisy_other_seed")):
+        assert f"{one} and {two} were trained on different data" in spectrum(one, two, code=2)
+
+
 def test_the_command_trains_what_the_function_trains(data, tmp_path):
     out = tmp_path / "run"
     run(*arguments(data, out, seed=3, augmentation="flip", schedule="step"))

@@ -13,7 +13,7 @@ import torch
 from paths import SHARED, needs_shared
 from torch.utils.data import TensorDataset
 
-from sharpkit.data import read_idx
+from sharpkit.data.idx import read_idx
 from sharpkit.errors import ArgumentError, DataError, ModelError, RunError
 from sharpkit.lock import sole_driver
 from sharpkit.zoo import build_model, load_zoo

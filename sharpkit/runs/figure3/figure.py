@@ -21,7 +21,7 @@ from sharpkit.runs.evaluate import evaluate
 from sharpkit.runs.figure3.plan import Plan, read_plan
 from sharpkit.runs.figure3.spectra import Snapshot, measure
 from sharpkit.runs.figure3.trainings import (
-    Examples,
+    ArrayExamples,
     Run,
     best_lr,
     sam_runs,
@@ -133,7 +133,7 @@ def figure3(
         )
         spectra = densities = test_error = power = None
         if "left" in panels or "middle" in panels:
-            examples = Examples.of(*plan.data.load())
+            examples = ArrayExamples.of(*plan.data.load())
             lr, trainings = _train_all(driver, plan, examples, root, panels)
             if "middle" in panels:
                 test_error = _written(summary(trainings), root / "test_error.csv")
@@ -180,7 +180,7 @@ class _Driver:
 
 
 def _train_all(
-    driver: _Driver, plan: Plan, examples: Examples, root: Path, panels: Collection[str]
+    driver: _Driver, plan: Plan, examples: ArrayExamples, root: Path, panels: Collection[str]
 ) -> tuple[float, pd.DataFrame]:
     """The learning rate that SGD chose, and a row per training."""
     import pandas as pd
@@ -200,7 +200,7 @@ def _train_all(
 
 
 def _measure_all(
-    driver: _Driver, plan: Plan, examples: Examples, root: Path, lr: float
+    driver: _Driver, plan: Plan, examples: ArrayExamples, root: Path, lr: float
 ) -> tuple[pd.DataFrame, dict[tuple[str, int], SpectralDensity]]:
     """A row per training and epoch, and the densities of the first seed by optimizer and epoch."""
     import pandas as pd

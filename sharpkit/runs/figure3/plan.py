@@ -50,7 +50,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Spectra:
+class SpectraSettings:
     """The left panel: Hessian spectra in the course of training with SGD and with SAM.
 
     Args:
@@ -104,7 +104,7 @@ class Plan:
 
     data: DataSource
     training: Training
-    spectra: Spectra
+    spectra: SpectraSettings
     power: Power
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.runs.figure3.plan import Plan
-from sharpkit.runs.figure3.trainings import Examples, Run, build, training_set
+from sharpkit.runs.figure3.trainings import ArrayExamples, Run, build, training_set
 from sharpkit.runs.spectrum import spectrum
 
 _COLUMNS = (
@@ -43,7 +43,7 @@ class Snapshot:
 
 
 def measure(
-    plan: Plan, examples: Examples, root: Path, snapshot: Snapshot, device: str
+    plan: Plan, examples: ArrayExamples, root: Path, snapshot: Snapshot, device: str
 ) -> tuple[SpectralDensity, dict[str, Any]]:
     """The spectral density at a snapshot, and its row of spectra.csv.
 

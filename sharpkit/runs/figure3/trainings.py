@@ -46,7 +46,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Examples:
+class ArrayExamples:
     """Training and test data as arrays, which pass between processes by value.
 
     Args:
@@ -58,7 +58,7 @@ class Examples:
     test: tuple[Any, Any]
 
     @classmethod
-    def of(cls, train: TensorDataset, test: TensorDataset) -> Examples:
+    def of(cls, train: TensorDataset, test: TensorDataset) -> ArrayExamples:
         """From data sets of tensors."""
         (x, y), (test_x, test_y) = (tuple(t.numpy() for t in d.tensors) for d in (train, test))
         return cls((x, y), (test_x, test_y))
@@ -99,7 +99,7 @@ def spectrum_runs(plan: Plan, lr: float) -> list[Run]:
 
 
 def train(
-    plan: Plan, examples: Examples, root: Path, kept: frozenset[Run], run: Run, device: str
+    plan: Plan, examples: ArrayExamples, root: Path, kept: frozenset[Run], run: Run, device: str
 ) -> dict[str, Any]:
     """Train a network, or read back one that is trained; its row of trainings.csv.
 
@@ -143,14 +143,14 @@ def train(
     }
 
 
-def build(plan: Plan, examples: Examples, seed: int) -> nn.Module:
+def build(plan: Plan, examples: ArrayExamples, seed: int) -> nn.Module:
     """The untrained network."""
     inputs, labels = examples.train
     classes = int(labels.max()) + 1
     return build_architecture(plan.training.architecture, inputs.shape[1:], classes, seed=seed)
 
 
-def training_set(plan: Plan, examples: Examples, seed: int) -> TensorDataset:
+def training_set(plan: Plan, examples: ArrayExamples, seed: int) -> TensorDataset:
     """What a training of a seed was made on, wrong labels included."""
     inputs, labels = examples.datasets()[0].tensors
     return TensorDataset(inputs, noisy_labels(labels, plan.training.label_noise, seed))
