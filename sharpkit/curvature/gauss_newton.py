@@ -8,9 +8,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
-from sharpkit.curvature.operator import CurvatureOperator, Linearised
+from sharpkit.curvature.operator import CurvatureOperator, Linearised, owning_edge
 from sharpkit.errors import ArgumentError
 from sharpkit.functional import Data, Examples, Loss, Parameters
 
@@ -35,8 +34,8 @@ class _PulledBack(CurvatureOperator):
                 outputs, leaves, dummy, create_graph=True, allow_unused=True
             )
         where = [i for i, p in enumerate(pulled) if p is not None and p.requires_grad]
-        edges = [get_gradient_edge(p) for p in pulled if p is not None and p.requires_grad]
-        top = get_gradient_edge(outputs)
+        edges = [owning_edge(p) for p in pulled if p is not None and p.requires_grad]
+        top = owning_edge(outputs)
         matrix = self._output_matrix(outputs.detach().requires_grad_(), chunk.labels)
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -113,7 +112,7 @@ class GaussNewtonOperator(_PulledBack):
                 (slope,) = torch.autograd.grad(loss, outputs, create_graph=True)
         if slope is None or not slope.requires_grad:  # linear in the outputs
             return torch.zeros_like
-        edge = get_gradient_edge(slope)
+        edge = owning_edge(slope)
 
         def multiply(u: Tensor) -> Tensor:
             return torch.autograd.grad(

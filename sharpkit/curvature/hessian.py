@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from sharpkit.curvature.operator import CurvatureOperator, Linearised
+from sharpkit.curvature.operator import CurvatureOperator, Linearised, owning_edge
 from sharpkit.functional import Examples
 
 
@@ -66,12 +66,11 @@ class HessianOperator(CurvatureOperator):
             gradient: Sequence[Tensor | None] = [None] * len(leaves)
             if loss.requires_grad:
                 gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        # edges, not tensors: the gradient itself need not stay in memory
         edges: list[GradientEdge] = []
         where: list[int] = []
         for i, g in enumerate(gradient):
             if g is not None and g.requires_grad:
-                edges.append(get_gradient_edge(g))
+                edges.append(owning_edge(g))
                 where.append(i)
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
 from sharpkit.curvature.memory import gigabytes, require_memory
@@ -39,6 +40,16 @@ class Linearised:
     loss: Tensor  # scalar, detached
     gradient: Sequence[Tensor | None]  # per parameter, None where it is not used
     product: Product
+
+
+def owning_edge(tensor: Tensor) -> GradientEdge:
+    """Where the graph of a tensor ends: keeps the graph for later products, but not the tensor.
+
+    It is that of a view: the edge of a Python function's own output does not keep it alive in
+    PyTorch 2.6 to 2.8.
+    """
+    with torch.enable_grad():
+        return get_gradient_edge(tensor.view_as(tensor))
 
 
 class CurvatureOperator(ABC):
