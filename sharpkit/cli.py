@@ -457,7 +457,7 @@ def spectrum(
         probes=probes,
         seed=seed,
         grid=grid,
-        device=_device(device),
+        device=device,
     )
     click.echo(spectra.frame().to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     click.echo(out / "spectrum.png")
