@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data, Examples
+from sharpkit.contract.losses import Loss
+from sharpkit.contract.parameters import Parameters
 from sharpkit.curvature.operator import CurvatureOperator, Linearised, owning_edge
 from sharpkit.errors import ArgumentError
-from sharpkit.functional import Data, Examples, Loss, Parameters
 
 
 class _PulledBack(CurvatureOperator):

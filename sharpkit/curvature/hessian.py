@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from sharpkit.contract.examples import Examples
 from sharpkit.curvature.operator import CurvatureOperator, Linearised, owning_edge
-from sharpkit.functional import Examples
 
 
 class HessianOperator(CurvatureOperator):

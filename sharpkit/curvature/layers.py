@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sharpkit.contract.examples import Data
+from sharpkit.contract.losses import Loss
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.operator import CurvatureOperator
 from sharpkit.curvature.quadrature import spectral_density
 from sharpkit.errors import ArgumentError
-from sharpkit.functional import Data, Loss
 
 
 def layer_spectra(

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
+from sharpkit.contract.examples import Data, Examples
+from sharpkit.contract.functional import frozen
+from sharpkit.contract.losses import Loss
+from sharpkit.contract.parameters import Parameters
 from sharpkit.curvature.memory import gigabytes, require_memory
 from sharpkit.curvature.plan import Plan, graph_bytes, make_plan
 from sharpkit.curvature.problem import (
@@ -23,7 +27,6 @@ from sharpkit.curvature.problem import (
 )
 from sharpkit.curvature.rules import fast_rules
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.functional import Data, Examples, Loss, Parameters, frozen
 
 # maps a vector, as one tensor per parameter, to the product; None stands for zeros
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]

@@ -16,19 +16,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
+from sharpkit.contract.examples import Data, Examples, Inputs, load_examples
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.losses import Loss, check_labels, resolve_loss
+from sharpkit.contract.parameters import Parameters, select_parameters
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.functional import (
-    Data,
-    Examples,
-    FunctionalModel,
-    Inputs,
-    Loss,
-    Parameters,
-    check_labels,
-    load_examples,
-    resolve_loss,
-    select_parameters,
-)
 
 _PROBED = 64  # examples on which determinism is tested
 

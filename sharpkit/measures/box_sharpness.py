@@ -7,14 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data
+from sharpkit.contract.functional import frozen
+from sharpkit.contract.losses import cross_entropy
+from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError
-from sharpkit.functional import (
-    Data,
-    cross_entropy,
-    floating_parameters,
-    frozen,
-    select_parameters,
-)
 from sharpkit.measures.distance import squared_distance
 from sharpkit.measures.pac_bayes import squared_norm, typical_weight
 from sharpkit.measures.passes import Setup, setup

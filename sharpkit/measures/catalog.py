@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from sharpkit.contract.examples import Data
 from sharpkit.errors import ArgumentError
-from sharpkit.functional import Data
 from sharpkit.measures import (
     box_sharpness,
     distance,

@@ -10,12 +10,13 @@ from typing import TypeVar
 import numpy as np
 from torch import nn
 
+from sharpkit.contract.examples import Data
+from sharpkit.contract.functional import frozen
 from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.quadrature import spectral_density
 from sharpkit.curvature.trace import trace
 from sharpkit.errors import ModelError
-from sharpkit.functional import Data, frozen
 from sharpkit.measures.measure import Estimate
 
 T = TypeVar("T")

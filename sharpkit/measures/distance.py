@@ -7,8 +7,9 @@ import math
 import torch
 from torch import nn
 
+from sharpkit.contract.examples import Data
+from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ModelError
-from sharpkit.functional import Data, select_parameters
 from sharpkit.measures.layers import initial_layers, weight_layers
 from sharpkit.measures.margins import margin_squared
 from sharpkit.measures.norms import frobenius_squared, products

@@ -10,18 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sharpkit.contract.examples import Data, Examples, Inputs
+from sharpkit.contract.functional import frozen
+from sharpkit.contract.losses import Loss, check_labels, resolve_loss
+from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.functional import (
-    Data,
-    Examples,
-    Inputs,
-    Loss,
-    check_labels,
-    floating_parameters,
-    frozen,
-    resolve_loss,
-    select_parameters,
-)
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import Setup, images, mean_of, setup, single_losses
 from sharpkit.sharpness.fallback import NotVectorizable, refuse_slow_vmap

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.functional import select_parameters
 from sharpkit.measures.layers import linear_maps
 
 if TYPE_CHECKING:

@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data, Examples
+from sharpkit.contract.functional import frozen
+from sharpkit.contract.losses import check_labels
+from sharpkit.contract.parameters import floating_parameters
 from sharpkit.errors import DataError, ModelError
-from sharpkit.functional import Data, Examples, check_labels, floating_parameters, frozen
 from sharpkit.measures.layers import layer_inputs
 from sharpkit.measures.margins import check_percentile, margins
 from sharpkit.measures.passes import Setup, setup

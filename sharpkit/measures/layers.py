@@ -17,8 +17,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data, load_in_order
+from sharpkit.contract.functional import FunctionalModel, frozen
+from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.functional import Data, FunctionalModel, frozen, load_in_order, select_parameters
 
 Convolution = nn.modules.conv._ConvNd
 BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d

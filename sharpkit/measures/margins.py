@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data, load_in_order
+from sharpkit.contract.functional import frozen
+from sharpkit.contract.losses import Loss, check_labels
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.functional import Data, Loss, check_labels, frozen, load_in_order
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import mean_of, setup, single_losses
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from sharpkit.contract.examples import Data
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.functional import Data
 
 T = TypeVar("T")
 

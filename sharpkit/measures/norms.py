@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data, load_in_order
+from sharpkit.contract.functional import FunctionalModel, frozen
+from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ModelError
-from sharpkit.functional import Data, FunctionalModel, frozen, load_in_order, select_parameters
 from sharpkit.measures.layers import BatchNorm, WeightLayer, fold, trace, weight_layers
 from sharpkit.measures.margins import margin_squared
 

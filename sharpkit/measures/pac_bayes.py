@@ -8,8 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data
+from sharpkit.contract.functional import frozen
+from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError
-from sharpkit.functional import Data, floating_parameters, frozen, select_parameters
 from sharpkit.measures.distance import squared_distance
 from sharpkit.measures.passes import setup
 from sharpkit.measures.search import check_drop, size_of_drop

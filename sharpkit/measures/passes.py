@@ -8,16 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data, Examples, load_in_order
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.losses import Loss, check_labels, resolve_loss
 from sharpkit.errors import DataError, ModelError
-from sharpkit.functional import (
-    Data,
-    Examples,
-    FunctionalModel,
-    Loss,
-    check_labels,
-    load_in_order,
-    resolve_loss,
-)
 from sharpkit.measures.measure import Estimate
 
 BATCH = 64  # examples of a forward pass; results depend on it by rounding only

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from sharpkit.contract.examples import Data
 from sharpkit.errors import ModelError
-from sharpkit.functional import Data
 from sharpkit.measures.measure import needed
 
 KINDS = ("steps", "iterations", "epochs")

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data
+from sharpkit.contract.functional import frozen
 from sharpkit.errors import DataError, ModelError
-from sharpkit.functional import Data, frozen
 from sharpkit.measures.layers import captured, weight_layers
 from sharpkit.measures.passes import setup
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sharpkit.contract.examples import Data, Examples
+from sharpkit.contract.functional import frozen
 from sharpkit.errors import ArgumentError, DataError
-from sharpkit.functional import Data, Examples, frozen
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import Setup, images, mean_of, setup
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.examples import Data
 from sharpkit.errors import ModelError
-from sharpkit.functional import Data
 from sharpkit.measures.layers import Convolution, WeightLayer, weight_layers
 from sharpkit.measures.margins import margin_squared
 from sharpkit.measures.norms import frobenius_squared, products

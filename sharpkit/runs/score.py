@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from sharpkit.contract.examples import load_examples
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, RunError, SharpkitError
-from sharpkit.functional import load_examples
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, describe
 from sharpkit.runs.fingerprint import digest_of_settings

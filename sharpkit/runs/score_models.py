@@ -18,18 +18,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from sharpkit.contract.examples import Data, Examples, add_to_digest, load_examples, load_in_order
+from sharpkit.contract.functional import frozen
+from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.evaluation._grid import normal_id
-from sharpkit.functional import (
-    Data,
-    Examples,
-    add_to_digest,
-    check_finite_weights,
-    frozen,
-    load_examples,
-    load_in_order,
-)
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, evaluate_measure
 from sharpkit.measures.passes import mean_of, setup, single_losses

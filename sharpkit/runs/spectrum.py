@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from sharpkit.contract.examples import Data, Examples, load_examples
+from sharpkit.contract.functional import frozen
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.grids import Spacing
@@ -26,7 +28,6 @@ from sharpkit.curvature.quadrature import spectral_density
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path
-from sharpkit.functional import Data, Examples, frozen, load_examples
 from sharpkit.lock import sole_driver
 from sharpkit.settings import changes
 from sharpkit.workers import error_message

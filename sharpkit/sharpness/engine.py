@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sharpkit.contract.examples import Examples
 from sharpkit.errors import ModelError
-from sharpkit.functional import Examples
 from sharpkit.sharpness import geometry
 from sharpkit.sharpness.ascent import Ascent, gaussian_direction, projected_ascent, scaled
 from sharpkit.sharpness.blocks import Blocks, concatenated

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
 
-from sharpkit.functional import Examples, Inputs
+from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.sharpness import geometry, low_rank
 from sharpkit.sharpness.blocks import Blocks, concatenated, stacked
 from sharpkit.sharpness.geometry import Factors, Tensors

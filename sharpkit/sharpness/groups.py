@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
-from sharpkit.functional import Examples, Inputs
+from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.geometry import Factors, Tensors
 from sharpkit.sharpness.objective import Objective, grouped

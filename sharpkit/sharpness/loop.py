@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sharpkit.contract.examples import Examples
 from sharpkit.errors import ModelError
-from sharpkit.functional import Examples
 from sharpkit.sharpness.ascent import Ascent, gaussian_direction
 from sharpkit.sharpness.engine import Groupwise
 from sharpkit.sharpness.objective import Objective

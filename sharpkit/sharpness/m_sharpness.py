@@ -15,19 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from sharpkit.contract.examples import Data, Examples, load_examples
+from sharpkit.contract.functional import FunctionalModel, frozen
+from sharpkit.contract.losses import Loss, check_labels, resolve_loss
+from sharpkit.contract.parameters import Parameters, floating_parameters
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.functional import (
-    Data,
-    Examples,
-    FunctionalModel,
-    Loss,
-    Parameters,
-    check_labels,
-    floating_parameters,
-    frozen,
-    load_examples,
-    resolve_loss,
-)
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.engine import Groupwise, Sweep
 from sharpkit.sharpness.fallback import NotVectorizable, refuse_slow_vmap

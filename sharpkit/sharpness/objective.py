@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sharpkit.functional import Examples, FunctionalModel, Inputs
+from sharpkit.contract.examples import Examples, Inputs
+from sharpkit.contract.functional import FunctionalModel
 from sharpkit.sharpness.geometry import Tensors
 
 LossFn = Callable[[Tensor, Tensor], Tensor]

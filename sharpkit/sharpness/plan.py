@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.functional import FunctionalModel
 from sharpkit.errors import ArgumentError
-from sharpkit.functional import Examples, FunctionalModel
 from sharpkit.memory import allowed_memory
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.geometry import Tensors

@@ -12,16 +12,12 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from sharpkit.contract.examples import Data, Examples, load_in_order
+from sharpkit.contract.functional import frozen
+from sharpkit.contract.losses import check_labels
+from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.functional import (
-    Data,
-    Examples,
-    check_finite_weights,
-    check_labels,
-    frozen,
-    load_in_order,
-)
 from sharpkit.lock import sole_driver
 from sharpkit.training.loop import Training, call
 from sharpkit.training.parallel import Ranks

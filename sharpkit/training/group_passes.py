@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
 
-from sharpkit.functional import Examples, FunctionalModel, Inputs
+from sharpkit.contract.examples import Examples, Inputs
+from sharpkit.contract.functional import FunctionalModel
 from sharpkit.sharpness import geometry, low_rank
 from sharpkit.sharpness.geometry import Direction, Factors, Tensors
 from sharpkit.sharpness.objective import grouped

@@ -17,15 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.functional import FunctionalModel, unfused_attention
+from sharpkit.contract.losses import Loss, check_labels, resolve_loss
 from sharpkit.errors import ModelError
-from sharpkit.functional import (
-    Examples,
-    FunctionalModel,
-    Loss,
-    check_labels,
-    resolve_loss,
-    unfused_attention,
-)
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.low_rank import pays
 from sharpkit.sharpness.plan import activation_bytes, default_memory_budget

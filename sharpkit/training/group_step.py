@@ -12,8 +12,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.losses import Loss, check_labels, resolve_loss
 from sharpkit.errors import ModelError
-from sharpkit.functional import Examples, FunctionalModel, Loss, check_labels, resolve_loss
 from sharpkit.sharpness.fallback import NotVectorizable, refuse_slow_vmap
 from sharpkit.training.group_passes import Objective, gradients, perturbation, perturbed_loss
 from sharpkit.training.group_plan import Plan, plan_for, vmap_friendly

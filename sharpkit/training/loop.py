@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.losses import cross_entropy
+from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.errors import DivergedError, ModelError
-from sharpkit.functional import Examples, check_finite_weights, cross_entropy
 from sharpkit.training.augmentation import Augmenter, noisy_labels
 from sharpkit.training.log import Reporter, reporting
 from sharpkit.training.parallel import Ranks

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
+from sharpkit.contract.examples import Examples, Inputs
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.losses import Loss
 from sharpkit.errors import ArgumentError, DataError, DivergedError
-from sharpkit.functional import Examples, FunctionalModel, Inputs, Loss
 from sharpkit.training import ranks
 from sharpkit.training.group_step import Batch, Engine, run
 from sharpkit.training.radius import Radii, checked_radius

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from sharpkit.contract.examples import Examples, add_to_digest
 from sharpkit.errors import RunError
 from sharpkit.files import atomic_path
-from sharpkit.functional import Examples, add_to_digest
 from sharpkit.settings import changes
 
 _FORMAT = 1

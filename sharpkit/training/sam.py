@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from sharpkit.contract.examples import Inputs
+from sharpkit.contract.losses import Loss
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.functional import Inputs, Loss
 from sharpkit.training.ascent import perturb
 from sharpkit.training.buffers import BufferGuard
 from sharpkit.training.m_sam import accumulate, unwrapped

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from sharpkit.contract.losses import cross_entropy
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.functional import cross_entropy
 from sharpkit.training.sam import SAM
 from sharpkit.zoo.keras import KerasModel, build_model
 

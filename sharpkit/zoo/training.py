@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
+from sharpkit.contract.examples import standard_tensor
 from sharpkit.errors import ArgumentError, DataError, RunError
-from sharpkit.functional import standard_tensor
 from sharpkit.lock import sole_driver
 from sharpkit.workers import Backend, Failure, default_backend, run_items
 from sharpkit.zoo.files import read_json, write_json

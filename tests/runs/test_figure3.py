@@ -17,8 +17,8 @@ from zoos import write_small_zoo
 
 import sharpkit as sk
 from sharpkit.cli import main
+from sharpkit.contract.examples import load_examples
 from sharpkit.errors import ArgumentError, RunError
-from sharpkit.functional import load_examples
 from sharpkit.runs.figure3 import figure3, read_plan
 from sharpkit.runs.figure3.trainings import best_lr
 from sharpkit.training import build_architecture, fit

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoos import write_small_zoo
 
 import sharpkit as sk
+from sharpkit.contract.examples import load_examples
 from sharpkit.errors import ArgumentError, DataError, RunError
-from sharpkit.functional import load_examples
 
 MEASURE = sk.MSharpness(m=[1, 4], rho=[0.05, 0.1])
 LOSS = sk.measures.make_measure("training_loss")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import nn
 from torch.utils.data import TensorDataset
 
+from sharpkit.contract.examples import standard_tensor
 from sharpkit.errors import RunError
-from sharpkit.functional import standard_tensor
 from sharpkit.runs.figure3.plan import Plan
 from sharpkit.training import build_architecture, fit
 from sharpkit.training.augmentation import noisy_labels

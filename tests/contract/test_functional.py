@@ -18,17 +18,11 @@ from torch.utils.data import (
     TensorDataset,
 )
 
+from sharpkit.contract.examples import load_examples, load_in_order
+from sharpkit.contract.functional import FunctionalModel, frozen
+from sharpkit.contract.losses import cross_entropy, mean_squared_error
+from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.functional import (
-    FunctionalModel,
-    cross_entropy,
-    floating_parameters,
-    frozen,
-    load_examples,
-    load_in_order,
-    mean_squared_error,
-    select_parameters,
-)
 
 
 @given(
