@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs format clean bench bench-compare wheel minimum
+.PHONY: demo test test-models lint docs format clean bench bench-compare wheel minimum
 
 demo: $(VENV)/.installed
 	$(BIN)/sharpkit figure3 --preset mini --panels right --workers 2 --out demo-output
@@ -11,6 +11,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The measurements on networks of torchvision, timm, transformers and peft: tests/models.
+test-models: .venv-models/.installed
+	.venv-models/bin/python -m pytest tests/models
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -56,6 +60,15 @@ minimum: .venv-minimum/.installed
 	.venv-minimum/bin/python -m pip install --quiet -r .venv-minimum/requirements.txt -e '.[test]'
 	touch $@
 
+# torchvision comes without its requirements, so that it never brings another build of torch.
+.venv-models/.installed: pyproject.toml constraints.txt constraints-models.txt
+	$(PYTHON) -m venv .venv-models
+	.venv-models/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-models/bin/python -m pip install --quiet --no-deps -c constraints-models.txt torchvision
+	.venv-models/bin/python -m pip install --quiet -c constraints.txt -c constraints-models.txt \
+		-e '.[test,models]'
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -63,4 +76,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-minimum dist demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated
+	rm -rf $(VENV) .venv-bench .venv-minimum .venv-models dist demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated

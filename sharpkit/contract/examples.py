@@ -1,141 +1,185 @@
-"""Examples in memory, read from whatever form data come in."""
+"""Examples in memory, in the order in which they are measured."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, groupby, pairwise
+from typing import Any, TypeAlias
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-)
 
 from sharpkit.errors import ArgumentError, DataError
 
-Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | tuple[Any, Tensor]"
-
-
 Inputs: TypeAlias = Any  # a tensor, or a dict or tuple of tensors that all have the same length
+_Part: TypeAlias = tuple[Tensor, ...]  # examples of one shape: leaves of the inputs, then labels
 
 
-@dataclass(frozen=True)
 class Examples:
-    """Inputs and labels held in memory, in the order in which they are measured."""
+    """Inputs and labels held in memory, in the order in which they are measured.
 
-    inputs: Inputs  # leaves of shape (n, ...)
-    labels: Tensor  # (n, ...)
+    They are uniform (every example has the same shape), or ragged: a sequence of parts, each of
+    its own shape, as batches that are padded to different lengths are. Operations that follow the
+    order (`slice`, `chunks`, `select`) take both; `inputs` and `labels` exist for uniform ones.
+
+    Args:
+        inputs: Leaves of shape (n, ...).
+        labels: Shape (n, ...).
+
+    Example:
+        >>> short = Examples(torch.zeros(2, 3), torch.arange(2))
+        >>> both = Examples.joined([short, Examples(torch.zeros(4, 5), torch.arange(4))])
+        >>> len(both), both.uniform, both.bounds(3)
+        (6, False, [(0, 2), (2, 5), (5, 6)])
+        >>> both.select(torch.tensor([5, 2])).inputs.shape
+        torch.Size([2, 5])
+    """
+
+    __slots__ = ("_parts", "_starts", "_structure")
+    _structure: Any  # the inputs with each leaf's place in a part instead of it
+    _parts: tuple[_Part, ...]
+    _starts: tuple[int, ...]  # where each part starts, and the number of examples
+
+    def __init__(self, inputs: Inputs, labels: Tensor) -> None:
+        leaves, structure = pytree.tree_flatten(inputs)
+        places = pytree.tree_unflatten(range(len(leaves)), structure)
+        self._hold(places, [(*leaves, labels)])
+
+    @classmethod
+    def joined(cls, parts: Iterable[Examples]) -> Examples:
+        """One after the other; neighbours of the same shape become one part.
+
+        Raises:
+            DataError: If there are no examples, or parts differ in more than their sizes.
+        """
+        given = [part for part in parts if len(part)]
+        if not given:
+            raise DataError("the data hold no examples")
+        _check_alike(given)
+        pieces = [piece for part in given for piece in part._parts]
+        return given[0]._with([_concatenated(list(run)) for _, run in groupby(pieces, key=_shapes)])
 
     def __len__(self) -> int:
         """The number of examples."""
-        return int(self.labels.shape[0])
+        return self._starts[-1]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every example has the same shape."""
+        return len(self._parts) == 1
+
+    @property
+    def inputs(self) -> Inputs:
+        """Leaves of shape (n, ...)."""
+        return pytree.tree_map(self._only().__getitem__, self._structure)
+
+    @property
+    def labels(self) -> Tensor:
+        """Shape (n, ...)."""
+        return self._only()[-1]
 
     def slice(self, start: int, stop: int) -> Examples:
         """Examples start to stop, without a copy."""
-        take = pytree.tree_map(lambda t: t[start:stop], self.inputs)
-        return Examples(take, self.labels[start:stop])
+        start, stop, _ = slice(start, stop).indices(len(self))
+        if stop <= start:
+            return self._with([_cut(self._parts[0], 0, 0)])
+        first, last = bisect_right(self._starts, start) - 1, bisect_left(self._starts, stop)
+        touched = zip(self._starts[first:last], self._parts[first:last], strict=True)
+        return self._with([_cut(part, max(0, start - s), stop - s) for s, part in touched])
+
+    def bounds(self, size: int) -> list[tuple[int, int]]:
+        """Where the chunks of at most `size` examples start and stop."""
+        return [
+            (start, min(start + size, end))
+            for begin, end in pairwise(self._starts)
+            for start in range(begin, end, size)
+        ]
 
     def chunks(self, size: int) -> Iterator[Examples]:
-        """Consecutive examples, `size` at a time; the last chunk may be smaller."""
-        for start in range(0, len(self), size):
-            yield self.slice(start, start + size)
+        """Consecutive examples of one shape, at most `size` at a time, without a copy."""
+        for start, stop in self.bounds(size):
+            yield self.slice(start, stop)
+
+    def select(self, indices: Tensor) -> Examples:
+        """Copies of the examples with the given indices (k,), in their order.
+
+        Raises:
+            ArgumentError: If an index is not between 0 and n - 1.
+        """
+        if len(indices) == 0:
+            return self.slice(0, 0)
+        if not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
+            raise ArgumentError(f"expected indices of examples from 0 to {len(self) - 1}")
+        if self.uniform:
+            return self._with([_rows(self._parts[0], indices)])
+        starts = torch.tensor(self._starts)
+        indices = indices.cpu()
+        places = torch.searchsorted(starts, indices, right=True) - 1
+        runs = torch.unique_consecutive(places, return_counts=True)
+        rows = torch.split(indices - starts[places], runs[1].tolist())
+        chosen = zip(runs[0].tolist(), rows, strict=True)
+        return Examples.joined(self._with([_rows(self._parts[p], r)]) for p, r in chosen)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
-        """On the device; floating-point inputs (and labels, if regression) in the dtype."""
+        """On the device; floating-point inputs (and labels, if regression) in the dtype.
+
+        Complex ones are moved to the complex dtype of the same precision.
+        """
 
         def move(t: Tensor) -> Tensor:
+            if t.is_complex():
+                return t.to(device, dtype.to_complex())
             return t.to(device, dtype) if t.is_floating_point() else t.to(device)
 
-        return Examples(pytree.tree_map(move, self.inputs), move(self.labels))
+        return self._with([tuple(map(move, part)) for part in self._parts])
+
+    def _with(self, parts: list[_Part]) -> Examples:
+        examples = Examples.__new__(Examples)
+        examples._hold(self._structure, parts)
+        return examples
+
+    def _hold(self, structure: Any, parts: list[_Part]) -> None:
+        self._structure, self._parts = structure, tuple(parts)
+        self._starts = tuple(accumulate((len(part[-1]) for part in parts), initial=0))
+
+    def _only(self) -> _Part:
+        if not self.uniform:
+            a, b = (_described(self._with([part])) for part in self._parts[:2])
+            raise DataError(
+                f"the examples differ in shape: {a} and {b}; pad all batches to one length, or use "
+                "m_sharpness and the curvature operators, which take them as they are"
+            )
+        return self._parts[0]
 
 
-def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> Examples:
-    """The first n examples of a seeded random order of the data (its own order if seed is None).
+def label_diverse(examples: Examples, k: int) -> Tensor:
+    """Indices of at most k examples, spread evenly over all when sorted by their labels.
+
+    The smallest and the largest are among them. Labels of several entries are sorted by how many of
+    them count (integers below 0 mark positions to ignore), then by Σ_j j y_j over those.
 
     Args:
-        data: A map-style `Dataset` (or list) of (input, label) pairs, a `DataLoader`, or a pair
-            (inputs, labels) of tensors; inputs may be a dict or tuple of tensors. A loader with
-            the plain sequential or shuffling sampler stands for its data set in index order;
-            any other is read once, in the order it gives.
-        n: How many examples; None for all.
-        seed: Seed of the order; None keeps the data's own.
+        examples: Uniform or ragged.
+        k: How many, at least 2.
 
     Returns:
-        Examples: On the CPU or wherever the given tensors are.
-
-    Raises:
-        DataError: If there are no examples, lengths differ, an item is not a pair, or an input is
-            NaN or infinite.
-        ArgumentError: If n is not between 1 and the number of examples.
+        Tensor: Shape (min(k, n),), int64, on the CPU, in the order of the labels.
 
     Example:
-        >>> import torch
-        >>> data = torch.arange(4.0).reshape(4, 1), torch.arange(4)
-        >>> load_examples(data, n=2, seed=None).labels
-        tensor([0, 1])
+        >>> labels = torch.tensor([2, 0, 0, 0, 1, 0])
+        >>> label_diverse(Examples(torch.zeros(6, 1), labels), 3)
+        tensor([1, 3, 0])
     """
-    if isinstance(data, DataLoader):
-        if isinstance(data.dataset, IterableDataset) or not visits_all_once(data):
-            return _from_pair(_concatenate(list(data)), n, seed)
-        if seed is None and isinstance(data.sampler, RandomSampler):
-            raise DataError(
-                "the DataLoader shuffles, so the data have no order of their own to keep: "
-                "pass shuffle=False or an integer seed"
-            )
-        return _from_dataset(data.dataset, n, seed, data.collate_fn or _default_collate)
-    if isinstance(data, tuple) or _is_pair(data):
-        parts = list(cast("Iterable[Any]", data))
-        if len(parts) != 2:
-            raise DataError(f"expected a pair (inputs, labels), got {len(parts)} items")
-        inputs = pytree.tree_map(torch.as_tensor, parts[0])
-        return _choose(inputs, torch.as_tensor(parts[1]), n, seed)
-    if type(data) is TensorDataset:  # a subclass may transform its items
-        if len(data.tensors) != 2:
-            raise DataError(
-                f"expected a TensorDataset of inputs and labels, got {len(data.tensors)} tensors"
-            )
-        return _choose(data.tensors[0], data.tensors[1], n, seed)
-    return _from_dataset(data, n, seed, _default_collate)
-
-
-def load_in_order(data: Data, n: int | None = None) -> Examples:
-    """The first n examples in the data's own order, for values that do not depend on the order.
-
-    As `load_examples` without a seed, except that a loader that shuffles stands for its data set in
-    index order.
-
-    Args:
-        data: As for `load_examples`.
-        n: How many examples; None for all.
-
-    Raises:
-        DataError: As `load_examples`.
-        ArgumentError: As `load_examples`.
-
-    Example:
-        >>> import torch
-        >>> from torch.utils.data import TensorDataset
-        >>> data = TensorDataset(torch.zeros(4, 1), torch.arange(4))
-        >>> load_in_order(DataLoader(data, shuffle=True)).labels
-        tensor([0, 1, 2, 3])
-    """
-    if (
-        isinstance(data, DataLoader)
-        and isinstance(data.sampler, RandomSampler)
-        and visits_all_once(data)
-    ):
-        data = DataLoader(data.dataset, collate_fn=data.collate_fn)
-    return load_examples(data, n=n, seed=None)
+    keys = torch.cat([_sort_keys(chunk.labels) for chunk in examples.chunks(1024)])
+    order = keys[:, 1].argsort(stable=True)
+    order = order[keys[order, 0].argsort(stable=True)]
+    n = len(order)
+    k = min(k, n)
+    return order[torch.arange(k) * (n - 1) // max(k - 1, 1)]
 
 
 def standard_tensor(array: NDArray[Any]) -> Tensor:
@@ -158,91 +202,56 @@ def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def visits_all_once(loader: DataLoader[Any]) -> bool:
-    """Whether a loader's sampling is the plain one, in order or shuffled."""
-    sampler, batches = loader.sampler, loader.batch_sampler
-    plain = type(batches) in (BatchSampler, type(None))
-    if type(sampler) is RandomSampler:
-        plain &= not sampler.replacement and sampler.num_samples == len(cast("Any", loader.dataset))
-    elif type(sampler) is not SequentialSampler:
-        return False
-    return plain and getattr(batches, "sampler", sampler) is sampler
+def _cut(part: _Part, start: int, stop: int) -> _Part:
+    return tuple(t[start:stop] for t in part)
 
 
-def _is_pair(data: Any) -> bool:
-    return isinstance(data, list) and len(data) == 2 and isinstance(data[1], Tensor)
+def _rows(part: _Part, indices: Tensor) -> _Part:
+    return tuple(t[indices.to(t.device)] for t in part)
 
 
-def _default_collate(items: Sequence[Any]) -> Any:
-    from torch.utils.data import default_collate
-
-    return default_collate(list(items))
+def _concatenated(run: list[_Part]) -> _Part:
+    return run[0] if len(run) == 1 else tuple(map(torch.cat, zip(*run, strict=True)))
 
 
-def _from_dataset(
-    dataset: Dataset[Any], n: int | None, seed: int | None, collate: Callable[[list[Any]], Any]
-) -> Examples:
-    if isinstance(dataset, IterableDataset):
-        return _from_pair(_concatenate([collate([item]) for item in dataset]), n, seed)
-    total = len(dataset)  # type: ignore[arg-type]
-    order = _order(total, n, seed)
-    batches = [
-        collate([dataset[i] for i in order[start : start + 256].tolist()])
-        for start in range(0, len(order), 256)
-    ]
-    inputs, labels = _pair(_concatenate(batches))
-    return _checked(inputs, labels)
+def _shapes(part: _Part) -> list[torch.Size]:
+    return [t.shape[1:] for t in part]
 
 
-def _from_pair(pair: tuple[Any, Tensor], n: int | None, seed: int | None) -> Examples:
-    return _choose(*_pair(pair), n, seed)
+def _check_alike(parts: list[Examples]) -> None:
+    """Raise unless all have one structure, and leaves of one kind."""
+
+    def kind(part: Examples) -> Any:
+        return part._structure, [(t.ndim, t.dtype, t.device) for t in part._parts[0]]
+
+    expected = kind(parts[0])
+    for part in parts:
+        if kind(part) != expected:
+            raise DataError(
+                f"parts of the data differ: {_described(parts[0])} and {_described(part)}; "
+                "expected the same structure, number of dimensions, dtype and device in all"
+            )
 
 
-def _pair(batch: Any) -> tuple[Any, Tensor]:
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise DataError("expected items that are pairs (input, label)")
-    return batch[0], batch[1]
+def _described(examples: Examples) -> str:
+    def leaf(t: Tensor) -> str:
+        shape = ", ".join(["n", *map(str, t.shape[1:])])
+        return f"({shape}) {t.dtype} on {t.device}".replace("torch.", "").removesuffix(" on cpu")
+
+    leaves = [leaf(t) for t in examples._parts[0]]
+    inputs = pytree.tree_map(leaves.__getitem__, examples._structure)
+    return f"inputs {inputs} with labels {leaves[-1]}"
 
 
-def _concatenate(batches: list[Any]) -> Any:
-    if not batches:
-        raise DataError("the data hold no examples")
-    leaves, spec = zip(*(pytree.tree_flatten(batch) for batch in batches), strict=True)
-    columns = [
-        torch.cat([torch.as_tensor(t) for t in column]) for column in zip(*leaves, strict=True)
-    ]
-    return pytree.tree_unflatten(columns, spec[0])
-
-
-def _order(total: int, n: int | None, seed: int | None) -> Tensor:
-    if total == 0:
-        raise DataError("the data hold no examples")
-    n = total if n is None else n
-    if not 1 <= n <= total:
-        raise ArgumentError(f"n = {n} examples asked for: expected 1 to {total}")
-    if seed is None:
-        return torch.arange(n)
-    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]
-
-
-def _choose(inputs: Inputs, labels: Tensor, n: int | None, seed: int | None) -> Examples:
-    leaves = pytree.tree_leaves(inputs)
-    lengths = {int(t.shape[0]) for t in leaves} | {int(labels.shape[0])}
-    if len(lengths) != 1:
-        raise DataError(f"inputs and labels differ in length: {sorted(lengths)}")
-    order = _order(lengths.pop(), n, seed)
-    if seed is None:
-        k = len(order)
-        return _checked(pytree.tree_map(lambda t: t[:k], inputs), labels[:k])
-    return _checked(
-        pytree.tree_map(lambda t: t[order.to(t.device)], inputs), labels[order.to(labels.device)]
-    )
-
-
-def _checked(inputs: Inputs, labels: Tensor) -> Examples:
-    for leaf in pytree.tree_leaves(inputs):
-        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise DataError("the inputs have NaN or infinite entries")
-    if labels.is_floating_point() and not bool(torch.isfinite(labels).all()):
-        raise DataError("the labels have NaN or infinite entries")
-    return Examples(inputs, labels)
+def _sort_keys(labels: Tensor) -> Tensor:
+    """Shape (n, 2): how many entries count, and their sum weighted by position."""
+    labels = torch.view_as_real(labels) if labels.is_complex() else labels
+    values = labels.detach().cpu().double()
+    if values.ndim == 1:
+        return torch.stack([torch.ones_like(values), values], 1)
+    values = values.flatten(1)
+    counted = torch.ones_like(values, dtype=torch.bool)
+    if not labels.is_floating_point():
+        counted = values >= 0
+    weights = torch.arange(1.0, values.shape[1] + 1, dtype=torch.float64)
+    return torch.stack([counted.sum(1).double(), torch.where(counted, values, 0.0) @ weights], 1)

@@ -1,54 +1,59 @@
-"""Models as pure functions of their parameters, held still while they are measured."""
+"""A module at any values of its parameters: as a pure function, or with the values assigned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
+from sharpkit.contract.embeddings import PlainEmbeddings, renormalised
 from sharpkit.contract.examples import Inputs
+from sharpkit.contract.modules import call_module, read_outputs, unwrapped
+from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
 
-
-@contextmanager
-def unfused_attention() -> Iterator[None]:
-    """Plain kernels inside: fused attention has neither second derivatives nor batching rules."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+T = TypeVar("T")
 
 
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Hold the model in eval mode, with unfused attention.
+@dataclass
+class Habits:
+    """What a forward pass of a model does besides computing outputs, as `examine` found it.
 
-    Mode and random state are restored afterwards, also after an error.
+    Attributes:
+        writes_inputs: It changes its inputs in place, so it gets copies.
+        needs_grad_mode: It differentiates, so it runs with gradients enabled.
+        looks_up: It looks embeddings up with options that `PlainEmbeddings` replaces.
+        attributes: What it writes to its modules; put back before every call.
+        remembered: Their values.
+        buffers: Buffers that it changes in eval mode; put back before every call.
+        not_functional: Why it cannot run at swapped weights; empty if it can.
+        loss_sees_weights: The loss depends on the weights also at fixed outputs.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        with torch.random.fork_rng(devices=devices), unfused_attention():
-            model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+
+    writes_inputs: bool = False
+    needs_grad_mode: bool = False
+    looks_up: bool = False
+    attributes: list[tuple[nn.Module, str]] = field(default_factory=list)
+    remembered: Attributes | None = None
+    buffers: list[str] = field(default_factory=list)
+    not_functional: str = ""
+    loss_sees_weights: bool = False
 
 
 class FunctionalModel:
     """A model as a function (parameters, inputs) -> outputs that leaves the module alone.
 
+    Complex parameters are given and differentiated as pairs of reals, of shape (..., 2).
+
     Args:
         model: Any module. Inputs given as a dict are passed as keywords, as a tuple by position.
             An output with a `logits` attribute (Hugging Face) stands for its logits.
+        whole: Give outputs of any structure, for a loss that takes them (see `read_outputs`).
 
     Example:
         >>> import torch
@@ -59,37 +64,140 @@ class FunctionalModel:
         tensor([[3.]])
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, *, whole: bool = False) -> None:
+        self.model = unwrapped(model)
+        self.whole = whole
+        self.habits = Habits(looks_up=_looks_up(self.model))
+        self._own = dict(self.model.named_parameters())
+        self._own_buffers = dict(self.model.named_buffers())
+        scaled = renormalised(self.model)
+        self._scaled = {n: scaled[id(p)] for n, p in self._own.items() if id(p) in scaled}
         # copies, so that a module that counts its calls in a buffer counts on the copy
-        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._parameters = {name: p.detach() for name, p in model.named_parameters()}
-        self._aliases = _aliases(model)
-        reference = next((p for p in self._parameters.values() if p.is_floating_point()), None)
+        self._buffers = {n: b.detach().clone() for n, b in self._own_buffers.items()}
+        self._complex = frozenset(n for n, p in self._own.items() if p.is_complex())
+        self._first_buffers: dict[str, Tensor] = {}
+        self._aliases = _aliases(self.model)
+        self._runner = _Runner(self.model)
+        reference = next(
+            (p for p in self._own.values() if p.is_floating_point() or p.is_complex()), None
+        )
         if reference is None:
             raise ModelError(f"{type(model).__name__} has no floating-point parameters")
-        self.device, self.dtype = reference.device, reference.dtype
+        self.device, self.dtype = reference.device, reference.dtype.to_real()
 
-    def __call__(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters, shared ones once."""
+        return list(self._own)
+
+    def real(self, name: str, tensor: Tensor) -> Tensor:
+        """A parameter, or its gradient, in the form in which it is measured."""
+        return torch.view_as_real(tensor.resolve_conj()) if name in self._complex else tensor
+
+    def native(self, name: str, tensor: Tensor) -> Tensor:
+        """What `real` was given."""
+        return torch.view_as_complex(tensor.contiguous()) if name in self._complex else tensor
+
+    def value(self, name: str) -> Tensor:
+        """The value at which a parameter is measured, detached."""
+        return self.real(name, self._scaled.get(name, self._own[name]).detach())
+
+    def __call__(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         """The outputs at the given values of some parameters; the others keep their own."""
-        state = {**self._buffers, **self._parameters, **parameters}
+        return self.within(parameters, lambda: self.outputs(inputs))
+
+    def within(self, parameters: Mapping[str, Tensor], body: Callable[[], T]) -> T:
+        """What `body` returns while the module holds the given values instead of its parameters.
+
+        They stay in place until it returns, so a backward pass inside may run the forward pass
+        again.
+        """
+        given = {name: self.native(name, p) for name, p in parameters.items()}
+        rest = {name: p.detach() for name, p in {**self._own, **self._scaled}.items()}
+        state = {**self._buffers, **rest, **given}
         state |= {alias: state[name] for alias, name in self._aliases.items()}
-        args: tuple[Any, ...] = (inputs,)
-        kwargs: dict[str, Any] = {}
-        if isinstance(inputs, Mapping):
-            args, kwargs = (), dict(inputs)
-        elif isinstance(inputs, tuple | list):
-            args = tuple(inputs)
         # with ties resolved by torch, a module registered twice would keep the swapped tensors
-        outputs = torch.func.functional_call(self.model, state, args, kwargs, tie_weights=False)
-        if not isinstance(outputs, Tensor):
-            outputs = getattr(outputs, "logits", outputs)
-        if not isinstance(outputs, Tensor):
-            raise ModelError(
-                f"{type(self.model).__name__} returned {type(outputs).__name__}; "
-                "expected a tensor of outputs, or an object with `logits`"
-            )
-        return outputs
+        result: T = torch.func.functional_call(
+            self._runner,
+            {f"model.{name}": tensor for name, tensor in state.items()},
+            (body,),
+            tie_weights=False,
+        )
+        return result
+
+    @contextmanager
+    def assigned(self, parameters: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
+        """Inside, the module's own parameters hold the given values, as leaves for autograd.
+
+        This is what a loop by hand does, so it works for every module: parameters are assigned
+        (as `.data`, without a copy) and put back afterwards, buffers are copies.
+
+        Yields:
+            list: The module's parameters in the order given; complex ones are complex.
+        """
+        parts = [(self._own[name], self.native(name, p)) for name, p in parameters.items()]
+        parts += [(self._own[n], t) for n, t in self._scaled.items() if n not in parameters]
+        swapped = [(p, p.data, p.requires_grad) for p, _ in parts]
+        buffers = [(b, b.data) for b in self._own_buffers.values()]
+        try:
+            for parameter, value in parts:
+                parameter.data = value.detach()
+            for name in parameters:
+                self._own[name].requires_grad_(True)
+            for name, buffer in self._own_buffers.items():
+                buffer.data = self._buffers[name]
+            yield [self._own[name] for name in parameters]
+        finally:
+            for parameter, before, flag in swapped:
+                parameter.data = before
+                parameter.requires_grad_(flag)
+            for buffer, before in buffers:
+                buffer.data = before
+
+    def outputs(self, inputs: Inputs) -> Any:
+        """The outputs at whatever weights the module holds now."""
+        habits = self.habits
+        if habits.attributes and habits.remembered is not None:
+            habits.remembered.restore(habits.attributes)
+        for name in habits.buffers:
+            with torch.no_grad():
+                self._buffers[name].copy_(self._first_buffers[name])
+        if habits.writes_inputs:
+            inputs = pytree.tree_map(torch.clone, inputs)
+        with PlainEmbeddings() if habits.looks_up else nullcontext():
+            output = call_module(self.model, inputs)
+        return read_outputs(self.model, output, whole=self.whole)
+
+    def evaluating(self) -> AbstractContextManager[object]:
+        """Without gradients, unless the model needs them to compute its outputs."""
+        return torch.enable_grad() if self.habits.needs_grad_mode else torch.no_grad()
+
+    def keep_buffers(self, names: list[str], first: Mapping[str, Tensor]) -> None:
+        """From now on, start every forward pass with the given values of these buffers."""
+        self.habits.buffers, self._first_buffers = names, dict(first)
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Copies of the buffers as forward passes have left them."""
+        return {name: b.clone() for name, b in self._buffers.items()}
+
+
+class _Runner(nn.Module):
+    """Runs anything while `functional_call` has swapped the weights of a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, body: Callable[[], Any]) -> Any:
+        return body()
+
+
+def _looks_up(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and (module.padding_idx is not None or module.max_norm is not None or module.sparse)
+        for module in model.modules()
+    )
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:

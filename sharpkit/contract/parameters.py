@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.modules import unwrapped, wrapper_prefix
 from sharpkit.errors import ArgumentError, ModelError
 
 Parameters: TypeAlias = "str | Iterable[str] | nn.Module | Iterable[nn.Module] | None"
@@ -19,8 +20,8 @@ def select_parameters(model: nn.Module, parameters: Parameters = None) -> dict[s
 
     Args:
         model: Any module.
-        parameters: None for all; a name, a glob pattern ("*.weight") or several; a module of the
-            model or several.
+        parameters: None for those with requires_grad=True, or all if none has; a name, a glob
+            pattern ("*.weight"; "*" for all) or several; a module of the model or several.
 
     Returns:
         dict: Name to tensor, in the model's order, without gradient history.
@@ -36,13 +37,18 @@ def select_parameters(model: nn.Module, parameters: Parameters = None) -> dict[s
         ['0.bias', '2.bias']
         >>> list(select_parameters(model, model[2]))
         ['2.weight', '2.bias']
+        >>> _ = model[0].requires_grad_(False)
+        >>> list(select_parameters(model))
+        ['2.weight', '2.bias']
     """
+    prefix, model = wrapper_prefix(model), unwrapped(model)
     check_finite_weights(model)
     everything = dict(model.named_parameters())
     if not everything:
         raise ModelError(f"{type(model).__name__} has no parameters")
     if parameters is None:
-        return {name: p.detach() for name, p in everything.items()}
+        trained = {name: p.detach() for name, p in everything.items() if p.requires_grad}
+        return trained or {name: p.detach() for name, p in everything.items()}
     chosen: set[int] = set()
     # a shared parameter answers to each of its names
     all_names = list(model.named_parameters(remove_duplicate=False))
@@ -55,30 +61,67 @@ def select_parameters(model: nn.Module, parameters: Parameters = None) -> dict[s
             if not set(hits) & {id(p) for p in everything.values()}:
                 raise ArgumentError(f"module {type(item).__name__} has no parameter of the model")
         elif isinstance(item, str):
-            hits = [id(p) for name, p in all_names if fnmatch.fnmatchcase(name, item)]
+            hits = [
+                id(p)
+                for name, p in all_names
+                if fnmatch.fnmatchcase(name, item) or fnmatch.fnmatchcase(prefix + name, item)
+            ]
             if not hits:
                 raise ArgumentError(
-                    f"no parameter matches {item!r}; the model has {', '.join(everything)}"
+                    f"no parameter matches {item!r}; the model has {some(everything)}"
                 )
         else:
             raise ArgumentError(f"expected names, patterns or modules, got {type(item).__name__}")
         chosen.update(hits)
     selected = {name: p.detach() for name, p in everything.items() if id(p) in chosen}
     if not selected:
-        raise ArgumentError("no parameter is selected")
+        raise ArgumentError("no parameter is selected: the selection is empty")
     return selected
 
 
 def floating_parameters(model: nn.Module, parameters: Parameters = None) -> dict[str, Tensor]:
     """Those of `select_parameters` that have gradients: integers, as of quantised layers, do not.
 
+    Complex ones are pairs of reals, of shape (..., 2).
+
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> list(floating_parameters(nn.Linear(3, 4)))
         ['weight', 'bias']
+        >>> floating_parameters(nn.Linear(3, 4, dtype=torch.cfloat))["bias"].shape
+        torch.Size([4, 2])
     """
     chosen = select_parameters(model, parameters)
-    return {name: p for name, p in chosen.items() if p.is_floating_point()}
+    return {
+        name: torch.view_as_real(p.resolve_conj()) if p.is_complex() else p
+        for name, p in chosen.items()
+        if p.is_floating_point() or p.is_complex()
+    }
+
+
+def left_out(model: nn.Module, measured: Iterable[str]) -> tuple[str, ...]:
+    """The names of the parameters that are not among those measured.
+
+    Example:
+        >>> from torch import nn
+        >>> left_out(nn.Linear(3, 4), ["weight"])
+        ('bias',)
+    """
+    names = set(measured)
+    return tuple(name for name, _ in unwrapped(model).named_parameters() if name not in names)
+
+
+def some(names: Iterable[str]) -> str:
+    """The first names of a list, and how many more there are.
+
+    Example:
+        >>> some(["a", "b", "c", "d", "e", "f", "g"])
+        'a, b, c, d, e and 2 more'
+    """
+    names = list(names)
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def check_finite_weights(model: nn.Module) -> None:
@@ -88,7 +131,8 @@ def check_finite_weights(model: nn.Module) -> None:
         ("buffer", model.named_buffers()),
     ):
         for name, tensor in tensors:
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            real = tensor.is_floating_point() or tensor.is_complex()
+            if real and not bool(torch.isfinite(tensor).all()):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ModelError(
                     f"{kind} {name!r} has {bad} NaN or infinite entries of {tensor.numel()}"

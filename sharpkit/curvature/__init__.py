@@ -2,7 +2,8 @@
 
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.eigenvalues import Eigenpairs, top_eigenvalues
-from sharpkit.curvature.gauss_newton import FisherOperator, GaussNewtonOperator
+from sharpkit.curvature.fisher import FisherOperator
+from sharpkit.curvature.gauss_newton import GaussNewtonOperator
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.lanczos import Tridiagonal, lanczos
 from sharpkit.curvature.layers import layer_spectra

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from sharpkit.curvature.grids import (
     Scale,
@@ -45,6 +46,8 @@ class SpectralDensity:
         bandwidth: Standard deviation of the smoothing Gaussians, in the coordinate of the grid.
         spacing: "linear", "log" (bandwidth in ln λ) or "symlog" (in asinh(λ / threshold)).
         threshold: Where a "symlog" axis turns linear; 1 on other grids, where it has no meaning.
+        resolution: Nodes of at most this magnitude are 0 but for rounding. A "log" axis begins
+            here, and shows them as one peak at its left end.
         size: P.
         breakdowns: How often a probe's Krylov space ended before `steps`, shape (k,).
         seconds: Wall time.
@@ -58,6 +61,7 @@ class SpectralDensity:
     bandwidth: float
     spacing: Spacing
     threshold: float
+    resolution: float
     size: int
     breakdowns: NDArray[np.int64]
     seconds: float
@@ -66,6 +70,12 @@ class SpectralDensity:
     def mass(self) -> float:
         """Share of the spectrum on the grid; 1 unless a grid was given that cuts it off."""
         return float(np.trapezoid(self.density, self.grid))
+
+    @property
+    def zero_share(self) -> float:
+        """Share of the eigenvalues that are 0 but for rounding (see `resolution`), estimated."""
+        zero = np.abs(self.nodes) <= self.resolution
+        return float((self.weights * zero).sum(axis=1).mean())
 
     def moment(self, order: int) -> tuple[float, float]:
         """tr(Aᵒʳᵈᵉʳ) / P, the mean power of the eigenvalues, and its standard error over probes."""
@@ -85,13 +95,21 @@ class SpectralDensity:
     @property
     def frobenius_norm(self) -> float:
         """The Frobenius norm that the density implies: √(P · second moment)."""
-        return float(np.sqrt(self.size * self.moment(2)[0]))
+        top, squares = self._squares()
+        return top * float(np.sqrt(self.size * squares.mean()))
 
     @property
     def frobenius_norm_std_error(self) -> float:
         """Standard error of `frobenius_norm` over probes, to first order."""
-        norm = self.frobenius_norm
-        return self.size * self.moment(2)[1] / (2 * norm) if norm else self.moment(2)[1]
+        top, squares = self._squares()
+        error = _standard_error(squares)
+        mean = float(squares.mean())
+        return top * float(np.sqrt(self.size / mean)) * error / 2 if mean else error
+
+    def _squares(self) -> tuple[float, Array]:
+        """The largest |node|, and the second moment per probe in units of its square."""
+        top = float(np.abs(self.nodes).max())
+        return top, (self.weights * (self.nodes / (top or 1.0)) ** 2).sum(axis=1)
 
     def largest(self, k: int = 5) -> Array:
         """The k largest eigenvalues as the probes see them, descending, shape (min(k, steps),).
@@ -112,7 +130,10 @@ class SpectralDensity:
         threshold: float | None = None,
     ) -> SpectralDensity:
         """The same spectrum on another grid or with another bandwidth; nothing is recomputed."""
-        return replace(self, **shown(self.nodes, self.weights, grid, bandwidth, points, threshold))
+        return replace(
+            self,
+            **shown(self.nodes, self.weights, grid, bandwidth, points, threshold, self.resolution),
+        )
 
     def frame(self) -> pd.DataFrame:
         """One row per grid point: eigenvalue, density, std_error."""
@@ -159,9 +180,20 @@ def check_shape(
         raise ArgumentError(f"bandwidth must be positive and finite, got {bandwidth}")
     one = np.ones((1, 1))
     if isinstance(grid, str):
-        make_grid(make_scale(grid, one, one, threshold), one, 1.0, points)
+        make_grid(make_scale(grid, one, one, threshold, 0.0), one, 1.0, points)
     else:
         check_grid(grid)
+
+
+def rounding_of_zero(nodes: Array, *dtypes: torch.dtype) -> float:
+    """How far from 0 a node of an eigenvalue 0 may lie: 16 roundings of the largest |node|.
+
+    Example:
+        >>> rounding_of_zero(np.array([0.0, -1.0, 4.0]), torch.float64) / 2.0**-52
+        64.0
+    """
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
+    return 16 * eps * float(np.abs(nodes).max())
 
 
 def shown(
@@ -171,16 +203,18 @@ def shown(
     bandwidth: float | None,
     points: int,
     threshold: float | None,
+    resolution: float,
 ) -> Mapping[str, Any]:
     """The fields of a `SpectralDensity` that depend on the grid."""
     check_shape(grid, bandwidth, points, threshold)
     if isinstance(grid, str):
-        scale = make_scale(grid, nodes, weights, threshold)
+        scale = make_scale(grid, nodes, weights, threshold, resolution)
     else:
         scale = Scale("linear")
     visible = weights > 0
     if scale.spacing == "log":
-        visible &= nodes > 0
+        visible &= nodes >= -resolution
+        nodes = np.maximum(nodes, resolution)
     bandwidth = default_bandwidth(scale, nodes[visible]) if bandwidth is None else bandwidth
     if isinstance(grid, str):
         chosen = make_grid(scale, nodes[visible], bandwidth, points)
@@ -206,4 +240,5 @@ def _standard_error(values: Array) -> float:
     """Of the mean of independent values; NaN for one."""
     if len(values) < 2:
         return float("nan")
-    return float(values.std(ddof=1) / np.sqrt(len(values)))
+    top = float(np.abs(values).max()) or 1.0  # squares of the values themselves may underflow
+    return top * float((values / top).std(ddof=1) / np.sqrt(len(values)))

@@ -3,7 +3,8 @@
 A basis of m vectors is filled by Lanczos steps; then its best Ritz vectors are kept, together
 with the last residual, and the rest is filled again. All products are orthogonalised fully and
 the projected matrix is computed, not assumed, so restarts and random directions need no special
-recurrence.
+recurrence. The basis of a small matrix holds the whole space and is never restarted: when it is
+full, the eigenvalues are exact.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sharpkit.curvature.lanczos import fresh_direction, orthogonal_part, orthogonalise
+from sharpkit.curvature.lanczos import (
+    fresh_direction,
+    near_one,
+    orthogonal_part,
+    orthogonalise,
+    require_resolved,
+)
 from sharpkit.curvature.linear_map import (
     LinearMap,
     Symmetric,
@@ -35,7 +42,8 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 Which = Literal["LA", "SA", "LM"]
-_LOOK = 5  # products between looks at the residuals
+_SMALL = 2000  # a matrix whose whole space is a cheap basis
+_LOOK = 5  # products between looks at the residuals, or a tenth of the basis if that is more
 _CHECK_STEPS = 12  # products spent on looking for further copies of a repeated eigenvalue
 
 
@@ -86,7 +94,9 @@ def top_eigenvalues(
 
     Thick-restart Lanczos with full reorthogonalisation on the operator's own device. A residual
     norm r bounds the error of an eigenvalue by r, and by r² / gap. Once converged, some steps from
-    a random direction look for further copies of repeated eigenvalues. Memory: subspace x P.
+    a random direction look for further copies of repeated eigenvalues. Memory: subspace x P. With
+    a subspace of P, the default up to P = 2000, it ends after at most P + k products, converged,
+    wherever the eigenvalues lie. The scale of the matrix does not matter.
 
     Args:
         operator: A curvature operator, a symmetric tensor of shape (P, P), or anything with
@@ -96,7 +106,8 @@ def top_eigenvalues(
         tol: Residual norm to reach, relative to the largest |λ|; None for 1e-8 in float64 and
             2e-5 in float32.
         seed: Of the start vector.
-        subspace: Basis vectors, more than k; None for the larger of 40 and 2k + 10, at most P.
+        subspace: Basis vectors, more than k, at most P; None for P if that is at most 2000, else
+            for the larger of 40 and 2k + 10.
         max_products: Give up after so many, with a warning; None for 50 subspaces.
         progress: Show a progress bar on a terminal if it takes longer than two seconds.
 
@@ -105,7 +116,7 @@ def top_eigenvalues(
 
     Raises:
         ArgumentError: For k, which, tol or subspace out of range, or a basis that does not fit.
-        ModelError: If a product is NaN or infinite.
+        ModelError: If a product is NaN or infinite, or too small for its dtype.
 
     Source:
         Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems",
@@ -131,7 +142,7 @@ def top_eigenvalues(
         raise ArgumentError(f"subspace must be more than k = {k}, got {subspace}")
     if max_products is not None and max_products < 1:
         raise ArgumentError(f"max_products must be at least 1, got {max_products}")
-    room = min(size, subspace or max(40, 2 * k + 10))
+    room = min(size, subspace or (size if size <= _SMALL else max(40, 2 * k + 10)))
     require_memory(
         (2 * room + 4) * size * a.dtype.itemsize,
         a.device,
@@ -153,19 +164,24 @@ def top_eigenvalues(
 
 
 class _Search:
-    """A basis Q (rows) and its projected matrix H = Q A Qᵀ, grown and restarted."""
+    """A basis Q (rows) and its projected matrix H = Q A Qᵀ, grown and restarted.
+
+    The first `used` rows have been multiplied; the rows up to `filled` are the directions their
+    products point to outside of them, so that H[used:filled, :used] is all that is left over.
+    """
 
     def __init__(
         self, a: LinearMap, room: int, which: Which, seed: int, limit: int, progress: bool
     ) -> None:
         self.a, self.room, self.which, self.seed, self.limit = a, room, which, seed, limit
-        self.q = torch.zeros(room, a.shape[0], dtype=a.dtype, device=a.device)
-        self.h = np.zeros((room, room))
-        self.used = 0  # columns of H that are filled
+        self.whole = room == a.shape[0]
+        rows = room if self.whole else room + 1
+        self.q = torch.zeros(rows, a.shape[0], dtype=a.dtype, device=a.device)
+        self.h = np.zeros((rows, rows))
+        self.used, self.filled = 0, 1
         self.products = 0
-        self.residual = 0.0  # ‖A q_m − Q h_m‖, the coupling to the next vector
         start = random_rows(1, a, seed)[0]
-        self.next = start / start.norm()
+        self.q[0] = start / start.norm()
         self.bar = tqdm(
             desc="eigenvalues",
             unit="product",
@@ -177,54 +193,61 @@ class _Search:
     def run(self, k: int, tol: float) -> None:
         """Grow and restart until k pairs converge, survive the check, or products run out."""
         checked: Array | None = None
+        steps = _LOOK
         while True:
-            self.grow(min(self.room, self.used + (_LOOK if checked is None else _CHECK_STEPS)))
-            values, vectors = self.ritz()
+            self.grow(min(self.room, self.used + steps))
+            steps = max(_LOOK, self.used // 10)
             if self.used < k and self.products < self.limit:
                 continue
-            error = self.residual * np.abs(vectors[self.used - 1, :k])
-            bound = tol * max(float(np.abs(values).max()), np.finfo(np.float64).tiny)
-            whole = self.used == self.a.shape[0]
-            same = checked is not None and bool((np.abs(values[:k] - checked) <= 2 * bound).all())
-            if whole or self.products >= self.limit or (same and bool((error <= bound).all())):
+            values, vectors = self.ritz()
+            bound = 2 * tol * max(float(np.abs(values).max()), np.finfo(np.float64).tiny)
+            left = self.h[self.used : self.filled, : self.used] @ vectors[:, :k]
+            exact = bool((np.linalg.norm(left, axis=0) <= bound / 2).all())
+            same = checked is not None and bool((np.abs(values[:k] - checked) <= bound).all())
+            if self.used == self.a.shape[0] or self.products >= self.limit or (exact and same):
                 break
-            if checked is None and bool((error <= bound).all()):
-                checked = values[:k].copy()
-                self.restart(values, vectors, k, random=True)
-                continue
-            checked = None
-            if self.used == self.room:
-                self.restart(values, vectors, min(k + (self.room - k) // 2, self.room - 1))
+            checked = values[:k].copy() if exact and checked is None else None
+            if checked is not None:
+                self.look_elsewhere(values, vectors, k)
+                steps = _CHECK_STEPS * (self.filled - self.used)
+            elif self.used == self.room:
+                self.restart(values, vectors, k + (self.room - k) // 2)
         self.bar.close()
 
     def grow(self, target: int) -> None:
-        """Add basis vectors until there are `target`, or products run out."""
+        """Multiply basis vectors until `target` of them are, or products run out."""
         while self.used < target and (self.products < self.limit or self.used == 0):
-            j = self.used
-            self.q[j] = self.next
-            w = self.multiply(self.next)
-            known = self.q[: j + 1].unsqueeze(0)
-            self.h[: j + 1, j] = (self.q[: j + 1] @ w).double().cpu().numpy()
-            self.h[j, : j + 1] = self.h[: j + 1, j]
-            w = orthogonal_part(w.unsqueeze(0), known)[0]
-            self.residual = float(w.norm())
+            j, known = self.used, self.q[: self.filled]
+            w, power = self.multiply(self.q[j])
+            column = (known @ w).double().cpu().numpy()
+            w = orthogonal_part(w.unsqueeze(0), known.unsqueeze(0))[0]
+            rest = float(w.norm())
+            self.h[: self.filled, j] = self.h[j, : self.filled] = column * power
             self.used += 1
-            scale = float(np.abs(self.h[:, j]).sum()) + self.residual
-            if self.residual <= 10 * torch.finfo(self.a.dtype).eps * scale:
-                self.residual = 0.0
-                if self.used < self.a.shape[0]:
-                    self.next = self.random(known)
-            else:
-                self.next = w / self.residual
+            size = self.a.shape[0]
+            if rest > 10 * torch.finfo(self.a.dtype).eps * (float(np.abs(column).sum()) + rest):
+                if self.filled < size:
+                    self.append(w / rest)
+                    self.h[self.filled - 1, j] = self.h[j, self.filled - 1] = rest * power
+            elif self.used == self.filled < size:
+                self.append(self.random())
 
-    def multiply(self, row: Tensor) -> Tensor:
-        """One product, counted."""
+    def append(self, row: Tensor) -> None:
+        """A further direction, a unit vector orthogonal to the others."""
+        self.q[self.filled] = row
+        self.h[self.filled, :] = self.h[:, self.filled] = 0.0
+        self.filled += 1
+
+    def multiply(self, row: Tensor) -> tuple[Tensor, float]:
+        """One product, counted, as a vector near 1 and a power of two."""
         self.products += 1
         self.bar.update()
-        return multiply_rows(self.a, row.unsqueeze(0))[0]
+        scaled, powers = near_one(multiply_rows(self.a, row.unsqueeze(0)))
+        return scaled[0], float(powers[0])
 
-    def random(self, known: Tensor) -> Tensor:
-        """A random unit vector orthogonal to a basis of shape (1, j, P)."""
+    def random(self) -> Tensor:
+        """A random unit vector orthogonal to all directions."""
+        known = self.q[: self.filled].unsqueeze(0)
         return fresh_direction(self.a, known, self.seed + 7919 * (self.products + 1))
 
     def ritz(self) -> tuple[Array, Array]:
@@ -234,38 +257,59 @@ class _Search:
         order = np.argsort(key, kind="stable")
         return values[order], vectors[:, order]
 
-    def restart(self, values: Array, vectors: Array, keep: int, random: bool = False) -> None:
-        """Keep the best Ritz vectors and go on from the last residual, or a random direction."""
+    def restart(self, values: Array, vectors: Array, keep: int) -> None:
+        """Keep the best Ritz vectors, and the directions their products point to."""
         keep = min(keep, self.used, self.room - 1)
+        directions = self.q[self.used : self.filled].clone()
+        left = self.h[self.used : self.filled, : self.used] @ vectors[:, :keep]
         turn = torch.from_numpy(np.ascontiguousarray(vectors[:, :keep].T))
         self.q[:keep] = turn.to(self.q.device, self.q.dtype) @ self.q[: self.used]
         self.h[:] = 0.0
         self.h[:keep, :keep] = np.diag(values[:keep])
-        self.used = keep
-        known = self.q[:keep].unsqueeze(0)
-        if random:
-            self.next = self.random(known)
-        else:
-            row = orthogonalise(self.next.unsqueeze(0), known)[0]
-            self.next = row / row.norm()
+        self.used = self.filled = keep
+        for row, coupling in zip(directions, left, strict=True):
+            known = self.q[: self.filled].unsqueeze(0)
+            row = orthogonalise(row.unsqueeze(0), known)[0]
+            self.append(row / row.norm())
+            self.h[self.filled - 1, :keep] = self.h[:keep, self.filled - 1] = coupling
+
+    def look_elsewhere(self, values: Array, vectors: Array, k: int) -> None:
+        """Go on from a random direction, to meet further copies of repeated eigenvalues."""
+        if not self.whole:
+            self.restart(values, vectors, k)
+            self.filled = self.used  # what is left over of k converged pairs is within tolerance
+        if self.filled == self.a.shape[0]:
+            return
+        self.append(self.random())
+        first, last = self.used, self.filled - 1  # it is next
+        self.q[[first, last]] = self.q[[last, first]]
+        self.h[[first, last]] = self.h[[last, first]]
+        self.h[:, [first, last]] = self.h[:, [last, first]]
 
     def finish(self, k: int, tol: float) -> Eigenpairs:
         """Eigenpairs of the whole basis, with residuals from k further products."""
         values, vectors = self.ritz()
         scale = float(np.abs(values).max())
+        require_resolved(scale, self.a)
         k = min(k, self.used)
         turn = torch.from_numpy(np.ascontiguousarray(vectors[:, :k].T))
         rows = turn.to(self.q.device, self.q.dtype) @ self.q[: self.used]
         rows /= rows.norm(dim=1, keepdim=True)
-        products = torch.stack([self.multiply(row) for row in rows])
-        rayleigh = (rows * products).sum(1)
-        residuals = (products - rayleigh.unsqueeze(1) * rows).norm(dim=1).double().cpu().numpy()
+        pairs = [self.vouch(row) for row in rows]
+        residuals = np.array([residual for _, residual in pairs])
         # rounding of the basis change is not a lack of convergence
         bound = max(2 * tol, 100 * torch.finfo(self.a.dtype).eps) * scale
         return Eigenpairs(
-            values=rayleigh.double().cpu().numpy(),
+            values=np.array([value for value, _ in pairs]),
             vectors=rows.T,
             residual_norms=residuals,
             converged=bool((residuals <= bound).all()),
             products=self.products,
         )
+
+    def vouch(self, row: Tensor) -> tuple[float, float]:
+        """Rayleigh quotient and residual norm of a unit vector, from its product."""
+        product, power = self.multiply(row)
+        value = (row * product).sum()
+        residual = (product - value * row).norm()
+        return float(value) * power, float(residual) * power

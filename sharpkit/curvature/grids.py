@@ -47,23 +47,26 @@ class Scale:
         return np.asarray(u, dtype=np.float64)
 
 
-def make_scale(spacing: str, nodes: Array, weights: Array, threshold: float | None) -> Scale:
+def make_scale(
+    spacing: str, nodes: Array, weights: Array, threshold: float | None, resolution: float
+) -> Scale:
     """The scale for a spectrum with these Gauss nodes and weights.
 
     Raises:
-        ArgumentError: For an unknown spacing, or "log" with eigenvalues that are not positive.
+        ArgumentError: For an unknown spacing, or "log" with eigenvalues below 0, or none above.
     """
     if threshold is not None and not threshold > 0:
         raise ArgumentError(f"threshold must be positive, got {threshold}")
     if spacing == "linear":
         return Scale("linear")
     if spacing == "log":
-        lost = float(weights[nodes <= 0].sum() / weights.sum())
+        lost = float(weights[nodes < -resolution].sum() / weights.sum())
         if lost > 1e-9:  # below that it is rounding of an ended Krylov space
             raise ArgumentError(
-                f'a "log" grid cannot show the {lost:.2g} of the spectrum at or below 0: '
-                'use "symlog"'
+                f'a "log" grid cannot show the {lost:.2g} of the spectrum below 0: use "symlog"'
             )
+        if not (weights[nodes > resolution] > 0).any():
+            raise ArgumentError('a "log" grid cannot show a spectrum that is 0: use "linear"')
         return Scale("log")
     if spacing == "symlog":
         largest = float(np.abs(nodes).max())
@@ -75,9 +78,8 @@ def default_bandwidth(scale: Scale, nodes: Array) -> float:
     """1/200 of the range of the nodes, in the scale's coordinate."""
     u = scale.forward(nodes)
     width = float(u.max() - u.min())
-    if width <= 1e-9 * float(np.abs(u).max()):
-        width = float(np.abs(u).max()) or 1.0
-    return width / 200
+    size = 1.0 if scale.spacing == "log" else float(np.abs(u).max()) or 1.0
+    return (width if width > 1e-9 * size else size) / 200
 
 
 def make_grid(scale: Scale, nodes: Array, bandwidth: float, points: int) -> Array:

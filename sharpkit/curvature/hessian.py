@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from sharpkit.contract.examples import Examples
-from sharpkit.curvature.operator import CurvatureOperator, Linearised, owning_edge
+from sharpkit.curvature.chunks import Linearised
+from sharpkit.curvature.operator import CurvatureOperator, owning_edge
+from sharpkit.curvature.second_derivatives import Moved
 
 
 class HessianOperator(CurvatureOperator):
@@ -19,16 +21,23 @@ class HessianOperator(CurvatureOperator):
 
         H = 1/N Σ_n ∇²_w ℓ(f(x_n; w), y_n),      H v = ∇_w [∇_w L(w)ᵀ v].
 
+    A loss with weights of its own (class weights, labelled positions) is Σ of sums / Σ of weights,
+    and so is H; a complex weight is two real ones. On a few examples, a product is compared with
+    differences of the gradient, and refused if they do not agree.
+
     The gradient of each chunk is recorded once with its graph, and every product is one backward
     pass through that graph: about the cost of one gradient. Chunks past the memory budget are
     recorded again in each call, which costs about 2.2 gradients for a single vector.
 
     Args:
         model: Any module in eval mode; inputs in, one row of outputs per example out.
-        data: A `Dataset` of (input, label) pairs, a `DataLoader` that does not shuffle, or a pair
-            (inputs of shape (N, ...), labels of shape (N,)).
-        loss: "cross_entropy", "mse", or a callable (outputs, labels) -> mean loss.
-        parameters: Names, glob patterns or modules; None for all that require gradients.
+        data: A `Dataset` of (input, label) pairs, a `DataLoader` that does not shuffle, a list of
+            (inputs, labels) batches, also of different lengths, or a pair (inputs of shape
+            (N, ...), labels of shape (N,)); it must stay as it is while products are computed.
+        loss: "cross_entropy", "mse", a loss of torch's, or a callable (outputs, labels) that
+            returns the mean over examples or (sums, weights); it may read the weights, too.
+        parameters: Names, glob patterns or modules; None for those that require gradients (all if
+            none does), "*" for all.
         n: How many examples; None for all.
         seed: Which n examples, in a seeded order; None for the first n.
         chunk: Examples per chunk; "auto" follows from sizes. The result changes by rounding only.
@@ -40,7 +49,8 @@ class HessianOperator(CurvatureOperator):
         ArgumentError: For an empty selection, half precision, or graphs that do not fit.
         DataError: For data that differ between two passes, or labels that do not fit.
         ModelError: For NaN weights or loss, BatchNorm or Dropout in training mode, random
-            outputs, a loss that is not a scalar mean, or operations without second derivatives.
+            outputs, a loss that is not a scalar mean, or second derivatives that PyTorch does not
+            have or has wrong.
 
     Source:
         Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994.
@@ -60,12 +70,13 @@ class HessianOperator(CurvatureOperator):
     """
 
     def _reverse(self, chunk: Examples) -> Linearised:
-        leaves = self._leaves
+        problem, leaves = self._problem, self._problem.leaves
         with torch.enable_grad():
-            loss = self._loss_of(leaves, chunk)
+            mean, weight = problem.terms(chunk)
             gradient: Sequence[Tensor | None] = [None] * len(leaves)
-            if loss.requires_grad:
-                gradient = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+            if mean.requires_grad:
+                gradient = torch.autograd.grad(mean, leaves, create_graph=True, allow_unused=True)
+            gradient = problem.real(gradient)
         edges: list[GradientEdge] = []
         where: list[int] = []
         for i, g in enumerate(gradient):
@@ -76,30 +87,34 @@ class HessianOperator(CurvatureOperator):
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:
             if not edges:
                 return [None] * len(leaves)
-            return torch.autograd.grad(
+            found = torch.autograd.grad(
                 edges, leaves, [vector[i] for i in where], retain_graph=True, allow_unused=True
             )
+            return problem.real(found)
 
         detached = [None if g is None else g.detach() for g in gradient]
-        return Linearised(loss.detach(), detached, product)
+        return Linearised(mean.detach(), weight, detached, product)
 
     def _forward(self, chunk: Examples) -> Linearised:
-        leaves = self._leaves
+        problem, leaves = self._problem, self._problem.leaves
         with torch.enable_grad():
-            loss = self._loss_of(leaves, chunk)
-            gradient = torch.autograd.grad(loss, leaves, allow_unused=True)
+            mean, weight = problem.terms(chunk)
+            gradient = torch.autograd.grad(mean, leaves, allow_unused=True)
         point = tuple(w.detach() for w in leaves)
 
-        def gradient_at(weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            result: tuple[Tensor, ...] = torch.func.grad(lambda w: self._loss_of(w, chunk))(weights)
-            return result
+        def mean_at(weights: tuple[Tensor, ...]) -> Tensor:
+            return problem.run(lambda: problem.terms(chunk)[0], weights)
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:
-            tangent = torch.func.jvp(gradient_at, (point,), (tuple(vector),))[1]
+            slope = torch.func.grad(mean_at)
+            tangent = torch.func.jvp(slope, (point,), (tuple(vector),))[1]
             return [t.detach() for t in tangent]
 
-        return Linearised(loss.detach(), gradient, product)
+        return Linearised(mean.detach(), weight, problem.real(gradient), product)
 
-    def _loss_of(self, weights: Sequence[Tensor], chunk: Examples) -> Tensor:
-        outputs = self._problem.outputs(weights, chunk.inputs)
-        return self._problem.loss_fn(outputs, chunk.labels).reshape(())
+    def _by_differences(self, moved: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
+        def slopes(leaves: Sequence[Tensor]) -> list[Tensor]:
+            return self._problem.slopes(leaves, chunk)
+
+        pairs = zip(moved(step, slopes), moved(-step, slopes), strict=True)
+        return [(above - below) / (2 * step) for above, below in pairs]

@@ -4,6 +4,9 @@ Each start vector q_1 spans a Krylov space; in an orthonormal basis Q of it the 
 tridiagonal, Qᵀ A Q = T. In floating point the three-term recurrence loses orthogonality and
 returns copies of converged eigenvalues; Gram-Schmidt against all earlier vectors, a second time
 where the first one cancels digits, keeps Q orthonormal to rounding ("twice is enough").
+
+Every product is brought near 1 by a power of two, which is exact, before anything is computed with
+it: whether squares and dot products leave the dtype does not depend on the scale of the matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from sharpkit.curvature.linear_map import (
     random_rows,
 )
 from sharpkit.curvature.memory import require_memory
-from sharpkit.errors import ArgumentError
+from sharpkit.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,7 +104,7 @@ def lanczos(
 
     Raises:
         ArgumentError: For steps or probes out of range, or a basis that does not fit the memory.
-        ModelError: If a product is NaN or infinite.
+        ModelError: If a product is NaN or infinite, or too small for its dtype.
 
     Source:
         Lanczos 1950; Parlett, "The Symmetric Eigenvalue Problem", section 6.9 (twice is enough).
@@ -133,17 +136,17 @@ def lanczos(
     scale = np.zeros(count)
     for j in _bar(steps, progress):
         basis[:, j] = current
-        w = multiply_rows(a, current)
+        w, powers = near_one(multiply_rows(a, current))
         alpha = (w * current).sum(1)
-        diagonal[:, j] = alpha.double().cpu().numpy()
+        diagonal[:, j] = alpha.double().cpu().numpy() * powers
         if j == steps - 1:
             break
-        w = w - alpha.unsqueeze(1) * current
+        w -= alpha.unsqueeze(1) * current
         if j:
-            w -= torch.from_numpy(off[:, j - 1 : j]).to(w) * previous
+            w -= torch.from_numpy(off[:, j - 1] / powers).to(w).unsqueeze(1) * previous
         known = basis[:, : j + 1]
         w = orthogonal_part(w, known)
-        beta = w.norm(dim=1).double().cpu().numpy()
+        beta = w.norm(dim=1).double().cpu().numpy() * powers
         scale = np.maximum(scale, np.abs(diagonal[:, j]) + beta)
         ended = beta <= 10 * torch.finfo(a.dtype).eps * scale
         for i in np.flatnonzero(ended):
@@ -151,6 +154,8 @@ def lanczos(
         breakdowns += ended
         off[:, j] = np.where(ended, 0.0, beta)
         previous, current = current, w / w.norm(dim=1, keepdim=True)
+    for largest in np.maximum(scale, np.abs(diagonal).max(axis=1)):
+        require_resolved(float(largest), a)
     return Tridiagonal(diagonal, off, basis if keep_basis else None, breakdowns)
 
 
@@ -162,6 +167,51 @@ def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype) -> int:
         1376000
     """
     return (steps + 6) * probes * size * dtype.itemsize
+
+
+def near_one(rows: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
+    """Rows (k, P) times powers of two that bring their largest entries near 1, and the way back.
+
+    Args:
+        rows: Finite, at any scale, shape (k, P).
+
+    Returns:
+        tuple: The scaled rows, shape (k, P), and the factors, shape (k,): row = scaled · factor.
+
+    Example:
+        >>> near_one(torch.tensor([[3.0, -40.0], [0.0, 0.0]]))
+        (tensor([[ 0.0469, -0.6250],
+                [ 0.0000,  0.0000]]), array([64.,  1.]))
+    """
+    top = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1).double().cpu().numpy()
+    limit = -np.log2(torch.finfo(rows.dtype).tiny)  # the inverse must be in range as well
+    powers = np.exp2(np.clip(np.frexp(top)[1], -limit, limit))
+    return rows * torch.from_numpy(1 / powers).to(rows).unsqueeze(1), powers
+
+
+def require_resolved(scale: float, operator: LinearMap) -> None:
+    """Raise if products of this size lose digits at the small end of their dtype.
+
+    Entries below the smallest normal number may be cut to 0. Over P of them that must stay within
+    1e-5 of the product's norm.
+
+    Raises:
+        ModelError: If it does not.
+
+    Example:
+        >>> from sharpkit.curvature.linear_map import as_linear_map
+        >>> require_resolved(1e-37, as_linear_map(torch.eye(3)))
+        Traceback (most recent call last):
+        ...
+        sharpkit.errors.ModelError: the products with the operator are about 1e-37, ...
+    """
+    tiny = torch.finfo(operator.dtype).tiny
+    if 0 < scale < 1e5 * tiny * operator.shape[0] ** 0.5:
+        raise ModelError(
+            f"the products with the operator are about {scale:.2g}, too near the smallest number "
+            f"of {str(operator.dtype).removeprefix('torch.')} ({tiny:.2g}) to be exact: multiply "
+            "the loss by a large factor, or compute in float64"
+        )
 
 
 def orthogonal_part(rows: Tensor, basis: Tensor) -> Tensor:
@@ -206,9 +256,9 @@ def _start(operator: LinearMap, probes: int | Tensor, seed: int) -> Tensor:
             f"expected start vectors of shape ({size}, k), got {tuple(probes.shape)}"
         )
     rows = probes.T.to(operator.device, operator.dtype)
-    if not bool((torch.isfinite(rows).all(1) & (rows.norm(dim=1) > 0)).all()):
+    if not bool((torch.isfinite(rows).all(1) & (rows != 0).any(1)).all()):
         raise ArgumentError("a start vector is zero, NaN or infinite")
-    return rows
+    return near_one(rows)[0]
 
 
 def _bar(steps: int, progress: bool) -> Iterator[int]:

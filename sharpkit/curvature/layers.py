@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sharpkit.contract.examples import Data
+from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
+from sharpkit.contract.modules import unwrapped
+from sharpkit.contract.parameters import floating_parameters
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.operator import CurvatureOperator
@@ -81,7 +83,9 @@ def layer_spectra(
 def _groups(
     model: nn.Module, by: Literal["layer", "block"] | Mapping[str, str | Iterable[str]]
 ) -> dict[str, Any]:
-    """Name of each group to its parameters' names; frozen parameters are left out."""
+    """Name of each group to the names of its parameters that are measured by default."""
+    model, selected = unwrapped(model), floating_parameters(model)
+    measured = {id(p) for name, p in model.named_parameters() if name in selected}
     if isinstance(by, Mapping):
         return {name: [p] if isinstance(p, str) else list(p) for name, p in by.items()}
     if by == "layer":
@@ -93,7 +97,7 @@ def _groups(
     groups = {}
     for name, module in modules.items():
         own = module.named_parameters(recurse=by == "block")
-        names = [f"{name}.{p}" if name else p for p, w in own if w.requires_grad]
+        names = [f"{name}.{p}" if name else p for p, w in own if id(w) in measured]
         if names:
             groups[name] = names
     if not groups:

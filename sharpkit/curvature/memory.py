@@ -8,10 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sharpkit.errors import ArgumentError
+from sharpkit.errors import ArgumentError, SharpkitError
 from sharpkit.memory import available_memory
+from sharpkit.sharpness.plan import _ResultSizes
 
 _CPU_BUDGET = 4 * 2**30
+# the graph of a gradient over what the forward pass returns: that, and as much twice in backward
+_OF_GRADIENT = 3
 
 
 def default_budget(device: torch.device) -> int:
@@ -59,6 +62,8 @@ class _Saved:
 def saved_bytes(record: Callable[[], object], ignore: list[Tensor]) -> int:
     """Bytes of the tensors that the graph recorded keeps alive, each storage once.
 
+    For a model that transforms functions it is an estimate from what torch's functions return.
+
     Args:
         record: Builds a graph and returns what holds it.
         ignore: Tensors that exist anyway, such as the weights.
@@ -70,10 +75,18 @@ def saved_bytes(record: Callable[[], object], ignore: list[Tensor]) -> int:
         saved.add(kept)
         return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        graph = record()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+            graph = record()
+    except SharpkitError:
+        raise
+    except Exception:  # function transforms inside the model allow no hooks
+        with _ResultSizes() as results:
+            record()
+        return _OF_GRADIENT * int(results.bytes)
     known = {t.untyped_storage().data_ptr() for t in ignore}
-    storages = [kept.tensor.untyped_storage() for kept in saved]
+    dense = [kept.tensor for kept in saved if kept.tensor.layout is torch.strided]
+    storages = [tensor.untyped_storage() for tensor in dense]
     sizes = {s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in known}
     del graph
     return sum(sizes.values())

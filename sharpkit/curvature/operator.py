@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -14,35 +13,26 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
-from sharpkit.contract.examples import Data, Examples
-from sharpkit.contract.functional import frozen
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters
-from sharpkit.curvature.memory import gigabytes, require_memory
-from sharpkit.curvature.plan import Plan, graph_bytes, make_plan
-from sharpkit.curvature.problem import (
-    make_problem,
-    missing_derivative,
-    refuse_training_mode,
+from sharpkit.contract.precision import current_precision, precision
+from sharpkit.curvature.chunks import (
+    Chunk,
+    Linearised,
+    check_repeated,
+    check_unchanged,
+    recorded,
 )
+from sharpkit.curvature.memory import gigabytes, require_memory
+from sharpkit.curvature.plain_rules import plain_rules
+from sharpkit.curvature.plan import Plan, graph_bytes, make_plan
+from sharpkit.curvature.problem import Problem, make_problem, refuse_training_mode
 from sharpkit.curvature.rules import fast_rules
-from sharpkit.errors import ArgumentError, ModelError
-
-# maps a vector, as one tensor per parameter, to the product; None stands for zeros
-Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
-
-# in the order in which they are tried; the second is for models that transform convolutions
-_Mode = Literal["reverse", "plain reverse", "forward"]
-_MODES: tuple[_Mode, ...] = ("reverse", "plain reverse", "forward")
-
-
-@dataclass(frozen=True)
-class Linearised:
-    """A chunk of examples, linearised at the weights: its loss, gradient and matrix."""
-
-    loss: Tensor  # scalar, detached
-    gradient: Sequence[Tensor | None]  # per parameter, None where it is not used
-    product: Product
+from sharpkit.curvature.second_derivatives import Mode, Moved, Product, choose_mode
+from sharpkit.errors import ArgumentError, DataError, ModelError
 
 
 def owning_edge(tensor: Tensor) -> GradientEdge:
@@ -56,19 +46,25 @@ def owning_edge(tensor: Tensor) -> GradientEdge:
 
 
 class CurvatureOperator(ABC):
-    """A symmetric P x P matrix, the mean over examples of one matrix each.
+    """A symmetric P x P matrix, the mean over examples of one matrix each, as the loss is.
 
     Subclasses say how one chunk of examples is linearised; everything about data, memory and
     vectors is here. The graph of each chunk is recorded once and kept while the memory budget
     lasts; the other chunks are recorded again for every call, once for all vectors of the call.
-    The operator belongs to the weights at its construction and is unaffected by later training.
+    Whenever PyTorch differentiates, the model holds the operator's own copies of the weights: later
+    training changes no product.
     Use it as a context manager, or call `close`, to free the graphs early.
 
     Attributes:
         shape: (P, P).
         dtype: float32 or float64, that of the parameters.
         device: Where the parameters are.
-        parameters: Name to shape of every selected parameter, in the order of the P coordinates.
+        parameters: Name to shape of every selected parameter, in the order of the P coordinates;
+            a complex one has pairs of reals, shape (..., 2).
+        left_out: Names of the parameters that are not selected.
+        precision: "full", or "tf32" if made inside `precision("tf32")`; that of every product.
+        mode: How second derivatives are computed: "reverse", "plain reverse" (without this
+            package's rules for convolutions), or "forward" over reverse, which keeps no graph.
         n: Number of examples.
         chunks: Number of chunks.
         kept_chunks: How many of them are kept.
@@ -96,21 +92,30 @@ class CurvatureOperator(ABC):
             raise ArgumentError(f"memory_budget must be 0 or more bytes, got {memory_budget}")
         if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
             raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
-        with frozen(model):
-            self._problem = make_problem(model, data, loss, parameters, n, seed)
-            self._leaves = list(self._problem.weights.values())
-            self._mode = self._derivative_mode()
-            known = [*self._leaves, *self._problem.others.values()]
-            self._plan: Plan = make_plan(
-                self.n,
-                (0, 0)
-                if self._mode == "forward"
-                else graph_bytes(self._record_first, self.n, known),
-                self._leaves,
-                chunk,
-                0 if self._mode == "forward" else memory_budget,
-            )
-            self._record(progress)
+        self.precision = current_precision()
+        with frozen(model) as found:
+            self._problem = make_problem(model, data, loss, parameters, n, seed, found)
+            self._check(self._problem)
+            self._problem.run(lambda: self._construct(chunk, memory_budget, progress))
+            self._problem.probe.confirm()
+        self._warn()
+
+    def _construct(
+        self, chunk: int | Literal["auto"], memory_budget: int | None, progress: bool
+    ) -> None:
+        """Choose mode and chunks, and go over the data once, at the operator's weights."""
+        problem = self._problem
+        self.mode, self._why_forward = choose_mode(problem, self._by_differences, self._product)
+        forward = self.mode == "forward"
+        known = [*problem.leaves, *problem.fixed.values()]
+        self._plan: Plan = make_plan(
+            problem.examples,
+            (0, 0) if forward else graph_bytes(self._record_some, problem.examples, known),
+            list(problem.weights.values()),
+            chunk,
+            0 if forward else memory_budget,
+        )
+        self._record(progress)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -134,6 +139,11 @@ class CurvatureOperator(ABC):
         return {name: w.shape for name, w in self._problem.weights.items()}
 
     @property
+    def left_out(self) -> tuple[str, ...]:
+        """The names of the parameters that are not selected."""
+        return self._problem.left_out
+
+    @property
     def n(self) -> int:
         """The number of examples."""
         return len(self._problem.examples)
@@ -146,7 +156,7 @@ class CurvatureOperator(ABC):
     @property
     def kept_chunks(self) -> int:
         """The number of chunks whose graph is in memory."""
-        return sum(product is not None for product in self._kept)
+        return sum(chunk.product is not None for chunk in self._chunks)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector of shape (P,) as one tensor per parameter (views), by name."""
@@ -188,17 +198,12 @@ class CurvatureOperator(ABC):
                 f"expected vectors of shape ({self.shape[0]}, k), got {tuple(vectors.shape)}"
             )
         rows = vectors.detach().to(self.device, self.dtype).T
-        inputs = [list(self.split(row.contiguous()).values()) for row in rows]
+        inputs = [list(map(_aligned, self.split(row.contiguous()).values())) for row in rows]
         out = torch.zeros(rows.shape, dtype=self.dtype, device=self.device)
         outputs = [list(self.split(row).values()) for row in out]
-        complete = self.kept_chunks == self.chunks
-        with nullcontext() if complete else frozen(self._problem.model):
-            for (start, stop), kept in zip(self._plan.bounds, self._kept, strict=True):
-                product = (
-                    kept or self._linearise(self._problem.examples_between(start, stop)).product
-                )
-                for vector, total in zip(inputs, outputs, strict=True):
-                    _add(total, product(vector), (stop - start) / self.n)
+        restoring = self.kept_chunks < self.chunks
+        with precision(self.precision), self._problem.still(restoring):
+            self._problem.run(lambda: self._add_products(inputs, outputs))
         return out.T
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -242,7 +247,8 @@ class CurvatureOperator(ABC):
 
     def close(self) -> None:
         """Free the kept graphs; products still work, and record what they need."""
-        self._kept[:] = [None] * len(self._kept)
+        for chunk in self._chunks:
+            chunk.product = None
         self.kept_bytes = 0
 
     def __enter__(self) -> Self:
@@ -266,66 +272,69 @@ class CurvatureOperator(ABC):
     def _forward(self, chunk: Examples) -> Linearised:
         """Linearise a chunk for models that lack second reverse-mode derivatives."""
 
-    def _linearise(self, chunk: Examples, mode: _Mode | None = None) -> Linearised:
-        mode = mode or self._mode
-        if mode == "forward":
-            return self._forward(chunk)
-        with fast_rules() if mode == "reverse" else nullcontext():
-            return self._reverse(chunk)
+    @abstractmethod
+    def _by_differences(self, moved: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
+        """A chunk's product with the direction of `moved`, from first derivatives alone."""
 
-    def _derivative_mode(self) -> _Mode:
-        """Reverse over reverse mode, or forward over reverse where an operation needs it."""
-        few = self._problem.examples_between(0, 1)
-        ones = [torch.ones_like(w) for w in self._leaves]
-        missing: dict[_Mode, str] = {}
-        for mode in _MODES:
-            try:
-                self._linearise(few, mode).product(ones)
-            except (RuntimeError, NotImplementedError) as error:
-                operation = missing_derivative(error)
-                if operation is None:
-                    raise
-                missing[mode] = operation
-                continue
-            if mode == "forward":
-                warnings.warn(
-                    f"{missing['plain reverse']} has no second reverse-mode derivative: using "
-                    "forward over reverse mode, which keeps no graph and is slower",
-                    stacklevel=4,
-                )
-            return mode
-        raise ModelError(
-            f"the model cannot be differentiated twice: {missing['plain reverse']} has no second "
-            f"reverse-mode derivative, and {missing['forward']} no forward-mode derivative; use a "
-            "plain implementation of it (for attention, the math kernel or "
-            "attn_implementation='eager')"
-        )
+    def _check(self, problem: Problem) -> None:  # noqa: B027
+        """Raise for what this matrix is not defined for."""
 
-    def _record_first(self, count: int) -> Linearised:
-        return self._linearise(self._problem.examples_between(0, count))
+    def _share(self, weight: float) -> float:
+        """What the matrix of a chunk counts, given the weight of its loss."""
+        return weight / self._total
+
+    def _product(self, chunk: Examples, mode: Mode) -> Product:
+        return self._linearise(chunk, mode).product
+
+    def _linearise(self, chunk: Examples, mode: Mode | None = None) -> Linearised:
+        mode = mode or self.mode
+        with fast_rules() if mode == "reverse" else nullcontext(), plain_rules():
+            return self._forward(chunk) if mode == "forward" else self._reverse(chunk)
+
+    def _record_some(self, examples: Examples) -> Linearised:
+        return self._linearise(self._problem.on_device(examples))
+
+    def _add_products(
+        self, inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Sequence[Tensor]]
+    ) -> None:
+        for chunk in self._chunks:
+            product = chunk.product or self._recorded_again(chunk).product
+            for vector, total in zip(inputs, outputs, strict=True):
+                _add(total, product(vector), self._share(chunk.weight))
+
+    def _recorded_again(self, chunk: Chunk) -> Linearised:
+        examples = self._problem.examples.slice(chunk.start, chunk.stop)
+        check_unchanged(chunk, examples)
+        linear = self._record_some(examples)
+        check_repeated(chunk, linear.mean)
+        return linear
 
     def _record(self, progress: bool) -> None:
         """Go over the data once: the loss, the gradient, and the graphs that are kept."""
-        self._kept: list[Product | None] = []
+        self._chunks: list[Chunk] = []
         self.kept_bytes = self._plan.keep_bytes
-        self.loss = 0.0
         self.gradient = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         parts = list(self.split(self.gradient).values())
         used: set[int] = set()
         for start, stop in self._progress(progress):
-            linear = self._linearise(self._problem.examples_between(start, stop))
-            value = float(linear.loss)
-            if value != value or value in (float("inf"), float("-inf")):
-                raise ModelError(
-                    f"the loss of examples {start} to {stop - 1} is {value}: "
-                    "expected a finite number"
-                )
-            share = (stop - start) / self.n
-            self.loss += share * value
+            examples = self._problem.examples.slice(start, stop)
+            linear = self._record_some(examples)
+            keep = len(self._chunks) < self._plan.keep
+            self._chunks.append(recorded(start, stop, examples, linear, keep))
             used.update(i for i, g in enumerate(linear.gradient) if g is not None)
-            _add(parts, linear.gradient, share)
-            self._kept.append(linear.product if len(self._kept) < self._plan.keep else None)
-        self._report_unused(used)
+            _add(parts, linear.gradient, self._chunks[-1].weight)
+        self._total = sum(chunk.weight for chunk in self._chunks)
+        if not self._total > 0:
+            raise DataError("no label counts: the weights of the loss are 0 for all examples")
+        self.loss = sum(chunk.mean * chunk.weight for chunk in self._chunks) / self._total
+        self.gradient /= self._total
+        names = list(self.parameters)
+        self.unused = [name for i, name in enumerate(names) if i not in used]
+        if len(self.unused) == len(names):
+            raise ModelError(
+                "the loss does not depend on any selected parameter "
+                "(a forward under no_grad, or a detach?)"
+            )
 
     def _progress(self, progress: bool) -> Iterator[tuple[int, int]]:
         yield from tqdm(
@@ -337,20 +346,25 @@ class CurvatureOperator(ABC):
             disable=None if progress else True,
         )
 
-    def _report_unused(self, used: set[int]) -> None:
-        names = list(self.parameters)
-        self.unused = [name for i, name in enumerate(names) if i not in used]
-        if len(self.unused) == len(names):
-            raise ModelError(
-                "the loss does not depend on any selected parameter "
-                "(a forward under no_grad, or a detach?)"
+    def _warn(self) -> None:
+        if self._why_forward:
+            warnings.warn(
+                "using forward over reverse mode, which keeps no graph and is slower: "
+                f"{self._why_forward}",
+                stacklevel=3,
             )
         if self.unused:
             warnings.warn(
                 f"the loss does not depend on {', '.join(self.unused)}: "
                 "their rows and columns are zero",
-                stacklevel=4,
+                stacklevel=3,
             )
+
+
+def _aligned(part: Tensor) -> Tensor:
+    """Pairs of reals are viewed as complex numbers only if they begin at an even place."""
+    pairs = part.ndim > 0 and part.shape[-1] == 2
+    return part.clone() if pairs and part.storage_offset() % 2 else part
 
 
 def _add(totals: Sequence[Tensor], terms: Sequence[Tensor | None], weight: float) -> None:
@@ -358,4 +372,5 @@ def _add(totals: Sequence[Tensor], terms: Sequence[Tensor | None], weight: float
     pairs = [(a, b) for a, b in zip(totals, terms, strict=True) if b is not None]
     if pairs:
         first, second = map(list, zip(*pairs, strict=True))
-        torch._foreach_add_(first, second, alpha=weight)
+        with torch.no_grad():  # a backward pass of the user's own may return a graph
+            torch._foreach_add_(first, second, alpha=weight)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from sharpkit.contract.examples import Examples
 from sharpkit.curvature.memory import default_budget, require_memory, saved_bytes
 
 # bytes of kept graph per chunk that run fastest (benchmarks/bench_curvature.py); with more, the
@@ -32,34 +34,38 @@ class Plan:
     keep_bytes: int
 
 
-def graph_bytes(record: Callable[[int], object], n: int, known: list[Tensor]) -> tuple[int, int]:
+def graph_bytes(
+    record: Callable[[Examples], object], examples: Examples, known: list[Tensor]
+) -> tuple[int, int]:
     """Bytes that a kept graph takes per example, and besides per chunk.
 
     Args:
-        record: Records the graph of the first so many examples.
-        n: How many examples there are.
+        record: Records the graph of some examples.
+        examples: All examples; the largest ones are recorded where they differ in shape.
         known: Tensors that exist anyway.
     """
-    many = min(4, n)
+    part = max(examples.chunks(len(examples)), key=_row_bytes)
+    many = min(4, len(part))
     few = max(1, many // 2)
-    small = saved_bytes(lambda: record(few), known)
+    small = saved_bytes(lambda: record(part.slice(0, few)), known)
     if many == few:
         return max(small, 1), 0
-    per_example = max((saved_bytes(lambda: record(many), known) - small) // (many - few), 1)
+    large = saved_bytes(lambda: record(part.slice(0, many)), known)
+    per_example = max((large - small) // (many - few), 1)
     return per_example, max(small - few * per_example, 0)
 
 
 def make_plan(
-    n: int,
+    examples: Examples,
     graph: tuple[int, int],
     weights: Sequence[Tensor],
     chunk: int | Literal["auto"],
     memory_budget: int | None,
 ) -> Plan:
-    """Choose the chunks, and keep as many as the budget allows.
+    """Choose the chunks, each of examples of one shape, and keep as many as the budget allows.
 
     Args:
-        n: Number of examples.
+        examples: All examples.
         graph: Bytes per example, and per chunk.
         weights: The selected parameters.
         chunk: Examples per chunk, or "auto".
@@ -70,10 +76,9 @@ def make_plan(
     """
     per_example, per_chunk = graph
     device = weights[0].device
-    longest = _automatic_chunk(per_example, weights) if isinstance(chunk, str) else chunk
-    count = -(-n // longest)
-    edges = [n * i // count for i in range(count + 1)]
-    longest = -(-n // count)
+    most = _automatic_chunk(per_example, weights) if isinstance(chunk, str) else chunk
+    bounds = [b for part in examples.bounds(len(examples)) for b in _evenly(*part, most)]
+    count, longest = len(bounds), max(stop - start for start, stop in bounds)
     size = per_example * longest + per_chunk
     require_memory(
         size, device, f"the graph of one chunk of {longest} examples", "pass a smaller chunk"
@@ -83,7 +88,17 @@ def make_plan(
     require_memory(
         keep * size, device, f"keeping {keep} of {count} chunks", "pass a smaller memory_budget"
     )
-    return Plan(list(itertools.pairwise(edges)), keep, keep * size)
+    return Plan(bounds, keep, keep * size)
+
+
+def _evenly(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    n = stop - start
+    count = -(-n // most)
+    return list(itertools.pairwise(start + n * i // count for i in range(count + 1)))
+
+
+def _row_bytes(part: Examples) -> int:
+    return sum(t.nbytes // len(part) for t in pytree.tree_leaves(part.inputs))
 
 
 def _automatic_chunk(per_example: int, weights: Sequence[Tensor]) -> int:

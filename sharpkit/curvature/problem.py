@@ -1,28 +1,31 @@
-"""What a curvature operator is about: a model at fixed weights, a mean loss, and examples.
-
-Everything that could make the numbers wrong is refused here, with its cause, before any product
-is computed.
-"""
+"""What a curvature operator is about: a model at fixed weights, a mean loss, and examples."""
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
-from sharpkit.contract.examples import Data, Examples, Inputs, load_examples
+from sharpkit.contract.checks import Probe, close, examine
+from sharpkit.contract.checksum import checksum
+from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.contract.losses import Loss, check_labels, resolve_loss
-from sharpkit.contract.parameters import Parameters, select_parameters
+from sharpkit.contract.holding import frozen, held
+from sharpkit.contract.loading import Data, load_examples
+from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
+from sharpkit.contract.modules import unwrapped
+from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
+from sharpkit.contract.state import Found
+from sharpkit.contract.terms import Terms
 from sharpkit.errors import ArgumentError, DataError, ModelError
 
-_PROBED = 64  # examples on which determinism is tested
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -30,32 +33,97 @@ class Problem:
     """A model at the weights it had, a loss and the examples; unaffected by later training.
 
     Attributes:
-        model: The module; only its code is used.
-        function: The module as a function of its parameters.
-        weights: The selected parameters, copied, as leaves that require gradients.
-        others: The remaining parameters, copied.
-        loss: The loss as given.
-        loss_fn: (outputs, labels) -> mean loss.
+        function: The module, or a copy of it; of the module only the code is used.
+        copied: Whether it is a copy whose own parameters are the leaves.
+        weights: The selected parameters, copied, complex ones as pairs of reals.
+        leaves: The same as leaves for autograd; complex ones are complex in a copied model.
+        fixed: The remaining parameters, copied.
+        loss: The loss with its weights.
         examples: All examples, in order.
+        probe: A few examples with the outputs that the model had for them.
+        left_out: Names of the parameters that are not selected.
     """
 
-    model: nn.Module
     function: FunctionalModel
+    copied: bool
     weights: dict[str, Tensor]
-    others: dict[str, Tensor]
-    loss: Loss
-    loss_fn: Callable[[Tensor, Tensor], Tensor]
+    leaves: list[Tensor]
+    fixed: dict[str, Tensor]
+    loss: MeanLoss
     examples: Examples
+    probe: Probe
+    left_out: tuple[str, ...]
 
-    def outputs(self, weights: Sequence[Tensor], inputs: Inputs) -> Tensor:
-        """The model's outputs at other values of the selected parameters, in their order."""
-        return self.function(
-            {**self.others, **dict(zip(self.weights, weights, strict=True))}, inputs
-        )
+    def run(self, body: Callable[[], T], leaves: Sequence[Tensor] | None = None) -> T:
+        """What `body` returns while the model holds its leaves, or these values instead."""
+        if not self.copied:
+            chosen = dict(zip(self.weights, leaves or self.leaves, strict=True))
+            return self.function.within({**self._fixed_as(chosen), **chosen}, body)
+        if leaves is not None:
+            raise NotImplementedError(self.function.habits.not_functional)
+        with self.function.assigned({}):
+            return body()
 
-    def examples_between(self, start: int, stop: int) -> Examples:
-        """Examples start to stop on the model's device, in its dtype."""
-        return self.examples.slice(start, stop).to(self.function.device, self.function.dtype)
+    def at(self, values: Sequence[Tensor], body: Callable[[Sequence[Tensor]], T]) -> T:
+        """What `body` returns for other values, given as leaves that the model holds meanwhile."""
+        if self.copied:
+            with self.function.assigned(dict(zip(self.weights, values, strict=True))) as leaves:
+                return body(leaves)
+        leaves = [v.detach().requires_grad_() for v in values]
+        return self.run(lambda: body(leaves), leaves)
+
+    @contextmanager
+    def still(self, restoring: bool) -> Iterator[None]:
+        """Hold the model while products are computed; restore what forward passes change."""
+        with frozen(self.function.model) if restoring else held(self.function.model):
+            yield
+
+    def terms(self, chunk: Examples) -> Terms:
+        """The mean loss of some examples and its weight, at what the model holds."""
+        return self.loss.terms(self.function.outputs(chunk.inputs), chunk.labels)
+
+    def slopes(self, leaves: Sequence[Tensor], chunk: Examples) -> list[Tensor]:
+        """The gradient of the mean loss of some examples, by leaves that the model holds."""
+        with torch.enable_grad():
+            mean = self.terms(chunk)[0]
+            found: Sequence[Tensor | None] = [None] * len(leaves)
+            if mean.requires_grad:
+                found = torch.autograd.grad(mean, leaves, allow_unused=True)
+        return [g.detach() for g in self.filled(self.real(found))]
+
+    def filled(self, parts: Sequence[Tensor | None]) -> list[Tensor]:
+        """With zeros for what is None."""
+        weights = self.weights.values()
+        return [
+            torch.zeros_like(w) if p is None else p for p, w in zip(parts, weights, strict=True)
+        ]
+
+    def real(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients by the leaves in the form of the weights."""
+        if not self.copied:
+            return list(gradients)
+        named = zip(self.weights, gradients, strict=True)
+        return [None if g is None else self.function.real(name, g) for name, g in named]
+
+    def on_device(self, examples: Examples) -> Examples:
+        """Copies of examples on the model's device, in its dtype: graphs keep them."""
+        moved = examples.to(self.function.device, self.function.dtype)
+        return moved.select(torch.arange(len(moved)))
+
+    def few(self, k: int) -> Examples:
+        """At most k examples of one shape, with labels as different as there are."""
+        chosen = self.examples.select(label_diverse(self.examples, k))
+        return self.on_device(max(chosen.chunks(k), key=len))
+
+    def _fixed_as(self, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is not selected; in float64, buffers as well, where the chosen weights are."""
+        dtype = next(iter(chosen.values())).dtype
+        if dtype == self.function.dtype:
+            return self.fixed
+        return {
+            name: _in_precision(tensor, dtype)
+            for name, tensor in {**self.fixed, **self.function.buffers()}.items()
+        }
 
 
 def make_problem(
@@ -65,24 +133,35 @@ def make_problem(
     parameters: Parameters,
     n: int | None,
     seed: int | None,
+    found: Found,
 ) -> Problem:
-    """Collect and check; the model must be inside `frozen` already.
+    """Collect and check; the model must be inside `frozen` already, which gave `found`.
 
     Raises:
         ArgumentError: For an empty selection, mixed or half-precision parameters, or a bad n.
         DataError: For data that differ between two passes, or labels that do not fit.
-        ModelError: For random or batch-dependent outputs, or a loss that is not a finite mean.
+        ModelError: For random or batch-dependent outputs, a loss that is no mean, or a model that
+            cannot be held at given weights.
     """
-    selected = _select(model, parameters)
-    function = FunctionalModel(model)
-    weights = {name: w.clone().requires_grad_() for name, w in selected.items()}
-    others = {
-        name: p.detach().clone() for name, p in model.named_parameters() if name not in weights
-    }
+    loss_fn = resolve_loss(loss)
+    names = list(_select(model, parameters))
+    function = FunctionalModel(model, whole=not loss_fn.exact)
     examples = _load_twice(data, n, seed)
-    problem = Problem(model, function, weights, others, loss, resolve_loss(loss), examples)
-    _check_outputs(problem)
-    return problem
+    probe = examine(function, loss_fn, examples, found)
+    outside = left_out(model, names)
+    if function.habits.not_functional:
+        function = _copy_of(function, loss_fn, examples, probe)
+        own = dict(function.model.named_parameters())
+        for name, parameter in own.items():
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(name in set(names))
+        leaves: list[Tensor] = [own[name] for name in names]
+        weights = {name: function.value(name) for name in names}
+        return Problem(function, True, weights, leaves, {}, loss_fn, examples, probe, outside)
+    weights = {name: function.value(name).clone().requires_grad_() for name in names}
+    fixed = {name: function.value(name).clone() for name in function.names if name not in weights}
+    leaves = list(weights.values())
+    return Problem(function, False, weights, leaves, fixed, loss_fn, examples, probe, outside)
 
 
 def refuse_training_mode(model: nn.Module) -> None:
@@ -94,70 +173,37 @@ def refuse_training_mode(model: nn.Module) -> None:
         ...
         sharpkit.errors.ModelError: '1' (BatchNorm1d) is in training mode, ...: call model.eval()
     """
-    for name, module in model.named_modules():
+    for name, module in unwrapped(model).named_modules():
         described = f"{name!r} ({type(module).__name__})"
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                raise ModelError(
-                    f"{described} is in training mode, where the loss of an example depends on "
-                    "its batch and has no Hessian of its own: call model.eval()"
-                )
-            if module.running_mean is None and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                raise ModelError(
-                    f"{described} keeps no running statistics, so the loss of an example depends "
-                    "on its batch also in eval mode: use track_running_stats=True"
-                )
-        rate = getattr(
-            module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0.0
-        )
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if norm and module.training:
+            raise ModelError(
+                f"{described} is in training mode, where the loss of an example depends on "
+                "its batch and has no Hessian of its own: call model.eval()"
+            )
+        if norm and module.running_mean is None:
+            raise ModelError(
+                f"{described} keeps no running statistics, so the loss of an example depends "
+                "on its batch also in eval mode: use track_running_stats=True"
+            )
+        dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+        rate = getattr(module, "p" if dropout else "dropout", 0.0)
         if module.training and isinstance(rate, float) and rate > 0:
             raise ModelError(
                 f"{described} drops units at random in training mode: call model.eval()"
             )
 
 
-def missing_derivative(error: BaseException) -> str | None:
-    """The operation that lacks a derivative, if that is what an error of autograd is about.
-
-    Example:
-        >>> missing_derivative(RuntimeError("derivative for aten::foo_backward is not implemented"))
-        'aten::foo_backward'
-    """
-    text = str(error)
-    for pattern in (
-        r"derivative for (\S+) is not implemented",
-        r"[Ff]orward AD with (\S+) that does not support it",
-        r"implement.*(?:jvp|vjp|forward mode).*for (\S+)",
-        r"(CuDNN RNN)",
-        r"(once_differentiable)",
-        r"(?:custom )?(autograd\.Function)[^.]*(?:jvp|forward|setup_context)",
-    ):
-        found = re.search(pattern, text)
-        if found:
-            return found.group(1).rstrip(".,:")
-    if isinstance(error, NotImplementedError) or "jvp" in text or "backward function" in text:
-        return "a custom autograd.Function"
-    return None
+def _in_precision(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _select(model: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
-    if not isinstance(parameters, str | nn.Module | None):
-        parameters = _listed(parameters)
-    selected = select_parameters(model, parameters)
-    if parameters is None:
-        fixed = [name for name, p in model.named_parameters() if not p.requires_grad]
-        selected = {name: w for name, w in selected.items() if name not in set(fixed)}
-        if not selected:
-            raise ArgumentError(
-                "no parameter is selected: all have requires_grad=False; "
-                'name the ones to measure, or parameters="*" for all'
-            )
-        if fixed:
-            warnings.warn(
-                f"frozen parameters (requires_grad=False) are left out: {_some(fixed)}; "
-                'parameters="*" measures them too',
-                stacklevel=5,
-            )
+    selected = floating_parameters(model, parameters)
+    if not selected:
+        raise ArgumentError("no parameter is selected: those asked for are integers")
     kinds = {w.dtype for w in selected.values()}
     if len(kinds) != 1 or not kinds <= {torch.float32, torch.float64}:
         raise ArgumentError(
@@ -172,25 +218,12 @@ def _select(model: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
     return selected
 
 
-def _listed(parameters: Iterable[str] | Iterable[nn.Module]) -> list[str] | list[nn.Module]:
-    listed = list(parameters)
-    if not listed:
-        raise ArgumentError("no parameter is selected: the selection is empty")
-    return listed  # type: ignore[return-value]
-
-
 def _load_twice(data: Data, n: int | None, seed: int | None) -> Examples:
     """The examples, after a second pass over anything that could give others."""
     examples = load_examples(data, n=n, seed=seed)
-    if isinstance(data, tuple | list | TensorDataset):
+    if isinstance(data, tuple | list) or type(data) is TensorDataset:
         return examples
-    again = load_examples(data, n=n, seed=seed)
-    pairs = zip(
-        pytree.tree_leaves((examples.inputs, examples.labels)),
-        pytree.tree_leaves((again.inputs, again.labels)),
-        strict=True,
-    )
-    if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+    if checksum(examples) != checksum(load_examples(data, n=n, seed=seed)):
         raise DataError(
             "the data differ between two passes: a sampler that shuffles, or a random "
             "transformation; every product of an operator must see the same examples"
@@ -198,57 +231,37 @@ def _load_twice(data: Data, n: int | None, seed: int | None) -> Examples:
     return examples
 
 
-def _check_outputs(problem: Problem) -> None:
-    """Raise unless outputs are repeatable rows and the loss is their finite mean."""
-    few = problem.examples_between(0, min(_PROBED, len(problem.examples)))
-    weights = list(problem.weights.values())
-    with torch.no_grad():
-        outputs = problem.outputs(weights, few.inputs)
-        if outputs.ndim == 0 or outputs.shape[0] != len(few):
-            raise ModelError(
-                f"the model returned outputs of shape {tuple(outputs.shape)} for {len(few)} "
-                "examples: expected one row of outputs per example"
-            )
-        check_labels(problem.examples.labels, outputs, problem.loss)
-        if not _close(outputs, problem.outputs(weights, few.inputs)):
-            raise ModelError(
-                "the model is random: two passes over the same examples differ "
-                "(dropout that ignores eval mode?)"
-            )
-        one = problem.examples_between(0, 1)
-        if not _close(outputs[:1], problem.outputs(weights, one.inputs)):
-            raise ModelError(
-                "the outputs of an example depend on the others in its batch "
-                "(batch statistics?), so the loss is not a mean over examples"
-            )
-        _check_loss(problem, outputs, few.labels)
-
-
-def _check_loss(problem: Problem, outputs: Tensor, labels: Tensor) -> None:
-    value = problem.loss_fn(outputs, labels)
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ModelError(f"the loss must be a scalar, got {got}: reduce it to its mean")
-    if not bool(torch.isfinite(value).all()):
+def _copy_of(
+    function: FunctionalModel, loss: MeanLoss, examples: Examples, probe: Probe
+) -> FunctionalModel:
+    """A copy of a model that cannot be held at given weights; its parameters are its own."""
+    why = function.habits.not_functional
+    advice = "read weights as attributes of the modules that own them, inside forward"
+    try:
+        model = copy.deepcopy(function.model)
+    except Exception as error:
         raise ModelError(
-            f"the loss of the first {len(labels)} examples is {float(value)}: expected a finite "
-            "number"
-        )
-    twice = problem.loss_fn(torch.cat([outputs, outputs]), torch.cat([labels, labels]))
-    if not _close(twice.reshape(1), value.reshape(1)):
-        raise ModelError(
-            f"the loss is not a mean over examples: with every example given twice it is "
-            f"{float(twice):.6g} instead of {float(value):.6g}; use a mean reduction"
-        )
+            f"{why}, so an operator needs a copy of the model, and it cannot be copied "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): {advice}"
+        ) from error
+    copied = FunctionalModel(model, whole=function.whole)
+    for name, parameter in model.named_parameters():
+        parameter.data = copied.native(name, copied.value(name).clone())
+    with frozen(model) as found:
+        examine(copied, loss, examples, found)
+        if not close(_elsewhere(function, loss, probe), _elsewhere(copied, loss, probe)):
+            raise ModelError(f"{why}, also in a copy of the model: {advice}")
+    return copied
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-        return True  # what is not finite is reported by the check of the loss
-    scale = float(a.abs().max()) if a.numel() else 0.0
-    return bool((a - b).abs().max() <= 1e3 * torch.finfo(a.dtype).eps * max(scale, 1e-30))
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+def _elsewhere(function: FunctionalModel, loss: MeanLoss, probe: Probe) -> Any:
+    """Outputs and loss of the probe at other weights, which are assigned."""
+    moved = {
+        name: 1.1 * function.value(name) + 0.01
+        for name in function.names
+        if function.value(name).is_floating_point()
+    }
+    few = probe.examples
+    with function.evaluating(), function.assigned(moved):
+        outputs = function.outputs(few.inputs)
+        return outputs, loss(outputs, few.labels)

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.curvature.density import DEFAULT_POINTS, SpectralDensity, check_shape, shown
+from sharpkit.curvature.density import (
+    DEFAULT_POINTS,
+    SpectralDensity,
+    check_shape,
+    rounding_of_zero,
+    shown,
+)
 from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.lanczos import basis_bytes, lanczos
 from sharpkit.curvature.linear_map import Symmetric, as_linear_map, random_rows
@@ -51,7 +57,9 @@ def spectral_density(
         steps: Lanczos steps, at least 1; more than P are P, with a warning.
         probes: Number of Gaussian probes, or start vectors as columns, shape (P, k).
         seed: Of the probes.
-        grid: "linear", "log", "symlog" (logarithmic on both sides of 0) or increasing points.
+        grid: "linear"; "log", for spectra without negative eigenvalues: those that are 0 but for
+            rounding are one peak at its left end (see `SpectralDensity.zero_share`); "symlog"
+            (logarithmic on both sides of 0); or increasing points.
         bandwidth: Standard deviation of the smoothing; None for 1/200 of the range of the nodes.
             On "log" and "symlog" grids it is in units of the axis.
         points: Grid points.
@@ -67,7 +75,7 @@ def spectral_density(
     Raises:
         ArgumentError: For steps, probes, grid or bandwidth out of range, or a basis that does not
             fit the memory.
-        ModelError: If a product is NaN or infinite.
+        ModelError: If a product is NaN or infinite, or too small for its dtype.
 
     Source:
         Ghorbani, Krishnan and Xiao, ICML 2019, algorithm 1; Ubaru, Chen and Saad, SIAM J. Matrix
@@ -113,10 +121,12 @@ def spectral_density(
     rules = [part.quadrature() for part in parts]
     nodes = np.concatenate([nodes for nodes, _ in rules])
     weights = np.concatenate([weights for _, weights in rules])
+    resolution = rounding_of_zero(nodes, a.dtype, storage[0])
     return SpectralDensity(
         nodes=nodes,
         weights=weights,
-        **shown(nodes, weights, grid, bandwidth, points, threshold),
+        **shown(nodes, weights, grid, bandwidth, points, threshold, resolution),
+        resolution=resolution,
         size=size,
         breakdowns=np.concatenate([part.breakdowns for part in parts]),
         seconds=time.perf_counter() - began,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from sharpkit.curvature.lanczos import near_one, require_resolved
 from sharpkit.curvature.linear_map import (
     LinearMap,
     Symmetric,
@@ -18,6 +19,12 @@ from sharpkit.curvature.linear_map import (
 )
 from sharpkit.curvature.memory import require_memory
 from sharpkit.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 _BLOCK = 16  # vectors per call of matmat
 
@@ -67,7 +74,7 @@ def trace(
 
     Raises:
         ArgumentError: For too few products, an unknown method, or not enough memory.
-        ModelError: If a product is NaN or infinite.
+        ModelError: If a product is NaN or infinite, or too small for its dtype.
 
     Source:
         Hutchinson 1990; Meyer, Musco, Musco and Woodruff, "Hutch++", SOSA 2021, algorithm 1.
@@ -83,11 +90,20 @@ def trace(
         raise ArgumentError(f'method must be "hutch++" or "hutchinson", got {method!r}')
     if products < least:
         raise ArgumentError(f"products must be at least {least} for {method}, got {products}")
+    multiply = _Multiply(a)
+    found = _trace(multiply, method, products, seed)
+    require_resolved(multiply.longest, a)
+    return found
+
+
+def _trace(multiply: _Multiply, method: str, products: int, seed: int) -> Estimated:
+    a = multiply.operator
     size = a.shape[0]
     if products >= size:
-        return Estimated(sum(_diagonal(a)), 0.0, size, "exact")
+        diagonal = (form for rows in _identity(a) for form in multiply.forms(rows))
+        return Estimated(sum(diagonal), 0.0, size, "exact")
     if method == "hutchinson":
-        values = _quadratic_forms(a, products, seed, None)
+        values = _quadratic_forms(multiply, products, seed, None)
         return Estimated(*_mean(values), products, method)
     rank = products // 3
     require_memory(
@@ -97,14 +113,11 @@ def trace(
         "ask for fewer products, or method='hutchinson'",
     )
     sketch = random_rows(rank, a, seed, "sign")
-    image = torch.cat([multiply_rows(a, block) for block in torch.split(sketch, _BLOCK)])
+    image = torch.cat([multiply(block)[0] for block in torch.split(sketch, _BLOCK)])
     q = torch.linalg.qr(image.T).Q  # (P, rank)
-    exact = sum(
-        float((block * multiply_rows(a, block)).double().sum())
-        for block in torch.split(q.T, _BLOCK)
-    )
+    exact = sum(form for block in torch.split(q.T, _BLOCK) for form in multiply.forms(block))
     rest = products - 2 * rank
-    mean, error = _mean(_quadratic_forms(a, rest, seed + 1, q))
+    mean, error = _mean(_quadratic_forms(multiply, rest, seed + 1, q))
     return Estimated(exact + mean, error, products, method)
 
 
@@ -121,7 +134,7 @@ def frobenius_norm(operator: Symmetric, *, products: int = 30, seed: int = 0) ->
 
     Raises:
         ArgumentError: For fewer than one product.
-        ModelError: If a product is NaN or infinite.
+        ModelError: If a product is NaN or infinite, or too small for its dtype.
 
     Source:
         Hutchinson's estimator for A².
@@ -137,21 +150,55 @@ def frobenius_norm(operator: Symmetric, *, products: int = 30, seed: int = 0) ->
     size = a.shape[0]
     exact = products >= size
     blocks = _identity(a) if exact else torch.split(random_rows(products, a, seed, "sign"), _BLOCK)
-    squares = [v for rows in blocks for v in _row_squares(multiply_rows(a, rows))]
+    multiply = _Multiply(a)
+    lengths = [length for rows in blocks for length in multiply.lengths(rows)]
+    require_resolved(multiply.longest, a)
     if exact:
-        return Estimated(math.sqrt(sum(squares)), 0.0, size, "exact")
-    mean, error = _mean(squares)
+        return Estimated(math.hypot(*lengths), 0.0, size, "exact")
+    top = multiply.longest or 1.0
+    mean, error = _mean([(length / top) ** 2 for length in lengths])
     norm = math.sqrt(mean)
-    return Estimated(norm, error / (2 * norm) if norm else error, products, "hutchinson")
+    error = error / (2 * norm) if norm else error
+    return Estimated(top * norm, top * error, products, "hutchinson")
 
 
-def _quadratic_forms(a: LinearMap, count: int, seed: int, q: Tensor | None) -> list[float]:
+class _Multiply:
+    """Products with rows (k, P), whatever the scale of the matrix."""
+
+    def __init__(self, operator: LinearMap) -> None:
+        self.operator = operator
+        self.longest = 0.0  # the largest norm of a product
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Array]:
+        """The products near 1, and the factors that bring them back."""
+        products, powers = near_one(multiply_rows(self.operator, rows))
+        self.longest = max(self.longest, *_norms(products, powers))
+        return products, powers
+
+    def forms(self, rows: Tensor) -> list[float]:
+        """zᵀ A z of every row."""
+        products, powers = self(rows)
+        forms: list[float] = ((rows * products).double().sum(1).cpu().numpy() * powers).tolist()
+        return forms
+
+    def lengths(self, rows: Tensor) -> list[float]:
+        """‖A z‖ of every row."""
+        return _norms(*self(rows))
+
+
+def _norms(rows: Tensor, powers: Array) -> list[float]:
+    norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).cpu().numpy()
+    lengths: list[float] = (norms * powers).tolist()
+    return lengths
+
+
+def _quadratic_forms(multiply: _Multiply, count: int, seed: int, q: Tensor | None) -> list[float]:
     """zᵀ A z for random signs z, after the projection away from the columns of q."""
     forms: list[float] = []
-    for rows in torch.split(random_rows(count, a, seed, "sign"), _BLOCK):
+    for rows in torch.split(random_rows(count, multiply.operator, seed, "sign"), _BLOCK):
         if q is not None:
             rows = rows - (rows @ q) @ q.T
-        forms += (rows * multiply_rows(a, rows)).double().sum(1).tolist()
+        forms += multiply.forms(rows)
     return forms
 
 
@@ -165,19 +212,10 @@ def _identity(a: LinearMap) -> list[Tensor]:
     return blocks
 
 
-def _diagonal(a: LinearMap) -> list[float]:
-    return [
-        float(v) for rows in _identity(a) for v in (rows * multiply_rows(a, rows)).double().sum(1)
-    ]
-
-
-def _row_squares(rows: Tensor) -> list[float]:
-    squares: list[float] = rows.double().square().sum(1).tolist()
-    return squares
-
-
 def _mean(values: list[float]) -> tuple[float, float]:
     """The mean and its standard error."""
     t = torch.tensor(values, dtype=torch.float64)
-    error = float(t.std(correction=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(t.mean()), error
+    if len(values) < 2:
+        return float(t.mean()), math.nan
+    top = float(t.abs().max()) or 1.0  # squares of the values themselves may underflow
+    return float(t.mean()), top * float((t / top).std(correction=1)) / math.sqrt(len(values))

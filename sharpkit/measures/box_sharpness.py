@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.examples import Data
-from sharpkit.contract.functional import frozen
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import cross_entropy
 from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError
@@ -70,8 +70,8 @@ def sharpness_radius(
     check_drop(drop)
     if steps < 1:
         raise ArgumentError(f"steps must be at least 1, got {steps}")
-    with frozen(model):
-        run = setup(model, data)
+    with frozen(model) as found:
+        run = setup(model, data, found)
         weights = floating_parameters(model)
         clean = run.accuracy()
         first = _ascent_signs(run, weights)[0]
@@ -139,8 +139,8 @@ def accuracy_sharpness(
     alpha = sharpness_radius(model, data, drop=drop, steps=steps)
     relative = sharpness_radius(model, data, magnitude=True, drop=drop, steps=steps)
     weights = select_parameters(model)
-    with frozen(model):
-        n = len(setup(model, data).examples)
+    with frozen(model) as found:
+        n = len(setup(model, data, found).examples)
     scale = math.log(2 * sum(p.numel() for p in weights.values())) / (4 * alpha**2)
     rest = math.log(n / alpha) + 10
     return {

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from sharpkit.contract.examples import Data
+from sharpkit.contract.loading import Data
 from sharpkit.errors import ArgumentError
 from sharpkit.measures import (
     box_sharpness,

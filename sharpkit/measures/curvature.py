@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 from torch import nn
 
-from sharpkit.contract.examples import Data
-from sharpkit.contract.functional import frozen
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data
 from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.quadrature import spectral_density
@@ -181,8 +181,8 @@ class HessianRank:
 
 
 def _with_hessian(model: nn.Module, data: Data, compute: Callable[[HessianOperator], T]) -> T:
-    """Compute from the Hessian over all examples and parameters, in eval mode."""
+    """Compute from the Hessian over all examples, in eval mode."""
     with frozen(model):
-        hessian = HessianOperator(model, data, parameters="*", seed=0, progress=False)
+        hessian = HessianOperator(model, data, seed=0, progress=False)
         with hessian:
             return compute(hessian)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from sharpkit.contract.examples import Data
+from sharpkit.contract.loading import Data
 from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ModelError
 from sharpkit.measures.layers import initial_layers, weight_layers

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sharpkit.contract.examples import Data, Examples, Inputs
-from sharpkit.contract.functional import frozen
-from sharpkit.contract.losses import Loss, check_labels, resolve_loss
+from sharpkit.contract.examples import Examples, Inputs
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data
+from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.measures.measure import Estimate
-from sharpkit.measures.passes import Setup, images, mean_of, setup, single_losses
-from sharpkit.sharpness.fallback import NotVectorizable, refuse_slow_vmap
+from sharpkit.measures.passes import images, mean_of, setup, single_terms
+from sharpkit.sharpness.fallback import vectorised_or_loop
 
 _GRADIENT_BYTES = 2**27  # of the per-example gradients held at a time
 
@@ -56,53 +57,72 @@ def gradient_noise(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy"
         4.5
     """
     loss_fn = resolve_loss(loss)
-    with frozen(model):
-        run = setup(model, data)
+    with frozen(model) as found:
+        run = setup(model, data, found, loss)
         n = len(run.examples)
         if n < 2:
             raise DataError("the variance of gradients needs at least two examples, got 1")
         weights = floating_parameters(model)
-        _check_outputs(run, loss)
 
-        def one(parameters: dict[str, Tensor], inputs: Inputs, label: Tensor) -> Tensor:
+        def one(
+            parameters: dict[str, Tensor], inputs: Inputs, label: Tensor
+        ) -> tuple[Tensor, Tensor]:
             batch = pytree.tree_map(lambda t: t.unsqueeze(0), inputs)
-            return loss_fn(run.function(parameters, batch), label.unsqueeze(0))
 
-        gradient = torch.func.grad(one)
+            def terms() -> tuple[Tensor, Tensor]:
+                return loss_fn.terms(run.function.outputs(batch), label.unsqueeze(0))
+
+            mean, weight = run.function.within(parameters, terms)
+            return mean * weight.to(mean.dtype), weight
+
+        gradient = torch.func.grad(one, has_aux=True)
         # deviations from a first guess of the mean: the difference of squares stays accurate
-        first = _gradients(gradient, weights, next(run.batches(1)))
+        first, _ = _gradients(gradient, weights, next(run.batches(1)), model)
         center = {k: g[0] for k, g in first.items()}
-        squares, sums = (
-            0.0,
-            {k: torch.zeros_like(p, dtype=torch.float64) for k, p in weights.items()},
-        )
+        squares = counted = 0.0
+        sums = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in weights.items()}
         size = max(1, min(32, _GRADIENT_BYTES // sum(p.nbytes for p in weights.values())))
         for batch in run.batches(size):
-            for name, g in _gradients(gradient, weights, batch).items():
+            gradients, counts = _gradients(gradient, weights, batch, model)
+            counted += float(counts.sum())
+            for name, g in gradients.items():
                 off = (g - center[name]).double()
                 squares += float(off.square().sum())
                 sums[name] += off.sum(0)
     total = squares - sum(float(s.square().sum()) for s in sums.values()) / n
     if not torch.isfinite(torch.tensor(total)):
         raise ModelError("a gradient is NaN or infinite")
-    return max(total, 0.0) / (n - 1)
+    if not counted > 0:
+        raise DataError("no label counts in the loss: all are ignored, or weigh 0")
+    return max(total, 0.0) / (n - 1) * (n / counted) ** 2
 
 
 def _gradients(
-    gradient: Callable[..., dict[str, Tensor]], weights: dict[str, Tensor], batch: Examples
-) -> dict[str, Tensor]:
-    """Per-example gradients, each of shape (examples, *parameter shape)."""
-    try:
-        with refuse_slow_vmap():
-            vectorised = torch.func.vmap(gradient, in_dims=(None, 0, 0))
-            result: dict[str, Tensor] = vectorised(weights, batch.inputs, batch.labels)
-            return result
-    except NotVectorizable:
+    gradient: Callable[..., tuple[dict[str, Tensor], Tensor]],
+    weights: dict[str, Tensor],
+    batch: Examples,
+    model: nn.Module,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Per-example gradients of sums, each (examples, *parameter shape), and the weights."""
+
+    def side_by_side() -> tuple[dict[str, Tensor], Tensor]:
+        result: tuple[dict[str, Tensor], Tensor] = torch.func.vmap(gradient, in_dims=(None, 0, 0))(
+            weights, batch.inputs, batch.labels
+        )
+        return result
+
+    def one_by_one() -> tuple[dict[str, Tensor], Tensor]:
         rows = []
         for i in range(len(batch)):
             inputs = pytree.tree_map(lambda t, i=i: t[i], batch.inputs)
             rows.append(gradient(weights, inputs, batch.labels[i]))
-        return {name: torch.stack([row[name] for row in rows]) for name in weights}
+        found, counts = zip(*rows, strict=True)
+        return (
+            {name: torch.stack([row[name] for row in found]) for name in weights},
+            torch.stack(counts),
+        )
+
+    return vectorised_or_loop("auto", side_by_side, one_by_one, model)[0]
 
 
 def fisher_rao_norm(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy") -> Estimate:
@@ -140,22 +160,28 @@ def fisher_rao_norm(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy
         >>> fisher_rao_norm(model, data, loss="mse").value  # 4²
         16.0
     """
-    each = single_losses(loss)
-    with frozen(model):
-        run = setup(model, data)
+    each = single_terms(loss)
+    with frozen(model) as found:
+        run = setup(model, data, found, loss)
         weights = floating_parameters(model)
-        _check_outputs(run, loss)
-        parts = []
+        parts, counts = [], []
         for batch in run.batches():
 
-            def losses(parameters: dict[str, Tensor], batch: Examples = batch) -> Tensor:
+            def losses(
+                parameters: dict[str, Tensor], batch: Examples = batch
+            ) -> tuple[Tensor, Tensor]:
                 return each(run.function(parameters, batch.inputs), batch.labels)
 
             with torch.no_grad(), warnings.catch_warnings():
                 # torch compiles its own forward-mode rules with a function it deprecates
                 warnings.filterwarnings("ignore", message=".*torch.jit.script")
-                parts.append(torch.func.jvp(losses, (weights,), (weights,))[1].double())
-    squares = torch.cat(parts).square()
+                _, along, weight = torch.func.jvp(  # type: ignore[misc]
+                    losses, (weights,), (weights,), has_aux=True
+                )
+                parts.append(along.double())
+                counts.append(weight)
+    counted = torch.cat(counts).sum()
+    squares = (torch.cat(parts) * (len(run.examples) / counted)).square()
     if not bool(torch.isfinite(squares).all()):
         raise ModelError("a directional derivative is NaN or infinite")
     return mean_of(squares)
@@ -195,11 +221,10 @@ def jacobian_norm(
     """
     if of not in ("logits", "probabilities"):
         raise ArgumentError(f'of must be "logits" or "probabilities", got {of!r}')
-    with frozen(model):
-        run = setup(model, data)
+    with frozen(model) as found:
+        run = setup(model, data, found)
         select_parameters(model)
         images(run.examples, "the Jacobian norm")
-        _check_outputs(run, "cross_entropy")
         norms = []
         for batch in run.batches():
             with torch.enable_grad():
@@ -215,9 +240,3 @@ def jacobian_norm(
     if not bool(torch.isfinite(result).all()):
         raise ModelError("an input derivative is NaN or infinite")
     return mean_of(result)
-
-
-def _check_outputs(run: Setup, loss: Loss) -> None:
-    with torch.no_grad():
-        one = next(run.batches(1))
-        check_labels(run.examples.labels, run.function({}, one.inputs), loss)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.examples import Data, Examples
-from sharpkit.contract.functional import frozen
-from sharpkit.contract.losses import check_labels
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data
+from sharpkit.contract.losses import check_class_labels
 from sharpkit.contract.parameters import floating_parameters
 from sharpkit.errors import DataError, ModelError
 from sharpkit.measures.layers import layer_inputs
@@ -58,8 +59,8 @@ def all_layer_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) 
         1.0
     """
     check_percentile(percentile)
-    with frozen(model):
-        run = setup(model, data)
+    with frozen(model) as state:
+        run = setup(model, data, state)
         distances, variances = _distances(run, model)
     found = []
     for layer, (distance, variance) in enumerate(zip(distances, variances, strict=True)):
@@ -104,7 +105,7 @@ def _margin_gradients(
         if isinstance(given, Tensor) and given.is_floating_point():
             given = given.detach().requires_grad_()
         logits = run.function(leaves, given)
-        check_labels(batch.labels, logits, "cross_entropy")
+        check_class_labels(batch.labels, logits)
         if logits.shape[1] < 2:
             raise DataError("a margin needs at least two outputs, got 1")
         if not bool(torch.isfinite(logits).all()):

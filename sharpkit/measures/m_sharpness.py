@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import nn
 
-from sharpkit.contract.examples import Data
+from sharpkit.contract.loading import Data
 from sharpkit.measures.measure import Estimate, plain
 from sharpkit.sharpness import m_sharpness
 from sharpkit.sharpness.m_sharpness import read_grid, read_rule

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.examples import Data, load_in_order
-from sharpkit.contract.functional import frozen
-from sharpkit.contract.losses import Loss, check_labels
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data, load_in_order
+from sharpkit.contract.losses import Loss
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.measures.measure import Estimate
-from sharpkit.measures.passes import mean_of, setup, single_losses
+from sharpkit.measures.passes import setup, single_terms, weighted_mean
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -69,8 +69,8 @@ def output_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> 
         3.0
     """
     check_percentile(percentile)
-    with frozen(model):
-        run = setup(model, data)
+    with frozen(model) as found:
+        run = setup(model, data, found)
         logits = run.logits()
         if logits.shape[1] < 2:
             raise DataError("a margin needs at least two outputs, got 1")
@@ -159,8 +159,9 @@ def normalized_margin(model: nn.Module, data: Data, *, percentile: float = 10.0)
         0.2
     """
     from sharpkit.measures.layers import weight_layers
-    from sharpkit.measures.passes import images
     from sharpkit.measures.spectral import spectral_norm
+
+    from sharpkit.measures.passes import images
 
     margin = output_margin(model, data, percentile=percentile)
     inputs = images(load_in_order(data), "the normalised margin")
@@ -205,17 +206,13 @@ def training_loss(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy")
         >>> round(training_loss(model, (torch.eye(2), torch.tensor([0, 1]))).value, 6)  # log 2
         0.693147
     """
-    each = single_losses(loss)
-    with frozen(model), torch.no_grad():
-        run = setup(model, data)
-        parts = []
-        for batch in run.batches():
-            outputs = run.function({}, batch.inputs)
-            check_labels(batch.labels, outputs, loss)
-            parts.append(each(outputs, batch.labels))
-    losses = torch.cat(parts)
+    each = single_terms(loss)
+    with frozen(model) as found, torch.no_grad():
+        run = setup(model, data, found, loss)
+        parts = [each(run.function({}, b.inputs), b.labels) for b in run.batches()]
+    losses, weights = (torch.cat(part) for part in zip(*parts, strict=True))
     if not bool(torch.isfinite(losses).all()):
         raise ModelError(
             f"the loss of {int((~torch.isfinite(losses)).sum())} examples is not finite"
         )
-    return mean_of(losses)
+    return weighted_mean(losses, weights)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sharpkit.contract.examples import Data
+from sharpkit.contract.loading import Data
 from sharpkit.errors import ArgumentError, ModelError
 
 T = TypeVar("T")

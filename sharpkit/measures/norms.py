@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.examples import Data, load_in_order
-from sharpkit.contract.functional import FunctionalModel, frozen
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ModelError
 from sharpkit.measures.layers import BatchNorm, WeightLayer, fold, trace, weight_layers

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.examples import Data
-from sharpkit.contract.functional import frozen
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data
 from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError
 from sharpkit.measures.distance import squared_distance
@@ -72,8 +72,8 @@ def noise_scale(
         raise ArgumentError(f"draws must be at least 1, got {draws}")
     if epsilon < 0:
         raise ArgumentError(f"epsilon must not be negative, got {epsilon}")
-    with frozen(model), torch.no_grad():
-        run = setup(model, data)
+    with frozen(model) as found, torch.no_grad():
+        run = setup(model, data, found)
         weights = floating_parameters(model)
         spread = (lambda s, p: (s**2 * p.square() + epsilon**2).sqrt()) if magnitude else None
 
@@ -138,8 +138,8 @@ def pac_bayes(
     """
     moved = squared_distance(model, initial)
     sigma = noise_scale(model, data, drop=drop, draws=draws, seed=seed)
-    with frozen(model):
-        n = len(setup(model, data).examples)
+    with frozen(model) as found:
+        n = len(setup(model, data, found).examples)
     rest = math.log(n / sigma) + 10
     return {
         "origin": squared_norm(select_parameters(model)) / (4 * sigma**2) + rest,
@@ -202,8 +202,8 @@ def pac_bayes_magnitude(
     sigma = noise_scale(
         model, data, magnitude=True, epsilon=epsilon, drop=drop, draws=draws, seed=seed
     )
-    with frozen(model):
-        n = len(setup(model, data).examples)
+    with frozen(model) as found:
+        n = len(setup(model, data, found).examples)
     weights, before = select_parameters(model), select_parameters(initial)
     omega = sum(p.numel() for p in weights.values())
     denominator = sum(

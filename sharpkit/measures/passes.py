@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.examples import Data, Examples, load_in_order
+from sharpkit.contract.checks import examine
+from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.contract.losses import Loss, check_labels, resolve_loss
+from sharpkit.contract.loading import Data, load_in_order
+from sharpkit.contract.losses import Loss, check_class_labels, resolve_loss
+from sharpkit.contract.state import Found
 from sharpkit.errors import DataError, ModelError
 from sharpkit.measures.measure import Estimate
 
@@ -37,10 +40,10 @@ class Setup:
             DataError: If labels and outputs are not those of a classification.
             ModelError: If an output is NaN or infinite, at the model's own parameters only.
         """
-        with torch.no_grad():
-            parts = [self.function(parameters or {}, b.inputs) for b in self.batches()]
+        with self.function.evaluating():
+            parts = [self.function(parameters or {}, b.inputs).detach() for b in self.batches()]
         outputs = torch.cat(parts)
-        check_labels(self.examples.labels, outputs, "cross_entropy")
+        check_class_labels(self.examples.labels, outputs)
         if parameters is None and not bool(torch.isfinite(outputs).all()):
             raise ModelError("the model has NaN or infinite outputs")
         return outputs
@@ -55,9 +58,20 @@ class Setup:
         return self.examples.labels.to(self.function.device)
 
 
-def setup(model: nn.Module, data: Data) -> Setup:
-    """Collect the examples; the model must be inside `frozen`."""
-    return Setup(FunctionalModel(model), load_in_order(data))
+def setup(model: nn.Module, data: Data, found: Found, loss: Loss = "cross_entropy") -> Setup:
+    """Collect the examples and check the contract; the model must be inside `frozen`.
+
+    Args:
+        model: Any module.
+        data: As for `load_examples`.
+        found: What `frozen` gave.
+        loss: What the outputs are for.
+    """
+    loss_fn = resolve_loss(loss)
+    function = FunctionalModel(model, whole=not loss_fn.exact)
+    examples = load_in_order(data)
+    examine(function, loss_fn, examples, found)
+    return Setup(function, examples)
 
 
 def images(examples: Examples, what: str) -> Tensor:
@@ -72,14 +86,30 @@ def images(examples: Examples, what: str) -> Tensor:
     return inputs
 
 
-def single_losses(loss: Loss) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of each example, shape (n,), from outputs (n, ...) and labels (n, ...).
+def single_terms(loss: Loss) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The sum and the weight of each example's loss, shape (n,), from outputs and labels (n, ...).
 
-    A mean loss is the same for one example as for many, so it is vectorised over rows.
+    The loss of any examples is Σ sums / Σ weights; for a plain mean the weights are 1.
     """
     loss_fn = resolve_loss(loss)
-    one = lambda output, label: loss_fn(output.unsqueeze(0), label.unsqueeze(0))  # noqa: E731
+
+    def one(output: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        mean, weight = loss_fn.terms(output.unsqueeze(0), label.unsqueeze(0))
+        return mean * weight.to(mean.dtype), weight
+
     return torch.func.vmap(one)
+
+
+def weighted_mean(sums: Tensor, weights: Tensor) -> Estimate:
+    """Σ sums / Σ weights of shape (n,), and its standard error over examples (NaN for one)."""
+    sums, weights = sums.double(), weights.double()
+    n, total = len(sums), float(weights.sum())
+    if not total > 0:
+        raise DataError("no label counts in the loss: all are ignored, or weigh 0")
+    value = float(sums.sum()) / total
+    off = (sums - value * weights) * (n / total)
+    error = float(off.square().sum() / (n - 1) / n) ** 0.5 if n > 1 else float("nan")
+    return Estimate(value, error)
 
 
 def mean_of(values: Tensor) -> Estimate:

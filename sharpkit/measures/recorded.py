@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from sharpkit.contract.examples import Data
+from sharpkit.contract.loading import Data
 from sharpkit.errors import ModelError
 from sharpkit.measures.measure import needed
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.examples import Data
-from sharpkit.contract.functional import frozen
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data
 from sharpkit.errors import DataError, ModelError
 from sharpkit.measures.layers import captured, weight_layers
 from sharpkit.measures.passes import setup
@@ -43,8 +43,8 @@ def features(
         (torch.Size([5, 7]), torch.Size([5, 2]))
     """
     parts = []
-    with frozen(model), torch.no_grad(), captured(model, layer) as take:
-        run = setup(model, data)
+    with frozen(model) as found, torch.no_grad(), captured(model, layer) as take:
+        run = setup(model, data, found)
         for batch in run.batches():
             run.function({}, batch.inputs)
             rows = take()

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sharpkit.contract.examples import Data, Examples
-from sharpkit.contract.functional import frozen
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import Setup, images, mean_of, setup
@@ -54,8 +55,8 @@ def mixup_error(
         raise ArgumentError(f"weight must be between 0 and 1, got {weight}")
     _check_draws(draws)
     generator = torch.Generator().manual_seed(seed)
-    with frozen(model):
-        run = setup(model, data)
+    with frozen(model) as found:
+        run = setup(model, data, found)
         inputs = images(run.examples, "mixup")
         run.logits()  # refuses labels that do not fit
         labels = run.examples.labels.cpu()
@@ -131,8 +132,8 @@ def augmentation_inconsistency(
         raise ArgumentError(f"shift must not be negative, got {shift}")
     _check_draws(draws)
     generator = torch.Generator().manual_seed(seed)
-    with frozen(model):
-        run = setup(model, data)
+    with frozen(model) as found:
+        run = setup(model, data, found)
         inputs = images(run.examples, "augmentation")
         if inputs.ndim != 4:
             raise DataError(f"expected images (n, c, h, w), got shape {tuple(inputs.shape)}")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import nn
 
-from sharpkit.contract.examples import Data, load_in_order
+from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.measures.measure import Estimate
 from sharpkit.sharpness import m_sharpness
 

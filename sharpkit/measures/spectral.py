@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.examples import Data
+from sharpkit.contract.loading import Data
 from sharpkit.errors import ModelError
 from sharpkit.measures.layers import Convolution, WeightLayer, weight_layers
 from sharpkit.measures.margins import margin_squared

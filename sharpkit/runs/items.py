@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from sharpkit.contract.precision import current_precision, measuring_precision
 from sharpkit.errors import SharpkitError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
 from sharpkit.runs.fingerprint import digest, stamp
@@ -64,14 +65,15 @@ class Scorer:
             weights_hash = _digest(entry.task, files, weights_stamp)
             model = entry.load().to(device)
             dtype = dtype_name(model)
-            values = evaluate_measure(
-                measure,
-                model,
-                shared(item.data),
-                seed=self.seed,
-                initial=lambda: entry.load("initial").to(device),
-                metrics=lambda: entry.metrics,
-            )
+            with measuring_precision():  # also for a user's own measures
+                values = evaluate_measure(
+                    measure,
+                    model,
+                    shared(item.data),
+                    seed=self.seed,
+                    initial=lambda: entry.load("initial").to(device),
+                    metrics=lambda: entry.metrics,
+                )
         except Exception as error:  # whatever a model does, the others are scored
             message = error_message(error)
         return Outcome(
@@ -82,6 +84,7 @@ class Scorer:
             weights_stamp=weights_stamp,
             device=device_name(device),
             dtype=dtype,
+            precision=current_precision(),
             peak_memory=peak_memory(device),
             environment=environment(),
         )

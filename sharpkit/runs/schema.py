@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sharpkit.errors import RunError
 
-VERSION = 2
+VERSION = 3
 
 _FIRST = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -38,6 +38,7 @@ ALTER TABLE items ADD COLUMN peak_memory INTEGER;
 ALTER TABLE items ADD COLUMN environment INTEGER;
 CREATE TABLE environments (id INTEGER PRIMARY KEY, content TEXT UNIQUE NOT NULL);
 """,
+    3: "ALTER TABLE items ADD COLUMN precision TEXT;",
 }
 
 

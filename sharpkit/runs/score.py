@@ -17,7 +17,8 @@ import torch
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from sharpkit.contract.examples import load_examples
+from sharpkit.contract.loading import load_examples
+from sharpkit.contract.rules import measuring_rules
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, RunError, SharpkitError
 from sharpkit.lock import sole_driver
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 STORE_NAME = "results.sqlite"
 _SCRATCH_NAME = ".data"
+# settings that determine the values of every measure
+_COMMON = ("n", "seed", "device", "threads", "rules", "precision")
 
 
 class Scores:
@@ -95,7 +98,7 @@ class Scores:
         return self._store.failures()
 
     def provenance(self) -> pd.DataFrame:
-        """One row per model and measure: seconds, hashes, device, dtype, peak memory, versions."""
+        """One row per model and measure: time, hashes, device, precision, peak memory, versions."""
         return self._store.provenance()
 
     def export(self, path: str | Path) -> Path:
@@ -126,7 +129,7 @@ class Scores:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the run computes: measures, n, seed, device, threads, tasks."""
+        """What the run computes: measures, n, seed, device, threads, rules, precision, tasks."""
         return self._store.config
 
     def close(self) -> None:
@@ -181,8 +184,9 @@ def score_zoo(
         Scores: `.frame()`, `.metrics()`, `.failures`, `.provenance()`.
 
     Raises:
-        RunError: If `out` holds a run of another configuration, belongs to another process, or
-            cannot be written; or if workers cannot start.
+        RunError: If `out` holds a run of another configuration or precision, or of an older
+            version's rules, belongs to another process, or cannot be written; or if workers cannot
+            start.
         ArgumentError: If an argument is out of range, the device cannot be used, a measure needs
             groups of more than n examples, or two measures have the same name.
 
@@ -331,13 +335,14 @@ def run_config(
         "seed": seed,
         "device": torch.device(device).type,
         "threads": threads,
+        **measuring_rules(),
         "tasks": dict(tasks),
     }
 
 
 def settings_hashes(config: Mapping[str, Any]) -> dict[str, str]:
     """Measure -> SHA-256 of all settings that determine its values."""
-    common = {key: config[key] for key in ("n", "seed", "device", "threads")}
+    common = {key: config[key] for key in _COMMON}
     return {
         name: digest_of_settings({"name": name, "measure": measure} | common)
         for name, measure in config["measures"].items()

@@ -18,15 +18,17 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from sharpkit.contract.examples import Data, Examples, add_to_digest, load_examples, load_in_order
-from sharpkit.contract.functional import frozen
+from sharpkit.contract.examples import Examples, add_to_digest
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data, load_examples, load_in_order
 from sharpkit.contract.parameters import check_finite_weights
+from sharpkit.contract.precision import current_precision
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.evaluation._grid import normal_id
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, evaluate_measure
-from sharpkit.measures.passes import mean_of, setup, single_losses
+from sharpkit.measures.passes import setup, single_terms, weighted_mean
 from sharpkit.runs.provenance import (
     device_name,
     dtype_name,
@@ -109,8 +111,8 @@ def score_models(
             argument is out of range, the device cannot be used, or a measure needs groups of more
             examples than there are.
         DataError: If the examples cannot be read.
-        RunError: If `out` holds a run of another configuration or with other models, belongs to
-            another process, or cannot be written.
+        RunError: If `out` holds a run of another configuration or precision, of an older version's
+            rules or with other models, belongs to another process, or cannot be written.
 
     Example:
         >>> import torch, sharpkit as sk
@@ -254,6 +256,7 @@ class _Scorer:
             data_hash=self.hashes[0],
             settings_hash=self.settings[measure],
             device=device_name(self.device),
+            precision=current_precision(),
             peak_memory=peak_memory(self.device),
             environment=environment(),
         )
@@ -290,10 +293,11 @@ def _accuracy_and_loss(model: nn.Module, examples: Examples) -> tuple[float, flo
         DataError: If the outputs do not fit the labels.
     """
     check_finite_weights(model)
-    run = setup(model, (examples.inputs, examples.labels))
-    outputs = run.logits()
+    with frozen(model) as found:
+        run = setup(model, (examples.inputs, examples.labels), found)
+        outputs = run.logits()
     right = (outputs.argmax(1) == run.labels).double().mean()
-    return float(right), mean_of(single_losses("cross_entropy")(outputs, run.labels)).value
+    return float(right), weighted_mean(*single_terms("cross_entropy")(outputs, run.labels)).value
 
 
 def _as_data(examples: Examples) -> Data:
@@ -409,8 +413,12 @@ def _hash_examples(examples: Examples) -> str:
 
 
 def _hash_model(model: nn.Module) -> str:
-    """SHA-256 of a module's printed form and of its state, buffers outside the state dict too."""
-    whole = hashlib.sha256(repr(model).encode())
+    """SHA-256 of a module's printed form and state, buffers outside the state dict too.
+
+    Also of which parameters are frozen: they are left out of what is measured.
+    """
+    held = [name for name, p in model.named_parameters() if not p.requires_grad]
+    whole = hashlib.sha256(f"{model!r} {held}".encode())
     for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items():
         whole.update(name.encode())
         if isinstance(value, Tensor):

@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from sharpkit.contract.examples import Data, Examples, load_examples
-from sharpkit.contract.functional import frozen
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data, load_examples
+from sharpkit.contract.rules import measuring_rules, refuse_other_rules
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.grids import Spacing
@@ -71,6 +73,8 @@ class _Settings:
     probes: int
     seed: int
     data: str  # digest
+    rules: int
+    precision: str
 
 
 def spectrum(
@@ -104,7 +108,7 @@ def spectrum(
         data: As for `HessianOperator`; the same for all models.
         out: The run directory; made if missing.
         loss: "cross_entropy" or "mse".
-        parameters: Names or patterns; None for all parameters.
+        parameters: Names or patterns; None for those that require gradients (all if none does).
         n: How many examples, in a seeded order; None for all.
         steps: Lanczos steps; at most P are taken.
         probes: Number of probes.
@@ -121,8 +125,8 @@ def spectrum(
 
     Raises:
         ArgumentError: For no models, arguments out of range, or a device that cannot be used.
-        RunError: If the directory holds a run with other settings or belongs to another process,
-            or every model failed.
+        RunError: If the directory holds a run with other settings, another precision or an older
+            version's rules, or belongs to another process; or every model failed.
 
     Source:
         Foret et al., ICLR 2021, Figure 3, left.
@@ -150,7 +154,14 @@ def spectrum(
     examples = load_examples(data, n=n, seed=seed)
     names = None if parameters is None else _names(parameters)
     settings = _Settings(
-        loss, names, len(examples), steps, probes, seed, _digest_of_examples(examples)
+        loss=loss,
+        parameters=names,
+        n=len(examples),
+        steps=steps,
+        probes=probes,
+        seed=seed,
+        data=_digest_of_examples(examples),
+        **measuring_rules(),
     )
     root = Path(out)
     densities: dict[str, SpectralDensity] = {}
@@ -188,7 +199,7 @@ def _measured(
     progress: bool,
 ) -> tuple[SpectralDensity, dict[str, Any]]:
     """The spectrum of one model, from its file if that is of the same weights."""
-    weights = _digest(model.state_dict())
+    weights = _digest_of_model(model)
     if path.is_file():
         known = _read(path)
         if known is not None and known[2] == weights:
@@ -202,7 +213,7 @@ def _measured(
             model,
             dataset,
             loss=settings.loss,
-            parameters="*" if settings.parameters is None else settings.parameters,
+            parameters=settings.parameters,
             memory_budget=memory_budget,
             progress=progress,
         ) as operator,
@@ -251,10 +262,12 @@ def _claim(root: Path, settings: _Settings) -> None:
         _replace(config, json.dumps(wanted, indent=2))
         return
     try:
-        changed = changes(json.loads(config.read_text()), wanted)
+        there = json.loads(config.read_text())
+        changed = changes(there, wanted)
     except (ValueError, TypeError, AttributeError) as error:
         raise RunError(f"{config} is damaged: delete it, or choose another directory") from error
     if changed:
+        refuse_other_rules(there, root)
         raise RunError(f"{root} holds a run with other settings ({changed}): choose another")
 
 
@@ -330,6 +343,12 @@ def _digest(tensors: Mapping[str, Any]) -> str:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             sha.update(flat.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()
+
+
+def _digest_of_model(model: nn.Module) -> str:
+    """SHA-256 of the state, and of which parameters are frozen: they are left out."""
+    held = [name for name, p in model.named_parameters() if not p.requires_grad]
+    return hashlib.sha256(f"{_digest(model.state_dict())} {held}".encode()).hexdigest()
 
 
 def _digest_of_examples(examples: Examples) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sharpkit.contract.rules import refuse_other_rules
 from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, parse_setting
 from sharpkit.runs.schema import VERSION, prepare, version
@@ -35,6 +36,7 @@ class Outcome:
         settings_hash: SHA-256 of everything else that determines the values.
         device: Name of the processor or GPU.
         dtype: Of the weights.
+        precision: Of float32 arithmetic, "full" or "tf32".
         peak_memory: Bytes; of the GPU, or of the worker process.
         environment: Versions and host, as JSON.
     """
@@ -48,6 +50,7 @@ class Outcome:
     settings_hash: str | None = None
     device: str | None = None
     dtype: str | None = None
+    precision: str | None = None
     peak_memory: int | None = None
     environment: str | None = None
 
@@ -64,8 +67,8 @@ class Store:
             then refused. None opens an existing store to read only.
 
     Raises:
-        RunError: If the file is not a store, belongs to another configuration, or cannot be
-            written.
+        RunError: If the file is not a store, belongs to another configuration or to other
+            rules of measuring, or cannot be written.
     """
 
     def __init__(self, path: Path | None, config: Mapping[str, Any] | None = None) -> None:
@@ -134,7 +137,8 @@ class Store:
             db.execute(
                 "INSERT OR REPLACE INTO items (task, model, measure, error, seconds, "
                 "weights_hash, weights_stamp, data_hash, settings_hash, device, dtype, "
-                "peak_memory, environment) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
+                "precision, peak_memory, environment) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
                 "(SELECT id FROM environments WHERE content = ?))",
                 (
                     *key,
@@ -146,6 +150,7 @@ class Store:
                     outcome.settings_hash,
                     outcome.device,
                     outcome.dtype,
+                    outcome.precision,
                     outcome.peak_memory,
                     outcome.environment,
                 ),
@@ -230,7 +235,7 @@ class Store:
             for id_, content in self._db.execute("SELECT id, content FROM environments")
         }
         columns = ["task", "model", "measure", "seconds", "weights_hash", "data_hash"]
-        columns += ["settings_hash", "device", "dtype", "peak_memory"]
+        columns += ["settings_hash", "device", "dtype", "precision", "peak_memory"]
         rows = self._db.execute(f"SELECT {', '.join(columns)}, environment FROM items")
         return pd.DataFrame(
             [dict(zip(columns, row, strict=False)) | environments.get(row[-1], {}) for row in rows],
@@ -256,16 +261,16 @@ class Store:
 
     def _agree_on(self, config: dict[str, Any]) -> None:
         with self._transaction() as db:
-            # what an older version did not record is taken from now
-            stored = {**config, **self.config}
-            changed = changes(stored, config)
+            changed = changes(self.config, config)
             if changed and self._has_results():
+                refuse_other_rules(self.config, self.path)
                 raise RunError(
                     f"{self.path}: the run was started with another configuration ({changed}). "
                     "Give it the same one, or another directory"
                 )
             if changed:  # all that there can be are failures of a configuration given up
                 db.execute("DELETE FROM items")
+                db.execute("DELETE FROM tasks")
             db.execute("INSERT OR REPLACE INTO meta VALUES ('config', ?)", (json.dumps(config),))
 
     def _has_results(self) -> bool:

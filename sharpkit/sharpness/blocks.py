@@ -20,7 +20,8 @@ class Blocks:
     """
 
     size: int  # examples per block
-    loss: Tensor  # (blocks,) float64
+    loss: Tensor  # (blocks,) float64, means
+    weight: Tensor  # (blocks,) float64, by which means of several blocks are averaged
     tensors: Tensors  # (blocks, *shape), scaled by 2^exponent
     factors: Factors  # of the large linear weights, D scaled by 2^exponent
     exponent: Tensor  # (blocks,) float64; +inf where the gradient is exactly 0
@@ -34,6 +35,7 @@ class Blocks:
         return Blocks(
             self.size,
             self.loss[start:stop],
+            self.weight[start:stop],
             {name: t[start:stop] for name, t in self.tensors.items()},
             {name: (a[start:stop], d[start:stop]) for name, (a, d) in self.factors.items()},
             self.exponent[start:stop],
@@ -53,7 +55,8 @@ class Blocks:
             exponent.unsqueeze(1) - self.exponent.view(groups, q),
             0.0,
         )
-        weight = torch.exp2(shift) / q  # (groups, q), at most 1
+        share, total = _shares(self.weight.view(groups, q))
+        weight = torch.exp2(shift) * share  # (groups, q), at most 1
         tensors = self.tensors
         if q > 1:
             tensors = {
@@ -70,24 +73,30 @@ class Blocks:
                 factors[name] = (a, d)
             else:
                 tensors = {**tensors, name: d.mT @ a}
-        loss = self.loss.view(groups, q).mean(1)
-        return Blocks(self.size * q, loss, tensors, factors, exponent)
+        loss = (self.loss.view(groups, q) * share).sum(1)
+        return Blocks(self.size * q, loss, total, tensors, factors, exponent)
 
 
 def concatenated(first: Blocks, second: Blocks) -> Blocks:
     """Two parts of one group as its weighted mean gradient; both hold one block, no factors."""
-    size = first.size + second.size
+    share, weight = _shares(torch.stack([first.weight, second.weight], 1))
     exponent = torch.minimum(first.exponent, second.exponent)
     tensors = dict.fromkeys(first.tensors, torch.empty(0))
     for name in tensors:
         parts = []
-        for part in (first, second):
+        for part, own in zip((first, second), share.unbind(1), strict=True):
             shift = torch.where(torch.isfinite(part.exponent), exponent - part.exponent, 0.0)
             t = part.tensors[name]
-            parts.append(t * geometry.expand(torch.exp2(shift) * (part.size / size), t))
+            parts.append(t * geometry.expand(torch.exp2(shift) * own, t))
         tensors[name] = parts[0] + parts[1]
-    loss = (first.loss * first.size + second.loss * second.size) / size
-    return Blocks(size, loss, tensors, {}, exponent)
+    loss = (torch.stack([first.loss, second.loss], 1) * share).sum(1)
+    return Blocks(first.size + second.size, loss, weight, tensors, {}, exponent)
+
+
+def _shares(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's parts of its sum, and the sums; 0 where nothing counts."""
+    total = weights.sum(1)
+    return weights / torch.where(total > 0, total, 1.0).unsqueeze(1), total
 
 
 def stacked(blocks: list[Blocks]) -> Blocks:
@@ -97,6 +106,7 @@ def stacked(blocks: list[Blocks]) -> Blocks:
     return Blocks(
         blocks[0].size,
         torch.cat([b.loss for b in blocks]),
+        torch.cat([b.weight for b in blocks]),
         {name: torch.cat([b.tensors[name] for b in blocks]) for name in blocks[0].tensors},
         {},
         torch.cat([b.exponent for b in blocks]),

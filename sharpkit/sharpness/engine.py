@@ -19,11 +19,15 @@ from sharpkit.contract.examples import Examples
 from sharpkit.errors import ModelError
 from sharpkit.sharpness import geometry
 from sharpkit.sharpness.ascent import Ascent, gaussian_direction, projected_ascent, scaled
-from sharpkit.sharpness.blocks import Blocks, concatenated
-from sharpkit.sharpness.gradient_pass import GradientPass
+from sharpkit.sharpness.blocks import Blocks, concatenated, stacked
+from sharpkit.sharpness.fallback import Disagreement
+from sharpkit.sharpness.gradient_pass import GradientPass, block_at
 from sharpkit.sharpness.groups import Groups
 from sharpkit.sharpness.low_rank import pays
 from sharpkit.sharpness.objective import Objective
+
+# relative to the largest entry; a rule that is lost changes much more
+_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Groupwise:
     m: int
     increases: list[Tensor] = field(default_factory=list)  # (rho, groups) float64 each, on the CPU
     sizes: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)  # by which groups are averaged
     zero_gradients: int = 0
 
     @property
@@ -106,7 +111,7 @@ class Sweep:
         for a, b, size in ((start, whole, self.block), (whole, stop, stop - whole)):
             if b > a:
                 blocks = self.gradient_pass(self._examples(a, b), size)
-                _check(blocks, a)
+                self._check(blocks, a)
                 for level in self.levels:
                     self._add(level, blocks)
 
@@ -139,7 +144,7 @@ class Sweep:
             return
         examples = self._examples(level.start, level.start + count * size)
         groups = Groups(self.objective, examples, count)
-        with torch.no_grad():
+        with self.objective.model.evaluating():
             if self.ascent.kind == "average":
                 increases = self._average(level, groups, blocks.loss)
             else:
@@ -151,6 +156,7 @@ class Sweep:
                 )
         level.increases.append(increases.cpu())
         level.sizes += [size] * count
+        level.weights += blocks.weight.tolist()
 
     def _ascend(self, level: Level, groups: Groups, blocks: Blocks) -> Tensor:
         ascent, weights = self.ascent, self.objective.weights
@@ -199,12 +205,37 @@ class Sweep:
         f = self.objective.model
         return self.examples.slice(start, stop).to(f.device, f.dtype)
 
-
-def _check(blocks: Blocks, start: int) -> None:
-    bad = (~torch.isfinite(blocks.loss)).nonzero()
-    if len(bad):
+    def _check(self, blocks: Blocks, start: int) -> None:
+        bad = (~torch.isfinite(blocks.loss)).nonzero()
+        if not len(bad):
+            return
+        if self.gradient_pass.factored:  # a stand-in was used otherwise than planned
+            raise Disagreement("the loss is not finite")
         first = start + int(bad[0]) * blocks.size
         raise ModelError(
             f"the loss is not finite at the unperturbed weights (examples {first} to "
             f"{first + blocks.size - 1} in the order measured)"
         )
+
+    def compare(self, examples: Examples) -> None:
+        """Raise Disagreement if single examples side by side differ from one after the other.
+
+        Function transforms replace the rules of some operations, and not always rightly.
+        """
+        count = len(examples)
+        if self.objective.alone == 1 or count < 2 or self.gradient_pass.losses_only:
+            return
+        f = self.objective
+        side = self.gradient_pass(examples, 1).merged(count)
+        one = stacked([block_at(f, f.weights, examples.slice(i, i + 1)) for i in range(count)])
+        largest = torch.stack([t.abs().amax() for t in one.tensors.values() if t.numel()]).amax()
+        shift = torch.where(torch.isfinite(one.exponent), one.exponent - side.exponent, 0.0)
+        for name, t in one.tensors.items():
+            other = side.tensors[name] * geometry.expand(torch.exp2(shift), t)
+            if bool(((t - other).abs() > _AGREEMENT.get(t.dtype, 0.3) * largest).any()):
+                raise Disagreement(f"the gradient of {name!r} differs")
+        at = {name: w.expand(count, *w.shape) for name, w in f.weights.items()}
+        with f.model.evaluating():
+            losses = Groups(f, examples, count).losses(at)
+        if not torch.allclose(losses, one.loss, rtol=_AGREEMENT.get(f.model.dtype, 0.3)):
+            raise Disagreement("the loss differs")

@@ -1,31 +1,118 @@
-"""Telling what vmap cannot vectorise, so that a plain loop takes over."""
+"""Groups side by side if the model allows it, one after the other if not."""
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from torch import nn
+
+from sharpkit.contract.checks import reason
+from sharpkit.errors import ArgumentError, ModelError, SharpkitError
+
+Engine: TypeAlias = Literal["auto", "vectorized", "loop"]
+T = TypeVar("T")
 
 
-class NotVectorizable(Exception):
-    """An operation of the model has no batching rule, or a slow one; `operation` names it."""
+def vectorised_or_loop(
+    engine: Engine,
+    vectorised: Callable[[], T],
+    loop: Callable[[], T],
+    model: nn.Module,
+    again: Callable[[], object] = lambda: None,
+) -> tuple[T, bool]:
+    """What `vectorised` gives or, whatever goes wrong there, what `loop` gives.
 
-    def __init__(self, operation: str) -> None:
-        super().__init__(operation)
-        self.operation = operation
+    Args:
+        engine: "vectorized" never takes the loop, "loop" takes nothing else.
+        vectorised: All groups under vmap.
+        loop: The same, group by group.
+        model: To name the layer that failed.
+        again: Called before the second try, to put the random state back.
+
+    Returns:
+        tuple: The result, and whether it was vectorised.
+
+    Raises:
+        ModelError: If both fail, with the cause of the first failure; or the first fails and the
+            engine is "vectorized".
+        SharpkitError: Whatever either raises of this kind.
+    """
+    if engine == "loop":
+        return loop(), False
+    try:
+        with _strict_vmap():
+            return vectorised(), True
+    except SharpkitError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        failure = error
+    cause = reason(failure, model)
+    if engine == "vectorized":
+        raise ModelError(f"{cause}: groups cannot be vectorised, use engine='loop'") from failure
+    again()
+    try:
+        result = loop()
+    except SharpkitError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise ModelError(f"the model cannot be measured: {cause}") from failure
+    warnings.warn(
+        f"groups are evaluated one after the other, which is slower, because side by side {cause} "
+        "(engine='loop' does so without this warning)",
+        stacklevel=4,
+    )
+    return result, False
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU.
+
+    Example:
+        >>> out_of_memory(MemoryError())
+        True
+    """
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
+
+
+def in_memory(measure: Callable[[int], T], chunk: int) -> T:
+    """What `measure` gives for a chunk, or for half of it as often as memory runs out.
+
+    Raises:
+        ArgumentError: If a single example at a time does not fit.
+    """
+    while True:
+        try:
+            return measure(chunk)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if chunk == 1:
+                raise ArgumentError(
+                    "memory ran out even with one example at a time: measure fewer parameters, "
+                    f"or use a device with more memory ({str(error).splitlines()[0]})"
+                ) from error
+        chunk //= 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Disagreement(Exception):
+    """Groups side by side gave other numbers than one after the other."""
 
 
 @contextmanager
-def refuse_slow_vmap() -> Iterator[None]:
-    """Turn vmap's slow fallback and its errors into one exception that names the operation."""
+def _strict_vmap() -> Iterator[None]:
+    """Make an error of the warning that vmap falls back to a slow loop of its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*batching rule for.*")
-        try:
-            yield
-        except (RuntimeError, UserWarning) as error:
-            text = str(error)
-            if not re.search(r"vmap|batching rule|functorch|setup_context", text, re.IGNORECASE):
-                raise
-            found = re.search(r"aten::\w+|\.item\(\)|autograd\.Function", text)
-            raise NotVectorizable(found.group() if found else text.split(". ")[0]) from error
+        yield

@@ -39,7 +39,7 @@ def norm(tensors: Tensors, p: float = 2.0) -> Tensor:
 
 
 def _row_norm(tensor: Tensor, p: float) -> Tensor:
-    rows = tensor.flatten(1)
+    rows = tensor.reshape(len(tensor), -1)
     result: Tensor = torch.linalg.vector_norm(rows, ord=p, dim=1, dtype=torch.float64)
     return result
 
@@ -126,7 +126,7 @@ def check_flat(direction: Direction, gradient: Tensors, factors: Factors | None 
     if not bool(still.any()):
         return
     parts = [*gradient.values(), *(t for pair in (factors or {}).values() for t in pair)]
-    bad = sum(~torch.isfinite(t[still]).flatten(1).all(1) for t in parts)
+    bad = sum(~torch.isfinite(t[still].reshape(int(still.sum()), -1)).all(1) for t in parts)
     count = int(torch.as_tensor(bad).count_nonzero())
     if count:
         raise ModelError(
@@ -145,7 +145,7 @@ def _largest_entry(gradient: Tensors) -> Direction:
     free = top > 0  # groups whose one entry is not placed yet
     tensors: Tensors = {}
     for name, g in gradient.items():
-        flat = g.flatten(1)
+        flat = g.reshape(len(g), -1)
         value, index = flat.abs().max(1)
         here = free & (value.double() == top)
         picked = torch.zeros_like(flat)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.geometry import Factors, Tensors
+from sharpkit.sharpness.gradient_pass import block_at
 from sharpkit.sharpness.objective import Objective, grouped
 
 
@@ -33,30 +33,22 @@ class Groups:
             assert amount is not None
             return self._factored_losses(weights, factors, amount)
         if self.count > 1:
-            return vmap(f.at)(weights, *grouped(self.examples, self.count)).double()
+            means, _ = vmap(f.at)(weights, *grouped(self.examples, self.count))
+            return means.double()
         single = {name: w[0] for name, w in weights.items()}
-        total = torch.zeros(1, dtype=torch.float64, device=f.model.device)
-        for e in self.examples.chunks(f.chunk):
-            total += f.at(single, e.inputs, e.labels).double() * len(e)
-        return total / len(self.examples)
+        return f.losses(single, self.examples)[0].unsqueeze(0)
 
     def gradients(self, weights: Tensors) -> tuple[Tensors, Tensor]:
-        """The gradient (groups, *shape) and loss (groups,) of each group at its own weights."""
+        """The gradient (groups, *shape), up to a factor, and loss (groups,) of each group."""
         f = self.objective
         if self.count > 1:
-            gradient, loss = vmap(grad_and_value(f.at))(
+            gradient, (loss, _) = vmap(grad_and_value(f.at, has_aux=True))(
                 weights, *grouped(self.examples, self.count)
             )
             return gradient, loss.double()
         single = {name: w[0] for name, w in weights.items()}
-        total: Tensors = {}
-        value = torch.zeros(1, dtype=torch.float64, device=f.model.device)
-        for e in self.examples.chunks(f.chunk):
-            gradient, loss = grad_and_value(f.at)(single, e.inputs, e.labels)
-            share = len(e) / len(self.examples)
-            value += loss.double() * share
-            total = {k: t * share + total.get(k, 0.0) for k, t in gradient.items()}
-        return {name: t.unsqueeze(0) for name, t in total.items()}, value
+        block = block_at(f, single, self.examples)
+        return block.tensors, block.loss
 
     def _factored_losses(self, weights: Tensors, factors: Factors, amount: Tensor) -> Tensor:
         f = self.objective
@@ -73,7 +65,7 @@ class Groups:
                 a, d = thin[name]
                 return out + (layer_input @ a.mT) @ d
 
-            with low_rank.Calls(layers, rule):
-                return f.at({**w, **layers}, inputs, labels)
+            with low_rank.Calls(layers, rule) as calls:
+                return f.at({**w, **calls.stand_ins}, inputs, labels)[0]
 
         return vmap(one)(weights, thin, *grouped(self.examples, self.count)).double()

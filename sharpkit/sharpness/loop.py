@@ -46,11 +46,12 @@ class Loop:
             for a in range(start, stop, level.m):
                 group = self.examples.slice(a, min(a + level.m, stop))
                 group = group.to(self.objective.model.device, self.objective.model.dtype)
-                values, moved = _one_group(
+                values, weight, moved = _one_group(
                     self.objective, group, level.m, self.rhos, self.ascent, len(level.sizes)
                 )
                 level.increases.append(torch.tensor(values, dtype=torch.float64).unsqueeze(1))
                 level.sizes.append(len(group))
+                level.weights.append(weight)
                 level.zero_gradients += not moved
         advance(stop - start)
 
@@ -62,24 +63,25 @@ def _one_group(
     rhos: Sequence[float],
     ascent: Ascent,
     number: int,
-) -> tuple[list[float], bool]:
+) -> tuple[list[float], float, bool]:
     w = torch.cat([t.flatten() for t in objective.weights.values()])
     scale = w.abs() if ascent.adaptive else torch.ones_like(w)
-    base = _loss(objective, group, w)
+    base, counted = objective.losses(objective.weights, group)
+    weight = float(counted)
     if not torch.isfinite(base):
         raise ModelError(f"the loss is not finite at the unperturbed weights (group {number})")
     if ascent.kind == "average":
         noise = _gaussians(objective, ascent, m, number)
         increases = [_average(objective, group, w, scale, noise, base, rho) for rho in rhos]
-        return _finite(increases, m, rhos), True
+        return _finite(increases, m, rhos), weight, True
     first = _dual(scale * _gradient(objective, group, w), ascent.p)
     if not bool(first.any()):
-        return [0.0 for _ in rhos], False
+        return [0.0 for _ in rhos], weight, False
     if ascent.kind == "one_step":
         increases = [_loss(objective, group, w + rho * scale * first) - base for rho in rhos]
     else:
         increases = [_ascend(objective, group, w, scale, first, base, rho, ascent) for rho in rhos]
-    return _finite(increases, m, rhos), True
+    return _finite(increases, m, rhos), weight, True
 
 
 def _finite(increases: Sequence[Tensor], m: int, rhos: Sequence[float]) -> list[float]:
@@ -139,31 +141,26 @@ def _unflatten(objective: Objective, flat: Tensor) -> dict[str, Tensor]:
 
 def _loss(objective: Objective, group: Examples, w: Tensor) -> Tensor:
     """The mean loss of a group, in slices that fit in memory, as float64."""
-    weights = _unflatten(objective, w)
-    total = torch.zeros((), dtype=torch.float64, device=w.device)
-    with torch.no_grad():
-        for part in group.chunks(objective.chunk):
-            total += objective.at(weights, part.inputs, part.labels).double() * len(part)
-    return total / len(group)
+    return objective.losses(_unflatten(objective, w), group)[0]
 
 
 def _gradient(objective: Objective, group: Examples, w: Tensor) -> Tensor:
     """The gradient of a group's loss; up to a positive factor that keeps it from underflow."""
-    w = w.detach().requires_grad_()
+    parts = [
+        objective.gradient(_unflatten(objective, w), part) for part in group.chunks(objective.chunk)
+    ]
+    scale = min(float(part.exponent) for part in parts)
+    counted = sum(float(part.weight) for part in parts)
     total = torch.zeros_like(w)
-    for part in group.chunks(objective.chunk):
-        with torch.enable_grad():
-            out = objective.model(_unflatten(objective, w), part.inputs)
-            leaf = out.detach().requires_grad_()
-            loss = objective.loss(leaf, part.labels) * (len(part) / len(group))
-        delta = torch.autograd.grad(loss, leaf, allow_unused=True, materialize_grads=True)[0]
-        top = delta.abs().max().double()
-        if len(part) == len(group) and bool(top > 0):  # one slice: any factor will do
-            delta = (delta.double() / top).to(delta.dtype)
-        if out.requires_grad:  # else no selected weight is used
-            total += torch.autograd.grad(out, w, delta, allow_unused=True, materialize_grads=True)[
-                0
-            ]
+    for part in parts:
+        if float(part.weight) == 0 or float(part.exponent) == torch.inf:
+            continue
+        factor = 2.0 ** (scale - float(part.exponent)) * float(part.weight) / counted
+        flat = [
+            (torch.zeros_like(v) if g is None else g).reshape(-1)
+            for v, g in zip(objective.weights.values(), part.gradient, strict=True)
+        ]
+        total += factor * torch.cat(flat)
     return total
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -19,6 +20,9 @@ from torch.utils import _pytree as pytree
 
 class Calls(TorchFunctionMode):
     """Hands every `F.linear` that uses one of the given weights to a rule of that weight.
+
+    A model holds `stand_ins` in their place, of NaN: a use that is not seen here, or that comes
+    later than the plan was made, shows as NaN and never as a wrong number.
 
     Args:
         weights: Name to weight tensor, recognised by identity.
@@ -35,7 +39,9 @@ class Calls(TorchFunctionMode):
         watch: bool = False,
     ) -> None:
         super().__init__()
-        self._names = {id(w): name for name, w in weights.items()}
+        self.stand_ins = stand_ins(weights)
+        self._weights = dict(weights)
+        self._names = {id(w): name for ws in (weights, self.stand_ins) for name, w in ws.items()}
         self._rule, self._watch = rule, watch
         self.count = dict.fromkeys(weights, 0)
         self.elsewhere: set[str] = set()
@@ -49,11 +55,14 @@ class Calls(TorchFunctionMode):
     ) -> Any:
         """Run the function; let the rule change the output of the linear layers it knows."""
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = None
         if func is F.linear:
             weight = kwargs["weight"] if "weight" in kwargs else args[1]
             name = self._names.get(id(weight))
+        if name is None:
+            out = func(*args, **kwargs)
+        else:
+            out = _linear(self._weights[name], *args, **kwargs)
         if self._watch:
             used = {self._names.get(id(a)) for a in pytree.tree_leaves((args, kwargs))}
             self.elsewhere |= {other for other in used if other is not None and other != name}
@@ -62,6 +71,18 @@ class Calls(TorchFunctionMode):
         call = self.count[name]
         self.count[name] += 1
         return self._rule(name, call, args[0] if args else kwargs["input"], out)
+
+
+def stand_ins(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of NaN, of the same shapes, that take no memory."""
+    return {
+        name: torch.full((), torch.nan, dtype=w.dtype, device=w.device).expand(w.shape)
+        for name, w in weights.items()
+    }
+
+
+def _linear(real: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(input, real, bias)
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,14 +14,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sharpkit.contract.examples import Data, Examples, load_examples
-from sharpkit.contract.functional import FunctionalModel, frozen
-from sharpkit.contract.losses import Loss, check_labels, resolve_loss
-from sharpkit.contract.parameters import Parameters, floating_parameters
-from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.contract.checks import examine, unused, warn_of_unused
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data, load_examples
+from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
+from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
+from sharpkit.contract.precision import current_precision
+from sharpkit.errors import ArgumentError
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.engine import Groupwise, Sweep
-from sharpkit.sharpness.fallback import NotVectorizable, refuse_slow_vmap
+from sharpkit.sharpness.fallback import Disagreement, in_memory, vectorised_or_loop
 from sharpkit.sharpness.loop import Loop
 from sharpkit.sharpness.objective import Objective
 from sharpkit.sharpness.plan import (
@@ -50,14 +53,19 @@ class SharpnessResult:
     Attributes:
         m: Group sizes.
         rho: Radii.
-        value: Mean loss increase, shape (len(m), len(rho)) or less; groups count by their size.
+        value: Mean loss increase, shape (len(m), len(rho)) or less; groups count by their weight.
         std_error: Standard error of the value over groups (NaN for a single group), same shape.
         group_values: (m, rho) -> loss increase of every group, shape (groups,).
         group_sizes: m -> number of examples of every group, shape (groups,).
+        group_weights: m -> what every group counts in the value, shape (groups,): its examples, or
+            the sum of the loss's own weights over it (class weights, labelled tokens).
         zero_gradient_groups: m -> groups whose gradient is exactly 0, so that they do not move.
         n: Examples used.
         seconds: Wall time.
         engine: The engine that computed it, "vectorized" or "loop".
+        parameters: Numbers that were perturbed together (a complex one is two).
+        left_out: Names of the parameters that were not.
+        precision: "full", or "tf32" inside `precision("tf32")`.
     """
 
     m: tuple[int, ...]
@@ -66,10 +74,14 @@ class SharpnessResult:
     std_error: Any
     group_values: dict[tuple[int, float], NDArray[np.float64]]
     group_sizes: dict[int, NDArray[np.int64]]
+    group_weights: dict[int, NDArray[np.float64]]
     zero_gradient_groups: dict[int, int]
     n: int
     seconds: float
     engine: str
+    parameters: int
+    left_out: tuple[str, ...]
+    precision: str
 
     def frame(self) -> pd.DataFrame:
         """One row per (m, rho): value, std_error, groups, zero_gradient_groups, n, seconds."""
@@ -122,18 +134,24 @@ def m_sharpness(
 
         s_m(w) = mean over S of [ max over ‖ε‖_p ≤ ρ of L_S(w + ε) − L_S(w) ].
 
-    The last group is smaller where m does not divide n; groups count by their size. The model is
-    evaluated in eval mode and left exactly as found. All m and rho of one call share one gradient
-    pass; each pair costs one more forward pass.
+    The last group is smaller where m does not divide n; groups count by their size. If the loss has
+    a normaliser of its own (class weights, ignored labels, tokens), L_S is the sum over the group
+    divided by its weight, and groups count by that weight: at any m, the unperturbed losses average
+    to the loss of all examples. The model is evaluated in eval mode, in full precision (see
+    `precision`), and left exactly as found, which takes memory for one copy of its weights. All m
+    and rho of one call share one gradient pass; each pair costs one more forward pass.
 
     Args:
-        model: Any module; inputs in, one row of outputs per example out.
+        model: Any module; inputs in, one row of outputs per example out. Wrappers that compile or
+            distribute it are taken off.
         data: A `Dataset` of (input, label) pairs, a `DataLoader` (its data set is read in index
-            order), or a pair (inputs of shape (n, ...), labels of shape (n,)).
+            order), a list of (inputs, labels) batches, or a pair (inputs of shape (n, ...), labels
+            of shape (n,) or (n, ...)); see `load_examples`.
         m: Group size in examples, 1 to n; one or several.
         rho: Radius of the ball, > 0, in units of the norm of the weights; one or several.
-        loss: "cross_entropy" (exact for saturated examples), "mse", or a callable
-            (outputs, labels) -> mean loss over the examples.
+        loss: "cross_entropy" (exact for saturated examples; with outputs (n, ..., classes) and
+            labels (n, ...), of which -100 is ignored), "mse", a torch loss module, or a callable
+            (outputs, labels) that returns the mean over the examples, or a pair (sums, weights).
         ascent: "one_step", the closed form of the linearised maximum, as in SAM; or "pgd",
             `steps` projected steps from 0, of which the best is kept.
         steps: Steps of "pgd", or directions of `average`.
@@ -144,7 +162,8 @@ def m_sharpness(
         n: Number of examples; None for all.
         seed: Order of the examples, and the Gaussian directions. None keeps the data's own order
             (groups are consecutive examples).
-        parameters: What is perturbed: names, glob patterns or modules; None for all.
+        parameters: What is perturbed: names, glob patterns or modules; None for those that require
+            gradients (all if none does), "*" for all.
         tolerance: Stop early once std_error <= tolerance * |value| for every m and rho; considered
             at fixed shares of n.
         chunk: Examples evaluated at a time. "auto" follows from the sizes of model and cache; the
@@ -160,7 +179,8 @@ def m_sharpness(
     Raises:
         ArgumentError: For m, rho, n or another argument out of range.
         DataError: For labels that do not fit the outputs, or NaN inputs.
-        ModelError: For NaN or infinite weights, or a loss that is not finite.
+        ModelError: For NaN or infinite weights, a loss that is not finite or no mean over examples,
+            or a model that is random or lets examples influence each other.
 
     Source:
         Foret et al., ICLR 2021, section 4.1 and equation 2; Kwon et al., ICML 2021 (adaptive).
@@ -183,31 +203,22 @@ def m_sharpness(
         raise ArgumentError(f"tolerance must be positive, got {tolerance}")
     if engine not in ("auto", "vectorized", "loop"):
         raise ArgumentError(f'engine must be "auto", "vectorized" or "loop", got {engine!r}')
-    with frozen(model):
+    loss_fn = resolve_loss(loss)
+    with frozen(model) as found:
         weights = floating_parameters(model, parameters)
-        function = FunctionalModel(model)
+        function = FunctionalModel(model, whole=not loss_fn.exact)
+        weights = {name: function.value(name) for name in weights}
         examples = load_examples(data, n=n, seed=seed)
         if max(ms) > len(examples):
             raise ArgumentError(f"m = {max(ms)} is larger than n = {len(examples)} examples")
-        loss_fn = resolve_loss(loss)
-        one = examples.slice(0, 1).to(function.device, function.dtype)
-        _check_loss(function, weights, loss, loss_fn, examples)
-        factored = factored_weights(function, weights, one) if rule.allows_factors else {}
-        if chunk == "auto":
-            dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
-            budget = (
-                default_memory_budget(function.device) if memory_budget is None else memory_budget
-            )
-            chunk = chunk_size(
-                activation_bytes(function, weights, loss_fn, one),
-                dense,
-                ms,
-                budget,
-                function.device,
-            )
-        elif not (isinstance(chunk, int) and chunk >= 1):
-            raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
-        objective = Objective(function, loss_fn, weights, chunk)
+        probe = examine(function, loss_fn, examples, found)
+        warn_of_unused(unused(function, loss_fn, weights, probe.examples), weights)
+        factored = (
+            factored_weights(function, weights, probe.examples) if rule.allows_factors else {}
+        )
+        size = _chunk(
+            chunk, function, loss_fn, weights, factored, ms, probe.examples, memory_budget
+        )
         stops = _stops(len(examples), ms, tolerance)
 
         def run(sweep: Sweep | Loop) -> Sweep | Loop:
@@ -225,24 +236,56 @@ def m_sharpness(
                         break
             return sweep
 
-        if engine != "loop":
-            try:
-                with refuse_slow_vmap():
-                    sweep = run(Sweep(objective, examples, ms, rhos, rule, factored))
-                used = "vectorized"
-            except NotVectorizable as error:
-                if engine == "vectorized":
-                    raise ModelError(
-                        f"{error.operation} cannot be vectorised: use engine='loop'"
-                    ) from error
-                warnings.warn(
-                    f"{error.operation} cannot be vectorised over groups: using the slower loop",
-                    stacklevel=2,
-                )
-                engine = "loop"
-        if engine == "loop":
-            sweep, used = run(Loop(objective, examples, ms, rhos, rule)), "loop"
-    return _result(sweep.levels, ms, rhos, m, rho, time.perf_counter() - began, used)
+        def side_by_side(objective: Objective) -> Sweep | Loop:
+            if function.habits.not_functional:
+                raise Disagreement(function.habits.not_functional)
+            if not examples.uniform:
+                raise Disagreement("the examples have different shapes")
+            sweep = Sweep(objective, examples, ms, rhos, rule, factored)
+            sweep.compare(probe.examples)
+            return run(sweep)
+
+        def measure(size: int) -> tuple[Sweep | Loop, bool]:
+            objective = Objective(function, loss_fn, weights, size)
+            return vectorised_or_loop(
+                engine,
+                lambda: side_by_side(objective),
+                lambda: run(Loop(objective, examples, ms, rhos, rule)),
+                function.model,
+            )
+
+        sweep, vectorised = in_memory(measure, size)
+        probe.confirm()
+        outside = left_out(model, weights)
+    return _result(
+        sweep.levels, ms, rhos, m, rho,
+        seconds=time.perf_counter() - began,
+        engine="vectorized" if vectorised else "loop",
+        parameters=sum(w.numel() for w in weights.values()),
+        left_out=outside,
+        precision=current_precision(),
+    )  # fmt: skip
+
+
+def _chunk(
+    chunk: int | Literal["auto"],
+    function: FunctionalModel,
+    loss: MeanLoss,
+    weights: dict[str, Tensor],
+    factored: dict[str, int],
+    ms: tuple[int, ...],
+    few: Examples,
+    memory_budget: int | None,
+) -> int:
+    """The examples at a time that were asked for, or that fit cache and memory."""
+    if chunk != "auto":
+        if not (isinstance(chunk, int) and chunk >= 1):
+            raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
+        return chunk
+    dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
+    budget = default_memory_budget(function.device) if memory_budget is None else memory_budget
+    per_example = activation_bytes(function, weights, loss, few.slice(0, 1))
+    return chunk_size(per_example, dense, ms, budget, function.device)
 
 
 def read_grid(
@@ -283,59 +326,6 @@ def read_rule(
     return Ascent(kind, float(norm), adaptive, steps, 0 if seed is None else seed)
 
 
-def _check_loss(
-    function: FunctionalModel,
-    weights: dict[str, Tensor],
-    loss: Loss,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    examples: Examples,
-) -> None:
-    """Raise unless the loss is a scalar mean over examples that fits the outputs and labels."""
-    few = examples.slice(0, 2).to(function.device, function.dtype)
-    with torch.no_grad():
-        outputs = function(weights, few.inputs)
-        if outputs.ndim == 0 or outputs.shape[0] != len(few):
-            raise ModelError(
-                f"the model returned outputs of shape {tuple(outputs.shape)} for {len(few)} "
-                "examples: expected one row of outputs per example"
-            )
-        check_labels(examples.labels, outputs, loss)
-        value = loss_fn(outputs, few.labels)
-        if value.ndim != 0:
-            raise ModelError(
-                f"the loss has shape {tuple(value.shape)}: expected a scalar, "
-                "the mean over examples"
-            )
-        _check_independence(function, weights, few, outputs)
-        each = torch.stack(
-            [loss_fn(outputs[i : i + 1], few.labels[i : i + 1]) for i in range(len(few))]
-        )
-    if bool(torch.isfinite(each).all()) and not torch.allclose(each.mean(), value, rtol=1e-3):
-        raise ModelError(
-            f"the loss of two examples together is {float(value):g}, but their mean loss is "
-            f"{float(each.mean()):g}: expected a loss that is the mean over examples"
-        )
-
-
-def _check_independence(
-    function: FunctionalModel, weights: dict[str, Tensor], few: Examples, together: Tensor
-) -> None:
-    """Raise if the outputs of an example depend on the others evaluated with it."""
-    try:
-        alone = torch.cat([function(weights, few.slice(i, i + 1).inputs) for i in range(len(few))])
-    except ValueError as error:  # BatchNorm with batch statistics refuses a single value
-        raise ModelError(f"the model cannot evaluate a single example: {error}") from error
-    precise = together.dtype in (torch.float32, torch.float64)
-    size = float(together.abs().max()) * (1e-3 if precise else 0.1)
-    if bool(torch.isfinite(together).all()) and not torch.allclose(
-        alone, together, rtol=0.0, atol=size
-    ):
-        raise ModelError(
-            "the outputs of an example depend on the other examples of its batch "
-            "(BatchNorm without running statistics?): groups have no loss of their own"
-        )
-
-
 def _stops(n: int, ms: tuple[int, ...], tolerance: float | None) -> list[int]:
     """Where an early stop is considered: whole groups of every m, whatever the chunk size."""
     step = math.lcm(*ms)
@@ -345,12 +335,12 @@ def _stops(n: int, ms: tuple[int, ...], tolerance: float | None) -> list[int]:
     return [*range(step, n, step), n]
 
 
-def _estimate(increases: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Mean and its standard error over groups, which count by their size; (rho,) each."""
-    share = torch.tensor(sizes, dtype=torch.float64) / sum(sizes)
+def _estimate(increases: Tensor, weights: list[float]) -> tuple[Tensor, Tensor]:
+    """Mean and its standard error over groups, which count by their weight; (rho,) each."""
+    share = torch.tensor(weights, dtype=torch.float64) / (sum(weights) or 1.0)
     mean = increases @ share
-    groups = len(sizes)
-    if groups == 1:
+    groups = int((share > 0).sum())
+    if groups <= 1:
         return mean, torch.full_like(mean, torch.nan)
     squares = ((increases - mean.unsqueeze(1)) * share).square().sum(1)
     return mean, torch.sqrt(squares * groups / (groups - 1))
@@ -358,7 +348,7 @@ def _estimate(increases: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
 
 def _precise(levels: Sequence[Groupwise], tolerance: float) -> bool:
     for level in levels:
-        mean, error = _estimate(torch.cat(level.increases, 1), level.sizes)
+        mean, error = _estimate(torch.cat(level.increases, 1), level.weights)
         if not bool((error <= tolerance * mean.abs()).all()):
             return False
     return True
@@ -370,11 +360,10 @@ def _result(
     rhos: tuple[float, ...],
     m: int | Sequence[int],
     rho: float | Sequence[float],
-    seconds: float,
-    engine: str,
+    **how: Any,
 ) -> SharpnessResult:
     increases = [torch.cat(level.increases, 1) for level in levels]
-    pairs = [_estimate(x, level.sizes) for x, level in zip(increases, levels, strict=True)]
+    pairs = [_estimate(x, level.weights) for x, level in zip(increases, levels, strict=True)]
     value, std_error = (torch.stack(part).numpy() for part in zip(*pairs, strict=True))
     drop = (
         slice(None) if isinstance(m, Iterable) else 0,
@@ -393,8 +382,8 @@ def _result(
             for j, r in enumerate(rhos)
         },
         group_sizes={level.m: np.array(level.sizes) for level in levels},
+        group_weights={level.m: np.array(level.weights) for level in levels},
         zero_gradient_groups={level.m: level.zero_gradients for level in levels},
         n=sum(levels[0].sizes),
-        seconds=seconds,
-        engine=engine,
+        **how,
     )

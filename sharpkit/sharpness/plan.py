@@ -6,19 +6,21 @@ Both follow from sizes alone, never from timings, so that two runs give the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.errors import ArgumentError
+from sharpkit.contract.losses import MeanLoss
+from sharpkit.errors import ArgumentError, SharpkitError
 from sharpkit.memory import allowed_memory
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.geometry import Tensors
 from sharpkit.sharpness.low_rank import pays
-from sharpkit.sharpness.objective import LossFn
 
 # activations of a chunk that run fastest on a CPU: they stay in its cache, and are enough work for
 # the calls that evaluate them (benchmarks/bench_m_sharpness.py)
@@ -43,7 +45,7 @@ def factored_weights(
         rows[name] += low_rank.rows(layer_input).shape[0]
         return out
 
-    with torch.no_grad(), low_rank.Calls(matrices, rule, watch=True) as calls:
+    with model.evaluating(), low_rank.Calls(matrices, rule, watch=True) as calls:
         model(weights, examples.inputs)
     return {
         name: count
@@ -52,7 +54,9 @@ def factored_weights(
     }
 
 
-def activation_bytes(model: FunctionalModel, weights: Tensors, loss: LossFn, one: Examples) -> int:
+def activation_bytes(
+    model: FunctionalModel, weights: Tensors, loss: MeanLoss, one: Examples
+) -> int:
     """Bytes that the gradient pass keeps per example: what autograd saves for one example."""
     own = {w.untyped_storage().data_ptr() for w in weights.values()}
     saved: dict[int, int] = {}
@@ -63,10 +67,37 @@ def activation_bytes(model: FunctionalModel, weights: Tensors, loss: LossFn, one
             saved[t.data_ptr()] = max(saved.get(t.data_ptr(), 0), t.nbytes)
         return t.detach()  # the tensor itself may own the graph that it is saved in: a leak
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
-        loss(model(leaves, one.inputs), one.labels)
+    with torch.enable_grad(), model.assigned(weights):
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                loss(model.outputs(one.inputs), one.labels)
+        except SharpkitError:
+            raise
+        except Exception:  # function transforms inside the model allow no hooks
+            with _ResultSizes() as sizes:
+                loss(model.outputs(one.inputs), one.labels)
+            return int(sizes.bytes)
     return sum(saved.values())
+
+
+class _ResultSizes(TorchFunctionMode):
+    """Adds up the bytes of everything that torch's functions return: what they save at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.bytes += out.numel() * out.element_size()
+        return out
 
 
 def default_memory_budget(device: torch.device) -> int:

@@ -12,14 +12,16 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from sharpkit.contract.examples import Data, Examples, load_in_order
-from sharpkit.contract.functional import frozen
-from sharpkit.contract.losses import check_labels
+from sharpkit.contract.checks import check_rows
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import Data, load_in_order
+from sharpkit.contract.losses import check_class_labels
 from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.lock import sole_driver
-from sharpkit.training.loop import Training, call
+from sharpkit.training.loop import Training, logits
 from sharpkit.training.parallel import Ranks
 from sharpkit.training.run_directory import Row, RunDirectory, examples_fingerprint, fingerprint
 from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
@@ -202,15 +204,16 @@ def _check(
     one = train.slice(0, 1).to(parameter.device, parameter.dtype)
     with frozen(model), torch.no_grad():
         try:
-            outputs = call(model, one.inputs)
+            outputs = logits(model, one.inputs)
         except (RuntimeError, ValueError, TypeError) as error:
             shapes = [(tuple(t.shape[1:]), t.dtype) for t in pytree.tree_leaves(one.inputs)]
             raise DataError(
                 f"the model does not take the training inputs, (shape, dtype) {shapes}: {error}"
             ) from error
+    check_rows(model, outputs, 1)
     for examples in (train, test):
         if examples is not None:
-            check_labels(examples.labels, outputs, "cross_entropy")
+            check_class_labels(examples.labels, outputs)
 
 
 def _check_outputs(

@@ -7,25 +7,25 @@ under one vmap; a single group needs none and runs as ordinary autograd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vjp, vmap
+from torch.func import vmap
 
 from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.sharpness import geometry, low_rank
+from sharpkit.contract.losses import MeanLoss
+from sharpkit.contract.recompute import without_checkpointing, without_reentry
+from sharpkit.sharpness import geometry
 from sharpkit.sharpness.geometry import Direction, Factors, Tensors
-from sharpkit.sharpness.objective import grouped
-from sharpkit.training.layer_calls import CallsDiffer
+from sharpkit.sharpness.gradient_pass import GroupGradient, group_gradient, joined_factors
+from sharpkit.sharpness.objective import grouped, plain_gradient
 from sharpkit.training.perturbed_layers import PerturbedLayers
 from sharpkit.training.radius import Radii
 from sharpkit.training.statistics import Recorder, Statistics
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
 Shapes = dict[str, list[torch.Size]]
 
 
@@ -35,119 +35,65 @@ class Objective:
 
     Attributes:
         model: The model as a function.
-        loss: Mean loss of a batch.
-        shared: The parameters to be trained, by name; leaves that require gradients.
+        loss: The loss of a batch.
+        shared: The values of the parameters to be trained, by name, detached.
         factored: Linear weights whose gradient stays in factors.
-        layers: Other weights, and biases, that only layers use (see `perturbed_layers`).
         shapes: Outputs of every call of the factored layers for one group, by group size.
         recorder: Of BatchNorm statistics.
     """
 
     model: FunctionalModel
-    loss: LossFn
-    shared: Mapping[str, Tensor]
+    loss: MeanLoss
+    shared: Tensors
     factored: frozenset[str]
-    layers: frozenset[str]
     shapes: dict[int, Shapes]
     recorder: Recorder
-
-    def at(self, weights: Mapping[str, Tensor], inputs: Inputs, labels: Tensor) -> Tensor:
-        """The mean loss of one batch at the given weights."""
-        return self.loss(self.model(weights, inputs), labels)
 
 
 @dataclass
 class Gradients:
-    """What pass one found: mean losses (groups,) and gradients (groups, *shape), or factors."""
+    """What pass one found: losses and weights (groups,), gradients (groups, *shape) or factors."""
 
     loss: Tensor
+    weight: Tensor
     tensors: Tensors
     factors: Factors
     statistics: Statistics
 
 
 def gradients(objective: Objective, examples: Examples, count: int) -> Gradients:
-    """Pass one: the gradient of `count` groups of consecutive examples, up to a factor per group.
-
-    The loss gradient of a group is scaled to about 1 before it enters the network, so that the
-    gradients of nearly perfectly fitted examples do not underflow; their direction is what counts.
-    """
+    """Pass one: the gradient of `count` groups of consecutive examples, up to a factor each."""
     if count == 1:
         return _one_gradient(objective, examples)
-    size = len(examples) // count
-    raw = vmap(lambda x, y: _block(objective, x, y, size), randomness="different")(
-        *grouped(examples, count)
-    )
-    loss, tensors, layer_inputs, deltas, statistics = raw
-    factors: Factors = {}
-    for name in objective.factored:
-        a = torch.cat([t.reshape(count, -1, t.shape[-1]) for t in layer_inputs[name]], 1)
-        d = torch.cat([t.reshape(count, -1, t.shape[-1]) for t in deltas[name]], 1)
-        factors[name] = (a, d)
-    return Gradients(loss, tensors, factors, statistics)
+    f, size = objective, len(examples) // count
+    dense = {name: p for name, p in f.shared.items() if name not in f.factored}
+    factored = {name: f.shared[name] for name in f.factored}
 
+    def one(inputs: Inputs, labels: Tensor) -> GroupGradient:
+        return group_gradient(
+            f.model, f.loss, dense, factored, f.shapes.get(size, {}), inputs, labels,
+            f.recorder.over_groups,
+        )  # fmt: skip
 
-def _block(
-    objective: Objective, inputs: Inputs, labels: Tensor, size: int
-) -> tuple[Tensor, Tensors, dict[str, list[Tensor]], dict[str, list[Tensor]], Statistics]:
-    f = objective
-    values = {name: p.detach() for name, p in f.shared.items()}
-    dense = {name: p for name, p in values.items() if name not in f.factored}
-    factored = {name: values[name] for name in f.factored}
-    probes = {
-        name: [torch.zeros(s, device=f.model.device, dtype=f.model.dtype) for s in shapes]
-        for name, shapes in f.shapes.get(size, {}).items()
-    }
-
-    def outputs(dense: Tensors, probes: dict[str, list[Tensor]]) -> tuple[Tensor, Any]:
-        layer_inputs: dict[str, list[Tensor]] = {name: [] for name in factored}
-
-        def rule(name: str, call: int, layer_input: Tensor, out: Tensor) -> Tensor:
-            if call >= len(probes[name]) or out.shape != probes[name][call].shape:
-                raise CallsDiffer
-            layer_inputs[name].append(layer_input)
-            return out + probes[name][call]
-
-        with f.recorder.over_groups() as statistics, low_rank.Calls(factored, rule):
-            out = f.model({**dense, **factored}, inputs)
-        if any(len(layer_inputs[name]) != len(probes[name]) for name in factored):
-            raise CallsDiffer
-        return out, (layer_inputs, statistics)
-
-    out, pull, (layer_inputs, statistics) = vjp(  # type: ignore[misc]
-        outputs, dense, probes, has_aux=True
-    )
-    delta, loss = grad_and_value(f.loss)(out, labels)
-    tensors, deltas = pull(_near_one(delta))
-    return loss.double(), tensors, layer_inputs, deltas, statistics
-
-
-def _near_one(delta: Tensor) -> Tensor:
-    """A loss gradient times the power of two that takes its largest entry to between 1 and 2."""
-    top = delta.abs().amax().double()
-    usable = (top > 0) & torch.isfinite(top)
-    exponent = torch.where(usable, -torch.floor(torch.log2(torch.where(usable, top, 1.0))), 0.0)
-    return geometry.power_of_two(delta, exponent)
+    with without_checkpointing():
+        found = vmap(one, randomness="different")(*grouped(examples, count))
+    return Gradients(found.mean, found.weight, found.dense, joined_factors(found), found.noted)
 
 
 def _one_gradient(objective: Objective, examples: Examples) -> Gradients:
     """One group of any size, by ordinary autograd."""
     f = objective
-    with torch.enable_grad():
-        with f.recorder.of_one_group() as statistics:
-            out = f.model(f.shared, examples.inputs)
-        leaf = out.detach().requires_grad_()
-        loss = f.loss(leaf, examples.labels)
-    (delta,) = torch.autograd.grad(loss, leaf)
-    found = torch.autograd.grad(
-        out, list(f.shared.values()), _near_one(delta), allow_unused=True, materialize_grads=True
-    )
-    tensors = {name: g.unsqueeze(0) for name, g in zip(f.shared, found, strict=True)}
+    with without_reentry(), f.recorder.of_one_group() as statistics:
+        found = plain_gradient(f.model, f.loss, f.shared, examples)
+    tensors = {
+        name: (torch.zeros_like(p) if g is None else g).unsqueeze(0)
+        for (name, p), g in zip(f.shared.items(), found.gradient, strict=True)
+    }
     batched: Statistics = {
         name: [(mean.unsqueeze(0), variance.unsqueeze(0)) for mean, variance in calls]
         for name, calls in statistics.items()
     }
-    return Gradients(loss.detach().double().unsqueeze(0), tensors, {}, batched)
+    return Gradients(found.mean.unsqueeze(0), found.weight.unsqueeze(0), tensors, {}, batched)
 
 
 @dataclass
@@ -181,25 +127,61 @@ def perturbation(objective: Objective, found: Gradients, radii: Radii) -> Pertur
     return Perturbation(tensors, factors)
 
 
-def perturbed_loss(
-    objective: Objective, examples: Examples, count: int, epsilon: Perturbation
-) -> Tensor:
-    """Pass two: the mean over groups of the loss at w + ε_i, differentiable in the shared w."""
+def perturbed_gradient(
+    objective: Objective,
+    examples: Examples,
+    count: int,
+    epsilon: Perturbation,
+    shares: Tensor,
+    scale: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Pass two: the gradient of the weighted sum of the groups' losses at w + ε_i, ε_i constant.
+
+    Args:
+        objective: The loss.
+        examples: Of the groups, consecutive.
+        count: How many groups.
+        epsilon: Where each goes.
+        shares: What the loss of each counts, (groups,).
+        scale: Of a loss scaler.
+
+    Returns:
+        tuple: The sum, and its gradient in the order of the parameters, None where unused.
+    """
     f = objective
     if count == 1:
         moved = {name: p + epsilon.tensors[name][0] for name, p in f.shared.items()}
-        return f.at(moved, examples.inputs, examples.labels)
-    with torch.no_grad():
-        own = {name: f.shared[name] + epsilon.tensors[name] for name in f.layers}
-    steps = {name: e for name, e in epsilon.tensors.items() if name not in own}
+        with without_reentry(), f.model.assigned(moved) as leaves, torch.enable_grad():
+            mean = f.loss(f.model.outputs(examples.inputs), examples.labels)
+            total = mean * shares[0].to(mean.dtype)
+            found = torch.autograd.grad(scale(total), leaves, allow_unused=True)
+        dense = [None if g is None else g.to_dense() if g.is_sparse else g for g in found]
+        return total.detach(), [
+            None if g is None else f.model.real(name, g)
+            for name, g in zip(f.shared, dense, strict=True)
+        ]
+    with torch.enable_grad(), without_checkpointing():
+        leaves_of = {name: p.detach().requires_grad_() for name, p in f.shared.items()}
+        losses: Tensor = vmap(_at_own_weights(f, leaves_of), randomness="different")(
+            epsilon.tensors, epsilon.factors, *grouped(examples, count)
+        )
+        total = (losses * shares.to(losses.dtype)).sum()
+        found = torch.autograd.grad(scale(total), list(leaves_of.values()), allow_unused=True)
+    return total.detach(), found
 
-    def one(own: Tensors, steps: Tensors, thin: Factors, inputs: Inputs, labels: Tensor) -> Tensor:
-        moved = {name: f.shared[name] + e for name, e in steps.items()}
-        weights = {**f.shared, **moved}
-        with PerturbedLayers(f.shared, own, thin):
-            return f.at(weights, inputs, labels)
 
-    losses: Tensor = vmap(one, randomness="different")(
-        own, steps, epsilon.factors, *grouped(examples, count)
-    )
-    return losses.mean()
+def _at_own_weights(
+    objective: Objective, leaves: Tensors
+) -> Callable[[Tensors, Factors, Inputs, Tensor], Tensor]:
+    f = objective
+
+    def one(steps: Tensors, thin: Factors, inputs: Inputs, labels: Tensor) -> Tensor:
+        moved = {name: leaves[name] + e for name, e in steps.items()}
+        with PerturbedLayers(leaves, moved, thin) as layers:
+            loss: Tensor = f.model.within(
+                {**moved, **layers.stand_ins},
+                lambda: f.loss(f.model.outputs(inputs), labels),
+            )
+        return loss
+
+    return one

@@ -17,19 +17,21 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from sharpkit.contract.examples import Examples
-from sharpkit.contract.functional import FunctionalModel, unfused_attention
-from sharpkit.contract.losses import Loss, check_labels, resolve_loss
-from sharpkit.errors import ModelError
+from sharpkit.contract.checks import check_rows
+from sharpkit.contract.examples import Examples, label_diverse
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.holding import unfused_attention
+from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
+from sharpkit.contract.recompute import without_reentry
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.low_rank import pays
 from sharpkit.sharpness.plan import activation_bytes, default_memory_budget
 from sharpkit.training.group_passes import Shapes
-from sharpkit.training.layer_calls import LayerUses
 from sharpkit.training.noise import Noise
 from sharpkit.training.radius import Radii
 
 _KEPT_PER_MODEL = 16
+_PROBED = 32  # examples that a loss of unknown kind is tried on
 # a group this large fills a CPU's vector units and cache by itself: side by side, groups only cost
 # the copies that bring their channels together (benchmarks/bench_sam.py)
 _FULL_CPU_GROUP = 16
@@ -42,9 +44,10 @@ class Plan:
 
     groups: int
     factored: frozenset[str]
-    layers: frozenset[str]
     shapes: dict[int, Shapes]
-    outputs: Tensor  # of one group, without storage
+    outputs: Any  # of one group, without storage
+    loss: MeanLoss  # kept, for its identity is in the key
+    compared: bool = False  # whether groups side by side were found to be right
     loop_only: bool = False  # found not to be vectorisable
 
 
@@ -54,20 +57,23 @@ _PLANS: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 def plan_for(
     function: FunctionalModel,
     shared: Mapping[str, Tensor],
-    loss: Loss,
-    group: Examples,
+    loss: MeanLoss,
+    examples: Examples,
+    m: int,
     radii: Radii,
 ) -> Plan:
-    """The plan for groups like the given one; the same object for every step that is alike.
+    """The plan for groups like the first; the same object for every step that is alike.
 
     Args:
         function: The model.
         shared: The trained parameters.
-        loss: Mean loss of a batch.
-        group: The first group, on the model's device.
+        loss: The loss of a batch.
+        examples: The batch, on the model's device.
+        m: Examples per group.
         radii: Adaptive parameters are not kept in factors.
     """
     kind = function.device.type
+    group = examples.slice(0, m)
     key = (
         tuple((tuple(t.shape), t.dtype) for t in pytree.tree_leaves(group.inputs)),
         tuple((name, tuple(p.shape)) for name, p in shared.items()),
@@ -76,24 +82,29 @@ def plan_for(
         function.dtype,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         tuple(module.training for module in function.model.modules()),
+        loss.given if isinstance(loss.given, str) else id(loss.given),
     )
     plans = _PLANS.setdefault(function.model, {})
     if key not in plans:
         if len(plans) >= _KEPT_PER_MODEL:
             plans.clear()
-        plans[key] = _plan(function, shared, loss, group, radii)
+        noise = Noise(function.device)
+        with vmap_friendly(function.model), without_reentry():
+            plans[key] = _plan(function, shared, loss, examples, m, radii)
+        noise.replay()
     return plans[key]
 
 
 def _plan(
     function: FunctionalModel,
     shared: Mapping[str, Tensor],
-    loss: Loss,
-    group: Examples,
+    loss: MeanLoss,
+    examples: Examples,
+    m: int,
     radii: Radii,
 ) -> Plan:
-    m = len(group)
-    weights = {name: p.detach() for name, p in shared.items()}
+    group = examples.slice(0, m)
+    weights = dict(shared)
     matrices = {k: w for k, w in weights.items() if w.ndim == 2 and k not in radii.adaptive}
     shapes: Shapes = {name: [] for name in matrices}
     rows = dict.fromkeys(matrices, 0)
@@ -103,39 +114,46 @@ def _plan(
         shapes[name].append(out.shape)
         return out
 
-    uses = LayerUses(weights)
-    noise = Noise(function.device)
-    with vmap_friendly(function.model):
-        with torch.no_grad(), uses, low_rank.Calls(matrices, rule, watch=True) as calls:
+    watch = low_rank.Calls(matrices, rule, watch=True)
+    loop_only = False
+    try:
+        with torch.no_grad(), watch:
             outputs = function(weights, group.inputs)
-        if outputs.ndim == 0 or len(outputs) != m:
-            raise ModelError(
-                f"the model returned outputs of shape {tuple(outputs.shape)} for {m} examples: "
-                "expected one row of outputs per example"
-            )
-        check_labels(group.labels, outputs, loss)
-        with torch.no_grad():
-            value = resolve_loss(loss)(outputs, group.labels)
-        if value.ndim != 0:
-            raise ModelError(
-                f"the loss has shape {tuple(value.shape)}: expected a scalar, the mean over the "
-                "examples of a group"
-            )
-        per_group = activation_bytes(function, weights, resolve_loss(loss), group)
-    noise.replay()
+    except Exception:  # what cannot run at swapped weights still runs at assigned ones
+        loop_only, watch = True, low_rank.Calls({}, rule)
+        with torch.enable_grad(), function.assigned(weights):
+            outputs = function.outputs(group.inputs)
+    check_rows(function.model, outputs, m)
+    check_labels(examples.labels, outputs, loss.given)
+    loss.check(outputs, group.labels)
+    if not loss.exact:
+        _check_loss(function, weights, loss, examples)
+    per_group = activation_bytes(function, weights, loss, group)
     factored = frozenset(
         name
         for name, count in rows.items()
-        if count and name not in calls.elsewhere and pays(weights[name], count)
+        if count and not loop_only and name not in watch.elsewhere and pays(weights[name], count)
     )
     dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
     return Plan(
         _groups_at_a_time(per_group + 3 * dense, m, function.device),
         factored,
-        uses.names(factored),
         {m: {name: shapes[name] for name in factored}},
-        torch.empty_like(outputs, device="meta"),
+        pytree.tree_map(lambda t: torch.empty_like(t, device="meta"), outputs),
+        loss,
+        loop_only=loop_only,
     )
+
+
+def _check_loss(
+    function: FunctionalModel, weights: Mapping[str, Tensor], loss: MeanLoss, examples: Examples
+) -> None:
+    """Raise unless a loss of unknown kind is a mean over examples."""
+    some = examples.select(label_diverse(examples, _PROBED))
+    with torch.enable_grad(), function.assigned(weights):
+        outputs = function.outputs(some.inputs)
+    detached = pytree.tree_map(lambda t: t.detach(), outputs)
+    check_is_mean(loss, detached, some.labels)
 
 
 def _groups_at_a_time(per_group: int, m: int, device: torch.device) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.losses import cross_entropy
+from sharpkit.contract.modules import call_module, read_outputs
 from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.errors import DivergedError, ModelError
 from sharpkit.training.augmentation import Augmenter, noisy_labels
@@ -177,7 +177,7 @@ def _sgd_step(
     network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, _m: int | None
 ) -> Tensor:
     optimizer.zero_grad()
-    loss = cross_entropy(call(network, inputs), labels)
+    loss = cross_entropy(logits(network, inputs), labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return loss.detach()
@@ -194,13 +194,14 @@ def _take(inputs: Any, chosen: Tensor) -> Any:
     return pytree.tree_map(lambda t: t.index_select(0, chosen), inputs)
 
 
-def call(model: nn.Module, inputs: Any) -> Tensor:
-    """The logits: dicts are keywords and tuples positions, as wherever sharpkit calls a model."""
-    if isinstance(inputs, Mapping):
-        outputs = model(**inputs)
-    else:
-        outputs = model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
-    return getattr(outputs, "logits", outputs)  # type: ignore[no-any-return]
+def logits(model: nn.Module, inputs: Any) -> Tensor:
+    """The outputs, whose every part that could be trained goes into the loss.
+
+    Raises:
+        ModelError: If the model returns more than logits, such as auxiliary outputs.
+    """
+    outputs: Tensor = read_outputs(model, call_module(model, inputs), whole=False)
+    return outputs
 
 
 @torch.no_grad()
@@ -210,8 +211,8 @@ def _evaluate(model: nn.Module, examples: Examples, ranks: Ranks) -> tuple[float
     share = ranks.share(len(examples))
     sums = torch.zeros(2, dtype=torch.float64, device=examples.labels.device)
     for batch in examples.slice(share.start, share.stop).chunks(_EVALUATION_BATCH):
-        logits = call(model, batch.inputs)
-        sums[0] += cross_entropy(logits.double(), batch.labels) * len(batch)
-        sums[1] += (logits.argmax(1) == batch.labels).sum()
+        outputs = logits(model, batch.inputs)
+        sums[0] += cross_entropy(outputs.double(), batch.labels) * len(batch)
+        sums[1] += (outputs.argmax(1) == batch.labels).sum()
     loss, accuracy = (ranks.total(sums) / len(examples)).tolist()
     return loss, accuracy

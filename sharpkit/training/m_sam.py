@@ -9,10 +9,12 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.contract.losses import Loss
+from sharpkit.contract.losses import Loss, resolve_loss
+from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, DataError, DivergedError
+from sharpkit.sharpness.fallback import Engine
 from sharpkit.training import ranks
-from sharpkit.training.group_step import Batch, Engine, run
+from sharpkit.training.group_step import Batch, run
 from sharpkit.training.radius import Radii, checked_radius
 from sharpkit.training.statistics import Recorder, tracked_layers
 
@@ -113,14 +115,16 @@ def accumulate(
         raise ArgumentError("no parameter of the model requires gradients")
     network = unwrapped(model)
     parameters = dict(network.named_parameters())
-    shared = {name: parameters[name] for name in radii.rho}
-    function = FunctionalModel(network)
+    own = [parameters[name] for name in radii.rho]
+    loss_fn = resolve_loss(loss)
+    function = FunctionalModel(network, whole=not loss_fn.exact)
+    shared = {name: function.value(name) for name in radii.rho}
     examples = _examples(inputs, labels).to(function.device, function.dtype)
     if scaler is not None:
         scaler.scale(torch.zeros((), device=function.device))  # its state is made at first use
     batch = Batch(
-        function, examples, min(m, len(examples)), shared, loss, radii,
-        Recorder(tracked_layers(network)), None if scaler is None else scaler.scale,
+        function, examples, min(m, len(examples)), shared, loss_fn, radii,
+        Recorder(tracked_layers(network)), **({} if scaler is None else {"scale": scaler.scale}),
     )  # fmt: skip
     value, found, averages = run(batch, engine)
     diverged = scaler is None and not bool(torch.isfinite(value))
@@ -130,19 +134,13 @@ def accumulate(
         raise DivergedError(f"the loss is not finite (here: {float(value)}): training has diverged")
     if isinstance(model, DistributedDataParallel):
         found = ranks.averaged(model, found, list(shared.values()))
-    for parameter, gradient in zip(shared.values(), found, strict=True):
+    for name, parameter, gradient in zip(shared, own, found, strict=True):
         if gradient is not None:
-            if parameter.grad is None:
-                parameter.grad = gradient
-            else:
-                parameter.grad.add_(gradient)
+            before, new = parameter.grad, function.native(name, gradient)
+            # out of place: the gradients there may be sparse, or one tensor for two parameters
+            parameter.grad = new if before is None else new + before
     averages.write(batch.recorder.layers)
     return value
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside a DistributedDataParallel, or the model itself."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _examples(inputs: Inputs, labels: Tensor) -> Examples:

@@ -16,27 +16,37 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sharpkit.training.layer_calls import CallsDiffer, Geometry, LayerCall, recognise
+from sharpkit.sharpness.low_rank import stand_ins
+from sharpkit.training.layer_calls import Geometry, LayerCall, recognise
 
 
 class PerturbedLayers(TorchFunctionMode):
     """Inside a vmap over groups: layers run at their group's weights, as described above.
 
+    Only calls of linear and convolution layers are replaced. Any other use of a moved weight is
+    differentiated as it stands, and one of a stand-in gives NaN: neither is wrong in silence.
+
     Args:
-        shared: Name to shared parameter, without a group axis.
-        own: Name to the same parameter at the group's own point, a constant.
+        shared: Name to shared parameter, a leaf without a group axis.
+        moved: Name to the same parameter at the group's own point, shared + ε.
         factors: Linear weights whose perturbation is DᵀA instead: name to (A, D) of the group.
+
+    Attributes:
+        stand_ins: What the model holds in place of those linear weights.
     """
 
     def __init__(
         self,
         shared: Mapping[str, Tensor],
-        own: Mapping[str, Tensor],
+        moved: Mapping[str, Tensor],
         factors: Mapping[str, tuple[Tensor, Tensor]],
     ) -> None:
         super().__init__()
-        self._own = {id(shared[name]): own[name] for name in own}
-        self._factors = {id(shared[name]): factors[name] for name in factors}
+        self._moved = {id(t): (shared[name], t) for name, t in moved.items()}
+        self.stand_ins = stand_ins({name: shared[name] for name in factors})
+        self._factors = {
+            id(t): (shared[name], *factors[name]) for name, t in self.stand_ins.items()
+        }
 
     def __torch_function__(
         self,
@@ -48,18 +58,19 @@ class PerturbedLayers(TorchFunctionMode):
         """Run the function; replace the layers that are known."""
         kwargs = kwargs or {}
         call = recognise(func, args, kwargs)
-        if call is None or id(call.weight) not in self._own.keys() | self._factors.keys():
-            if any(id(a) in self._own or id(a) in self._factors for a in args):
-                raise CallsDiffer
+        if call is None:
             return func(*args, **kwargs)
         if id(call.weight) in self._factors:
-            a, d = self._factors[id(call.weight)]
-            return func(*args, **kwargs) + (call.inputs @ a.mT) @ d
-        own_weight, own_bias = self._own[id(call.weight)], self._own.get(id(call.bias))
-        shared_bias = None if own_bias is None else call.bias
-        operands = (call.inputs, call.weight, own_weight, shared_bias, own_bias)
-        out = _call(_Layer, *_autocast(operands), call.geometry)
-        if call.bias is None or own_bias is not None:
+            weight, a, d = self._factors[id(call.weight)]
+            return func(call.inputs, weight, call.bias) + (call.inputs @ a.mT) @ d
+        if id(call.weight) not in self._moved:
+            return func(*args, **kwargs)
+        weight, own_weight = self._moved[id(call.weight)]
+        bias, own_bias = self._moved.get(id(call.bias), (None, None))
+        operands = (call.inputs, weight, own_weight.detach(), bias)
+        own = None if own_bias is None else own_bias.detach()
+        out = _call(_Layer, *_autocast((*operands, own)), call.geometry)
+        if call.bias is None or own is not None:
             return out
         return out + _along(call.bias, out, call)
 
@@ -109,10 +120,13 @@ class _Layer(torch.autograd.Function):
             _front(t, dim, info.batch_size)
             for t, dim in ((inputs, in_dims[0]), (own_weight, in_dims[2]), (own_bias, in_dims[4]))
         )
+        assert inputs is not None
+        # the functions return no views: in-place operations may follow a layer
         if geometry is None:
-            return _call(_GroupLinear, inputs, weight, own_weight, bias, own_bias), 0
+            out = _call(_GroupLinear, inputs, weight, own_weight, bias, own_bias)
+            return out.view(*inputs.shape[:-1], -1), 0
         operands = (inputs, weight, own_weight, bias, own_bias, geometry)
-        return _call(_GroupConvolution, *operands), 0
+        return _groups(_call(_GroupConvolution, *operands), len(inputs)), 0
 
 
 def _front(tensor: Tensor | None, dim: int | None, groups: int) -> Tensor | None:
@@ -135,18 +149,17 @@ class _GroupLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs, own_weight)
         rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-        if own_bias is None:
+        if own_bias is None:  # (groups, rows, out)
             out = rows @ own_weight.mT
         else:
             out = torch.baddbmm(own_bias.unsqueeze(1), rows, own_weight.mT)
-        return out.view(*inputs.shape[:-1], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inputs, own_weight = ctx.saved_tensors
         need_inputs, need_weight, _, need_bias, _ = ctx.needs_input_grad
-        grad = grads[0]
-        rows = grad.reshape(len(grad), -1, grad.shape[-1])
+        rows = grads[0]
         flat = rows.flatten(0, 1)
         grad_inputs = (rows @ own_weight).view(inputs.shape) if need_inputs else None
         grad_weight = flat.mT @ inputs.reshape(-1, inputs.shape[-1]) if need_weight else None
@@ -169,7 +182,7 @@ class _GroupConvolution(torch.autograd.Function):
         ctx.save_for_backward(inputs, weight, own_weight)
         ctx.geometry = geometry
         merged_bias = None if own_bias is None else own_bias.flatten()
-        out = torch.convolution(
+        out: Tensor = torch.convolution(
             _channels(inputs),
             own_weight.flatten(0, 1),
             merged_bias,
@@ -178,7 +191,7 @@ class _GroupConvolution(torch.autograd.Function):
             [0] * len(geometry.stride),
             geometry.groups * len(inputs),
         )
-        return _groups(out, len(inputs))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -200,7 +213,7 @@ class _GroupConvolution(torch.autograd.Function):
         grad_inputs = grad_weight = grad_bias = None
         if need_inputs:
             merged, _, _ = backward(
-                _channels(grad),
+                grad,
                 _channels(inputs),
                 own_weight.flatten(0, 1),
                 ctx.geometry.groups * count,
@@ -210,7 +223,7 @@ class _GroupConvolution(torch.autograd.Function):
             grad_inputs = _groups(merged, count)
         if need_weight or need_bias:
             _, grad_weight, grad_bias = backward(
-                grad.flatten(0, 1),
+                _groups(grad, count).flatten(0, 1),
                 inputs.flatten(0, 1),
                 weight,
                 ctx.geometry.groups,

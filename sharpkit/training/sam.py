@@ -15,10 +15,11 @@ from torch.optim.optimizer import ParamsT
 
 from sharpkit.contract.examples import Inputs
 from sharpkit.contract.losses import Loss
+from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.training.ascent import perturb
 from sharpkit.training.buffers import BufferGuard
-from sharpkit.training.m_sam import accumulate, unwrapped
+from sharpkit.training.m_sam import accumulate
 from sharpkit.training.noise import Noise
 from sharpkit.training.radius import checked_radius, radii_of_groups
 

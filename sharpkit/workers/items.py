@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 import torch
 
+from sharpkit.contract.precision import Precision, current_precision, precision
 from sharpkit.errors import ArgumentError, SharpkitError
 from sharpkit.workers.threads import limited_threads
 
@@ -42,8 +44,8 @@ def run_items(
 
     An item that raises is a `Failure`; the others go on. In "processes" and "ray", so is one that
     takes too long or too much memory, and one whose worker died twice: a crash is tried once more.
-    Every item is computed with the same number of threads, hence the same bits, in any backend and
-    with any number of workers.
+    Every item is computed with the same number of threads and at the `precision` of the caller,
+    hence the same bits, in any backend and with any number of workers.
 
     Args:
         function: Called with an item and the device to use. Workers get a pickled copy, once.
@@ -71,6 +73,7 @@ def run_items(
         [(1, 10), (2, 20)]
     """
     check_limits(backend, workers, threads, timeout, memory)
+    function = partial(_at_precision, current_precision(), function)
     if backend == "inline":
         return _run_inline(function, items, threads, device)
     if backend == "processes":
@@ -132,6 +135,14 @@ def error_message(error: Exception) -> str:
     """One line about an error; its type too, unless it is one of sharpkit's."""
     text = " ".join(str(error).split())
     return text if isinstance(error, SharpkitError) else f"{type(error).__name__}: {text}"
+
+
+def _at_precision(
+    kind: Precision, function: Callable[[Item, str], Result], item: Item, device: str
+) -> Result:
+    """What a function gives that measures as the driver does, in whichever process."""
+    with precision(kind):
+        return function(item, device)
 
 
 def _run_inline(

@@ -1,4 +1,4 @@
-"""Models as pure functions, the exact cross-entropy, and reading examples."""
+"""Models as pure functions, and the exact cross-entropy."""
 
 from __future__ import annotations
 
@@ -10,19 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    TensorDataset,
-)
 
-from sharpkit.contract.examples import load_examples, load_in_order
-from sharpkit.contract.functional import FunctionalModel, frozen
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.holding import frozen
 from sharpkit.contract.losses import cross_entropy, mean_squared_error
 from sharpkit.contract.parameters import floating_parameters, select_parameters
-from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.errors import ArgumentError, ModelError
 
 
 @given(
@@ -173,72 +166,3 @@ def test_models_without_parameters_or_with_strange_outputs_are_refused():
 
     with pytest.raises(ModelError, match="returned list"):
         FunctionalModel(Strange(2, 2))({}, torch.randn(1, 2))
-
-
-def test_reads_the_first_n_of_a_seeded_order():
-    x = torch.arange(10.0).unsqueeze(1)
-    whole = load_examples((x, torch.arange(10)), seed=3)
-    part = load_examples(TensorDataset(x, torch.arange(10)), n=4, seed=3)
-    assert torch.equal(whole.labels[:4], part.labels)
-    assert sorted(whole.labels.tolist()) == list(range(10))
-    assert load_examples((x, torch.arange(10)), n=3, seed=None).labels.tolist() == [0, 1, 2]
-
-
-def test_reads_iterable_data_and_loaders_with_their_own_sampler():
-    class Stream(IterableDataset):
-        def __iter__(self):
-            yield from ((torch.tensor([float(i)]), torch.tensor(i)) for i in range(5))
-
-    assert load_examples(Stream(), seed=None).labels.tolist() == [0, 1, 2, 3, 4]
-    assert load_examples(DataLoader(Stream(), batch_size=2), seed=None).labels.tolist() == [
-        *range(5)
-    ]
-    data = TensorDataset(torch.arange(5.0).unsqueeze(1), torch.arange(5))
-    chosen = DataLoader(data, sampler=[4, 0, 2], batch_size=2)
-    assert load_examples(chosen, seed=None).labels.tolist() == [4, 0, 2]
-
-
-def test_refuses_what_is_not_a_pair():
-    with pytest.raises(DataError, match="pair"):
-        load_examples((torch.zeros(2), torch.zeros(2), torch.zeros(2)))
-    with pytest.raises(DataError, match="3 tensors"):
-        load_examples(TensorDataset(torch.zeros(2), torch.zeros(2), torch.zeros(2)))
-    with pytest.raises(DataError, match="pairs"):
-        load_examples([torch.zeros(3), torch.zeros(3), torch.zeros(3)])
-
-
-def test_reads_a_plain_list_of_pairs():
-    pairs = [(torch.tensor([float(i)]), i) for i in range(4)]
-    assert load_examples(pairs, seed=None).labels.tolist() == [0, 1, 2, 3]
-
-
-def test_other_samplers_are_followed():
-    data = TensorDataset(torch.arange(20.0).unsqueeze(1), torch.arange(20))
-    batches = DataLoader(data, batch_sampler=BatchSampler([1, 2, 3, 4], 2, False))
-    assert load_examples(batches, seed=None).labels.tolist() == [1, 2, 3, 4]
-    few = DataLoader(data, sampler=RandomSampler(data, num_samples=5))
-    assert len(load_examples(few)) == 5
-
-
-def test_a_loader_that_shuffles_stands_for_its_data_set_in_order():
-    data = TensorDataset(torch.arange(20.0).unsqueeze(1), torch.arange(20))
-
-    def doubled(items):
-        return torch.stack([2 * x for x, _ in items]), torch.stack([y for _, y in items])
-
-    loader = DataLoader(data, batch_size=3, shuffle=True, collate_fn=doubled)
-    assert load_in_order(loader).labels.tolist() == list(range(20))
-    assert load_in_order(loader, 2).inputs.tolist() == [[0.0], [2.0]]
-    assert load_in_order(DataLoader(data, sampler=[4, 0])).labels.tolist() == [4, 0]
-    with pytest.raises(DataError, match="shuffles"):
-        load_examples(loader, seed=None)
-
-
-def test_items_of_a_subclass_are_its_own():
-    class Negated(TensorDataset):
-        def __getitem__(self, index):
-            x, y = super().__getitem__(index)
-            return -x, y
-
-    data = Negated(torch.arange(3.0).unsqueeze(1), torch.arange(3))
-    assert load_examples(data, seed=None).inputs.flatten().tolist() == [0.0, -1.0, -2.0]

@@ -7,7 +7,7 @@ from curvature_cases import BUILDERS, dense_hessian, make
 from matrices import SPECTRA, marchenko_pastur, wishart, with_spectrum
 from scipy.stats import wasserstein_distance
 
-from sharpkit.curvature import HessianOperator, spectral_density
+from sharpkit.curvature import GaussNewtonOperator, HessianOperator, spectral_density
 from sharpkit.errors import ArgumentError
 
 GRIDS = ["linear", "symlog"]
@@ -62,8 +62,82 @@ def test_a_log_grid_shows_positive_spectra_only():
     density = spectral_density(a, steps=60, probes=2, grid="log")
     assert abs(np.trapezoid(density.density, density.grid) - 1) < 1e-6
     assert density.spacing == "log"
+    assert density.zero_share == 0
     with pytest.raises(ArgumentError, match='use "symlog"'):
         spectral_density(with_spectrum(SPECTRA["uniform"]), steps=10, grid="log")
+    with pytest.raises(ArgumentError, match="a spectrum that is 0"):
+        spectral_density(torch.zeros(9, 9), steps=3, grid="log")
+
+
+def test_a_negative_eigenvalue_that_is_not_rounding_is_refused_on_a_log_grid():
+    values = np.concatenate([[-1e-10], np.geomspace(1e-3, 1, 30)])
+    with pytest.raises(ArgumentError, match='use "symlog"'):
+        spectral_density(with_spectrum(values), steps=31, grid="log")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 10, 35])
+def test_zeros_are_one_peak_at_the_left_end_of_a_log_grid(rank, dtype):
+    # with every basis vector as a probe there is no sampling error
+    values = np.concatenate([np.zeros(40 - rank), np.geomspace(0.1, 2, rank)])
+    density = spectral_density(
+        with_spectrum(values).to(dtype),
+        steps=40,
+        probes=torch.eye(40, dtype=dtype),
+        grid="log",
+        bandwidth=0.1,
+    )
+    assert density.resolution == pytest.approx(16 * torch.finfo(dtype).eps * values[-1], rel=1e-3)
+    assert density.zero_share == pytest.approx(1 - rank / 40, abs=1e-5)
+    assert density.mass == pytest.approx(1, abs=1e-6)
+    left = density.grid < 1e-2
+    at_zero = np.trapezoid(density.density[left], density.grid[left])
+    assert at_zero == pytest.approx(density.zero_share, rel=1e-6)
+    peak = density.grid[left][np.argmax((density.density * density.grid)[left])]
+    assert peak == pytest.approx(density.resolution, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_a_gauss_newton_matrix_has_a_log_spectrum(name, dtype):
+    model, data = make(name, dtype=dtype)
+    ggn = GaussNewtonOperator(model, data)
+    density = spectral_density(ggn, steps=60, probes=4, grid="log")
+    assert density.mass == pytest.approx(1, abs=1e-6)
+    # the squared share of a random vector in a subspace has variance below 1 / (2P)
+    size = ggn.shape[0]
+    rank = int((torch.linalg.eigvalsh(ggn.to_dense()) > density.resolution).sum())
+    assert density.zero_share == pytest.approx(1 - rank / size, abs=4 * (0.5 / size / 4) ** 0.5)
+
+
+@pytest.mark.parametrize("grid", ["linear", "symlog", "log"])
+@pytest.mark.parametrize("name", ["outliers", "degenerate", "rank_deficient", "identity"])
+def test_a_power_of_two_changes_nothing_but_the_scale(name, grid):
+    values = np.abs(SPECTRA[name]) if grid == "log" else SPECTRA[name]
+    a = with_spectrum(values / np.abs(values).max()).float()
+    plain = spectral_density(a, steps=20, probes=2, grid=grid)
+    for power in (2.0**-100, 2.0**-50, 2.0**100):
+        density = spectral_density(a * power, steps=20, probes=2, grid=grid)
+        for attribute in ("nodes", "resolution", "trace", "trace_std_error", "frobenius_norm"):
+            scaled = np.asarray(getattr(plain, attribute)) * power
+            assert np.array_equal(getattr(density, attribute), scaled), attribute
+        assert density.frobenius_norm_std_error == pytest.approx(
+            plain.frobenius_norm_std_error * power, rel=1e-12
+        )
+        assert np.allclose(density.grid / power, plain.grid, rtol=1e-9)
+        seen = plain.density > 1e-6 * plain.density.max()
+        assert np.allclose(density.density[seen] * power, plain.density[seen], rtol=1e-6)
+        assert density.zero_share == plain.zero_share
+
+
+def test_moments_of_float64_at_the_end_of_its_range():
+    a = with_spectrum(SPECTRA["outliers"])
+    plain, tiny = (spectral_density(m, steps=20) for m in (a, a * 2.0**-600))
+    assert tiny.frobenius_norm == pytest.approx(plain.frobenius_norm * 2.0**-600, rel=1e-12)
+    assert (tiny.std_error > 0).any()
+    assert tiny.frobenius_norm_std_error == pytest.approx(
+        plain.frobenius_norm_std_error * 2.0**-600, rel=1e-12
+    )
 
 
 def test_grids_of_your_own_and_regridding():

@@ -6,8 +6,8 @@ import torch
 from curvature_cases import PROBLEMS, dense_hessian, make
 from matrices import SPECTRA, with_spectrum
 
-from sharpkit.curvature import HessianOperator, top_eigenvalues
-from sharpkit.errors import ArgumentError
+from sharpkit.curvature import GaussNewtonOperator, HessianOperator, top_eigenvalues
+from sharpkit.errors import ArgumentError, ModelError
 
 
 @pytest.mark.parametrize(("name", "loss"), PROBLEMS)
@@ -41,15 +41,70 @@ def test_known_spectra_with_their_multiplicities(name, which, k):
     assert found.converged
 
 
-def test_float32_and_small_losses():
-    # products of a loss scaled by 1e-6 must not run into an absolute threshold
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e-25, 1e-30, 1e25, 1e30])
+def test_float32_at_every_scale_of_the_loss(scale):
+    # neither thresholds nor squares may depend on the scale: 1e-25 squared is 0 in float32
     model, (x, y) = make("mlp", dtype=torch.float32)
     exact = torch.linalg.eigvalsh(dense_hessian("mlp", "cross_entropy")).flip(0)[:3].numpy()
-    for scale in (1.0, 1e-6):
-        loss = lambda f, labels, s=scale: s * torch.nn.functional.cross_entropy(f, labels)  # noqa: E731
-        found = top_eigenvalues(HessianOperator(model, (x, y), loss=loss), 3)
-        assert np.allclose(found.values / scale, exact, rtol=1e-4)
-        assert found.vectors.dtype == torch.float32
+
+    def loss(outputs, labels):
+        return scale * torch.nn.functional.cross_entropy(outputs, labels)
+
+    found = top_eigenvalues(HessianOperator(model, (x, y), loss=loss), 3)
+    assert np.allclose(found.values / scale, exact, rtol=1e-4)
+    assert found.vectors.dtype == torch.float32
+    assert found.converged
+    assert 0 < found.residual_norms.max() <= 4e-5 * found.values[0]
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_a_power_of_two_changes_nothing_but_the_scale(name, which):
+    # bit for bit: multiplying by a power of two does not round
+    a = with_spectrum(SPECTRA[name] / (np.abs(SPECTRA[name]).max() or 1.0)).float()
+    plain = top_eigenvalues(a, 1, which=which)
+    for power in (2.0**-100, 2.0**-50, 2.0**100):
+        found = top_eigenvalues(a * power, 1, which=which)
+        assert np.array_equal(found.values, plain.values * power)
+        assert np.array_equal(found.residual_norms, plain.residual_norms * power)
+        assert torch.equal(found.vectors, plain.vectors)
+        assert (found.products, found.converged) == (plain.products, plain.converged)
+
+
+def test_a_matrix_too_small_for_its_dtype_is_refused():
+    a = with_spectrum(SPECTRA["outliers"]).float() * 1e-38
+    with pytest.raises(ModelError, match="too near the smallest number of float32"):
+        top_eigenvalues(a, 2)
+    assert top_eigenvalues(a.double(), 2).values == pytest.approx([100e-38, 20e-38], rel=1e-5)
+
+
+def flat_end(size, zeros):
+    """Most of the spectrum within 1e-6 of its lower end, after so many zeros."""
+    return np.concatenate([np.zeros(zeros), np.geomspace(1e-6, 100, size - zeros)])
+
+
+@pytest.mark.parametrize("zeros", [0, 3, 100, 190])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+@pytest.mark.parametrize("k", [1, 5, 60, 199, 200])
+def test_a_small_matrix_takes_no_more_products_than_its_tridiagonalisation(zeros, which, k):
+    values = flat_end(200, zeros)
+    found = top_eigenvalues(with_spectrum(values), k, which=which)
+    assert found.converged
+    assert found.products <= 200 + k
+    exact = np.sort(values)[:k] if which == "SA" else np.sort(values)[::-1][:k]
+    assert np.abs(found.values - exact).max() < 1e-6  # 1e-8 of the largest
+    gram = found.vectors.T @ found.vectors
+    assert torch.allclose(gram, torch.eye(k, dtype=torch.float64), atol=1e-12)
+
+
+def test_the_lower_end_of_a_rank_deficient_gauss_newton_matrix():
+    model, data = make("mlp", dtype=torch.float64)
+    ggn = GaussNewtonOperator(model, data)
+    found = top_eigenvalues(ggn, 5, which="SA")
+    top = float(torch.linalg.matrix_norm(ggn.to_dense(), 2))
+    assert found.converged
+    assert np.abs(found.values).max() < 1e-12 * top
+    assert found.products <= ggn.shape[0] + 5
 
 
 def test_running_out_of_products_is_said():
@@ -67,6 +122,7 @@ def test_restarts_need_little_memory():
     values = SPECTRA["uniform"]
     found = top_eigenvalues(with_spectrum(values), 2, subspace=8)
     assert np.allclose(found.values, np.sort(values)[::-1][:2], atol=1e-8)
+    assert found.converged
 
 
 @pytest.mark.parametrize(

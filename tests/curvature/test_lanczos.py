@@ -80,6 +80,39 @@ def test_probes_do_not_depend_on_each_other():
     assert np.allclose(together.diagonal[1], alone.diagonal[0], atol=1e-12)
 
 
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_power_of_two_changes_nothing_but_the_scale(name):
+    # bit for bit, in float32, where squares of 2^-100 are 0 and squares of 2^100 are infinite
+    a = with_spectrum(SPECTRA[name] / (np.abs(SPECTRA[name]).max() or 1.0)).float()
+    steps = min(20, len(a))
+    plain = lanczos(a, steps=steps, probes=2, keep_basis=True)
+    for power in (2.0**-100, 2.0**-50, 2.0**100):
+        run = lanczos(a * power, steps=steps, probes=2, keep_basis=True)
+        assert np.array_equal(run.diagonal, plain.diagonal * power)
+        assert np.array_equal(run.off_diagonal, plain.off_diagonal * power)
+        assert torch.equal(run.basis, plain.basis)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_the_length_of_a_start_vector_does_not_matter(scale):
+    a, start = with_spectrum(SPECTRA["uniform"]).float(), torch.randn(120, 1)
+    nodes, _ = lanczos(a, steps=5, probes=start * scale).quadrature()
+    assert np.allclose(nodes, lanczos(a, steps=5, probes=start).quadrature()[0], atol=1e-6)
+
+
+def test_probes_of_very_different_curvature_share_a_run():
+    a = torch.diag(torch.tensor([1e-20, 2e-20, 3e10, 4e10]))
+    starts = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]).T
+    nodes, _ = lanczos(a, steps=2, probes=starts).quadrature()
+    assert np.allclose(nodes, [[1e-20, 2e-20], [3e10, 4e10]], rtol=1e-6)
+
+
+def test_a_matrix_too_small_for_its_dtype_is_refused():
+    with pytest.raises(ModelError, match="too near the smallest number of float32"):
+        lanczos(1e-37 * torch.eye(30), steps=2)
+    assert (lanczos(torch.zeros(30, 30), steps=2).diagonal == 0).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -35,8 +35,8 @@ def test_blocks_and_groups_of_your_own():
     assert list(layer_spectra(model, data, by=groups, steps=3, probes=1)) == ["biases", "rest"]
     with pytest.raises(ArgumentError, match="by must be"):
         layer_spectra(model, data, by="neuron")
-    with pytest.raises(ArgumentError, match="no layer with parameters that require gradients"):
-        layer_spectra(nn.Linear(2, 2).requires_grad_(False), data)
+    with pytest.raises(ArgumentError, match="no block with parameters that require gradients"):
+        layer_spectra(nn.Linear(2, 2), data, by="block")
 
 
 def test_measures_agree_with_the_dense_hessian_in_any_mode():

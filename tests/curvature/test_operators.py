@@ -11,7 +11,9 @@ import torch
 from curvature_cases import PROBLEMS, N, dense_hessian, jacobian, make, relative
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from sharpkit.contract.precision import precision
 from sharpkit.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
 from sharpkit.curvature.rules import fast_rules
 
@@ -182,6 +184,312 @@ def test_a_custom_loss_and_outputs_of_any_rank():
     )(x).flatten(1)
     empirical = FisherOperator(model, data, loss=loss, kind="empirical", chunk=4)
     assert relative(empirical.to_dense(), gradients.T @ gradients / 6) < 1e-12
+
+
+def plain_hessian(total, parameters):
+    """Row by row, by double backward with torch alone; complex parameters as pairs of reals."""
+    first = torch.autograd.grad(total(), parameters, create_graph=True)
+    rows = [
+        torch.autograd.grad(entry, parameters, retain_graph=True, materialize_grads=True)
+        for g in first
+        for entry in real(g).flatten()
+    ]
+    return torch.stack([torch.cat([real(g).reshape(-1) for g in row]) for row in rows])
+
+
+def real(tensor):
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def perturb(model):
+    """Later training."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.5)
+
+
+def five_to_three():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return model, (torch.randn(40, 5).double(), (torch.arange(40) % 5).clamp(max=2))
+
+
+CLASS_WEIGHTS = torch.tensor([5.0, 1.0, 0.2], dtype=torch.float64)
+WEIGHTED = {
+    "class weights": nn.CrossEntropyLoss(weight=CLASS_WEIGHTS),
+    "ignored labels": nn.CrossEntropyLoss(ignore_index=2),
+    "sums and weights": lambda f, y: (
+        CLASS_WEIGHTS[y] * F.cross_entropy(f, y, reduction="none"),
+        CLASS_WEIGHTS[y],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_losses_with_weights_of_their_own_do_not_depend_on_the_chunk(name):
+    model, (x, y) = five_to_three()
+    x, y = x[y.argsort()], y.sort()[0]  # chunks of one class each
+    loss = WEIGHTED[name]
+    weights = (y != 2).double() if name == "ignored labels" else CLASS_WEIGHTS[y]
+    share = weights / weights.sum()
+    parameters = list(model.parameters())
+
+    def each():
+        return F.cross_entropy(model(x), y, reduction="none")
+
+    expected = plain_hessian(lambda: each() @ share, parameters)
+    gradients = torch.stack([
+        torch.cat([g.flatten() for g in torch.autograd.grad(e, parameters, retain_graph=True)])
+        for e in each()
+    ])  # fmt: skip
+    p = model(x).softmax(1).detach()
+    inner = share[:, None, None] * (torch.diag_embed(p) - p[:, :, None] * p[:, None])
+    jacobian = torch.stack([
+        torch.cat([g.flatten() for g in torch.autograd.grad(o, parameters, retain_graph=True)])
+        for o in model(x).flatten()
+    ]).view(40, 3, -1)  # fmt: skip
+    newton = torch.einsum("nap,nab,nbq->pq", jacobian, inner, jacobian)
+    empirical = 40 * torch.einsum("np,n,nq->pq", gradients, share**2, gradients)
+    for chunk, budget in ((40, None), (7, None), (1, 0)):
+        how = {"loss": loss, "chunk": chunk, "memory_budget": budget}
+        hessian = HessianOperator(model, (x, y), **how)
+        assert hessian.loss == pytest.approx(float(each() @ share), rel=1e-12)
+        assert relative(hessian.gradient, share @ gradients) < 1e-12
+        assert relative(hessian.to_dense(), expected) < 1e-12
+        assert relative(GaussNewtonOperator(model, (x, y), **how).to_dense(), newton) < 1e-12
+        fisher = FisherOperator(model, (x, y), kind="empirical", **how)
+        assert relative(fisher.to_dense(), empirical) < 1e-12
+    if name == "ignored labels":
+        assert relative(FisherOperator(model, (x, y), **how).to_dense(), newton) < 1e-12
+
+
+@pytest.mark.parametrize("chunk", ["auto", 2, 1])
+def test_batches_of_sequences_of_different_lengths(chunk):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Tanh(), nn.Linear(4, 5)).double()
+    sizes = ((3, 4), (5, 7), (2, 4))
+    batches = [(torch.randint(0, 9, s), torch.randint(0, 5, s)) for s in sizes]
+    for _, labels in batches:
+        labels[torch.rand(labels.shape) < 0.3] = -100
+    labels = torch.cat([labels.flatten() for _, labels in batches])
+
+    def total():
+        return F.cross_entropy(torch.cat([model(x).flatten(0, 1) for x, _ in batches]), labels)
+
+    operator = HessianOperator(model, batches, chunk=chunk)
+    assert relative(operator.to_dense(), plain_hessian(total, list(model.parameters()))) < 1e-12
+    fisher = FisherOperator(model, batches, chunk=chunk).to_dense()
+    assert relative(fisher, GaussNewtonOperator(model, batches).to_dense()) < 1e-12
+
+
+def test_cross_entropy_of_torch_has_its_true_fisher_with_classes_on_its_own_axis():
+    torch.manual_seed(0)
+    model = nn.Conv1d(2, 3, 1).double()  # classes on axis 1
+    data = torch.randn(6, 2, 4).double(), torch.randint(0, 3, (6, 4))
+    for loss in (nn.CrossEntropyLoss(), F.cross_entropy, nn.CrossEntropyLoss(ignore_index=1)):
+        fisher = FisherOperator(model, data, loss=loss, chunk=4).to_dense()
+        assert relative(fisher, GaussNewtonOperator(model, data, loss=loss).to_dense()) < 1e-12
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("budget", [None, 0])
+def test_activation_checkpointing_changes_nothing_also_after_training(reentrant, budget):
+    class Checkpointed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            hidden = checkpoint(self.inner[:2], x, use_reentrant=reentrant)
+            return self.inner[2](hidden)
+
+    model, data = five_to_three()
+    expected = HessianOperator(model, data).to_dense()
+    operator = HessianOperator(Checkpointed(model), data, chunk=9, memory_budget=budget)
+    perturb(model)
+    assert relative(operator.to_dense(), expected) < 1e-12
+
+
+class _Recomputed(torch.autograd.Function):
+    """Runs a module again in the backward pass, at whatever weights it holds then."""
+
+    @staticmethod
+    def forward(ctx, module, x, *parameters):
+        ctx.module = module
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return module(x)
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            again = ctx.module(x)
+            sources = [x, *ctx.module.parameters()]
+            return None, *torch.autograd.grad(again, sources, slope, create_graph=True)
+
+
+@pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator, FisherOperator])
+def test_a_backward_pass_that_runs_the_model_again_finds_the_operators_weights(kind):
+    class Recomputing(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            hidden = self.inner[1](self.inner[0](x))
+            return torch.tanh(_Recomputed.apply(self.inner[2], hidden, *self.inner[2].parameters()))
+
+    model, data = five_to_three()
+    expected = kind(nn.Sequential(model, nn.Tanh()), data).to_dense()
+    operator = kind(Recomputing(model), data, chunk=9)
+    perturb(model)
+    assert relative(operator.to_dense(), expected) < 1e-12
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_compiled_and_distributed_models_are_those_inside():
+    model, data = five_to_three()
+    expected = HessianOperator(model, data)
+    v = torch.ones(expected.shape[0], dtype=torch.float64)
+    partly = nn.Sequential(torch.compile(model[:2], backend="eager"), model[2])
+    partly(data[0])
+    for wrapped in (torch.compile(model, backend="eager"), nn.DataParallel(model), partly):
+        assert relative(HessianOperator(wrapped, data) @ v, expected @ v) < 1e-14
+    names = HessianOperator(nn.DataParallel(model), data).parameters
+    assert list(names) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_complex_weight_is_two_real_ones(copied):
+    class Fourier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(3).double())
+            self.weight = nn.Parameter(torch.randn(3, 3, dtype=torch.cdouble))
+            self.own = [self.weight]
+
+        def forward(self, x):
+            weight = self.own[0] if copied else self.weight
+            return (torch.fft.rfft(x) @ weight).abs() + self.bias
+
+    _, (x, y) = five_to_three()
+    model = Fourier()
+    operator = HessianOperator(model, (x, y), chunk=9)
+    assert dict(operator.parameters) == {"bias": (3,), "weight": (3, 3, 2)}
+    expected = plain_hessian(lambda: F.cross_entropy(model(x), y), list(model.parameters()))
+    assert relative(operator.to_dense(), expected) < 1e-12
+    assert relative(
+        FisherOperator(model, (x, y)).to_dense(), GaussNewtonOperator(model, (x, y)).to_dense()
+    ) < 1e-12  # fmt: skip
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+def test_weights_reached_by_references_of_its_own_are_those_of_a_copy(budget):
+    class Listed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.own = [inner[0].weight, inner[0].bias]
+
+        def forward(self, x):
+            return self.inner[2](torch.tanh(F.linear(x, *self.own)))
+
+    model, data = five_to_three()
+    expected = HessianOperator(model, data).to_dense()
+    traced = torch.jit.trace(model, data[0])
+    for other in (Listed(model), traced):
+        operator = HessianOperator(other, data, chunk=9, memory_budget=budget)
+        perturb(model)
+        assert relative(operator.to_dense(), expected) < 1e-12
+        with torch.no_grad():
+            for p in model.parameters():
+                p.sub_(0.5)
+
+
+class Jacobians(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x) + torch.vmap(torch.func.jacrev(self.inner))(x).sum(-1)
+
+
+class Slopes(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.inner(x).sin().sum(), x, create_graph=True)
+        return self.inner(slope)
+
+
+@pytest.mark.parametrize("build", [Jacobians, Slopes])
+def test_models_that_differentiate_in_their_forward_pass(build):
+    model, (x, y) = five_to_three()
+    model = build(model)
+    operator = HessianOperator(model, (x, y), chunk=9)
+    expected = plain_hessian(lambda: F.cross_entropy(model(x), y), list(model.parameters()))
+    assert relative(operator.to_dense(), expected) < 1e-12
+    newton = GaussNewtonOperator(model, (x, y), chunk=9).to_dense()
+    assert relative(newton, FisherOperator(model, (x, y)).to_dense()) < 1e-12
+
+
+def test_a_regulariser_that_reads_the_weights_is_part_of_the_hessian():
+    model, (x, y) = five_to_three()
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs, labels) + 0.1 * model[0].weight.square().sum()
+
+    operator = HessianOperator(model, (x, y), loss=loss, chunk=9)
+    expected = plain_hessian(lambda: loss(model(x), y), list(model.parameters()))
+    perturb(model)
+    assert relative(operator.to_dense(), expected) < 1e-12
+
+
+def test_outputs_of_any_structure():
+    class Heads(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.side = inner, nn.Linear(4, 2).double()
+
+        def forward(self, x):
+            hidden = torch.tanh(self.inner[0](x))
+            aside = self.side(hidden)
+            return {"main": self.inner[2](hidden), "aside": (aside, aside.argmax(1))}
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs["main"], labels) + 0.5 * (
+            outputs["aside"][0].square().sum() / len(labels)
+        )
+
+    model, (x, y) = five_to_three()
+    model = Heads(model)
+    hessian = HessianOperator(model, (x, y), loss=loss, chunk=9)
+    expected = plain_hessian(lambda: loss(model(x), y), list(model.parameters()))
+    assert relative(hessian.to_dense(), expected) < 1e-12
+    last = ("inner.2.*", "side.*")  # the outputs are linear in these
+    newton = GaussNewtonOperator(model, (x, y), loss=loss, parameters=last, chunk=9)
+    block = HessianOperator(model, (x, y), loss=loss, parameters=last)
+    assert relative(newton.to_dense(), block.to_dense()) < 1e-12
+    single = [HessianOperator(model, (x[i : i + 1], y[i : i + 1]), loss=loss) for i in range(40)]
+    gradients = torch.stack([operator.gradient for operator in single])
+    fisher = FisherOperator(model, (x, y), loss=loss, kind="empirical", chunk=9)
+    assert relative(fisher.to_dense(), gradients.T @ gradients / 40) < 1e-12
+
+
+def test_an_operator_says_what_it_did():
+    model, data = five_to_three()
+    model[0].requires_grad_(False)
+    with precision("tf32"):
+        operator = HessianOperator(model, data)
+    assert (operator.precision, operator.mode) == ("tf32", "reverse")
+    assert operator.left_out == ("0.weight", "0.bias")
+    assert list(operator.parameters) == ["2.weight", "2.bias"]
+    assert HessianOperator(model, data).precision == "full"
 
 
 def test_a_linear_loss_has_no_curvature():

@@ -7,6 +7,7 @@ import torch
 from curvature_cases import make
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import (
     DataLoader,
     Dataset,
@@ -142,15 +143,14 @@ def test_selections(kind):
     with pytest.raises(ArgumentError, match="no parameter of the model"):
         kind(model, (X, Y), parameters=nn.Linear(3, 3))
     model[0].requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"left out: 0.weight, 0.bias"):
-        assert kind(model, (X, Y)).shape == (10, 10)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert kind(model, (X, Y), parameters="*").shape == (26, 26)
+    operator = kind(model, (X, Y))
+    assert operator.shape == (10, 10)
+    assert operator.left_out == ("0.weight", "0.bias")
+    everything = kind(model, (X, Y), parameters="*")
+    assert (everything.shape, everything.left_out) == ((26, 26), ())
     assert not model[0].weight.requires_grad
     model.requires_grad_(False)
-    with pytest.raises(ArgumentError, match="all have requires_grad=False"):
-        kind(model, (X, Y))
+    assert kind(model, (X, Y)).shape == (26, 26)
     with pytest.raises(ArgumentError, match=r"float16.*model.float\(\)"):
         kind(nn.Linear(3, 2).half(), (X, Y))
     mixed = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).double())
@@ -202,21 +202,99 @@ def test_labels_and_sizes():
     with pytest.raises(ArgumentError, match="kind must be"):
         FisherOperator(nn.Linear(3, 2), (X, Y), kind="sampled")
     with pytest.raises(ArgumentError, match="needs the likelihood"):
-        FisherOperator(nn.Linear(3, 2), (X, Y), loss=F.cross_entropy)
+        FisherOperator(nn.Linear(3, 2), (X, Y), loss=lambda f, y: F.cross_entropy(f, y))
+    with pytest.raises(ArgumentError, match="needs the likelihood"):
+        FisherOperator(nn.Linear(3, 2), (X, Y), loss=nn.CrossEntropyLoss(label_smoothing=0.1))
+    with pytest.raises(ArgumentError, match="needs the likelihood"):
+        FisherOperator(nn.Linear(3, 2), (X, F.one_hot(Y).float()), loss=nn.CrossEntropyLoss())
 
 
 def test_graphs_that_do_not_fit_are_refused_with_their_size(monkeypatch):
     monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 100)
     with pytest.raises(ArgumentError, match=r"one chunk of 12 examples needs .* MB on cpu.*0.0 MB"):
         HessianOperator(nn.Linear(3, 2), (X, Y))
-    monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 2000)
+    monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 400)
     with pytest.raises(ArgumentError, match=r"keeping 12 of 12 chunks needs"):
         HessianOperator(nn.Linear(3, 2), (X, Y), chunk=1, memory_budget=10**9)
     operator = HessianOperator(nn.Linear(3, 2), (X, Y), chunk=1)
-    assert operator.kept_bytes <= 1000
+    assert operator.kept_bytes <= 200
     with pytest.raises(ArgumentError, match=r"a dense 8 x 8 matrix needs"):
         monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 100)
         operator.to_dense()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_data_changed_in_place_are_noticed_where_they_are_read_again(kind):
+    x = X.clone()
+    kept = kind(nn.Linear(3, 2), (x, Y), chunk=5)
+    again = kind(nn.Linear(3, 2), (x, Y), chunk=5, memory_budget=0)
+    v = torch.ones(8)
+    product = kept @ v
+    again @ v
+    x[7] += 1
+    assert torch.equal(kept @ v, product)
+    with pytest.raises(DataError, match="examples 4 to 7 have changed"):
+        again @ v
+    with kept:
+        pass
+    with pytest.raises(DataError, match="examples 4 to 7 have changed"):
+        kept @ v
+
+
+def test_a_model_that_computes_something_else_later_is_noticed():
+    model = Applied(torch.tanh)
+    operator = HessianOperator(model, (X, Y), memory_budget=0)
+    model.function = torch.sin
+    with pytest.raises(ModelError, match="the model computes something else"):
+        operator @ torch.ones(8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_only_a_closure_reaches(kind):
+    model = nn.Linear(3, 2)
+    weight = model.weight
+    hidden = Applied(lambda z: z)
+    hidden.function = lambda z: z @ hidden_weight
+    hidden_weight = nn.Parameter(torch.eye(2))
+    hidden.register_parameter("own", hidden_weight)
+    with pytest.raises(ModelError, match=r"references of its own.*also in a copy"):
+        kind(hidden, (X, Y))
+    with pytest.raises(ModelError, match=r"references of its own.*also in a copy"):
+        kind(model, (X, Y), loss=lambda f, y: F.cross_entropy(f, y) + weight.square().sum())
+
+
+def test_a_model_that_cannot_be_copied():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.own = [self.linear.weight]
+
+        def forward(self, x):
+            return x @ self.own[0].T
+
+        def __deepcopy__(self, memo):
+            raise TypeError("holds a socket")
+
+    with pytest.raises(ModelError, match=r"cannot be copied \(holds a socket\)"):
+        HessianOperator(Listed(), (X, Y))
+
+
+@pytest.mark.parametrize("kind", [GaussNewtonOperator, FisherOperator])
+def test_a_loss_that_reads_the_weights_has_no_curvature_of_the_outputs(kind):
+    model = nn.Linear(3, 2)
+    options = {"kind": "empirical"} if kind is FisherOperator else {}
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs, labels) + model.weight.square().sum()
+
+    with pytest.raises(ModelError, match="depends on the weights also at fixed outputs"):
+        kind(model, (X, Y), loss=loss, **options)
+
+
+def test_labels_of_which_none_counts():
+    with pytest.raises(DataError, match="no label counts"):
+        HessianOperator(nn.Linear(3, 2), (X, torch.full((12,), -100)))
 
 
 class _ForwardOnly(torch.autograd.Function):
@@ -265,30 +343,35 @@ def test_forward_mode_steps_in_with_a_warning_that_names_the_operation(kind):
     torch.manual_seed(0)
     model = Applied(_ForwardOnly.apply).double()
     data = X.double(), Y
-    with pytest.warns(UserWarning, match="aten::slope_backward has no second reverse-mode"):
+    with pytest.warns(UserWarning, match="forward over reverse.*aten::slope_backward"):
         operator = kind(model, data, chunk=5)
     assert operator.kept_chunks == 0
     model.function = torch.square
     assert torch.allclose(operator.to_dense(), kind(model, data).to_dense(), atol=1e-12)
 
 
-def test_fused_attention_pinned_by_the_model_is_refused_with_advice():
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_attention_pinned_by_the_model_is_computed_in_plain_steps(kind):
     class Pinned(nn.Module):
-        def __init__(self):
+        def __init__(self, backend):
             super().__init__()
+            self.backend = backend
             self.qkv = nn.Linear(8, 24)
             self.head = nn.Linear(8, 2)
 
         def forward(self, x):
             q, k, v = self.qkv(x).unflatten(-1, (3, 1, 8)).permute(2, 0, 3, 1, 4)
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            with sdpa_kernel(self.backend):
                 y = F.scaled_dot_product_attention(q, k, v)
             return self.head(y[:, 0].mean(1))
 
-    with pytest.raises(ModelError, match=r"flash_attention.*math kernel"):
-        HessianOperator(Pinned(), (torch.randn(12, 4, 8), Y))
+    torch.manual_seed(0)
+    model, data = Pinned(SDPBackend.FLASH_ATTENTION).double(), (torch.randn(12, 4, 8).double(), Y)
+    pinned = kind(model, data)
+    v = torch.randn(pinned.shape[0], dtype=torch.float64)
+    product = pinned @ v
+    model.backend = SDPBackend.MATH
+    assert torch.allclose(product, kind(model, data) @ v, atol=1e-12)
 
 
 def test_standard_attention_works_without_advice():

@@ -9,7 +9,7 @@ from curvature_cases import BUILDERS, dense_hessian, make
 from matrices import SPECTRA, with_spectrum
 
 from sharpkit.curvature import HessianOperator, frobenius_norm, trace
-from sharpkit.errors import ArgumentError
+from sharpkit.errors import ArgumentError, ModelError
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -50,6 +50,32 @@ def test_enough_products_are_exact_and_one_has_no_error_bar():
     assert (exact.std_error, exact.method) == (0.0, "exact")
     assert frobenius_norm(a, products=500).value == pytest.approx(float(a.norm()), rel=1e-12)
     assert math.isnan(trace(a, method="hutchinson", products=1).std_error)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_power_of_two_changes_nothing_but_the_scale(name, dtype):
+    a = with_spectrum(SPECTRA[name] / (np.abs(SPECTRA[name]).max() or 1.0)).to(dtype)
+    powers = (2.0**-100, 2.0**100) if dtype == torch.float32 else (2.0**-600, 2.0**600)
+    for estimate in (
+        lambda m: trace(m, products=30),
+        lambda m: trace(m, products=30, method="hutchinson"),
+        lambda m: trace(m, products=500),
+        frobenius_norm,
+        lambda m: frobenius_norm(m, products=500),
+    ):
+        plain = estimate(a)
+        for power in powers:
+            found = estimate(a * power)
+            assert found.value == plain.value * power
+            assert found.std_error == pytest.approx(plain.std_error * power, rel=1e-12)
+
+
+@pytest.mark.parametrize("estimate", [trace, frobenius_norm])
+def test_a_matrix_too_small_for_its_dtype_is_refused(estimate):
+    with pytest.raises(ModelError, match="too near the smallest number of float32"):
+        estimate(1e-37 * torch.eye(120))
+    assert estimate(torch.zeros(120, 120)).value == 0
 
 
 def test_bad_arguments_are_refused():

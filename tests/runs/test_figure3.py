@@ -17,7 +17,7 @@ from zoos import write_small_zoo
 
 import sharpkit as sk
 from sharpkit.cli import main
-from sharpkit.contract.examples import load_examples
+from sharpkit.contract.loading import load_examples
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.runs.figure3 import figure3, read_plan
 from sharpkit.runs.figure3.trainings import best_lr
@@ -284,7 +284,7 @@ def test_the_command_draws_and_tells_of_failures(preset, tmp_path):
     result = run("--preset", str(preset), "--panels", "right")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "out" / "figure3.png").is_file()
-    assert json.loads((tmp_path / "out" / "figure3.json").read_text()).keys() == {"power"}
+    assert json.loads((tmp_path / "out" / "figure3.json").read_text()).keys() == {"power", "right"}
     wild = tmp_path / "wild.toml"
     text = preset.read_text().replace("lr = [0.02, 0.05]", "lr = [0.05, 1e30]")
     wild.write_text(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from zoos import write_small_zoo
 
 import sharpkit as sk
-from sharpkit.contract.examples import load_examples
+from sharpkit.contract.loading import load_examples
 from sharpkit.errors import ArgumentError, DataError, RunError
 
 MEASURE = sk.MSharpness(m=[1, 4], rho=[0.05, 0.1])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from sharpkit.contract.rules import measuring_rules, refuse_other_rules
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PANELS = ("left", "middle", "right")
+_MEASURED = {"left": "spectra", "right": "scores"}  # panels with measurements, and their folders
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def figure3(
     Raises:
         ArgumentError: No such preset or panel, or a setting out of range; names file and field.
         DataError: The data are missing or damaged.
-        RunError: `out` holds another figure, belongs to another process, or a panel has no result.
+        RunError: `out` holds another figure, measurements of another precision or of an older
+            version's rules, belongs to another process, or a panel has no result.
 
     Source:
         Foret et al., ICLR 2021, section 4 and Figure 3.
@@ -127,7 +130,7 @@ def figure3(
         raise ArgumentError(f"panels is {list(panels)}, expected some of {', '.join(PANELS)}")
     root = Path(out)
     with sole_driver(root):
-        _claim(root / "figure3.json", plan, panels)
+        _claim(root, plan, panels)
         driver = _Driver(
             backend or default_backend(workers), workers, address, device, progress, {}
         )
@@ -253,16 +256,22 @@ def _predictive_power(driver: _Driver, plan: Plan, root: Path) -> pd.DataFrame:
     return table
 
 
-def _claim(path: Path, plan: Plan, panels: Collection[str]) -> None:
+def _claim(root: Path, plan: Plan, panels: Collection[str]) -> None:
     """Write down what the directory is for, or refuse one that is for something else."""
-    wanted = json.loads(json.dumps(asdict(plan)))
+    path = root / "figure3.json"
+    wanted = json.loads(json.dumps(asdict(plan))) | dict.fromkeys(_MEASURED, measuring_rules())
     needed = {"power"} if set(panels) == {"right"} else {"data", "training", "spectra"}
     needed |= {"power"} if "right" in panels else set()
+    measured = set(panels) & set(_MEASURED)
+    needed |= measured
     try:
         there = json.loads(path.read_text()) if path.is_file() else {}
         changed = [key for key in needed if key in there and there[key] != wanted[key]]
     except (ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged: delete it, or choose another directory") from error
+    for panel in sorted(measured):
+        if (root / _MEASURED[panel]).is_dir():
+            refuse_other_rules(there.get(panel, {}), root)
     if changed:
         listed = "; ".join(f"{key}: {changes(there[key], wanted[key])}" for key in sorted(changed))
         raise RunError(f"{path.parent} holds a figure of other settings ({listed}): choose another")

@@ -1,0 +1,318 @@
+"""The contract between a model, a loss and data, checked before anything is measured.
+
+Outputs have a row per example, examples do not influence each other, the same call gives the same
+outputs, the loss is a mean over examples or comes with its weights, and it fits outputs and labels.
+What a forward pass does besides is found out here as well, so that the passes that follow can put
+it back (see `Habits`). It looks at a few examples with labels as different as there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sharpkit.contract.embeddings import PlainEmbeddings
+from sharpkit.contract.examples import Examples, label_diverse
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
+from sharpkit.contract.modules import call_module
+from sharpkit.contract.parameters import some
+from sharpkit.contract.state import Found, same_values
+from sharpkit.errors import ModelError, SharpkitError
+
+_PROBED = 32  # examples
+# relative to the largest output: what different batch sizes may change by rounding
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
+_HALF = 0.1
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A few examples and the outputs that the model had for them when it was examined."""
+
+    function: FunctionalModel
+    examples: Examples
+    outputs: Any
+
+    def confirm(self) -> None:
+        """Raise ModelError if the model gives other outputs now than it did at first."""
+        if not close(self.outputs, _evaluate(self.function, self.examples)):
+            raise ModelError(
+                "the model gives other outputs after the measurement than before: its forward "
+                "pass keeps state that cannot be put back"
+            )
+
+
+def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found: Found) -> Probe:
+    """Raise unless model, loss and data can be measured; note the model's habits.
+
+    Args:
+        function: The model, inside `frozen`.
+        loss: The loss.
+        examples: All examples.
+        found: What `frozen` gave.
+
+    Returns:
+        Probe: To be confirmed when the measurement is done.
+
+    Raises:
+        DataError: For labels that do not fit the outputs.
+        ModelError: For a model that does not take the inputs, is random, lets examples influence
+            each other or rewrites its weights, or for a loss that is not a mean over examples.
+    """
+    probe = _probe(function, examples)
+    _choose_eval(function, probe, found)
+    outputs = _first_pass(function, probe, found)
+    check_rows(function.model, outputs, len(probe))
+    for part in examples.chunks(len(examples)):
+        alike = part.labels.shape[1:] == probe.labels.shape[1:]
+        one = part.slice(0, 1).to(function.device, function.dtype)
+        check_labels(part.labels, outputs if alike else _evaluate(function, one), loss.given)
+    loss.check(outputs, probe.labels)
+    _check_independent(function, probe, outputs)
+    changed = found.changed_parameters()
+    if changed:
+        raise ModelError(
+            f"the forward pass writes to the weights themselves ({some(changed)}): the loss at "
+            "given weights has no meaning; write the new values to a local variable instead"
+        )
+    if not loss.exact:
+        check_is_mean(loss, outputs, probe.labels)
+    few = probe.slice(0, 2)
+    first = pytree.tree_map(lambda t: t[: len(few)], outputs)
+    _check_swapping(function, loss, few, first)
+    return Probe(function, few, first)
+
+
+def close(a: Any, b: Any) -> bool:
+    """Whether outputs agree up to rounding; what is not finite is reported elsewhere."""
+    pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
+    return all(_close(x, y) for x, y in pairs if isinstance(x, Tensor))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    if not (a.is_floating_point() or a.is_complex()):
+        return bool((a == b).all())
+    if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
+        return True
+    tolerance = _TOLERANCES.get(a.dtype.to_real(), _HALF)
+    largest = float(a.abs().max()) if a.numel() else 0.0
+    return a.numel() == 0 or bool((a - b).abs().max() <= tolerance * max(largest, 1e-30))
+
+
+def _probe(function: FunctionalModel, examples: Examples) -> Examples:
+    """A few examples of one shape, with labels as different as there are."""
+    chosen = examples.select(label_diverse(examples, _PROBED))
+    parts = chosen.chunks(_PROBED)
+    return max(parts, key=len).to(function.device, function.dtype)
+
+
+def _evaluate(function: FunctionalModel, examples: Examples) -> Any:
+    with function.evaluating(), function.assigned({}):
+        outputs = function.outputs(examples.inputs)
+    return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, outputs)
+
+
+def _choose_eval(function: FunctionalModel, probe: Examples, found: Found) -> None:
+    """Call an overridden `train(False)` if it changes outputs, and not only how they are made.
+
+    Merging adapters or caching biases would hide weights; switching noise off must not be missed.
+    """
+    modules = list(function.model.modules())
+    overridden = [m for m in modules if type(m).train is not nn.Module.train]
+    overridden += [m for m in modules if type(m).eval is not nn.Module.eval]
+    if not overridden or not found.was_training:
+        return
+    few = probe.slice(0, 2)
+    with torch.enable_grad(), function.assigned({}):
+        flags_only = call_module(function.model, _copied(few.inputs))
+        found.attributes.restore()
+        function.model.eval()
+        found.entered_eval = True
+        called = call_module(function.model, _copied(few.inputs))
+    tensors = [
+        [t for t in pytree.tree_leaves(o) if isinstance(t, Tensor)] for o in (flags_only, called)
+    ]
+    if len(tensors[0]) == len(tensors[1]) and close(*tensors):
+        found.restore()
+        found.entered_eval = False
+        for module in modules:
+            module.training = False
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
+
+
+def _copied(inputs: Any) -> Any:
+    return pytree.tree_map(torch.clone, inputs)
+
+
+def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any:
+    """The outputs of the first forward pass, watching what else it does."""
+    habits, buffers = function.habits, function.buffers()
+    inputs = _copied(probe.inputs)
+    watch = PlainEmbeddings()
+    try:
+        with torch.no_grad(), watch, function.assigned({}):
+            outputs = function.outputs(inputs)
+    except SharpkitError:
+        raise
+    except Exception as error:
+        habits.needs_grad_mode = True
+        try:
+            with torch.enable_grad(), watch, function.assigned({}):
+                outputs = function.outputs(inputs)
+        except Exception:
+            shapes = [(tuple(t.shape), str(t.dtype)) for t in pytree.tree_leaves(probe.inputs)]
+            raise ModelError(
+                f"{type(function.model).__name__} does not take the inputs, (shape, dtype) "
+                f"{shapes}: {_one_line(error)}"
+            ) from error
+    habits.looks_up |= watch.replaced
+    habits.writes_inputs = not all(
+        same_values(a, b)
+        for a, b in zip(pytree.tree_leaves(inputs), pytree.tree_leaves(probe.inputs), strict=True)
+    )
+    habits.attributes, habits.remembered = found.attributes.changed(), found.attributes
+    after = function.buffers()
+    written = [name for name, b in buffers.items() if not same_values(b, after[name])]
+    if written:
+        function.keep_buffers(written, buffers)
+    return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, outputs)
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def check_rows(model: nn.Module, outputs: Any, n: int) -> None:
+    """Raise ModelError unless every tensor of the outputs has a row for each of n examples."""
+    for leaf in pytree.tree_leaves(outputs):
+        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != n):
+            raise ModelError(
+                f"{type(model).__name__} returned outputs of shape {tuple(leaf.shape)} for {n} "
+                "examples: expected one row of outputs per example"
+            )
+
+
+def _check_independent(function: FunctionalModel, probe: Examples, outputs: Any) -> None:
+    """Raise if outputs differ from call to call, or depend on the batch that an example is in."""
+    k = len(probe)
+    cuts = sorted({0, min(1, k), k // 3, k})
+    try:
+        parts = [_evaluate(function, probe.slice(a, b)) for a, b in itertools.pairwise(cuts)]
+    except SharpkitError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"the model cannot evaluate some of its examples alone: {_one_line(error)}"
+        ) from error
+    leaves = zip(*(pytree.tree_leaves(part) for part in parts), strict=True)
+    together = [torch.cat(list(column)) for column in leaves if isinstance(column[0], Tensor)]
+    if close(_tensors(outputs), together):
+        return
+    if not close(outputs, _evaluate(function, probe)):
+        raise ModelError(
+            "the model is random: two passes over the same examples differ (dropout that ignores "
+            "eval mode, or F.dropout without training=self.training?)"
+        )
+    raise ModelError(
+        "the outputs of an example depend on the others in its batch (BatchNorm without running "
+        "statistics?), so groups of examples have no loss of their own"
+    )
+
+
+def _check_swapping(function: FunctionalModel, loss: MeanLoss, few: Examples, outputs: Any) -> None:
+    """Find out whether the model sees weights that are swapped, as it sees those assigned."""
+    habits = function.habits
+    names = [name for name in function.names if function.value(name).is_floating_point()]
+    moved = {name: _elsewhere(function.value(name)) for name in names}
+
+    def both() -> tuple[Any, Tensor]:
+        with function.evaluating():
+            out = function.outputs(few.inputs)
+            return out, loss(out, few.labels)
+
+    with function.assigned(moved), torch.no_grad():
+        assigned = both()
+        fixed = loss(outputs, few.labels)
+    found = loss(outputs, few.labels).detach()
+    rounding = 100 * torch.finfo(found.dtype).eps
+    habits.loss_sees_weights = not torch.allclose(found, fixed, rounding, 0.0, equal_nan=True)
+    try:
+        swapped = function.within(moved, both)
+    except Exception as error:
+        habits.not_functional = _one_line(error)
+        return
+    if not close(assigned, swapped):
+        habits.not_functional = (
+            "the model or the loss reaches weights by references of its own (a list, a closure)"
+        )
+
+
+def unused(
+    function: FunctionalModel, loss: MeanLoss, weights: Mapping[str, Tensor], few: Examples
+) -> list[str]:
+    """The names of the weights that the loss of these examples has no derivative by."""
+    with function.assigned(weights) as leaves, torch.enable_grad():
+        value = loss(function.outputs(few.inputs), few.labels)
+        if not value.requires_grad:
+            return list(weights)
+        found = torch.autograd.grad(value, leaves, allow_unused=True)
+    return [name for name, g in zip(weights, found, strict=True) if g is None]
+
+
+def warn_of_unused(names: Sequence[str], weights: Mapping[str, Tensor]) -> None:
+    """Warn of parameters that the loss does not depend on.
+
+    Raises:
+        ModelError: If it depends on none.
+    """
+    if names and len(names) == len(weights):
+        raise ModelError(
+            f"the loss does not depend on any selected parameter ({some(names)}): a forward pass "
+            "under no_grad, a detach, or merged adapters?"
+        )
+    if names:
+        warnings.warn(
+            f"the loss does not depend on {some(names)} (of a few examples tried)", stacklevel=4
+        )
+
+
+def _elsewhere(weight: Tensor) -> Tensor:
+    """Other values of a weight, of its own size and without a pattern in common."""
+    return weight + 0.1 * weight.flatten().roll(1).view_as(weight) + 0.01
+
+
+def reason(error: BaseException, model: nn.Module) -> str:
+    """Which layer or operation failed, and how, as part of a sentence.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(2, 2))
+        >>> try:
+        ...     layer(torch.zeros(3))
+        ... except RuntimeError as error:
+        ...     print(reason(error, layer)[:23])
+        '0' (Linear) failed: ma...
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    innermost: nn.Module | None = None
+    trace = error.__traceback__
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names and names[id(owner)]:
+            innermost = owner
+        trace = trace.tb_next
+    if innermost is None:
+        return _one_line(error)
+    return f"{names[id(innermost)]!r} ({type(innermost).__name__}) failed: {_one_line(error)}"

@@ -1,0 +1,260 @@
+"""Examples read from whatever form data come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+
+from sharpkit.contract.batches import ACCEPTED, as_examples, collated, is_batch
+from sharpkit.contract.examples import Examples
+from sharpkit.errors import ArgumentError, DataError
+
+Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | tuple[Any, Tensor] | Sequence[tuple[Any, Any]]"
+
+_READ_AT_ONCE = 256
+
+
+def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> Examples:
+    """The first n examples of a seeded random order of the data (its own order if seed is None).
+
+    Inputs may be a tensor, or a dict or tuple of tensors. Examples of different shapes are kept as
+    they are: see `Examples`.
+
+    Args:
+        data: One of
+
+            - a pair (inputs, labels) of tensors or arrays;
+            - a `Dataset` of (input, label) pairs;
+            - a list of (input, label) pairs;
+            - a list of (inputs, labels) batches, as other tools take them: the labels of each are
+              a tensor with one row per example, and so are all its inputs, one of which has two
+              dimensions or more. If single examples look like that, pass them as a `Dataset`;
+            - a `DataLoader`. With the plain sequential or shuffling sampler it stands for its data
+              set in index order; any other is read once, in the order it gives. A `collate_fn`
+              gets the batches that the loader would give it without shuffling, so that padding is
+              that of a loop over the loader. For a seeded choice of some examples, the batches
+              that hold them are read whole, unless shapes do not depend on the batch.
+        n: How many examples; None for all.
+        seed: Seed of the order; None keeps the data's own.
+
+    Returns:
+        Examples: On the CPU or wherever the given tensors are; without a copy if seed is None and
+        the data are tensors.
+
+    Raises:
+        DataError: If there are no examples, lengths differ, an item is not a pair of tensors, or an
+            input or label is NaN or infinite.
+        ArgumentError: If n is not between 1 and the number of examples.
+
+    Example:
+        >>> import torch
+        >>> data = torch.arange(4.0).reshape(4, 1), torch.arange(4)
+        >>> load_examples(data, n=2, seed=None).labels
+        tensor([0, 1])
+        >>> batches = [(torch.zeros(3, 5), torch.ones(3)), (torch.zeros(2, 7), torch.ones(2))]
+        >>> len(load_examples(batches))
+        5
+    """
+    return _finite(_load(data, n, seed))
+
+
+def load_in_order(data: Data, n: int | None = None) -> Examples:
+    """The first n examples in the data's own order, for values that do not depend on the order.
+
+    As `load_examples` without a seed, except that a loader that shuffles stands for its data set in
+    index order.
+
+    Args:
+        data: As for `load_examples`.
+        n: How many examples; None for all.
+
+    Raises:
+        DataError: As `load_examples`.
+        ArgumentError: As `load_examples`.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(torch.zeros(4, 1), torch.arange(4))
+        >>> load_in_order(DataLoader(data, shuffle=True)).labels
+        tensor([0, 1, 2, 3])
+    """
+    if isinstance(data, DataLoader) and _is_plain(data):
+        return _finite(_from_plain_loader(data, n, None))
+    return load_examples(data, n=n, seed=None)
+
+
+def _load(data: Data, n: int | None, seed: int | None) -> Examples:
+    if isinstance(data, DataLoader):
+        return _from_loader(data, n, seed)
+    if type(data) is TensorDataset:  # a subclass may transform its items
+        if len(data.tensors) != 2:
+            raise DataError(
+                f"expected a TensorDataset of inputs and labels, got {len(data.tensors)} tensors"
+            )
+        return _choose(as_examples(data.tensors), n, seed)
+    if _is_pair(data):
+        return _choose(as_examples(data), n, seed)
+    if isinstance(data, IterableDataset):
+        data = list(data)
+    if isinstance(data, list | tuple):
+        return _from_list(data, n, seed)
+    sequence = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if not sequence or isinstance(data, Tensor | np.ndarray | Mapping | str | PackedSequence):
+        raise DataError(f"the data are a {type(data).__name__}: {ACCEPTED}")
+    return _from_items(data, n, seed)
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether data are inputs and labels as a whole: any tuple of two, [inputs, tensor]."""
+    if isinstance(data, list):
+        return len(data) == 2 and isinstance(data[1], Tensor | np.ndarray)
+    return isinstance(data, tuple) and len(data) == 2
+
+
+def _from_loader(loader: DataLoader[Any], n: int | None, seed: int | None) -> Examples:
+    if _is_plain(loader):
+        if seed is None and isinstance(loader.sampler, RandomSampler):
+            raise DataError(
+                "the DataLoader shuffles, so the data have no order of their own to keep: "
+                "pass shuffle=False or an integer seed"
+            )
+        return _from_plain_loader(loader, n, seed)
+    if loader.batch_sampler is None:
+        return _from_list(list(loader), n, seed)
+    return _choose(Examples.joined(map(as_examples, loader)), n, seed)
+
+
+def _is_plain(loader: DataLoader[Any]) -> bool:
+    """Whether a loader visits every item once, in order or shuffled."""
+    sampler, batches = loader.sampler, loader.batch_sampler
+    if type(sampler) not in (SequentialSampler, RandomSampler):
+        return False
+    if getattr(sampler, "replacement", False):
+        return False
+    if len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
+        return False
+    return batches is None or (type(batches) is BatchSampler and batches.sampler is sampler)
+
+
+def _from_plain_loader(loader: DataLoader[Any], n: int | None, seed: int | None) -> Examples:
+    dataset, collate = loader.dataset, loader.collate_fn
+    if loader.batch_sampler is None:
+        items = range(len(cast("Any", dataset)))
+        return _from_list([collate(dataset[i]) for i in items], n, seed)
+    if collate is default_collate:
+        return _from_items(dataset, n, seed)
+    size = cast("Any", loader.batch_sampler).batch_size
+    return _from_own_batches(dataset, collate, size, n, seed)
+
+
+def _from_own_batches(
+    dataset: Any, collate: Callable[[list[Any]], Any], size: int, n: int | None, seed: int | None
+) -> Examples:
+    """Examples as they are in batches of consecutive items that the user's function collates."""
+    total = len(dataset)
+    order = _order(total, n, seed)
+
+    def batch(start: int, stop: int) -> Examples:
+        examples = as_examples(collate([dataset[i] for i in range(start, min(stop, total))]))
+        if len(examples) != min(stop, total) - start:
+            raise DataError(
+                f"the loader's collate_fn made {len(examples)} examples of "
+                f"{min(stop, total) - start} items: expected as many; leave items out of the "
+                "data set instead"
+            )
+        return examples
+
+    if seed is not None and len(order) < total:
+        first = int(order[0]) // size * size
+        probe = batch(first, first + size)
+        examples = Examples.joined([probe, *(batch(i, i + 1) for i in order.tolist())])
+        if examples.uniform:
+            return examples.slice(len(probe), len(examples))
+    ordered, places = order.sort()
+    parts = []
+    numbers, counts = torch.unique_consecutive(ordered // size, return_counts=True)
+    chosen = torch.split(ordered % size, counts.tolist())
+    for start, rows in zip((numbers * size).tolist(), chosen, strict=True):
+        examples = batch(start, start + size)
+        parts.append(examples if len(rows) == len(examples) else examples.select(rows))
+    examples = Examples.joined(parts)
+    return examples if seed is None else examples.select(places.argsort())
+
+
+def _from_list(items: Sequence[Any], n: int | None, seed: int | None) -> Examples:
+    batches = [is_batch(item) for item in items]
+    if not any(batches):
+        return _from_items(items, n, seed)
+    if not all(batches):
+        raise DataError(
+            f"item {batches.index(True)} of the list is a batch (inputs, labels), item "
+            f"{batches.index(False)} is not: expected a list of batches, or of single examples; "
+            "pass single examples that look like batches as a Dataset"
+        )
+    return _choose(Examples.joined(map(as_examples, items)), n, seed)
+
+
+def _from_items(items: Any, n: int | None, seed: int | None) -> Examples:
+    """Examples of single (input, label) items; runs of items of one shape are read together."""
+    order = _order(len(items), n, seed).tolist()
+    parts = []
+    for start in range(0, len(order), _READ_AT_ONCE):
+        read = [items[i] for i in order[start : start + _READ_AT_ONCE]]
+        parts += [collated(list(run)) for _, run in groupby(read, key=_shapes)]
+    return Examples.joined(parts)
+
+
+def _shapes(item: Any) -> list[Any]:
+    return [getattr(t, "shape", None) for t in pytree.tree_leaves(item)]
+
+
+def _order(total: int, n: int | None, seed: int | None) -> Tensor:
+    if total == 0:
+        raise DataError("the data hold no examples")
+    n = total if n is None else n
+    if not 1 <= n <= total:
+        raise ArgumentError(f"n = {n} examples asked for: expected 1 to {total}")
+    if seed is None:
+        return torch.arange(n)
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]
+
+
+def _choose(examples: Examples, n: int | None, seed: int | None) -> Examples:
+    order = _order(len(examples), n, seed)
+    return examples.slice(0, len(order)) if seed is None else examples.select(order)
+
+
+def _finite(examples: Examples) -> Examples:
+    for part in examples.chunks(len(examples)):
+        for what, tree in (("inputs", part.inputs), ("labels", part.labels)):
+            if not all(map(_is_finite, pytree.tree_leaves(tree))):
+                raise DataError(f"the {what} have NaN or infinite entries")
+    return examples
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return True
+    rows = max(1, (1 << 22) * len(tensor) // tensor.numel())  # no temporary as large as the data
+    return all(
+        bool(torch.isfinite(piece).all())
+        for piece in (tensor[i : i + rows] for i in range(0, len(tensor), rows))
+    )
