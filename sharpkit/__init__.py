@@ -1,6 +1,7 @@
 """sharpkit measures why trained networks generalize."""
 
 from sharpkit import measures, plot
+from sharpkit.contract.precision import precision
 from sharpkit.curvature import (
     FisherOperator,
     GaussNewtonOperator,
@@ -69,6 +70,7 @@ __all__ = [
     "m_sharpness",
     "measures",
     "plot",
+    "precision",
     "score_models",
     "score_zoo",
     "spectral_density",

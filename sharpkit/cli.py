@@ -203,7 +203,7 @@ def train_zoo_command(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
 @click.option("--m", default="1,4,16,64,256", show_default=True, type=_Numbers(int))
 @click.option("--rho", default="0.05", show_default=True, type=_Numbers(float))
-@click.option("--ascent", default="one_step", type=click.Choice(["one_step", "pgd"]))
+@click.option("--ascent", default="one_step", type=click.Choice(["one_step", "pgd", "apgd"]))
 @click.option("--adaptive", is_flag=True, help="Perturbations in units of |w|.")
 @click.option(
     "--measures",

@@ -192,7 +192,12 @@ def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any
 
 
 def _one_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first sentence of an error, for one of ours."""
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    sentence = text.splitlines()[0].split(". ")[0]
+    return sentence if len(sentence) <= 200 else f"{sentence[:197]}..."
 
 
 def check_rows(model: nn.Module, outputs: Any, n: int) -> None:
@@ -215,7 +220,7 @@ def _check_independent(function: FunctionalModel, probe: Examples, outputs: Any)
         raise
     except Exception as error:
         raise ModelError(
-            f"the model cannot evaluate some of its examples alone: {_one_line(error)}"
+            f"the model cannot evaluate a single example, or a part of its batch: {_one_line(error)}"
         ) from error
     leaves = zip(*(pytree.tree_leaves(part) for part in parts), strict=True)
     together = [torch.cat(list(column)) for column in leaves if isinstance(column[0], Tensor)]

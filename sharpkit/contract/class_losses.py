@@ -132,8 +132,9 @@ def _classes_last(outputs: Tensor, labels: Tensor, axis: int) -> Tensor:
 def _check(module: Any, axis: int, outputs: Any, labels: Tensor) -> None:
     probabilities = _are_probabilities(module, axis, outputs, labels)
     logits = outputs.movedim(1, -1) if probabilities else _classes_last(outputs, labels, axis)
-    weights = _class_weights(module, logits, torch.float64)
-    if module.weight is not None and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+    _class_weights(module, logits, torch.float64)  # refuses another number of classes
+    weights = module.weight
+    if weights is not None and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise ModelError(
             f"{type(module).__name__} has class weights {weights.tolist()}: expected finite "
             "numbers of at least 0"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sharpkit.contract.batch_of_one import contiguous_gradients, norms
 from sharpkit.contract.embeddings import PlainEmbeddings, renormalised
 from sharpkit.contract.examples import Inputs
 from sharpkit.contract.modules import call_module, read_outputs, unwrapped
@@ -78,6 +79,7 @@ class FunctionalModel:
         self._first_buffers: dict[str, Tensor] = {}
         self._aliases = _aliases(self.model)
         self._runner = _Runner(self.model)
+        self._norms = norms(self.model)
         reference = next(
             (p for p in self._own.values() if p.is_floating_point() or p.is_complex()), None
         )
@@ -96,7 +98,7 @@ class FunctionalModel:
 
     def native(self, name: str, tensor: Tensor) -> Tensor:
         """What `real` was given."""
-        return torch.view_as_complex(tensor.contiguous()) if name in self._complex else tensor
+        return torch.complex(tensor[..., 0], tensor[..., 1]) if name in self._complex else tensor
 
     def value(self, name: str) -> Tensor:
         """The value at which a parameter is measured, detached."""
@@ -164,7 +166,11 @@ class FunctionalModel:
                 self._buffers[name].copy_(self._first_buffers[name])
         if habits.writes_inputs:
             inputs = pytree.tree_map(torch.clone, inputs)
-        with PlainEmbeddings() if habits.looks_up else nullcontext():
+        alone = any(len(t) == 1 for t in pytree.tree_leaves(inputs)[:1] if t.ndim)
+        with (
+            PlainEmbeddings() if habits.looks_up else nullcontext(),
+            contiguous_gradients(self._norms if alone else []),
+        ):
             output = call_module(self.model, inputs)
         return read_outputs(self.model, output, whole=self.whole)
 

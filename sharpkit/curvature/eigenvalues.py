@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sharpkit.contract.precision import measuring_precision
 from sharpkit.curvature.lanczos import (
     fresh_direction,
     near_one,
@@ -79,6 +80,7 @@ class Eigenpairs:
         )
 
 
+@measuring_precision()
 def top_eigenvalues(
     operator: Symmetric,
     k: int = 5,

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sharpkit.contract.precision import measuring_precision
 from sharpkit.curvature.linear_map import (
     LinearMap,
     Symmetric,
@@ -70,6 +71,7 @@ class Tridiagonal:
         return nodes, weights / weights.sum(axis=1, keepdims=True)
 
 
+@measuring_precision()
 def lanczos(
     operator: Symmetric,
     *,

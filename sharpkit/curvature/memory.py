@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sharpkit.errors import ArgumentError, SharpkitError
 from sharpkit.memory import available_memory
-from sharpkit.sharpness.plan import _ResultSizes
+from sharpkit.sharpness.plan import ResultSizes
 
 _CPU_BUDGET = 4 * 2**30
 # the graph of a gradient over what the forward pass returns: that, and as much twice in backward
@@ -81,7 +81,7 @@ def saved_bytes(record: Callable[[], object], ignore: list[Tensor]) -> int:
     except SharpkitError:
         raise
     except Exception:  # function transforms inside the model allow no hooks
-        with _ResultSizes() as results:
+        with ResultSizes() as results:
             record()
         return _OF_GRADIENT * int(results.bytes)
     known = {t.untyped_storage().data_ptr() for t in ignore}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit.contract.precision import measuring_precision
 from sharpkit.curvature.density import (
     DEFAULT_POINTS,
     SpectralDensity,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 
+@measuring_precision()
 def spectral_density(
     operator: Symmetric,
     *,

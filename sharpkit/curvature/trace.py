@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from sharpkit.contract.precision import measuring_precision
 from sharpkit.curvature.lanczos import near_one, require_resolved
 from sharpkit.curvature.linear_map import (
     LinearMap,
@@ -48,6 +49,7 @@ class Estimated:
     method: str
 
 
+@measuring_precision()
 def trace(
     operator: Symmetric,
     *,
@@ -121,6 +123,7 @@ def _trace(multiply: _Multiply, method: str, products: int, seed: int) -> Estima
     return Estimated(exact + mean, error, products, method)
 
 
+@measuring_precision()
 def frobenius_norm(operator: Symmetric, *, products: int = 30, seed: int = 0) -> Estimated:
     """The Frobenius norm ‖A‖_F = √(E ‖A z‖²) over random signs z, with its standard error.
 

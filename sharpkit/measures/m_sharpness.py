@@ -21,11 +21,12 @@ class MSharpness:
     Args:
         m: Group size in examples; one or several.
         rho: Radius of the perturbation; one or several.
-        ascent: "one_step" or "pgd".
-        steps: Steps of "pgd", or directions of `average`.
+        ascent: "one_step", "pgd" or "apgd".
+        steps: Steps of "pgd" and "apgd", or directions of `average`.
         norm: Order of the ball's norm.
         adaptive: Measure perturbations in units of |w|.
         average: Mean over Gaussian directions instead of the maximum.
+        restarts: Starts of "pgd" and "apgd".
 
     Source:
         Foret et al., ICLR 2021, section 4.1; see `sharpkit.m_sharpness`.
@@ -41,11 +42,12 @@ class MSharpness:
 
     m: int | Sequence[int]
     rho: float | Sequence[float]
-    ascent: Literal["one_step", "pgd"] = "one_step"
+    ascent: Literal["one_step", "pgd", "apgd"] = "one_step"
     steps: int = 10
     norm: float = 2.0
     adaptive: bool = False
     average: bool = False
+    restarts: int = 1
     name: str = field(default="m_sharpness", init=False)
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class MSharpness:
                 value = tuple(plain(v) for v in value)
             object.__setattr__(self, key, value)
         read_grid(self.m, self.rho)
-        read_rule(self.ascent, self.steps, self.norm, self.adaptive, self.average, 0)
+        read_rule(self.ascent, self.steps, self.norm, self.adaptive, self.average, 0, self.restarts)
 
     def __call__(self, model: nn.Module, data: Data, *, seed: int) -> dict[str, Estimate]:
         """The m-sharpness of one model, by setting."""
@@ -70,6 +72,7 @@ class MSharpness:
             norm=self.norm,
             adaptive=self.adaptive,
             average=self.average,
+            restarts=self.restarts,
             seed=seed,
             progress=False,
         )

@@ -159,9 +159,8 @@ def normalized_margin(model: nn.Module, data: Data, *, percentile: float = 10.0)
         0.2
     """
     from sharpkit.measures.layers import weight_layers
-    from sharpkit.measures.spectral import spectral_norm
-
     from sharpkit.measures.passes import images
+    from sharpkit.measures.spectral import spectral_norm
 
     margin = output_margin(model, data, percentile=percentile)
     inputs = images(load_in_order(data), "the normalised margin")

@@ -19,7 +19,7 @@ def worst_case_sharpness(
     rho: float = 0.05,
     norm: float = 2.0,
     adaptive: bool = False,
-    ascent: Literal["one_step", "pgd"] = "pgd",
+    ascent: Literal["one_step", "pgd", "apgd"] = "pgd",
     steps: int = 10,
     seed: int = 0,
 ) -> float:
@@ -38,8 +38,8 @@ def worst_case_sharpness(
         rho: Radius, > 0.
         norm: 2 or infinity.
         adaptive: Measure ε in units of |w|.
-        ascent: "pgd", or "one_step" for the linearised maximum (one pass of either kind).
-        steps: Steps of "pgd".
+        ascent: "pgd", "apgd", or "one_step" for the linearised maximum (a pass of either kind).
+        steps: Steps of "pgd" and "apgd".
         seed: Order of the examples; matters by rounding only.
 
     Returns:

@@ -35,7 +35,7 @@ def score_command(config: Mapping[str, Any], run: Path) -> str | None:
         options = _m_sharpness_options(measures.pop("m_sharpness", None))
     except (KeyError, TypeError, ValueError):
         return None
-    if len(folders) != 1 or options is None:
+    if len(folders) != 1 or options is None or config.get("precision", "full") != "full":
         return None
     standard = dict(describe(measure) for measure in standard_measures(recorded=True))
     if any(_json(standard.get(name)) != _json(own) for name, own in measures.items()):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,13 @@ from torch import Tensor
 from sharpkit.contract.examples import Examples
 from sharpkit.errors import ModelError
 from sharpkit.sharpness import geometry
-from sharpkit.sharpness.ascent import Ascent, gaussian_direction, projected_ascent, scaled
+from sharpkit.sharpness.ascent import (
+    Ascent,
+    gaussian_direction,
+    projected_ascent,
+    random_point,
+    scaled,
+)
 from sharpkit.sharpness.blocks import Blocks, concatenated, stacked
 from sharpkit.sharpness.fallback import Disagreement
 from sharpkit.sharpness.gradient_pass import GradientPass, block_at
@@ -165,7 +172,7 @@ class Sweep:
         moves = first.coefficient > 0
         level.zero_gradients += int((~moves).sum())
         rows = []
-        if ascent.kind == "pgd":
+        if ascent.kind in ("pgd", "apgd"):
             rows = [
                 projected_ascent(
                     ascent,
@@ -176,6 +183,15 @@ class Sweep:
                     rho,
                     groups.gradients,
                     groups.losses,
+                    partial(
+                        random_point,
+                        ascent,
+                        weights,
+                        level.m,
+                        len(level.sizes),
+                        len(blocks),
+                        rho,
+                    ),
                 )
                 for rho in self.rhos
             ]
@@ -186,7 +202,7 @@ class Sweep:
                 at = geometry.moved(weights, step, amount)
                 rows.append(groups.losses(at, first.factors, amount) - blocks.loss)
         # without a gradient there is no perturbation: exactly 0, not the rounding of two passes
-        return torch.where(moves, torch.stack(rows), 0.0)
+        return torch.where(moves | (ascent.restarts > 1), torch.stack(rows), 0.0)
 
     def _average(self, level: Level, groups: Groups, base: Tensor) -> Tensor:
         weights, steps = self.objective.weights, self.ascent.steps
@@ -209,9 +225,10 @@ class Sweep:
         bad = (~torch.isfinite(blocks.loss)).nonzero()
         if not len(bad):
             return
-        if self.gradient_pass.factored:  # a stand-in was used otherwise than planned
-            raise Disagreement("the loss is not finite")
         first = start + int(bad[0]) * blocks.size
+        f = self.objective
+        if bool(torch.isfinite(f.losses(f.weights, self._examples(first, first + blocks.size))[0])):
+            raise Disagreement("a weight is used otherwise than it was at first")
         raise ModelError(
             f"the loss is not finite at the unperturbed weights (examples {first} to "
             f"{first + blocks.size - 1} in the order measured)"

@@ -7,14 +7,22 @@ operations cannot be vectorised.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sharpkit.contract.examples import Examples
 from sharpkit.errors import ModelError
-from sharpkit.sharpness.ascent import Ascent, gaussian_direction
+from sharpkit.sharpness.ascent import (
+    Ascent,
+    gaussian_direction,
+    projected_ascent,
+    random_point,
+)
 from sharpkit.sharpness.engine import Groupwise
+from sharpkit.sharpness.geometry import Direction
+from sharpkit.sharpness.groups import Groups
 from sharpkit.sharpness.objective import Objective
 
 
@@ -75,13 +83,13 @@ def _one_group(
         increases = [_average(objective, group, w, scale, noise, base, rho) for rho in rhos]
         return _finite(increases, m, rhos), weight, True
     first = _dual(scale * _gradient(objective, group, w), ascent.p)
-    if not bool(first.any()):
+    if not bool(first.any()) and ascent.restarts == 1:
         return [0.0 for _ in rhos], weight, False
     if ascent.kind == "one_step":
         increases = [_loss(objective, group, w + rho * scale * first) - base for rho in rhos]
     else:
-        increases = [_ascend(objective, group, w, scale, first, base, rho, ascent) for rho in rhos]
-    return _finite(increases, m, rhos), weight, True
+        increases = [_ascend(objective, group, first, base, rho, ascent, m, number) for rho in rhos]
+    return _finite(increases, m, rhos), weight, bool(first.any())
 
 
 def _finite(increases: Sequence[Tensor], m: int, rhos: Sequence[float]) -> list[float]:
@@ -109,26 +117,22 @@ def _average(
 def _ascend(
     objective: Objective,
     group: Examples,
-    w: Tensor,
-    scale: Tensor,
     direction: Tensor,
     base: Tensor,
     rho: float,
     ascent: Ascent,
+    m: int,
+    number: int,
 ) -> Tensor:
-    best = torch.zeros_like(base)
-    u = torch.zeros_like(w)
-    for step in range(ascent.steps):
-        u = u + rho / (step + 1) ** 0.5 * direction
-        if ascent.p == 2.0:
-            length = torch.linalg.vector_norm(u, dtype=torch.float64)
-            u = u * min(1.0, rho / float(length)) if length > 0 else u
-        else:
-            u = u.clamp(-rho, rho)
-        best = torch.maximum(best, _loss(objective, group, w + scale * u) - base)
-        if step + 1 < ascent.steps:
-            direction = _dual(scale * _gradient(objective, group, w + scale * u), ascent.p)
-    return best
+    """Projected ascent of this one group."""
+    weights, one = objective.weights, Groups(objective, group, 1)
+    scale = {name: v.abs() for name, v in weights.items()} if ascent.adaptive else None
+    tensors = {name: t.unsqueeze(0) for name, t in _unflatten(objective, direction).items()}
+    first = Direction(tensors, torch.ones(1, dtype=torch.float64, device=direction.device))
+    start = partial(random_point, ascent, weights, m, number, 1, rho)
+    return projected_ascent(
+        ascent, weights, scale, first, base.unsqueeze(0), rho, one.gradients, one.losses, start
+    )[0]
 
 
 def _unflatten(objective: Objective, flat: Tensor) -> dict[str, Tensor]:

@@ -74,13 +74,13 @@ def activation_bytes(
         except SharpkitError:
             raise
         except Exception:  # function transforms inside the model allow no hooks
-            with _ResultSizes() as sizes:
+            with ResultSizes() as sizes:
                 loss(model.outputs(one.inputs), one.labels)
             return int(sizes.bytes)
     return sum(saved.values())
 
 
-class _ResultSizes(TorchFunctionMode):
+class ResultSizes(TorchFunctionMode):
     """Adds up the bytes of everything that torch's functions return: what they save at most."""
 
     def __init__(self) -> None:
@@ -94,6 +94,7 @@ class _ResultSizes(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        """Run the function and add up what it returns."""
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):
             self.bytes += out.numel() * out.element_size()

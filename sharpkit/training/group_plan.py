@@ -23,6 +23,7 @@ from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import unfused_attention
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
 from sharpkit.contract.recompute import without_reentry
+from sharpkit.contract.state import Attributes
 from sharpkit.sharpness import low_rank
 from sharpkit.sharpness.low_rank import pays
 from sharpkit.sharpness.plan import activation_bytes, default_memory_budget
@@ -47,6 +48,7 @@ class Plan:
     shapes: dict[int, Shapes]
     outputs: Any  # of one group, without storage
     loss: MeanLoss  # kept, for its identity is in the key
+    writes: list[tuple[nn.Module, str]]  # attributes that a forward pass changes
     compared: bool = False  # whether groups side by side were found to be right
     loop_only: bool = False  # found not to be vectorisable
 
@@ -115,7 +117,7 @@ def _plan(
         return out
 
     watch = low_rank.Calls(matrices, rule, watch=True)
-    loop_only = False
+    loop_only, attributes = False, Attributes(function.model)
     try:
         with torch.no_grad(), watch:
             outputs = function(weights, group.inputs)
@@ -123,6 +125,8 @@ def _plan(
         loop_only, watch = True, low_rank.Calls({}, rule)
         with torch.enable_grad(), function.assigned(weights):
             outputs = function.outputs(group.inputs)
+    writes = attributes.changed()
+    function.habits.attributes, function.habits.remembered = writes, attributes
     check_rows(function.model, outputs, m)
     check_labels(examples.labels, outputs, loss.given)
     loss.check(outputs, group.labels)
@@ -135,12 +139,14 @@ def _plan(
         if count and not loop_only and name not in watch.elsewhere and pays(weights[name], count)
     )
     dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
+    attributes.restore()
     return Plan(
         _groups_at_a_time(per_group + 3 * dense, m, function.device),
         factored,
         {m: {name: shapes[name] for name in factored}},
         pytree.tree_map(lambda t: torch.empty_like(t, device="meta"), outputs),
         loss,
+        writes,
         loop_only=loop_only,
     )
 

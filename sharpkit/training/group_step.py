@@ -15,6 +15,7 @@ from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import run_eagerly
 from sharpkit.contract.losses import MeanLoss, check_labels
+from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
 from sharpkit.sharpness.fallback import Disagreement, Engine, vectorised_or_loop
 from sharpkit.training.group_passes import Objective, gradients, perturbation, perturbed_gradient
@@ -54,7 +55,10 @@ def run(batch: Batch, engine: Engine) -> Result:
             batch.function, batch.shared, batch.loss, batch.examples, batch.m, batch.radii
         )
         check_labels(batch.examples.labels, plan.outputs, batch.loss.given)
-        noise = Noise(batch.function.device)
+        noise, habits = Noise(batch.function.device), batch.function.habits
+        if plan.writes:  # caches and the like: every pass starts from what they were
+            habits.attributes = plan.writes
+            habits.remembered = Attributes(batch.function.model)
 
         def side_by_side() -> Result:
             if len(batch.examples) >= 2 * batch.m and plan.groups > 1 and not plan.compared:
@@ -71,6 +75,8 @@ def run(batch: Batch, engine: Engine) -> Result:
             noise.replay,
         )
         plan.loop_only |= engine == "auto" and not vectorised
+        if habits.remembered is not None:
+            habits.remembered.restore()
         return result
 
 
@@ -175,7 +181,7 @@ def _group_errors(m: int) -> Iterator[None]:
     """BatchNorm's refusal of a single value per channel, with the remedy."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, ModelError) as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ModelError(

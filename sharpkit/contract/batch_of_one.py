@@ -1,0 +1,63 @@
+"""Normalisation layers on one example, whose gradient PyTorch may get wrong.
+
+On a CPU the backward pass of BatchNorm and InstanceNorm reads a gradient of other strides than the
+input's (as after `flatten(2).transpose(1, 2)`) in the wrong order if the batch has one example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def norms(model: nn.Module) -> list[nn.Module]:
+    """The layers that this is about."""
+    return [module for module in model.modules() if isinstance(module, _NormBase)]
+
+
+@contextmanager
+def contiguous_gradients(layers: list[nn.Module]) -> Iterator[None]:
+    """Inside, the outputs of these layers get their gradients in the order of their entries.
+
+    Example:
+        >>> layer = nn.BatchNorm2d(2).eval()
+        >>> with contiguous_gradients([layer]):
+        ...     layer(torch.ones(1, 2, 1, 1)).flatten().tolist()
+        [0.99999..., 0.99999...]
+    """
+    handles = [layer.register_forward_hook(_reorder) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reorder(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    result: Tensor = _Contiguous.apply(output)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Contiguous(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()  # not a view: in-place operations may follow
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.contiguous()
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.clone()
