@@ -36,6 +36,7 @@ JOBS = (
     "bench_sam.py",
     "bench_cmi.py",
     "bench_loading.py",
+    "bench_contract.py",
     "bench_curvature.py --only products",
     "bench_curvature.py --only density",
     "bench_curvature.py --only agreement",

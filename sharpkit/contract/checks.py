@@ -220,7 +220,7 @@ def _check_independent(function: FunctionalModel, probe: Examples, outputs: Any)
         raise
     except Exception as error:
         raise ModelError(
-            f"the model cannot evaluate a single example, or a part of its batch: {_one_line(error)}"
+            f"the model cannot evaluate a single example, or some of them: {_one_line(error)}"
         ) from error
     leaves = zip(*(pytree.tree_leaves(part) for part in parts), strict=True)
     together = [torch.cat(list(column)) for column in leaves if isinstance(column[0], Tensor)]

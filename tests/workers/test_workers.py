@@ -117,9 +117,10 @@ def test_measures_cut_their_data_to_the_memory_of_the_worker():
     assert kept <= limit // 2  # the graphs that curvature keeps
     assert limit - 2**27 < free <= limit
     results = dict(run_items(sharpness, [None, 4 * 2**30], **with_limit))
-    assert isinstance(results[4 * 2**30], Failure)  # the whole machine's budget is too much
     expected = sharpness(2**28, "cpu")
     assert results[None] == pytest.approx(expected, rel=1e-4)  # chunks change the rounding only
+    # the whole machine's budget is too much: chunks are halved until they fit
+    assert results[4 * 2**30] == pytest.approx(expected, rel=1e-4)
 
 
 def test_threads_are_as_they_were_before():
