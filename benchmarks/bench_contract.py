@@ -9,6 +9,7 @@ radius) and for an operator and ten products over 2,000.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
