@@ -182,6 +182,10 @@ class FunctionalModel:
         """From now on, start every forward pass with the given values of these buffers."""
         self.habits.buffers, self._first_buffers = names, dict(first)
 
+    def reset_buffers(self) -> None:
+        """Start again from the module's own buffers."""
+        self._buffers = {n: b.detach().clone() for n, b in self._own_buffers.items()}
+
     def buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers as forward passes have left them."""
         return {name: b.clone() for name, b in self._buffers.items()}

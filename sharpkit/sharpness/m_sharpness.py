@@ -22,7 +22,7 @@ from sharpkit.contract.loading import Data, load_examples
 from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
-from sharpkit.errors import ArgumentError
+from sharpkit.errors import ArgumentError, DataError
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.engine import Groupwise, Sweep
 from sharpkit.sharpness.fallback import Disagreement, in_memory, vectorised_or_loop
@@ -262,6 +262,8 @@ def m_sharpness(
 
         sweep, vectorised = in_memory(measure, size)
         probe.confirm()
+        if not sum(sweep.levels[0].weights) > 0:
+            raise DataError("no label counts in the loss: all are ignored, or weigh 0")
         outside = left_out(model, weights)
     return _result(
         sweep.levels, ms, rhos, m, rho,

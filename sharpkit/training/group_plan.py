@@ -94,6 +94,7 @@ def plan_for(
         with vmap_friendly(function.model), without_reentry():
             plans[key] = _plan(function, shared, loss, examples, m, radii)
         noise.replay()
+        function.reset_buffers()
     return plans[key]
 
 

@@ -60,9 +60,14 @@ def run(batch: Batch, engine: Engine) -> Result:
             habits.attributes = plan.writes
             habits.remembered = Attributes(batch.function.model)
 
+        def again() -> None:
+            noise.replay()
+            batch.function.reset_buffers()
+
         def side_by_side() -> Result:
             if len(batch.examples) >= 2 * batch.m and plan.groups > 1 and not plan.compared:
                 _compare(batch, plan)
+                batch.function.reset_buffers()
                 noise.replay()
                 plan.compared = True
             return _chunks(batch, plan, plan.groups)
@@ -72,7 +77,7 @@ def run(batch: Batch, engine: Engine) -> Result:
             side_by_side,
             lambda: _chunks(batch, plan, 1),
             batch.function.model,
-            noise.replay,
+            again,
         )
         plan.loop_only |= engine == "auto" and not vectorised
         if habits.remembered is not None:

@@ -459,6 +459,34 @@ def test_auxiliary_outputs_are_trained_or_refused():
         torch.testing.assert_close(p.grad, g)
 
 
+def test_buffers_that_a_forward_pass_counts_in_do_not_depend_on_earlier_steps():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.layer(x) * (1 + self.calls)
+
+    torch.manual_seed(0)
+    model, x, y = Counting().double(), vectors(), torch.arange(12) % 3
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        m_sam_gradient(model, x, y, m=12, rho=RHO)
+        found.append(model.layer.weight.grad.clone())
+    assert torch.equal(*found) and model.calls == 0
+    values = [m_sharpness(model, (x, y), m=4, rho=RHO, chunk=k).value for k in (1, 4, 12)]
+    assert values == pytest.approx([values[0]] * 3, rel=1e-9) and model.calls == 0
+
+
+def test_data_without_a_label_that_counts_are_refused():
+    with pytest.raises(DataError, match="all are ignored"):
+        m_sharpness(nn.Linear(5, 3), (torch.randn(4, 5), torch.full((4,), -100)), m=1, rho=RHO)
+
+
 def test_lazy_modules_are_refused_until_they_have_weights():
     with pytest.raises(ModelError, match="call the model once"):
         m_sharpness(nn.LazyLinear(3), (torch.randn(4, 5), torch.arange(4) % 3), m=1, rho=RHO)
