@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from sharpkit.errors import ArgumentError, SharpkitError
+from sharpkit.groupwise.memory import ResultSizes
 from sharpkit.memory import available_memory
-from sharpkit.sharpness.plan import ResultSizes
 
 _CPU_BUDGET = 4 * 2**30
 # the graph of a gradient over what the forward pass returns: that, and as much twice in backward

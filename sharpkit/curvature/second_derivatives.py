@@ -28,8 +28,8 @@ from sharpkit.contract.precision import current_precision
 from sharpkit.curvature.plain_rules import plain_rules
 from sharpkit.curvature.problem import Problem
 from sharpkit.errors import ModelError, SharpkitError
+from sharpkit.groupwise.objective import floating_leaves
 from sharpkit.memory import available_memory
-from sharpkit.sharpness.objective import floating_leaves
 
 Tensors: TypeAlias = Sequence[Tensor]  # one per parameter
 # maps a vector, as one tensor per parameter, to the product; None stands for zeros

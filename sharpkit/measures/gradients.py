@@ -16,9 +16,9 @@ from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.groupwise.fallback import vectorised_or_loop
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import images, mean_of, setup, single_terms
-from sharpkit.sharpness.fallback import vectorised_or_loop
 
 _GRADIENT_BYTES = 2**27  # of the per-example gradients held at a time
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpkit.sharpness import geometry
-from sharpkit.sharpness.geometry import Direction, Tensors
+from sharpkit.groupwise import geometry
+from sharpkit.groupwise.geometry import Direction, Tensors
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sharpkit.sharpness import geometry
-from sharpkit.sharpness.geometry import Factors, Tensors
+from sharpkit.groupwise import geometry
+from sharpkit.groupwise.geometry import Factors, Tensors
 
 
 @dataclass

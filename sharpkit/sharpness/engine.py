@@ -18,7 +18,10 @@ from torch import Tensor
 
 from sharpkit.contract.examples import Examples
 from sharpkit.errors import ModelError
-from sharpkit.sharpness import geometry
+from sharpkit.groupwise import geometry
+from sharpkit.groupwise.fallback import Disagreement
+from sharpkit.groupwise.low_rank import pays
+from sharpkit.groupwise.objective import Objective
 from sharpkit.sharpness.ascent import (
     Ascent,
     gaussian_direction,
@@ -27,11 +30,8 @@ from sharpkit.sharpness.ascent import (
     scaled,
 )
 from sharpkit.sharpness.blocks import Blocks, concatenated, stacked
-from sharpkit.sharpness.fallback import Disagreement
 from sharpkit.sharpness.gradient_pass import GradientPass, block_at
 from sharpkit.sharpness.groups import Groups
-from sharpkit.sharpness.low_rank import pays
-from sharpkit.sharpness.objective import Objective
 
 # relative to the largest entry; a rule that is lost changes much more
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
-
 import torch
 from torch import Tensor
-from torch.func import grad, vjp, vmap
-from torch.utils import _pytree as pytree
+from torch.func import vmap
 
 from sharpkit.contract.examples import Examples, Inputs
-from sharpkit.contract.functional import FunctionalModel
-from sharpkit.contract.losses import MeanLoss
-from sharpkit.sharpness import low_rank
+from sharpkit.groupwise import low_rank
+from sharpkit.groupwise.geometry import Tensors
+from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient, joined_factors
+from sharpkit.groupwise.objective import Objective, grouped
 from sharpkit.sharpness.blocks import Blocks, concatenated, stacked
-from sharpkit.sharpness.fallback import Disagreement
-from sharpkit.sharpness.geometry import Factors, Tensors
-from sharpkit.sharpness.objective import Objective, grouped, power, scale_exponent
 
 
 class GradientPass:
@@ -86,92 +79,6 @@ class GradientPass:
         return self._shapes[size]
 
 
-class GroupGradient(NamedTuple):
-    """What `group_gradient` finds for a group; with a leading axis of groups outside vmap."""
-
-    mean: Tensor  # float64
-    weight: Tensor  # float64
-    dense: Tensors  # gradients times 2^exponent
-    layer_inputs: dict[str, list[Tensor]]  # of every call of a factored layer
-    deltas: dict[str, list[Tensor]]  # the gradients at their outputs, times 2^exponent
-    exponent: Tensor  # float64; +inf where the loss does not depend on the outputs
-    noted: Any  # what `recording` gave
-
-
-def group_gradient(
-    model: FunctionalModel,
-    loss: MeanLoss,
-    dense: Tensors,
-    factored: Tensors,
-    shapes: Mapping[str, Sequence[torch.Size]],
-    inputs: Inputs,
-    labels: Tensor,
-    recording: Callable[[], AbstractContextManager[Any]] = lambda: nullcontext({}),
-) -> GroupGradient:
-    """The loss of a group and its gradient by torch.func, to be called under vmap over groups.
-
-    The slope of the loss is scaled to about 1 before it enters the network, so that the gradients
-    of nearly perfectly fitted examples do not underflow; their direction is what counts.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        dense: Weights whose gradient is wanted.
-        factored: Linear weights whose gradient is wanted as factors.
-        shapes: Of the outputs of every call of the factored layers.
-        inputs: Of the group.
-        labels: Of the group.
-        recording: Entered around the forward pass; what it gives is returned as `noted`.
-    """
-    probes = {
-        name: [torch.zeros(s, device=model.device, dtype=model.dtype) for s in shapes[name]]
-        for name in factored
-    }
-
-    def mean_loss(dense: Tensors, probes: dict[str, list[Tensor]]) -> tuple[Tensor, Any]:
-        layer_inputs: dict[str, list[Tensor]] = {name: [] for name in factored}
-
-        def rule(name: str, call: int, layer_input: Tensor, out: Tensor) -> Tensor:
-            if call >= len(probes[name]) or out.shape != probes[name][call].shape:
-                raise Disagreement("a layer is called otherwise than it was at first")
-            layer_inputs[name].append(layer_input)
-            return out + probes[name][call]
-
-        def body() -> tuple[Tensor, Tensor, Any, Any]:
-            with recording() as noted:
-                out = model.outputs(inputs)
-            return (*loss.terms(out, labels), out, noted)
-
-        with low_rank.Calls(factored, rule) as calls:
-            mean, weight, out, noted = model.within({**dense, **calls.stand_ins}, body)
-        if any(len(layer_inputs[name]) != len(probes[name]) for name in factored):
-            raise Disagreement("a layer is called otherwise than it was at first")
-        return mean, (weight, out, layer_inputs, noted)
-
-    mean, pull, (weight, out, layer_inputs, noted) = vjp(  # type: ignore[misc]
-        mean_loss, dense, probes, has_aux=True
-    )
-    exponent = scale_exponent(loss_slopes(loss, out, labels), mean, model.habits.loss_sees_weights)
-    with torch.no_grad():  # else torch.func records the backward pass for a second derivative
-        found, deltas = pull(power(exponent, mean.dtype), retain_graph=False)
-    return GroupGradient(
-        mean.double(), weight.double(), found, layer_inputs, deltas, exponent, noted
-    )
-
-
-def joined_factors(found: GroupGradient) -> Factors:
-    """A and D of every factored layer: the rows of all its calls, (groups, rows, features)."""
-    groups = len(found.mean)
-
-    def rows(calls: list[Tensor]) -> Tensor:
-        return torch.cat([t.reshape(groups, -1, t.shape[-1]) for t in calls], 1)
-
-    return {
-        name: (rows(found.layer_inputs[name]), rows(found.deltas[name]))
-        for name in found.layer_inputs
-    }
-
-
 def block_at(
     objective: Objective, weights: Tensors, examples: Examples, *, losses_only: bool = False
 ) -> Blocks:
@@ -193,22 +100,3 @@ def block_at(
         total = block if total is None else concatenated(total, block)
     assert total is not None
     return total
-
-
-def loss_slopes(loss: MeanLoss, outputs: Any, labels: Tensor) -> list[Tensor]:
-    """The derivatives of the mean loss by every tensor of real numbers in the outputs."""
-    leaves, spec = pytree.tree_flatten(outputs)
-    where = [
-        i
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    ]
-
-    def mean(ends: list[Tensor]) -> Tensor:
-        filled = list(leaves)
-        for i, end in zip(where, ends, strict=True):
-            filled[i] = end
-        return loss(pytree.tree_unflatten(filled, spec), labels)
-
-    slopes: list[Tensor] = grad(mean)([leaves[i] for i in where])
-    return slopes

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from sharpkit.contract.examples import Examples, Inputs
-from sharpkit.sharpness import low_rank
-from sharpkit.sharpness.geometry import Factors, Tensors
+from sharpkit.groupwise import low_rank
+from sharpkit.groupwise.geometry import Factors, Tensors
+from sharpkit.groupwise.objective import Objective, grouped
 from sharpkit.sharpness.gradient_pass import block_at
-from sharpkit.sharpness.objective import Objective, grouped
 
 
 class Groups:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sharpkit.contract.examples import Examples
 from sharpkit.errors import ModelError
+from sharpkit.groupwise.geometry import Direction
+from sharpkit.groupwise.objective import Objective
 from sharpkit.sharpness.ascent import (
     Ascent,
     gaussian_direction,
@@ -21,9 +23,7 @@ from sharpkit.sharpness.ascent import (
     random_point,
 )
 from sharpkit.sharpness.engine import Groupwise
-from sharpkit.sharpness.geometry import Direction
 from sharpkit.sharpness.groups import Groups
-from sharpkit.sharpness.objective import Objective
 
 
 class Loop:

@@ -23,17 +23,13 @@ from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
 from sharpkit.errors import ArgumentError, DataError
+from sharpkit.groupwise.fallback import Disagreement, in_memory, vectorised_or_loop
+from sharpkit.groupwise.memory import activation_bytes, default_memory_budget
+from sharpkit.groupwise.objective import Objective
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.engine import Groupwise, Sweep
-from sharpkit.sharpness.fallback import Disagreement, in_memory, vectorised_or_loop
 from sharpkit.sharpness.loop import Loop
-from sharpkit.sharpness.objective import Objective
-from sharpkit.sharpness.plan import (
-    activation_bytes,
-    chunk_size,
-    default_memory_budget,
-    factored_weights,
-)
+from sharpkit.sharpness.plan import chunk_size, factored_weights
 
 if TYPE_CHECKING:
     import pandas as pd

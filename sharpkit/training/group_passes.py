@@ -18,10 +18,10 @@ from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
 from sharpkit.contract.recompute import without_checkpointing, without_reentry
-from sharpkit.sharpness import geometry
-from sharpkit.sharpness.geometry import Direction, Factors, Tensors
-from sharpkit.sharpness.gradient_pass import GroupGradient, group_gradient, joined_factors
-from sharpkit.sharpness.objective import grouped, plain_gradient
+from sharpkit.groupwise import geometry
+from sharpkit.groupwise.geometry import Direction, Factors, Tensors
+from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient, joined_factors
+from sharpkit.groupwise.objective import grouped, plain_gradient
 from sharpkit.training.perturbed_layers import PerturbedLayers
 from sharpkit.training.radius import Radii
 from sharpkit.training.statistics import Recorder, Statistics

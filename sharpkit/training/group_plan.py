@@ -24,9 +24,9 @@ from sharpkit.contract.holding import unfused_attention
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
 from sharpkit.contract.recompute import without_reentry
 from sharpkit.contract.state import Attributes
-from sharpkit.sharpness import low_rank
-from sharpkit.sharpness.low_rank import pays
-from sharpkit.sharpness.plan import activation_bytes, default_memory_budget
+from sharpkit.groupwise import low_rank
+from sharpkit.groupwise.low_rank import pays
+from sharpkit.groupwise.memory import activation_bytes, default_memory_budget
 from sharpkit.training.group_passes import Shapes
 from sharpkit.training.noise import Noise
 from sharpkit.training.radius import Radii

@@ -17,7 +17,7 @@ from sharpkit.contract.holding import run_eagerly
 from sharpkit.contract.losses import MeanLoss, check_labels
 from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
-from sharpkit.sharpness.fallback import Disagreement, Engine, vectorised_or_loop
+from sharpkit.groupwise.fallback import Disagreement, Engine, vectorised_or_loop
 from sharpkit.training.group_passes import Objective, gradients, perturbation, perturbed_gradient
 from sharpkit.training.group_plan import Plan, plan_for, vmap_friendly
 from sharpkit.training.noise import Noise

@@ -12,7 +12,7 @@ from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, DataError, DivergedError
-from sharpkit.sharpness.fallback import Engine
+from sharpkit.groupwise.fallback import Engine
 from sharpkit.training import ranks
 from sharpkit.training.group_step import Batch, run
 from sharpkit.training.radius import Radii, checked_radius

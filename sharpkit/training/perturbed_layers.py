@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sharpkit.sharpness.low_rank import stand_ins
-from sharpkit.training.layer_calls import Geometry, LayerCall, recognise
+from sharpkit.groupwise.layer_calls import Geometry, LayerCall, recognise
+from sharpkit.groupwise.low_rank import stand_ins
 
 
 class PerturbedLayers(TorchFunctionMode):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sharpkit.sharpness import geometry
+from sharpkit.groupwise import geometry
 from sharpkit.sharpness.ascent import Ascent, projected_ascent, random_point, scaled
 
 KINDS = ["pgd", "apgd"]

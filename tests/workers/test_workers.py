@@ -16,8 +16,8 @@ import torch
 import sharpkit as sk
 from sharpkit.curvature.memory import default_budget
 from sharpkit.errors import ArgumentError, RunError
+from sharpkit.groupwise.memory import default_memory_budget
 from sharpkit.memory import available_memory
-from sharpkit.sharpness.plan import default_memory_budget
 from sharpkit.workers import Failure, run_items
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.errors import ModelError
-from sharpkit.sharpness import low_rank
+from sharpkit.groupwise import low_rank
 
 Tensors = dict[str, Tensor]  # name -> (groups, *shape)
 Factors = dict[str, tuple[Tensor, Tensor]]  # name -> A (groups, rows, in), D (groups, rows, out)

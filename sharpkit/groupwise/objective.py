@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
-from sharpkit.sharpness.geometry import Tensors
+from sharpkit.groupwise.geometry import Tensors
 
 
 @dataclass
