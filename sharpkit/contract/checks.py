@@ -27,7 +27,7 @@ from sharpkit.contract.parameters import some
 from sharpkit.contract.state import Found, same_values
 from sharpkit.errors import ModelError, SharpkitError
 
-_PROBED = 32  # examples
+_PROBED, _PROBED_LOSS = 12, 32  # examples; more for a loss whose form is not known
 # relative to the largest output: what different batch sizes may change by rounding
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 _HALF = 0.1
@@ -67,7 +67,7 @@ def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found
         ModelError: For a model that does not take the inputs, is random, lets examples influence
             each other or rewrites its weights, or for a loss that is not a mean over examples.
     """
-    probe = _probe(function, examples)
+    probe = _probe(function, examples, _PROBED if loss.exact else _PROBED_LOSS)
     _choose_eval(function, probe, found)
     outputs = _first_pass(function, probe, found)
     check_rows(function.model, outputs, len(probe))
@@ -109,10 +109,10 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return a.numel() == 0 or bool((a - b).abs().max() <= tolerance * max(largest, 1e-30))
 
 
-def _probe(function: FunctionalModel, examples: Examples) -> Examples:
+def _probe(function: FunctionalModel, examples: Examples, count: int) -> Examples:
     """A few examples of one shape, with labels as different as there are."""
-    chosen = examples.select(label_diverse(examples, _PROBED))
-    parts = chosen.chunks(_PROBED)
+    chosen = examples.select(label_diverse(examples, count))
+    parts = chosen.chunks(count)
     return max(parts, key=len).to(function.device, function.dtype)
 
 

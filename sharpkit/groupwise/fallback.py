@@ -72,6 +72,22 @@ def vectorised_or_loop(
     return result, False
 
 
+def first_that_works(first: Callable[[], T], second: Callable[[], T]) -> T:
+    """What `first` gives or, if it fails for another reason than memory, what `second` gives.
+
+    Raises:
+        SharpkitError: Whatever either raises of this kind.
+    """
+    try:
+        return first()
+    except SharpkitError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+    return second()
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU.
 

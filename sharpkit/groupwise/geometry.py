@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sharpkit.errors import ModelError
 from sharpkit.groupwise import low_rank
 
 Tensors = dict[str, Tensor]  # name -> (groups, *shape)
 Factors = dict[str, tuple[Tensor, Tensor]]  # name -> A (groups, rows, in), D (groups, rows, out)
 
-# outside this range the reciprocal of a float32 norm, or its product with rho, may leave float32
-_SAFE_NORMS = (1e-30, 1e30)
+# outside this range squares of float32 entries that matter to the norm may leave float32, or the
+# product of its reciprocal with rho
+_SAFE_NORMS = (1e-12, 1e15)
+_BLOCK = 1024  # entries whose squares are added up in float32: an error of some 1e-7
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Direction:
     """Unit vectors `coefficient * (tensors, factors)`, one per group; 0 where the gradient is 0."""
 
     tensors: Tensors
-    coefficient: Tensor  # (groups,) float64
+    coefficient: Tensor  # (groups,) float64; NaN where the gradient is not finite
     factors: Factors = field(default_factory=dict)  # weights whose part is DᵀA, never formed
+    doubtful: Tensor | None = None  # (groups,) bool: the norm may have left float32 on the way
 
 
 def norm(tensors: Tensors, p: float = 2.0) -> Tensor:
@@ -39,7 +41,12 @@ def norm(tensors: Tensors, p: float = 2.0) -> Tensor:
 
 
 def _row_norm(tensor: Tensor, p: float) -> Tensor:
+    """Blocks in the tensor's own dtype, which is far faster, and their norms in float64."""
     rows = tensor.reshape(len(tensor), -1)
+    if p == 2.0 and rows.dtype == torch.float32 and rows.shape[1] > _BLOCK:
+        whole = rows.shape[1] // _BLOCK * _BLOCK
+        blocks = rows[:, :whole].reshape(len(rows), -1, _BLOCK)
+        rows = torch.cat([torch.linalg.vector_norm(blocks, dim=2), rows[:, whole:]], 1)
     result: Tensor = torch.linalg.vector_norm(rows, ord=p, dim=1, dtype=torch.float64)
     return result
 
@@ -78,7 +85,9 @@ def normalised(tensors: Tensors, factors: Factors | None = None) -> tuple[Tensor
     )
 
 
-def steepest(gradient: Tensors, p: float, factors: Factors | None = None) -> Direction:
+def steepest(
+    gradient: Tensors, p: float, factors: Factors | None = None, *, careful: bool = True
+) -> Direction:
     """The unit vector of the p-norm that has the largest inner product with the gradient.
 
     With 1/p + 1/q = 1 it is sign(g) |g|^{q−1} / ‖g‖_q^{q−1} (Foret et al. 2021, equation 2).
@@ -87,27 +96,35 @@ def steepest(gradient: Tensors, p: float, factors: Factors | None = None) -> Dir
         gradient: Per group, any scale; shapes (groups, *shape).
         p: Order of the norm, from 1 to infinity.
         factors: For p = 2 only: further parts of the gradient, as factors.
+        careful: Scale the gradient first, which is needed for entries whose squares leave its
+            dtype. Without it, `doubtful` tells for which groups that may be so.
 
     Returns:
-        Direction: Zero where a group's gradient is exactly zero, or not finite (`check_flat`).
+        Direction: Zero where a group's gradient is exactly zero, NaN where it is not finite.
     """
     if p == 2.0:
         factors = factors or {}
-        length = _length(gradient, factors)
-        if _unsafe(length):
+        if careful:
             gradient, factors = normalised(gradient, factors)
-            length = _length(gradient, factors)
-        return Direction(gradient, torch.where(length > 0, 1.0 / length, 0.0), factors)
+        length = _length(gradient, factors)
+        low, high = _SAFE_NORMS
+        doubtful = None if careful else (length < low) | (length > high)
+        return Direction(gradient, _reciprocal(length), factors, doubtful)
     if p == torch.inf:
         top = largest(gradient)
-        return Direction({k: g.sign() for k, g in gradient.items()}, (top > 0).double())
+        unit = torch.where(torch.isfinite(top), (top > 0).double(), torch.nan)
+        return Direction({k: g.sign() for k, g in gradient.items()}, unit)
     gradient, _ = normalised(gradient)
     if p == 1.0:
         return _largest_entry(gradient)
     q = p / (p - 1.0)
     powers = {name: g.sign() * g.abs() ** (q - 1.0) for name, g in gradient.items()}
-    length = norm(powers, p)
-    return Direction(powers, torch.where(length > 0, 1.0 / length, 0.0))
+    return Direction(powers, _reciprocal(norm(powers, p)))
+
+
+def _reciprocal(length: Tensor) -> Tensor:
+    usable = torch.isfinite(length) & (length > 0)
+    return torch.where(usable, 1.0 / length, torch.where(length == 0, 0.0, torch.nan))
 
 
 def _length(gradient: Tensors, factors: Factors) -> Tensor:
@@ -116,43 +133,20 @@ def _length(gradient: Tensors, factors: Factors) -> Tensor:
     return torch.stack(squares).sum(0).sqrt()
 
 
-def check_flat(direction: Direction, gradient: Tensors, factors: Factors | None = None) -> None:
-    """Raise unless groups without a direction have gradients of exactly 0, and not of NaN.
-
-    Raises:
-        ModelError: If a gradient has NaN or infinite entries.
-    """
-    still = direction.coefficient == 0
-    if not bool(still.any()):
-        return
-    parts = [*gradient.values(), *(t for pair in (factors or {}).values() for t in pair)]
-    bad = sum(~torch.isfinite(t[still].reshape(int(still.sum()), -1)).all(1) for t in parts)
-    count = int(torch.as_tensor(bad).count_nonzero())
-    if count:
-        raise ModelError(
-            f"the gradient of {count} groups has NaN or infinite entries, although the loss is "
-            "finite"
-        )
-
-
-def _unsafe(length: Tensor) -> bool:
-    low, high = _SAFE_NORMS
-    return bool(((length < low) | (length > high)).any())
-
-
 def _largest_entry(gradient: Tensors) -> Direction:
     top = largest(gradient)
     free = top > 0  # groups whose one entry is not placed yet
     tensors: Tensors = {}
+    finite = torch.isfinite(top)
     for name, g in gradient.items():
         flat = g.reshape(len(g), -1)
         value, index = flat.abs().max(1)
         here = free & (value.double() == top)
-        picked = torch.zeros_like(flat)
-        picked[here, index[here]] = flat[here, index[here]].sign()
-        tensors[name] = picked.view_as(g)
+        place = index.unsqueeze(1)
+        entry = flat.gather(1, place).sign() * here.unsqueeze(1)
+        tensors[name] = torch.zeros_like(flat).scatter_(1, place, entry).view_as(g)
         free = free & ~here
-    return Direction(tensors, (top > 0).double())
+    return Direction(tensors, torch.where(finite, (top > 0).double(), torch.nan))
 
 
 def project(point: Tensors, rho: float, p: float) -> Tensors:

@@ -113,5 +113,5 @@ def squared_norm(inputs: Tensor, deltas: Tensor) -> Tensor:
 
 def pays(weight: Tensor, rows: int) -> bool:
     """Whether the factors of a group's gradient are at most half as large as the weight."""
-    out, features = weight.shape
+    out, features = len(weight), weight[0].numel()
     return 2 * rows * (out + features) <= out * features

@@ -20,17 +20,25 @@ from sharpkit.groupwise.geometry import Tensors
 
 @dataclass
 class Objective:
-    """What is measured: the loss of a functional model, and the weights that are perturbed."""
+    """What is measured: the loss of a functional model, and the weights that are perturbed.
+
+    Attributes:
+        model: The model.
+        loss: The loss.
+        weights: The perturbed parameters, without a group axis.
+        chunk: Examples at a time of groups side by side.
+        batch: Examples at a time of a group alone.
+        alone: Group size from which groups are evaluated one by one.
+        layout: Of images and of the weights of convolutions, where groups are alone.
+    """
 
     model: FunctionalModel
     loss: MeanLoss
-    weights: Tensors  # without a group axis
-    chunk: int  # examples evaluated at a time
-
-    @property
-    def alone(self) -> int:
-        """Group size from which groups are evaluated one by one: they fill the processor alone."""
-        return max(1, self.chunk // 2) if self.model.device.type == "cpu" else sys.maxsize
+    weights: Tensors
+    chunk: int
+    batch: int
+    alone: int = sys.maxsize
+    layout: torch.memory_format = torch.contiguous_format
 
     def at(self, weights: Tensors, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss of one batch at the given weights, and the weight of the batch."""
@@ -41,19 +49,25 @@ class Objective:
         return self.model.within(weights, terms)
 
     def losses(self, weights: Tensors, examples: Examples) -> tuple[Tensor, Tensor]:
-        """The same for any number of examples, in chunks, with the weights assigned; float64."""
+        """The same for any number of examples, in batches, with the weights assigned; float64."""
         parts = []
+        weights = in_layout(weights, self.layout)
         with self.model.evaluating(), self.model.assigned(weights):
-            for e in examples.chunks(self.chunk):
-                mean, weight = self.loss.terms(self.model.outputs(e.inputs), e.labels)
-                parts.append(torch.stack([mean.detach().double(), weight.double()]))
-        means, shares = torch.stack(parts, 1)
+            for e in examples.chunks(self.batch):
+                inputs = in_layout(e.inputs, self.layout)
+                mean, weight = self.loss.terms(self.model.outputs(inputs), e.labels)
+                parts.append((mean.detach().double(), weight.double()))
+        if len(parts) == 1:
+            return parts[0]
+        means, shares = (torch.stack(part) for part in zip(*parts, strict=True))
         total = shares.sum()
         return (means * shares).sum() / torch.where(total > 0, total, 1.0), total
 
-    def gradient(self, weights: Tensors, part: Examples) -> PlainGradient:
-        """The loss and scaled gradient of a chunk by plain autograd, with the weights assigned."""
-        return plain_gradient(self.model, self.loss, weights, part)
+    def gradient(self, weights: Tensors, examples: Examples) -> PlainGradient:
+        """The loss and scaled gradient of any number of examples, with the weights assigned."""
+        return plain_gradient(
+            self.model, self.loss, weights, examples, batch=self.batch, layout=self.layout
+        )
 
 
 @dataclass
@@ -66,34 +80,106 @@ class PlainGradient:
 
     mean: Tensor  # float64 scalar
     weight: Tensor  # float64 scalar
-    gradient: Sequence[Tensor | None]  # in the order of the weights
+    gradient: Sequence[Tensor | None]  # in the order of the weights, dense
     exponent: Tensor  # float64 scalar; +inf where the loss does not depend on the outputs
 
 
 def plain_gradient(
-    model: FunctionalModel, loss: MeanLoss, weights: Tensors, part: Examples
+    model: FunctionalModel,
+    loss: MeanLoss,
+    weights: Tensors,
+    examples: Examples,
+    *,
+    batch: int | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> PlainGradient:
-    """As `Objective.gradient`."""
-    with model.assigned(weights) as leaves, torch.enable_grad():
-        out = model.outputs(part.inputs)
-        mean, weight = loss.terms(out, part.labels)
-        ends = [t for t in floating_leaves(out) if t.requires_grad]
-        slopes: Sequence[Tensor | None] = ()
-        if mean.requires_grad and ends:
-            slopes = torch.autograd.grad(mean, ends, retain_graph=True, allow_unused=True)
-        exponent = scale_exponent(
-            (s for s in slopes if s is not None), mean, model.habits.loss_sees_weights
-        )
-        found: Sequence[Tensor | None] = [None] * len(leaves)
-        if mean.requires_grad:
-            found = torch.autograd.grad(
-                mean, leaves, power(exponent, mean.dtype), allow_unused=True
-            )
+    """The mean loss of examples and its gradient by ordinary autograd, in batches.
+
+    Args:
+        model: The model.
+        loss: The loss.
+        weights: To evaluate at.
+        examples: On the model's device.
+        batch: Examples at a time; None for all.
+        layout: Of images and of the weights of convolutions.
+    """
+    count = len(examples)
+    means: list[Tensor] = []
+    shares: list[Tensor] = []
+    total: list[Tensor | None] = []
+    exponent: Tensor | None = None
+    with model.assigned(in_layout(weights, layout)) as leaves, torch.enable_grad():
+        for part in examples.chunks(batch or count):
+            out = model.outputs(in_layout(part.inputs, layout))
+            mean, weight = loss.terms(out, part.labels)
+            # the first batch sets the scale of all: what is smaller by far does not matter
+            if exponent is None:
+                exponent = _exponent(model, out, mean)
+            found: Sequence[Tensor | None] = [None] * len(leaves)
+            if mean.requires_grad:
+                factor = power(exponent, mean.dtype)
+                if len(part) < count:
+                    factor = factor * (weight / count).to(mean.dtype)
+                found = torch.autograd.grad(mean, leaves, factor, allow_unused=True)
+            total = _added(total, found) if means else list(found)
+            means.append(mean.detach().double())
+            shares.append(weight.detach().double())
+    assert exponent is not None
+    mean, weight = means[0], shares[0]
+    if len(means) > 1:
+        weight = torch.stack(shares).sum()
+        divisor = torch.where(weight > 0, weight, 1.0)
+        mean = (torch.stack(means) * torch.stack(shares)).sum() / divisor
+        exponent = torch.where(torch.isfinite(exponent), exponent, 0.0)
+        torch._foreach_mul_([g for g in total if g is not None], count / divisor)
     gradient = [
         None if g is None else model.real(name, g.to_dense() if g.is_sparse else g)
-        for name, g in zip(weights, found, strict=True)
+        for name, g in zip(weights, total, strict=True)
     ]
-    return PlainGradient(mean.detach().double(), weight.detach().double(), gradient, exponent)
+    return PlainGradient(mean, weight, gradient, exponent)
+
+
+def _exponent(model: FunctionalModel, outputs: Any, mean: Tensor) -> Tensor:
+    ends = [t for t in floating_leaves(outputs) if t.requires_grad]
+    slopes: Sequence[Tensor | None] = ()
+    if mean.requires_grad and ends:
+        slopes = torch.autograd.grad(mean, ends, retain_graph=True, allow_unused=True)
+    return scale_exponent(
+        (s for s in slopes if s is not None), mean, model.habits.loss_sees_weights
+    )
+
+
+def _added(total: list[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The sum of two lists of gradients, out of place where a list holds one tensor twice."""
+    both = [
+        (i, a, b)
+        for i, (a, b) in enumerate(zip(total, more, strict=True))
+        if a is not None and b is not None
+    ]
+    result = [b if a is None else a for a, b in zip(total, more, strict=True)]
+    for (i, _, _), t in zip(
+        both, torch._foreach_add([a for _, a, _ in both], [b for _, _, b in both]), strict=True
+    ):
+        result[i] = t
+    return result
+
+
+def in_layout(tensors: Any, layout: torch.memory_format) -> Any:
+    """Tensors, or a structure of them, with those of four axes in a layout; the same values."""
+    if layout == torch.contiguous_format:
+        return tensors
+
+    def moved(t: Tensor) -> Tensor:
+        if t.ndim != 4 or t.shape[1] > 1:
+            return t.contiguous(memory_format=layout) if t.ndim == 4 else t
+        # with one channel both layouts are the same memory, and only the strides tell
+        return torch.empty_like(t, memory_format=layout).copy_(t)
+
+    if isinstance(tensors, Tensor):
+        return moved(tensors)
+    if isinstance(tensors, dict):
+        return {name: in_layout(t, layout) for name, t in tensors.items()}
+    return pytree.tree_map(moved, tensors)
 
 
 def floating_leaves(outputs: Any) -> list[Tensor]:

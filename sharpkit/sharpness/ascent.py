@@ -61,6 +61,9 @@ def projected_ascent(
     gradients: Callable[[Tensors], tuple[Tensors, Tensor]],
     losses: Callable[[Tensors], Tensor],
     random_start: Callable[[int], Tensors] | None = None,
+    *,
+    careful: bool = True,
+    note: Callable[[Direction], object] = lambda direction: None,
 ) -> Tensor:
     """The largest loss increase met on projected steepest ascent: a lower bound of the maximum.
 
@@ -78,6 +81,8 @@ def projected_ascent(
         losses: Perturbed weights to loss per group.
         random_start: Restart 1, 2, ... to a point u of the ball (see `random_point`); needed where
             `ascent.restarts` > 1.
+        careful: As in `geometry.steepest`.
+        note: Called with every direction.
 
     Returns:
         Tensor: Increases, (groups,), never negative, and never less with more restarts.
@@ -91,8 +96,8 @@ def projected_ascent(
 
     def slope(u: Tensors) -> tuple[Direction, Tensor]:
         gradient, loss = gradients(at(u))
-        direction = geometry.steepest(scaled(gradient, scale), ascent.p)
-        geometry.check_flat(direction, gradient)
+        direction = geometry.steepest(scaled(gradient, scale), ascent.p, careful=careful)
+        note(direction)
         return direction, loss - base
 
     def increase(u: Tensors) -> Tensor:

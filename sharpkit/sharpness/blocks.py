@@ -20,6 +20,7 @@ class Blocks:
     """
 
     size: int  # examples per block
+    shapes: dict[str, torch.Size]  # of the weights that have factors
     loss: Tensor  # (blocks,) float64, means
     weight: Tensor  # (blocks,) float64, by which means of several blocks are averaged
     tensors: Tensors  # (blocks, *shape), scaled by 2^exponent
@@ -34,6 +35,7 @@ class Blocks:
         """Blocks start to stop, as views."""
         return Blocks(
             self.size,
+            self.shapes,
             self.loss[start:stop],
             self.weight[start:stop],
             {name: t[start:stop] for name, t in self.tensors.items()},
@@ -57,7 +59,7 @@ class Blocks:
         )
         share, total = _shares(self.weight.view(groups, q))
         weight = torch.exp2(shift) * share  # (groups, q), at most 1
-        tensors = self.tensors
+        tensors = dict(self.tensors)
         if q > 1:
             tensors = {
                 name: (weight.to(t.dtype).unsqueeze(1) @ t.reshape(groups, q, -1)).view(
@@ -67,14 +69,15 @@ class Blocks:
             }
         factors: Factors = {}
         for name, (a, d) in self.factors.items():
-            d = d * geometry.expand(weight.flatten(), d)
+            if q > 1:
+                d = d * geometry.expand(weight.flatten(), d)
             a, d = (t.reshape(groups, -1, t.shape[-1]) for t in (a, d))
             if name in factored:
                 factors[name] = (a, d)
             else:
-                tensors = {**tensors, name: d.mT @ a}
+                tensors[name] = (d.mT @ a).view(groups, *self.shapes[name])
         loss = (self.loss.view(groups, q) * share).sum(1)
-        return Blocks(self.size * q, loss, total, tensors, factors, exponent)
+        return Blocks(self.size * q, self.shapes, loss, total, tensors, factors, exponent)
 
 
 def concatenated(first: Blocks, second: Blocks) -> Blocks:
@@ -90,7 +93,7 @@ def concatenated(first: Blocks, second: Blocks) -> Blocks:
             parts.append(t * geometry.expand(torch.exp2(shift) * own, t))
         tensors[name] = parts[0] + parts[1]
     loss = (torch.stack([first.loss, second.loss], 1) * share).sum(1)
-    return Blocks(first.size + second.size, loss, weight, tensors, {}, exponent)
+    return Blocks(first.size + second.size, {}, loss, weight, tensors, {}, exponent)
 
 
 def _shares(weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,6 +108,7 @@ def stacked(blocks: list[Blocks]) -> Blocks:
         return blocks[0]
     return Blocks(
         blocks[0].size,
+        {},
         torch.cat([b.loss for b in blocks]),
         torch.cat([b.weight for b in blocks]),
         {name: torch.cat([b.tensors[name] for b in blocks]) for name in blocks[0].tensors},

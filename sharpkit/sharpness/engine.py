@@ -1,9 +1,12 @@
-"""The vectorised engine: gradients and perturbed losses of many groups at a time.
+"""All m and rho over a stream of chunks of examples.
 
-The examples are streamed in chunks. In every chunk `torch.func.vmap` takes the gradient of each
-base group (as many examples as the greatest common divisor of all m); the gradient of a larger
-group is the mean of its base groups', so one gradient pass serves every m and rho. A group whose
-gradient is complete is perturbed and evaluated at once, so memory stays at a few chunks.
+In every chunk the gradient of each base group is taken (as many examples as the greatest common
+divisor of all m); the gradient of a larger group is the mean of its base groups', so one gradient
+pass serves every m and rho. A group whose gradient is complete is perturbed and evaluated at once,
+so memory stays at a few chunks. How groups are evaluated is up to `passes`.
+
+What is to be looked at (losses that are not finite, zero gradients) stays on the device until many
+chunks are done: a GPU is not waited for in between.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from sharpkit.contract.examples import Examples
 from sharpkit.errors import ModelError
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.fallback import Disagreement
+from sharpkit.groupwise.geometry import Direction, Tensors
 from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.objective import Objective
 from sharpkit.sharpness.ascent import (
@@ -29,36 +33,44 @@ from sharpkit.sharpness.ascent import (
     random_point,
     scaled,
 )
-from sharpkit.sharpness.blocks import Blocks, concatenated, stacked
-from sharpkit.sharpness.gradient_pass import GradientPass, block_at
-from sharpkit.sharpness.groups import Groups
+from sharpkit.sharpness.blocks import Blocks, concatenated
+from sharpkit.sharpness.passes import Alone, Passes
 
 # relative to the largest entry; a rule that is lost changes much more
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
+_UNSEEN = 64  # chunks whose results are not looked at
+
+
+class Doubtful(Exception):
+    """A gradient's norm may have left the dtype: the measurement is to be made with care."""
 
 
 @dataclass
-class Groupwise:
-    """What was measured at one m, in the order of the groups."""
+class Level:
+    """The groups of one m, in their order.
+
+    Attributes:
+        m: Group size.
+        factored: Weights whose gradient stays in factors.
+        pending: The mean gradient of a group that is not complete yet.
+        increases: (rho, groups) float64 each.
+        sizes: Examples of every group.
+        weights: By which groups are averaged, (groups,) each.
+        zero_gradients: Groups that do not move, a scalar each.
+    """
 
     m: int
-    increases: list[Tensor] = field(default_factory=list)  # (rho, groups) float64 each, on the CPU
+    factored: frozenset[str] = frozenset()
+    pending: Blocks | None = None
+    increases: list[Tensor] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)  # by which groups are averaged
-    zero_gradients: int = 0
+    weights: list[Tensor] = field(default_factory=list)
+    zero_gradients: list[Tensor] = field(default_factory=list)
 
     @property
     def start(self) -> int:
         """The first example of the next group."""
         return sum(self.sizes)
-
-
-@dataclass
-class Level(Groupwise):
-    """The groups of one m while they are collected from base groups."""
-
-    factored: frozenset[str] = frozenset()  # linear weights whose gradient stays factored
-    pending: Blocks | None = None  # the mean gradient of a group that is not complete yet
 
 
 class Sweep:
@@ -70,7 +82,12 @@ class Sweep:
         ms: Group sizes.
         rhos: Radii.
         ascent: How the inner maximum is found.
-        factored: Rows per example of every linear weight whose gradient may stay factored.
+        alone: How one group is evaluated.
+        side: How many are, side by side; None to take all one after the other.
+        careful: Take norms of gradients with care (see `geometry.steepest`).
+
+    Attributes:
+        levels: What was measured.
     """
 
     def __init__(
@@ -80,47 +97,99 @@ class Sweep:
         ms: Sequence[int],
         rhos: Sequence[float],
         ascent: Ascent,
-        factored: dict[str, int],
+        alone: Alone,
+        side: Passes | None,
+        *,
+        careful: bool = False,
     ) -> None:
         self.objective, self.examples, self.rhos, self.ascent = objective, examples, rhos, ascent
+        self.alone, self.side, self.careful = alone, side, careful
         self.block = math.gcd(*ms)
-        self.scale = (
-            {name: w.abs() for name, w in objective.weights.items()} if ascent.adaptive else None
-        )
-
-        def factored_at(m: int) -> frozenset[str]:
-            # groups that are evaluated alone, or span chunks, are few: theirs are multiplied out
-            if m > objective.chunk or m >= objective.alone:
-                return frozenset()
-            return frozenset(
-                name for name, rows in factored.items() if pays(objective.weights[name], m * rows)
-            )
-
-        self.gradient_pass = GradientPass(
-            objective, factored_at(self.block), losses_only=not ascent.needs_gradient
-        )
-        self.levels = [Level(m, factored=factored_at(m)) for m in ms]
+        self.weights = alone.packing.joined(objective.weights)
+        self.scale = {k: w.abs() for k, w in self.weights.items()} if ascent.adaptive else None
+        self.factored = self._factored_at(self.block)
+        self.levels = [Level(m, self._factored_at(m)) for m in ms]
+        self._chunks = 0
+        # what was found and not looked at yet: where groups start, their losses, and sizes,
+        self._losses: list[tuple[int, Tensor, int]] = []
+        self._doubts: list[Tensor] = []  # groups whose gradient's norm is doubtful,
+        self._lost: list[Tensor] = []  # and groups whose gradient is not finite
+        self._seen = dict.fromkeys(ms, 0)
 
     def extend(self, start: int, stop: int, advance: Callable[[int], object]) -> None:
         """Measure the groups that examples start to stop complete; all of them at the end."""
         step = max(self.block, self.objective.chunk // self.block * self.block)
         for a in range(start, stop, step):
             self._chunk(a, min(a + step, stop))
+            self._chunks += 1
+            if self._chunks % _UNSEEN == 1:
+                self._look()
             advance(min(a + step, stop) - a)
         if stop == len(self.examples):
             for level in self.levels:
                 if level.pending is not None:  # the smaller last group
                     self._measure(level, level.pending)
                     level.pending = None
+        self._look()
+
+    def compare(self, examples: Examples) -> None:
+        """Raise Disagreement if single examples side by side differ from one after the other.
+
+        Function transforms replace the rules of some operations, and not always rightly.
+        """
+        count = len(examples)
+        if self.side is None or self.objective.alone == 1 or count < 2:
+            return
+        if not self.ascent.needs_gradient:
+            return
+        side = self.side.gradients(examples, count, self.factored).merged(count)
+        one = self.alone.gradients(examples, count)
+        known = {name: torch.isfinite(t) for name, t in one.tensors.items()}
+        tops = [torch.where(known[k], t.abs(), 0.0).amax() for k, t in one.tensors.items()]
+        allowed = _AGREEMENT.get(self.objective.model.dtype, 0.3) * torch.stack(tops).amax()
+        shift = torch.where(torch.isfinite(one.exponent), one.exponent - side.exponent, 0.0)
+        for name, t in one.tensors.items():
+            other = side.tensors[name] * geometry.expand(torch.exp2(shift), t)
+            # what is not finite in either way is reported when it is measured
+            if bool((known[name] & ~((t - other).abs() <= allowed)).any()):
+                raise Disagreement("gradients differ from those of one group after the other")
+        at = {name: w.expand(count, *w.shape) for name, w in self.weights.items()}
+        with self.objective.model.evaluating():
+            losses = self.side.losses(examples, count, at)
+        close = torch.isclose(losses, one.loss, _AGREEMENT.get(self.objective.model.dtype, 0.3))
+        if not bool((close | ~torch.isfinite(one.loss)).all()):
+            raise Disagreement("losses differ from those of one group after the other")
+
+    def _factored_at(self, m: int) -> frozenset[str]:
+        # groups that are evaluated alone, or span chunks, are few: theirs are multiplied out
+        if self.side is None or not self.ascent.allows_factors or m > self.objective.chunk:
+            return frozenset()
+        if m >= self.objective.alone:
+            return frozenset()
+        weights = self.objective.weights
+        return frozenset(
+            name for name, rows in self.side.rows.items() if pays(weights[name], m * rows)
+        )
+
+    def _passes(self, groups: int, size: int) -> Passes:
+        if self.side is None or groups == 1 or size >= self.objective.alone:
+            return self.alone
+        return self.side
 
     def _chunk(self, start: int, stop: int) -> None:
         whole = start + (stop - start) // self.block * self.block
         for a, b, size in ((start, whole, self.block), (whole, stop, stop - whole)):
-            if b > a:
-                blocks = self.gradient_pass(self._examples(a, b), size)
-                self._check(blocks, a)
-                for level in self.levels:
-                    self._add(level, blocks)
+            if b == a:
+                continue
+            examples, groups = self._examples(a, b), (b - a) // size
+            passes = self._passes(groups, size)
+            if self.ascent.needs_gradient:
+                blocks = passes.gradients(examples, groups, self.factored)
+            else:
+                blocks = passes.losses_only(examples, groups)
+            self._losses.append((a, blocks.loss, size))
+            for level in self.levels:
+                self._add(level, blocks)
 
     def _add(self, level: Level, blocks: Blocks) -> None:
         done = 0
@@ -150,109 +219,145 @@ class Sweep:
                 self._measure(level, blocks.slice(i, i + 1))
             return
         examples = self._examples(level.start, level.start + count * size)
-        groups = Groups(self.objective, examples, count)
+        passes = self.alone if not blocks.factors else self.side
+        if count > 1:
+            passes = self._passes(count, size)
+        assert passes is not None
         with self.objective.model.evaluating():
             if self.ascent.kind == "average":
-                increases = self._average(level, groups, blocks.loss)
+                increases = self._average(level, passes, examples, blocks.loss)
             else:
-                increases = self._ascend(level, groups, blocks)
-        for rho, row in zip(self.rhos, increases, strict=True):
-            if not bool(torch.isfinite(row).all()):
-                raise ModelError(
-                    f"the loss is not finite at the perturbed weights (m = {level.m}, rho = {rho})"
-                )
-        level.increases.append(increases.cpu())
+                increases = self._ascend(level, passes, examples, blocks)
+        level.increases.append(increases)
         level.sizes += [size] * count
-        level.weights += blocks.weight.tolist()
+        level.weights.append(blocks.weight)
 
-    def _ascend(self, level: Level, groups: Groups, blocks: Blocks) -> Tensor:
-        ascent, weights = self.ascent, self.objective.weights
-        first = geometry.steepest(scaled(blocks.tensors, self.scale), ascent.p, blocks.factors)
-        geometry.check_flat(first, blocks.tensors, blocks.factors)
-        moves = first.coefficient > 0
-        level.zero_gradients += int((~moves).sum())
-        rows = []
+    def _ascend(self, level: Level, passes: Passes, examples: Examples, blocks: Blocks) -> Tensor:
+        ascent, groups = self.ascent, len(blocks)
+        first = geometry.steepest(
+            scaled(blocks.tensors, self.scale), ascent.p, blocks.factors, careful=self.careful
+        )
+        moves = first.coefficient != 0
+        self._note(first, torch.isfinite(blocks.exponent))
+        level.zero_gradients.append((~moves).sum())
         if ascent.kind in ("pgd", "apgd"):
             rows = [
                 projected_ascent(
-                    ascent,
-                    weights,
-                    self.scale,
-                    first,
-                    blocks.loss,
-                    rho,
-                    groups.gradients,
-                    groups.losses,
-                    partial(
-                        random_point,
-                        ascent,
-                        weights,
-                        level.m,
-                        len(level.sizes),
-                        len(blocks),
-                        rho,
-                    ),
+                    ascent, self.weights, self.scale, first, blocks.loss, rho,
+                    partial(passes.slopes, examples, groups),
+                    partial(passes.losses, examples, groups),
+                    partial(self._random_point, level, groups, rho),
+                    careful=self.careful,
+                    note=self._note,
                 )
                 for rho in self.rhos
-            ]
+            ]  # fmt: skip
         else:
-            step = scaled(first.tensors, self.scale)
-            for rho in self.rhos:
-                amount = rho * first.coefficient
-                at = geometry.moved(weights, step, amount)
-                rows.append(groups.losses(at, first.factors, amount) - blocks.loss)
+            rows = [self._one_step(passes, examples, first, rho) - blocks.loss for rho in self.rhos]
         # without a gradient there is no perturbation: exactly 0, not the rounding of two passes
         return torch.where(moves | (ascent.restarts > 1), torch.stack(rows), 0.0)
 
-    def _average(self, level: Level, groups: Groups, base: Tensor) -> Tensor:
-        weights, steps = self.objective.weights, self.ascent.steps
+    def _one_step(self, passes: Passes, examples: Examples, first: Direction, rho: float) -> Tensor:
+        amount = rho * first.coefficient
+        at = geometry.moved(self.weights, scaled(first.tensors, self.scale), amount)
+        # in float64: the amount may leave float32 although its product with the factors does not
+        thin = {
+            name: (a, (d.double() * amount.view(-1, 1, 1)).to(d.dtype))
+            for name, (a, d) in first.factors.items()
+        }
+        return passes.losses(examples, len(amount), at, thin)
+
+    def _average(self, level: Level, passes: Passes, examples: Examples, base: Tensor) -> Tensor:
+        packing, steps = self.alone.packing, self.ascent.steps
         total = torch.zeros(len(self.rhos), len(base), dtype=torch.float64, device=base.device)
         for sample in range(steps):
             direction = gaussian_direction(
-                self.ascent, weights, level.m, len(level.sizes), len(base), sample
+                self.ascent, self.objective.weights, level.m, len(level.sizes), len(base), sample
             )
-            step = scaled(direction.tensors, self.scale)
+            step = scaled(packing.joined(direction.tensors), self.scale)
             for i, rho in enumerate(self.rhos):
-                at = geometry.moved(weights, step, rho * direction.coefficient)
-                total[i] += groups.losses(at) - base
+                at = geometry.moved(self.weights, step, rho * direction.coefficient)
+                total[i] += passes.losses(examples, len(base), at) - base
         return total / steps
+
+    def _random_point(self, level: Level, groups: int, rho: float, restart: int) -> Tensors:
+        return self.alone.packing.joined(
+            random_point(
+                self.ascent, self.objective.weights, level.m, len(level.sizes), groups, rho, restart
+            )
+        )
 
     def _examples(self, start: int, stop: int) -> Examples:
         f = self.objective.model
         return self.examples.slice(start, stop).to(f.device, f.dtype)
 
-    def _check(self, blocks: Blocks, start: int) -> None:
-        bad = (~torch.isfinite(blocks.loss)).nonzero()
-        if not len(bad):
-            return
-        first = start + int(bad[0]) * blocks.size
-        f = self.objective
-        if bool(torch.isfinite(f.losses(f.weights, self._examples(first, first + blocks.size))[0])):
-            raise Disagreement("a weight is used otherwise than it was at first")
-        raise ModelError(
-            f"the loss is not finite at the unperturbed weights (examples {first} to "
-            f"{first + blocks.size - 1} in the order measured)"
-        )
+    def _note(self, direction: Direction, counted: Tensor | None = None) -> None:
+        """Keep in mind the groups whose direction may be wrong."""
+        self._lost.append(torch.isnan(direction.coefficient).sum())
+        if direction.doubtful is not None:
+            doubt = direction.doubtful
+            self._doubts.append((doubt if counted is None else doubt & counted).any())
 
-    def compare(self, examples: Examples) -> None:
-        """Raise Disagreement if single examples side by side differ from one after the other.
+    def _look(self) -> None:
+        """Look at all that was found since the last time, at once.
 
-        Function transforms replace the rules of some operations, and not always rightly.
+        Raises:
+            Doubtful: If norms must be taken with care.
+            Disagreement: If a loss is finite only when its group is evaluated alone.
+            ModelError: If a loss or gradient is not finite.
         """
-        count = len(examples)
-        if self.objective.alone == 1 or count < 2 or self.gradient_pass.losses_only:
+        if not self._losses:
             return
+        device = self._losses[0][1].device
+        fresh = {v.m: v.increases[self._seen[v.m] :] for v in self.levels}
+        increases = [x.flatten() for found in fresh.values() for x in found]
+        flags = torch.stack(
+            [
+                _all_finite([loss for _, loss, _ in self._losses], device),
+                ~torch.stack([*self._doubts, torch.tensor(False, device=device)]).any(),
+                torch.stack([*self._lost, torch.tensor(0, device=device)]).sum() == 0,
+                _all_finite(increases, device),
+            ]
+        )
+        known, certain, found, finite = flags.tolist()
+        if not known:
+            self._explain_loss()
+        if not certain:
+            raise Doubtful
+        if not found:
+            raise ModelError(
+                f"the gradient of {int(sum(self._lost))} groups has NaN or infinite entries, "
+                "although the loss is finite"
+            )
+        if not finite:
+            self._explain_increase(fresh)
+        self._seen = {level.m: len(level.increases) for level in self.levels}
+        self._losses, self._doubts, self._lost = [], [], []
+
+    def _explain_loss(self) -> None:
         f = self.objective
-        side = self.gradient_pass(examples, 1).merged(count)
-        one = stacked([block_at(f, f.weights, examples.slice(i, i + 1)) for i in range(count)])
-        largest = torch.stack([t.abs().amax() for t in one.tensors.values() if t.numel()]).amax()
-        shift = torch.where(torch.isfinite(one.exponent), one.exponent - side.exponent, 0.0)
-        for name, t in one.tensors.items():
-            other = side.tensors[name] * geometry.expand(torch.exp2(shift), t)
-            if bool(((t - other).abs() > _AGREEMENT.get(t.dtype, 0.3) * largest).any()):
-                raise Disagreement(f"the gradient of {name!r} differs")
-        at = {name: w.expand(count, *w.shape) for name, w in f.weights.items()}
-        with f.model.evaluating():
-            losses = Groups(f, examples, count).losses(at)
-        if not torch.allclose(losses, one.loss, rtol=_AGREEMENT.get(f.model.dtype, 0.3)):
-            raise Disagreement("the loss differs")
+        for start, loss, size in self._losses:
+            bad = (~torch.isfinite(loss)).nonzero()
+            if not len(bad):
+                continue
+            first = start + int(bad[0]) * size
+            alone, _ = f.losses(f.weights, self._examples(first, first + size))
+            if bool(torch.isfinite(alone)):
+                raise Disagreement("a weight is used otherwise than it was at first")
+            raise ModelError(
+                f"the loss is not finite at the unperturbed weights (examples {first} to "
+                f"{first + size - 1} in the order measured)"
+            )
+
+    def _explain_increase(self, fresh: dict[int, list[Tensor]]) -> None:
+        for m, found in fresh.items():
+            bad = ~torch.isfinite(torch.cat(found, 1)).all(1) if found else torch.zeros(0)
+            if bool(bad.any()):
+                rho = self.rhos[int(bad.nonzero()[0])]
+                raise ModelError(
+                    f"the loss is not finite at the perturbed weights (m = {m}, rho = {rho})"
+                )
+
+
+def _all_finite(parts: list[Tensor], device: torch.device) -> Tensor:
+    return torch.isfinite(torch.cat([*parts, torch.zeros(1, device=device)])).all()

@@ -15,21 +15,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sharpkit.contract.checks import examine, unused, warn_of_unused
-from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_examples
-from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
+from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
 from sharpkit.errors import ArgumentError, DataError
-from sharpkit.groupwise.fallback import Disagreement, in_memory, vectorised_or_loop
-from sharpkit.groupwise.memory import activation_bytes, default_memory_budget
+from sharpkit.groupwise.fallback import (
+    Disagreement,
+    first_that_works,
+    in_memory,
+    vectorised_or_loop,
+)
 from sharpkit.groupwise.objective import Objective
+from sharpkit.groupwise.packing import Packing
 from sharpkit.sharpness.ascent import Ascent
-from sharpkit.sharpness.engine import Groupwise, Sweep
-from sharpkit.sharpness.loop import Loop
-from sharpkit.sharpness.plan import chunk_size, factored_weights
+from sharpkit.sharpness.engine import Doubtful, Level, Sweep
+from sharpkit.sharpness.passes import Alone, Passes
+from sharpkit.sharpness.plan import one_batch, plan_of, transformed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -215,15 +219,10 @@ def m_sharpness(
             raise ArgumentError(f"m = {max(ms)} is larger than n = {len(examples)} examples")
         probe = examine(function, loss_fn, examples, found)
         warn_of_unused(unused(function, loss_fn, weights, probe.examples), weights)
-        factored = (
-            factored_weights(function, weights, probe.examples) if rule.allows_factors else {}
-        )
-        size = _chunk(
-            chunk, function, loss_fn, weights, factored, ms, probe.examples, memory_budget
-        )
+        layout = plan_of(function, loss_fn, weights, probe.examples, ms, chunk, memory_budget)
         stops = _stops(len(examples), ms, tolerance)
 
-        def run(sweep: Sweep | Loop) -> Sweep | Loop:
+        def run(sweep: Sweep) -> Sweep:
             with tqdm(
                 total=len(examples),
                 desc="m-sharpness",
@@ -238,27 +237,40 @@ def m_sharpness(
                         break
             return sweep
 
-        def side_by_side(objective: Objective) -> Sweep | Loop:
-            if function.habits.not_functional:
-                raise Disagreement(function.habits.not_functional)
+        def measured(objective: Objective, side: Passes | None) -> Sweep:
+            packing = Packing(weights) if side is None else side.packing
+            alone = Alone(objective, packing)
+            for careful in (False, True):
+                sweep = Sweep(objective, examples, ms, rhos, rule, alone, side, careful=careful)
+                try:
+                    sweep.compare(probe.examples)
+                    return run(sweep)
+                except Doubtful:
+                    continue
+            raise AssertionError("norms that were taken with care are not doubtful")
+
+        def side_by_side(objective: Objective) -> Sweep:
             if not examples.uniform:
                 raise Disagreement("the examples have different shapes")
-            sweep = Sweep(objective, examples, ms, rhos, rule, factored)
-            sweep.compare(probe.examples)
-            return run(sweep)
+            if math.gcd(*ms) >= objective.alone:
+                return measured(objective, None)
+            return first_that_works(
+                lambda: measured(objective, one_batch(objective, probe.examples)),
+                lambda: measured(objective, transformed(objective, probe.examples, rule)),
+            )
 
-        def measure(size: int) -> tuple[Sweep | Loop, bool]:
-            objective = Objective(function, loss_fn, weights, size)
+        def measure(size: int) -> tuple[Sweep, bool]:
+            objective = layout.objective(size)
             return vectorised_or_loop(
                 engine,
                 lambda: side_by_side(objective),
-                lambda: run(Loop(objective, examples, ms, rhos, rule)),
+                lambda: measured(layout.objective(size, loop=True), None),
                 function.model,
             )
 
-        sweep, vectorised = in_memory(measure, size)
+        sweep, vectorised = in_memory(measure, layout.chunk)
         probe.confirm()
-        if not sum(sweep.levels[0].weights) > 0:
+        if not float(torch.cat(sweep.levels[0].weights).sum()) > 0:
             raise DataError("no label counts in the loss: all are ignored, or weigh 0")
         outside = left_out(model, weights)
     return _result(
@@ -269,27 +281,6 @@ def m_sharpness(
         left_out=outside,
         precision=current_precision(),
     )  # fmt: skip
-
-
-def _chunk(
-    chunk: int | Literal["auto"],
-    function: FunctionalModel,
-    loss: MeanLoss,
-    weights: dict[str, Tensor],
-    factored: dict[str, int],
-    ms: tuple[int, ...],
-    few: Examples,
-    memory_budget: int | None,
-) -> int:
-    """The examples at a time that were asked for, or that fit cache and memory."""
-    if chunk != "auto":
-        if not (isinstance(chunk, int) and chunk >= 1):
-            raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
-        return chunk
-    dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
-    budget = default_memory_budget(function.device) if memory_budget is None else memory_budget
-    per_example = activation_bytes(function, weights, loss, few.slice(0, 1))
-    return chunk_size(per_example, dense, ms, budget, function.device)
 
 
 def read_grid(
@@ -349,9 +340,9 @@ def _stops(n: int, ms: tuple[int, ...], tolerance: float | None) -> list[int]:
     return [*range(step, n, step), n]
 
 
-def _estimate(increases: Tensor, weights: list[float]) -> tuple[Tensor, Tensor]:
+def _estimate(increases: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and its standard error over groups, which count by their weight; (rho,) each."""
-    share = torch.tensor(weights, dtype=torch.float64) / (sum(weights) or 1.0)
+    share = weights / (weights.sum() or 1.0)
     mean = increases @ share
     groups = int((share > 0).sum())
     if groups <= 1:
@@ -360,24 +351,29 @@ def _estimate(increases: Tensor, weights: list[float]) -> tuple[Tensor, Tensor]:
     return mean, torch.sqrt(squares * groups / (groups - 1))
 
 
-def _precise(levels: Sequence[Groupwise], tolerance: float) -> bool:
+def _collected(level: Level) -> tuple[Tensor, Tensor]:
+    """Increases (rho, groups) and weights (groups,) of all groups, on the CPU."""
+    return torch.cat(level.increases, 1).cpu(), torch.cat(level.weights).cpu()
+
+
+def _precise(levels: Sequence[Level], tolerance: float) -> bool:
     for level in levels:
-        mean, error = _estimate(torch.cat(level.increases, 1), level.weights)
+        mean, error = _estimate(*_collected(level))
         if not bool((error <= tolerance * mean.abs()).all()):
             return False
     return True
 
 
 def _result(
-    levels: Sequence[Groupwise],
+    levels: Sequence[Level],
     ms: tuple[int, ...],
     rhos: tuple[float, ...],
     m: int | Sequence[int],
     rho: float | Sequence[float],
     **how: Any,
 ) -> SharpnessResult:
-    increases = [torch.cat(level.increases, 1) for level in levels]
-    pairs = [_estimate(x, level.weights) for x, level in zip(increases, levels, strict=True)]
+    increases, weights = zip(*(_collected(level) for level in levels), strict=True)
+    pairs = [_estimate(x, w) for x, w in zip(increases, weights, strict=True)]
     value, std_error = (torch.stack(part).numpy() for part in zip(*pairs, strict=True))
     drop = (
         slice(None) if isinstance(m, Iterable) else 0,
@@ -396,8 +392,8 @@ def _result(
             for j, r in enumerate(rhos)
         },
         group_sizes={level.m: np.array(level.sizes) for level in levels},
-        group_weights={level.m: np.array(level.weights) for level in levels},
-        zero_gradient_groups={level.m: level.zero_gradients for level in levels},
+        group_weights={k: w.numpy() for k, w in zip(ms, weights, strict=True)},
+        zero_gradient_groups={level.m: int(sum(level.zero_gradients)) for level in levels},
         n=sum(levels[0].sizes),
         **how,
     )

@@ -1,26 +1,133 @@
-"""How a measurement is laid out: examples per chunk, and which linear weights stay factored.
+"""How a measurement is laid out: examples per chunk, when groups run alone, and in which layout.
 
-Both follow from sizes alone, never from timings, so that two runs give the same bits.
+All of it follows from sizes, never from timings, so that two runs give the same bits.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sharpkit.contract.checks import close
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.losses import MeanLoss
 from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import low_rank
+from sharpkit.groupwise.batch_passes import batch_passes
+from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Tensors
 from sharpkit.groupwise.low_rank import pays
+from sharpkit.groupwise.memory import activation_bytes, default_memory_budget
+from sharpkit.groupwise.objective import Objective, in_layout
+from sharpkit.groupwise.packing import Packing
+from sharpkit.sharpness.ascent import Ascent
+from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 
 # activations of a chunk that run fastest on a CPU: they stay in its cache, and are enough work for
-# the calls that evaluate them (benchmarks/bench_m_sharpness.py)
-_CPU_ACTIVATIONS = 20 * 2**20
+# the calls that evaluate them (benchmarks/bench_speed.py)
+_CPU_ACTIVATIONS = 40 * 2**20
+_CPU_CHUNKS = (32, 128)  # at least and at most, where memory allows it
+_CPU_ALONE = 16  # examples that fill a CPU's vector units and cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How examples are cut (see `Objective`), for one model, loss and device."""
+
+    function: FunctionalModel
+    loss: MeanLoss
+    weights: Tensors
+    chunk: int
+    batch: int
+    alone: int
+    layout: torch.memory_format
+
+    def objective(self, chunk: int, *, loop: bool = False) -> Objective:
+        """What is measured, in chunks of as many examples; group by group if `loop`."""
+        return Objective(
+            self.function, self.loss, self.weights, chunk, min(self.batch, max(chunk, 1)),
+            1 if loop else self.alone, self.layout,
+        )  # fmt: skip
+
+
+def plan_of(
+    function: FunctionalModel,
+    loss: MeanLoss,
+    weights: Tensors,
+    few: Examples,
+    ms: Sequence[int],
+    chunk: int | Literal["auto"],
+    memory_budget: int | None,
+) -> Plan:
+    """The plan for a model.
+
+    Args:
+        function: The model.
+        loss: The loss.
+        weights: The perturbed parameters.
+        few: Two or more examples, on the model's device.
+        ms: Group sizes.
+        chunk: Examples at a time, if that was asked for.
+        memory_budget: Bytes for a chunk; None for the default.
+
+    Raises:
+        ArgumentError: If not even one example fits the budget.
+    """
+    device = function.device
+    layout = _layout(function, few)
+    alone = _CPU_ALONE if device.type == "cpu" else sys.maxsize
+    if chunk != "auto":
+        if not (isinstance(chunk, int) and chunk >= 1):
+            raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
+        return Plan(function, loss, weights, chunk, chunk, alone, layout)
+    budget = default_memory_budget(device) if memory_budget is None else memory_budget
+    per_example = activation_bytes(function, weights, loss, few.slice(0, 1))
+    size = chunk_size(per_example, sum(w.nbytes for w in weights.values()), ms, budget, device)
+    return Plan(function, loss, weights, size, size, alone, layout)
+
+
+def _layout(function: FunctionalModel, few: Examples) -> torch.memory_format:
+    """Channels-last for images on a CPU, where it is the faster one, if the model takes it."""
+    images = few.uniform and any(isinstance(m, nn.Conv2d) for m in function.model.modules())
+    if function.device.type != "cpu" or not images:
+        return torch.contiguous_format
+    with function.evaluating(), function.assigned({}):
+        plain = function.outputs(few.inputs)
+        try:
+            other = function.outputs(in_layout(few.inputs, torch.channels_last))
+        except Exception:  # a view of what is no longer contiguous
+            return torch.contiguous_format
+    return torch.channels_last if close(plain, other) else torch.contiguous_format
+
+
+def one_batch(objective: Objective, few: Examples) -> OneBatchPasses:
+    """Groups as one ordinary batch.
+
+    Raises:
+        Disagreement: If the model uses a weight in a way that is not known.
+    """
+    f = objective
+    return OneBatchPasses(batch_passes(f.model, f.loss, f.weights, few))
+
+
+def transformed(objective: Objective, few: Examples, rule: Ascent) -> Transformed:
+    """Groups under vmap.
+
+    Raises:
+        Disagreement: If the model cannot run at swapped weights.
+    """
+    f = objective
+    if f.model.habits.not_functional:
+        raise Disagreement(f.model.habits.not_functional)
+    rows = factored_weights(f.model, f.weights, few.slice(0, 1)) if rule.allows_factors else {}
+    return Transformed(objective, Packing(f.weights, frozenset(rows)), rows)
 
 
 def factored_weights(
@@ -82,7 +189,8 @@ def chunk_size(
         )
     chunk, ceiling = 1, 4096
     if device.type != "cuda":
-        ceiling = max(16, min(ceiling, _CPU_ACTIVATIONS // max(1, per_example)))
+        low, high = _CPU_CHUNKS
+        ceiling = min(high, max(low, _CPU_ACTIVATIONS // max(1, per_example)))
     while 2 * chunk <= ceiling and bytes_of(2 * chunk) <= memory_budget:
         chunk *= 2
     return chunk

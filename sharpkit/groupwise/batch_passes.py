@@ -1,0 +1,199 @@
+"""Losses and gradients of groups that run as one ordinary batch (see `one_batch`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.losses import MeanLoss
+from sharpkit.groupwise import low_rank, unfolded
+from sharpkit.groupwise.fallback import Disagreement
+from sharpkit.groupwise.geometry import Factors, Tensors
+from sharpkit.groupwise.group_terms import GroupTerms, group_losses, group_slopes, is_numbers
+from sharpkit.groupwise.low_rank import pays
+from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.groupwise.packing import Packing
+
+# two different numbers of examples: an axis that has as many by chance is found out
+_TRIED = (3, 2)
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """What `BatchPasses.gradients` finds: terms, packs (groups, ...) times 2^exponent, factors."""
+
+    terms: GroupTerms
+    packs: Tensors
+    factors: Factors
+
+
+@dataclass
+class BatchPasses:
+    """Passes of a model over groups as one batch.
+
+    Attributes:
+        model: The model.
+        loss: The loss.
+        weights: The parameters that differ from group to group, (*shape).
+        rows: Rows per example of the weights whose gradient may stay in factors.
+    """
+
+    model: FunctionalModel
+    loss: MeanLoss
+    weights: Tensors
+    rows: dict[str, int]
+    kept: dict[Any, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.packing = Packing(self.weights, frozenset(self.rows))
+        self._stand_ins = low_rank.stand_ins(self.weights)
+
+    def gradients(
+        self,
+        examples: Examples,
+        groups: int,
+        factored: frozenset[str] = frozenset(),
+        at: Tensors | None = None,
+    ) -> BatchGradients:
+        """The loss of every group and its gradient, one of the group's own.
+
+        Args:
+            examples: Of all groups, which are equally large.
+            groups: How many.
+            factored: Weights whose gradient is wanted as factors.
+            at: Packs (groups, ...) to evaluate at; None for the weights themselves.
+        """
+        if at is None:
+            shared = {n: w for n, w in self.weights.items() if n not in factored}
+            at = {
+                name: w.expand(groups, *w.shape) for name, w in self.packing.joined(shared).items()
+            }
+            values = self.weights
+        else:
+            values = self.packing.parts(at)
+        leaves = {name: t.detach().requires_grad_() for name, t in at.items()}
+        size = len(examples) // groups
+        with torch.enable_grad():
+            targets = self.packing.parts(leaves)
+            point = Point(groups, size, values, targets=targets, probed=factored)
+            with self._run(point) as batch:
+                outputs = self.model.outputs(examples.inputs)
+        terms = group_slopes(self.loss, outputs, examples.labels, groups)
+        probes = [probe for calls in batch.probes.values() for probe in calls]
+        ends = [leaf for leaf in pytree.tree_leaves(outputs) if is_numbers(leaf)]
+        pairs = [(e, s) for e, s in zip(ends, terms.slopes, strict=True) if e.requires_grad]
+        found = torch.autograd.grad(
+            [e for e, _ in pairs], [*leaves.values(), *probes], [s for _, s in pairs],
+            allow_unused=True,
+        ) if pairs else [None] * (len(leaves) + len(probes))  # fmt: skip
+        factors = _factors(batch, found[len(leaves) :], groups)
+        dense = {name: factors.pop(name) for name in batch.probes if name not in factored}
+        packs = self._packs(leaves, found, {name: d.mT @ a for name, (a, d) in dense.items()})
+        return BatchGradients(terms, packs, factors)
+
+    def losses(
+        self, examples: Examples, groups: int, at: Tensors, thin: Factors | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean losses and their weights, (groups,) float64.
+
+        Args:
+            examples: Of all groups, which are equally large.
+            groups: How many.
+            at: Packs (groups, ...) to evaluate at.
+            thin: Perturbations DᵀA of the weights that are not in the packs.
+        """
+        thin = thin or {}
+        values = {**self.packing.parts(at), **{name: self.weights[name] for name in thin}}
+        point = Point(groups, len(examples) // groups, values, thin)
+        with self.model.evaluating(), self._run(point):
+            outputs = self.model.outputs(examples.inputs)
+        return group_losses(self.loss, outputs, examples.labels, groups)
+
+    def _packs(self, leaves: Tensors, found: Sequence[Tensor | None], more: Tensors) -> Tensors:
+        """Gradients of packs, and more of some parameters, (groups, *shape), added to them."""
+        packs = {}
+        for (name, leaf), g in zip(leaves.items(), found, strict=False):
+            own = more.pop(name, None)
+            if own is not None:
+                g = own if g is None else g + own
+            packs[name] = torch.zeros_like(leaf) if g is None else g
+        parts = self.packing.parts(packs)
+        for name, own in more.items():
+            parts[name] += own
+        return packs
+
+    @contextmanager
+    def _run(self, point: Point) -> Iterator[OneBatch]:
+        with (
+            self.model.assigned(self._stand_ins) as own,
+            OneBatch(dict(zip(self.weights, own, strict=True)), point, self.kept) as batch,
+        ):
+            yield batch
+
+
+def _factors(batch: OneBatch, grads: Any, groups: int) -> Factors:
+    """The rows of all calls of every probed weight, one after the other."""
+    found, rest = {}, list(grads)
+    for name, probes in batch.probes.items():
+        calls = len(probes)
+        mine, rest = rest[:calls], rest[calls:]
+        deltas = [
+            unfolded.delta_rows(
+                torch.zeros_like(p) if g is None else g,
+                groups,
+                convolution=batch.held_ndim(name) > 2,
+            )
+            for g, p in zip(mine, probes, strict=True)
+        ]
+        found[name] = (_joined(batch.inputs[name]), _joined(deltas))
+    return found
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
+def batch_passes(
+    model: FunctionalModel, loss: MeanLoss, weights: Tensors, examples: Examples
+) -> BatchPasses:
+    """The passes of a model, if every use of a weight is recognised.
+
+    Args:
+        model: The model.
+        loss: The loss.
+        weights: Those that differ from group to group.
+        examples: A few, on the model's device.
+
+    Raises:
+        Disagreement: If a weight is used in a way that is not known, with its name.
+    """
+    if model.habits.loss_sees_weights:
+        raise Disagreement("the loss depends on the weights themselves")
+    rows: dict[str, int] = {}
+    with torch.no_grad(), model.assigned(weights) as own:
+        held = dict(zip(weights, own, strict=True))
+        if any(p.is_complex() for p in own):
+            raise Disagreement("weights are complex")
+        for count in _TRIED:
+            few = examples.select(torch.arange(count) % len(examples))
+            batch = OneBatch(held, Point(count, 1, weights))
+            with batch:
+                model.outputs(few.inputs)
+            if batch.decides:
+                raise Disagreement("the model looks at values: what it decides is for all examples")
+            if batch.elsewhere:
+                name = min(batch.elsewhere)
+                raise Disagreement(f"{name!r} is used by more than a layer over the examples")
+            rows = batch.rows
+    return BatchPasses(
+        model, loss, weights,
+        {name: count for name, count in rows.items() if count and pays(weights[name], count)},
+    )  # fmt: skip

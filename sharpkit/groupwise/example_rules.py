@@ -1,0 +1,228 @@
+"""How functions other than layers run when one of their weights differs from example to example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sharpkit.groupwise import pooling, recurrent
+
+if TYPE_CHECKING:
+    from sharpkit.groupwise.one_batch import OneBatch
+
+Rule = Callable[["OneBatch", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _batch_norm(
+    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """In eval mode: every example's channels are channels of their own."""
+    names = (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "training",
+        "momentum",
+        "eps",
+    )
+    given: dict[str, Any] = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
+    given |= dict(zip(names, args, strict=False)) | kwargs
+    x, mean, variance = given["input"], given["running_mean"], given["running_var"]
+    if given["training"] or mean is None or variance is None or not batch.holds_examples(x):
+        return None
+    n = len(x)
+
+    def repeated(t: Tensor) -> Tensor:
+        key = (t.data_ptr(), t._version, n)
+        if key not in batch.kept:
+            batch.kept[key] = t.repeat(n)
+        return batch.kept[key]
+
+    def own(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        return t.repeat(n) if batch.name_of(t) is None else batch.of_examples(t).flatten()
+
+    out = F.batch_norm(
+        x.reshape(1, -1, *x.shape[2:]), repeated(mean), repeated(variance),
+        own(given["weight"]), own(given["bias"]), False, 0.0, given["eps"],
+    )  # fmt: skip
+    result: Tensor = torch.ops.aten._unsafe_view(out, x.shape)
+    return result
+
+
+def _layer_norm(
+    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    given: dict[str, Any] = {"weight": None, "bias": None, "eps": 1e-5}
+    given |= dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False))
+    given |= kwargs
+    x, shape = given["input"], tuple(given["normalized_shape"])
+    if not batch.holds_examples(x) or x.ndim <= len(shape):
+        return None
+    out = F.layer_norm(x, shape, None, None, given["eps"])
+    return _scaled(batch, out, given["weight"], given["bias"], lambda t: t)
+
+
+def _group_norm(
+    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    given: dict[str, Any] = {"weight": None, "bias": None, "eps": 1e-5}
+    given |= dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False))
+    given |= kwargs
+    x = given["input"]
+    if not batch.holds_examples(x):
+        return None
+    out = F.group_norm(x, given["num_groups"], None, None, given["eps"])
+
+    def per_channel(t: Tensor) -> Tensor:
+        return t.view(*t.shape, *[1] * (x.ndim - 2))
+
+    return _scaled(batch, out, given["weight"], given["bias"], per_channel)
+
+
+def _scaled(
+    batch: OneBatch,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shaped: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """x · weight + bias, each shared or per example."""
+
+    def value(t: Tensor) -> Tensor:
+        if batch.name_of(t) is None:
+            return shaped(t.unsqueeze(0)).squeeze(0)
+        return _beside(shaped(batch.of_examples(t)), x)
+
+    if weight is not None and bias is not None:
+        return torch.addcmul(value(bias), x, value(weight))
+    if weight is not None:
+        return x * value(weight)
+    return x if bias is None else x + value(bias)
+
+
+def _beside(t: Tensor, x: Tensor) -> Tensor:
+    """(n, ...) shaped to broadcast from the right against (n, ...) with more axes."""
+    return t.view(len(t), *[1] * (x.ndim - t.ndim), *t.shape[1:])
+
+
+def _embedding(
+    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    names = (
+        "input",
+        "weight",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    )
+    given: dict[str, Any] = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
+    index, weight = given["input"], given["weight"]
+    special = (given[k] for k in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"))
+    name = batch.name_of(weight)
+    if name is None or any(v not in (None, False) for v in special) or len(index) != batch.examples:
+        return None
+    if index.ndim == 0:
+        return None
+    tables = batch.of_groups(weight)
+    if tables.ndim == weight.ndim:
+        return F.embedding(index, tables)
+    first = torch.arange(len(tables), device=index.device) * tables.shape[1]
+    first = first.repeat_interleave(batch.point.size).view(-1, *[1] * (index.ndim - 1))
+    return F.embedding(index + first, tables.flatten(0, 1))
+
+
+def _elementwise(
+    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """A weight beside a tensor with examples on its first axis, and broadcast over that axis."""
+    if len(args) != 2 or (
+        batch.name_of(args[0]) is not None and batch.name_of(args[1]) is not None
+    ):
+        return None
+    at = 0 if batch.name_of(args[0]) is not None else 1
+    weight, x = args[at], args[1 - at]
+    if batch.name_of(weight) is None or not batch.holds_examples(x):
+        return None
+    own = batch.of_examples(weight)
+    if weight.ndim == x.ndim and len(weight) == 1:
+        own = own.squeeze(1)
+    elif weight.ndim >= x.ndim:
+        return None
+    own = _beside(own, x)
+    result: Tensor = func(own, x, **kwargs) if at == 0 else func(x, own, **kwargs)
+    return result
+
+
+def _expand(
+    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    """A weight with a first axis of 1, expanded to the examples, such as a class token."""
+    weight, *sizes = args
+    if len(sizes) == 1 and not isinstance(sizes[0], int):
+        sizes = list(sizes[0])
+    if batch.name_of(weight) is None or kwargs or len(sizes) != weight.ndim or len(weight) != 1:
+        return None
+    if sizes[0] != batch.examples:
+        return None
+    return batch.of_examples(weight).squeeze(1).expand(*sizes)
+
+
+def max_pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Max pooling, by a faster way where there is one; it has no weights."""
+    if not pooling.is_plain(*args, **kwargs):
+        result: Tensor = func(*args, **kwargs)
+        return result
+    x = args[0] if args else kwargs["input"]
+    if torch.is_grad_enabled() and x.requires_grad:
+        result = pooling.MaxPool2x2.apply(x)  # type: ignore[no-untyped-call]
+        return result
+    return pooling.pooled(x)
+
+
+POOLINGS: tuple[Callable[..., Any], ...] = (F.max_pool2d, torch.max_pool2d)
+_ELEMENTWISE = [
+    getattr(home, name + end)
+    for name in ("add", "sub", "mul", "div")
+    for home, ends in ((torch.Tensor, ("", "_")), (torch, ("",)))
+    for end in ends
+]
+RULES: dict[Callable[..., Any], Rule] = {
+    F.batch_norm: _batch_norm,
+    F.layer_norm: _layer_norm,
+    F.group_norm: _group_norm,
+    F.embedding: _embedding,
+    torch.Tensor.expand: _expand,
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(recurrent.LAYERS, recurrent.recurrent_layer),
+    **dict.fromkeys(recurrent.CELLS, recurrent.recurrent_cell),
+}
+# what brings values to Python, where they may decide for all examples at once
+DECISIONS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__bool__,
+        torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__,
+        torch.Tensor.is_nonzero, torch.is_nonzero, torch.equal, torch.allclose,
+        torch.Tensor.equal, torch.Tensor.allclose,
+    }
+)  # fmt: skip
+# what only asks for the form of a weight
+QUESTIONS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__,
+        torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_contiguous,
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout", "requires_grad")
+        ),
+    }
+)  # fmt: skip

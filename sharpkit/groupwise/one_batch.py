@@ -1,0 +1,205 @@
+"""All groups as one ordinary batch: the model runs once, its layers know whose examples are whose.
+
+No function transform is needed: the model sees a batch of the examples of all groups, and holds
+NaN in place of its weights. Every call that takes one of those is recognised and runs at the
+weights of each example's group. A call that is not recognised gives NaN, never a wrong number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from sharpkit.groupwise import example_rules, unfolded
+from sharpkit.groupwise.geometry import Factors, Tensors
+from sharpkit.groupwise.group_layers import (
+    GroupConvolution,
+    GroupLinear,
+    GroupProbe,
+    convolution,
+    linear,
+)
+from sharpkit.groupwise.layer_calls import LayerCall, recognise
+
+
+@dataclass
+class Point:
+    """Where every group is evaluated, and what is differentiated there.
+
+    Attributes:
+        groups: Their number.
+        size: Examples of each.
+        values: What layers run at: (*shape), or (groups, *shape) where groups differ.
+        thin: Further perturbations DᵀA of weights of linear layers and convolutions.
+        targets: What gets the gradient: (groups, *shape) for one per group, (*shape) for the sum;
+            empty if none is wanted.
+        moved: The value as a function of the target, where it is not the target itself.
+        probed: Weights whose gradient is wanted as factors.
+    """
+
+    groups: int
+    size: int
+    values: Tensors
+    thin: Factors = field(default_factory=dict)
+    targets: Tensors = field(default_factory=dict)
+    moved: Callable[[str], Tensor] | None = None
+    probed: frozenset[str] = frozenset()
+
+
+class OneBatch(TorchFunctionMode):
+    """Inside, calls that take a held tensor run at the point's values.
+
+    Args:
+        held: Name to the tensor that the module holds, recognised by identity.
+        point: The values.
+        kept: Buffers repeated for every example, kept between passes over as many examples.
+
+    Attributes:
+        elsewhere: Names that a call took which was not recognised.
+        decides: Whether Python looked at values, which may decide for all groups at once.
+        inputs: Name to the rows A of every call of a probed weight, (groups, rows, in).
+        probes: Name to tensors whose gradients are those at the outputs of these calls.
+        rows: Name to rows per example of all its layers; 0 where a call has none to speak of.
+    """
+
+    def __init__(
+        self, held: Mapping[str, Tensor], point: Point, kept: dict[Any, Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self.point, self.kept = point, {} if kept is None else kept
+        self.elsewhere: set[str] = set()
+        self.decides = False
+        self.inputs: dict[str, list[Tensor]] = {name: [] for name in point.probed}
+        self.probes: dict[str, list[Tensor]] = {name: [] for name in point.probed}
+        self.rows: dict[str, int] = {}
+        self._names = {id(t): name for name, t in held.items()}
+        self._shapes = {name: t.shape for name, t in held.items()}
+        self._of_examples: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the function, at the groups' own weights where it takes one."""
+        kwargs = kwargs or {}
+        self.decides |= func in example_rules.DECISIONS
+        used = {self._names[id(a)] for a in (*args, *kwargs.values()) if id(a) in self._names}
+        if not used:
+            if func in example_rules.POOLINGS:
+                return example_rules.max_pool(func, args, kwargs)
+            used = self._listed((*args, *kwargs.values()))
+            if not used:
+                return func(*args, **kwargs)
+        call = recognise(func, args, kwargs)
+        if call is not None and self.holds_examples(call.inputs):
+            return self._layer(call)
+        rule = None if call is not None else example_rules.RULES.get(func)
+        out = None if rule is None else rule(self, func, args, kwargs)
+        if out is not None:
+            return out
+        if func not in example_rules.QUESTIONS:
+            self.elsewhere |= used
+        return func(*args, **kwargs)
+
+    def _listed(self, args: tuple[Any, ...]) -> set[str]:
+        """Names of held tensors in lists among the arguments."""
+        lists = [a for a in args if isinstance(a, list | tuple | dict)]
+        leaves = {self._names.get(id(leaf)) for leaf in pytree.tree_leaves(lists)}
+        return {name for name in leaves if name is not None}
+
+    def held_ndim(self, name: str) -> int:
+        """Axes of a held tensor."""
+        return len(self._shapes[name])
+
+    @property
+    def examples(self) -> int:
+        """Of all groups."""
+        return self.point.groups * self.point.size
+
+    def holds_examples(self, x: Any) -> bool:
+        """Whether the first axis of a tensor is that of the examples."""
+        return isinstance(x, Tensor) and x.ndim > 1 and len(x) == self.examples
+
+    def name_of(self, tensor: Any) -> str | None:
+        """The name of a held tensor."""
+        return self._names.get(id(tensor))
+
+    def of_groups(self, tensor: Tensor) -> Tensor:
+        """A held tensor's value, shared or with an axis of groups, in the graph of its target."""
+        name, point = self._names[id(tensor)], self.point
+        if not (torch.is_grad_enabled() and name in point.targets):
+            return point.values[name]
+        return point.targets[name] if point.moved is None else point.moved(name)
+
+    def of_examples(self, tensor: Tensor) -> Tensor:
+        """A held tensor's value for every example, (n, *shape), in the graph of its target."""
+        name = self._names[id(tensor)]
+        if name not in self._of_examples:
+            point, shape, value = self.point, self._shapes[name], self.of_groups(tensor)
+            if value.ndim > len(shape) and point.size > 1:
+                value = value.unsqueeze(1).expand(point.groups, point.size, *shape)
+            self._of_examples[name] = (
+                value.reshape(-1, *shape)
+                if value.ndim > len(shape)
+                else value.expand(point.groups * point.size, *shape)
+            )
+        return self._of_examples[name]
+
+    def _layer(self, call: LayerCall) -> Tensor:
+        name, bias_name = self.name_of(call.weight), self.name_of(call.bias)
+        weight = call.weight if name is None else self.point.values[name]
+        bias = call.bias if bias_name is None else self.point.values[bias_name]
+        if name is not None:
+            self.rows[name] = self.rows.get(name, 0) + unfolded.rows_per_example(call)
+        if torch.is_grad_enabled() and self.point.targets:
+            out = self._differentiated(call, name, weight, bias_name, bias)
+        elif call.geometry is None:
+            out = linear(call.inputs, weight, bias)
+        else:
+            out = convolution(call.inputs, weight, bias, call.geometry)
+        if name is not None and name in self.point.thin:
+            # what the perturbation DᵀA adds to the output: (x Aᵀ) D, row by row
+            a, d = self.point.thin[name]
+            extra = (unfolded.rows_of(call, self.point.groups) @ a.mT) @ d
+            out = out + unfolded.as_output(extra, call, out)
+        return out
+
+    def _differentiated(
+        self,
+        call: LayerCall,
+        name: str | None,
+        weight: Tensor,
+        bias_name: str | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        point = self.point
+        bias_target = bias if bias_name is None else point.targets[bias_name]
+        bias = None if bias is None else bias.detach()
+        operands: tuple[Any, ...] = (weight.detach(), bias_target, bias, point.groups)
+        result: Tensor
+        if name in point.probed:
+            assert name is not None
+            self.inputs[name].append(unfolded.rows_of(call, point.groups).detach())
+            probe = unfolded.probe(call, weight)
+            self.probes[name].append(probe)
+            result = GroupProbe.apply(  # type: ignore[no-untyped-call]
+                call.inputs, probe, *operands, call.geometry
+            )
+            return result
+        target = weight if name is None else point.targets[name]
+        if call.geometry is None:
+            result = GroupLinear.apply(call.inputs, target, *operands)  # type: ignore[no-untyped-call]
+        else:
+            result = GroupConvolution.apply(  # type: ignore[no-untyped-call]
+                call.inputs, target, *operands, call.geometry
+            )
+        return result

@@ -1,0 +1,57 @@
+"""Small parameters side by side in one tensor, so that a step over all of them is one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sharpkit.groupwise.geometry import Tensors
+
+# numbers up to which a CPU spends more on a call than on its work: 64 KiB, about a level-1 cache
+_SMALL = 2**14
+_JOINED = "all small parameters"
+
+
+class Packing:
+    """Which parameters lie side by side; the others are packs of their own, in their own shape.
+
+    Args:
+        weights: The parameters, (*shape).
+        apart: Names that stay packs of their own.
+
+    Example:
+        >>> weights = {"a": torch.zeros(2, 3), "b": torch.ones(4)}
+        >>> packs = Packing(weights).joined(weights)
+        >>> [tuple(t.shape) for t in packs.values()]
+        [(10,)]
+        >>> [tuple(t.shape) for t in Packing(weights).parts(packs).values()]
+        [(2, 3), (4,)]
+    """
+
+    def __init__(self, weights: Tensors, apart: frozenset[str] = frozenset()) -> None:
+        def is_small(w: Tensor) -> bool:
+            return w.device.type == "cuda" or w.numel() <= _SMALL
+
+        self._shapes = {name: w.shape for name, w in weights.items()}
+        small = [name for name, w in weights.items() if name not in apart and is_small(w)]
+        self._small = small if len(small) > 1 else []
+
+    def joined(self, tensors: Tensors) -> Tensors:
+        """Packs of tensors (..., *shape), all with the same axes in front."""
+        small = [tensors[name] for name in self._small]
+        packs = {name: t for name, t in tensors.items() if name not in self._small}
+        if small:
+            lead = small[0].shape[: small[0].ndim - len(self._shapes[self._small[0]])]
+            packs[_JOINED] = torch.cat([t.reshape(*lead, -1) for t in small], -1)
+        return packs
+
+    def parts(self, packs: Tensors) -> Tensors:
+        """The tensors in packs, as views."""
+        tensors = {name: t for name, t in packs.items() if name != _JOINED}
+        if _JOINED in packs:
+            pack = packs[_JOINED]
+            shapes = [self._shapes[name] for name in self._small]
+            pieces = torch.split(pack, [shape.numel() for shape in shapes], -1)
+            for name, shape, piece in zip(self._small, shapes, pieces, strict=True):
+                tensors[name] = piece.view(*pack.shape[:-1], *shape)
+        return tensors

@@ -1,0 +1,172 @@
+"""Recurrent layers and cells over the examples of all groups (see `recurrence`).
+
+The gradient of a weight is always found as the rows A of what it multiplies and D of the derivatives
+at what comes out, of every step of every call, and multiplied out at most once: otherwise each step
+would add a matrix per group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sharpkit.groupwise.recurrence import (
+    Direction,
+    Matrix,
+    Optional,
+    Recurrence,
+    forward,
+)
+
+if TYPE_CHECKING:
+    from sharpkit.groupwise.one_batch import OneBatch
+
+Call = tuple[Any, ...]
+LAYERS: dict[Callable[..., Any], str] = {
+    torch.lstm: "lstm", torch.gru: "gru", torch.rnn_tanh: "tanh", torch.rnn_relu: "relu",
+}  # fmt: skip
+CELLS: dict[Callable[..., Any], str] = {
+    torch.lstm_cell: "lstm", torch.gru_cell: "gru",
+    torch.rnn_tanh_cell: "tanh", torch.rnn_relu_cell: "relu",
+}  # fmt: skip
+# own matrices whose groups go through all steps together: as many as a CPU's cache holds
+_CPU_CACHE = 8 * 2**20
+
+
+def recurrent_layer(
+    batch: OneBatch, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]
+) -> tuple[Tensor, ...] | None:
+    """All layers, directions and steps; None for packed sequences, projections and dropout."""
+    if kwargs or len(args) != 9 or not isinstance(args[2], list | tuple):  # or it is packed
+        return None
+    x, first, weights, has_bias, layers, dropout, training, bidirectional, batch_first = args
+    kind, ways = LAYERS[func], 2 if bidirectional else 1
+    if batch_first:
+        x = x.transpose(0, 1)
+    firsts = list(first) if kind == "lstm" else [first]
+    per = 4 if has_bias else 2
+    if (
+        x.ndim != 3 or x.shape[1] != batch.examples or not len(x)
+        or (training and dropout > 0)
+        or len(weights) != per * layers * ways
+        or any(batch.name_of(t) is not None or t.shape[1] != x.shape[1] for t in firsts)
+    ):  # fmt: skip
+        return None
+    lasts = []
+    for layer in range(layers):
+        outs = []
+        for way in range(ways):
+            k = layer * ways + way
+            own = weights[per * k : per * (k + 1)]
+            states, cell = _direction(batch, kind, x, [t[k] for t in firsts], own, way == 1)
+            outs.append(states[:-1] if way else states[1:])
+            lasts.append([states[0 if way else -1], *([] if cell is None else [cell])])
+        x = outs[0] if ways == 1 else torch.cat(outs, 2)
+    ends = [torch.stack(parts) for parts in zip(*lasts, strict=True)]
+    return (x.transpose(0, 1) if batch_first else x, *ends)
+
+
+def recurrent_cell(
+    batch: OneBatch, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]
+) -> Tensor | tuple[Tensor, Tensor] | None:
+    """One step."""
+    if kwargs or len(args) < 4:
+        return None
+    x, first, *weights = args
+    kind = CELLS[func]
+    firsts = list(first) if kind == "lstm" else [first]
+    if any(batch.name_of(t) is not None or not batch.holds_examples(t) for t in (x, *firsts)):
+        return None
+    own = [w for w in weights if w is not None]
+    if len(own) == 3:  # one bias of two
+        return None
+    states, cell = _direction(batch, kind, x.unsqueeze(0), firsts, own, False)
+    return states[1] if cell is None else (states[1], cell)
+
+
+def _direction(
+    batch: OneBatch,
+    kind: str,
+    x: Tensor,
+    firsts: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    backwards: bool,
+) -> tuple[Tensor, Optional]:
+    """All states, (steps + 1, n, size), and the last of the cell.
+
+    Args:
+        batch: The groups.
+        kind: Of the recurrence.
+        x: Shape (steps, n, in).
+        firsts: The first states, (n, size).
+        weights: W_ih, W_hh and, if there are any, b_ih and b_hh.
+        backwards: From the last step to the first.
+    """
+    names = [batch.name_of(w) for w in weights]
+    for name in names[:2]:
+        if name is not None:
+            batch.rows[name] = batch.rows.get(name, 0) + len(x)
+    way = _way(batch, kind, weights, backwards)
+    h, c = firsts[0], firsts[1] if kind == "lstm" else None
+    if not torch.is_grad_enabled():
+        return _in_blocks(way, x, h, c)
+    shape = (x.shape[1], len(x), len(weights[0]))
+    probes = [_probe(batch, name, x, shape) for name in names[:2]]
+    biases = [None if name is None else batch.point.targets.get(name) for name in names[2:]]
+    states, cell = Recurrence.apply(  # type: ignore[no-untyped-call]
+        way, x, h, c, *probes, *(biases or (None, None))
+    )
+    for name, probe, rows in zip(names, probes, (x, way.before(states)), strict=False):
+        if name is not None and probe is not None:
+            a = rows.detach().transpose(0, 1).reshape(batch.point.groups, -1, rows.shape[2])
+            batch.inputs.setdefault(name, []).append(a)
+            batch.probes.setdefault(name, []).append(probe)
+    return states, cell
+
+
+def _probe(batch: OneBatch, name: str | None, like: Tensor, shape: tuple[int, ...]) -> Optional:
+    """Zeros that take no memory, whose gradient is wanted; None where it is not."""
+    if name not in batch.point.probed and name not in batch.point.targets:
+        return None
+    return like.new_zeros(()).expand(shape).requires_grad_()
+
+
+def _way(batch: OneBatch, kind: str, weights: Sequence[Tensor], backwards: bool) -> Direction:
+    """A direction at the groups' own weights."""
+    point = batch.point
+    names = [batch.name_of(w) for w in weights]
+    values = [
+        w.detach() if name is None else point.values[name].detach()
+        for w, name in zip(weights, names, strict=True)
+    ]
+    biases: tuple[Optional, Optional] = (None, None)
+    if len(values) == 4:
+        biases = (values[2], values[3]) if kind == "gru" else (values[2] + values[3], None)
+    matrices = (
+        Matrix(value, bias, None if name is None else point.thin.get(name))
+        for value, bias, name in zip(values, biases, names, strict=False)
+    )
+    return Direction(kind, point.groups, *matrices, backwards)
+
+
+def _in_blocks(way: Direction, x: Tensor, h: Tensor, c: Optional) -> tuple[Tensor, Optional]:
+    """`forward`, on a CPU for as many groups at a time as leave their weights in its cache."""
+    nbytes = sum(m.value[0].nbytes for m in (way.inputs, way.hidden) if m.value.ndim == 3)
+    step = max(1, _CPU_CACHE // nbytes) if nbytes and x.device.type == "cpu" else way.groups
+    size = x.shape[1] // way.groups * step
+    parts = zip(
+        x.split(size, 1), h.split(size), [None] * way.groups if c is None else c.split(size)
+    )  # fmt: skip
+    found = [
+        forward(way if step >= way.groups else way.part(i * step, (i + 1) * step), *part)
+        for i, part in enumerate(parts)
+    ]
+    states = [states for states, _, _ in found]
+    cells = [way.ends(cells)[1] for _, cells, _ in found if cells is not None]
+    return (
+        states[0] if len(states) == 1 else torch.cat(states, 1),
+        torch.cat(cells) if cells else None,
+    )
