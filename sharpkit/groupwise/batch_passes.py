@@ -18,12 +18,9 @@ from sharpkit.groupwise import low_rank, unfolded
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Factors, Tensors
 from sharpkit.groupwise.group_terms import GroupTerms, group_losses, group_slopes, is_numbers
-from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.one_batch import OneBatch, Point
 from sharpkit.groupwise.packing import Packing
-
-# two different numbers of examples: an axis that has as many by chance is found out
-_TRIED = (3, 2)
+from sharpkit.groupwise.survey import Survey
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def batch_passes(
-    model: FunctionalModel, loss: MeanLoss, weights: Tensors, examples: Examples
+    model: FunctionalModel, loss: MeanLoss, weights: Tensors, found: Survey
 ) -> BatchPasses:
     """The passes of a model, if every use of a weight is recognised.
 
@@ -170,30 +167,11 @@ def batch_passes(
         model: The model.
         loss: The loss.
         weights: Those that differ from group to group.
-        examples: A few, on the model's device.
+        found: How the model uses them.
 
     Raises:
-        Disagreement: If a weight is used in a way that is not known, with its name.
+        Disagreement: If it cannot run as one batch.
     """
-    if model.habits.loss_sees_weights:
-        raise Disagreement("the loss depends on the weights themselves")
-    rows: dict[str, int] = {}
-    with torch.no_grad(), model.assigned(weights) as own:
-        held = dict(zip(weights, own, strict=True))
-        if any(p.is_complex() for p in own):
-            raise Disagreement("weights are complex")
-        for count in _TRIED:
-            few = examples.select(torch.arange(count) % len(examples))
-            batch = OneBatch(held, Point(count, 1, weights))
-            with batch:
-                model.outputs(few.inputs)
-            if batch.decides:
-                raise Disagreement("the model looks at values: what it decides is for all examples")
-            if batch.elsewhere:
-                name = min(batch.elsewhere)
-                raise Disagreement(f"{name!r} is used by more than a layer over the examples")
-            rows = batch.rows
-    return BatchPasses(
-        model, loss, weights,
-        {name: count for name, count in rows.items() if count and pays(weights[name], count)},
-    )  # fmt: skip
+    if found.refused:
+        raise Disagreement(f"as one batch, {found.refused}")
+    return BatchPasses(model, loss, weights, found.factored(weights))

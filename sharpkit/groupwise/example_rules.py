@@ -184,8 +184,8 @@ def max_pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return result
     x = args[0] if args else kwargs["input"]
     if torch.is_grad_enabled() and x.requires_grad:
-        result = pooling.MaxPool2x2.apply(x)  # type: ignore[no-untyped-call]
-        return result
+        pool: Tensor = pooling.MaxPool2x2.apply(x)  # type: ignore[no-untyped-call]
+        return pool
     return pooling.pooled(x)
 
 

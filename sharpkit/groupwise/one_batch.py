@@ -63,6 +63,7 @@ class OneBatch(TorchFunctionMode):
     Attributes:
         elsewhere: Names that a call took which was not recognised.
         decides: Whether Python looked at values, which may decide for all groups at once.
+        calls: How many functions were called.
         inputs: Name to the rows A of every call of a probed weight, (groups, rows, in).
         probes: Name to tensors whose gradients are those at the outputs of these calls.
         rows: Name to rows per example of all its layers; 0 where a call has none to speak of.
@@ -75,6 +76,7 @@ class OneBatch(TorchFunctionMode):
         self.point, self.kept = point, {} if kept is None else kept
         self.elsewhere: set[str] = set()
         self.decides = False
+        self.calls = 0
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in point.probed}
         self.probes: dict[str, list[Tensor]] = {name: [] for name in point.probed}
         self.rows: dict[str, int] = {}
@@ -91,6 +93,7 @@ class OneBatch(TorchFunctionMode):
     ) -> Any:
         """Run the function, at the groups' own weights where it takes one."""
         kwargs = kwargs or {}
+        self.calls += func not in example_rules.QUESTIONS
         self.decides |= func in example_rules.DECISIONS
         used = {self._names[id(a)] for a in (*args, *kwargs.values()) if id(a) in self._names}
         if not used:

@@ -33,7 +33,7 @@ from sharpkit.groupwise.packing import Packing
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.engine import Doubtful, Level, Sweep
 from sharpkit.sharpness.passes import Alone, Passes
-from sharpkit.sharpness.plan import one_batch, plan_of, transformed
+from sharpkit.sharpness.plan import plan_of, transformed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -219,7 +219,10 @@ def m_sharpness(
             raise ArgumentError(f"m = {max(ms)} is larger than n = {len(examples)} examples")
         probe = examine(function, loss_fn, examples, found)
         warn_of_unused(unused(function, loss_fn, weights, probe.examples), weights)
-        layout = plan_of(function, loss_fn, weights, probe.examples, ms, chunk, memory_budget)
+        plan = plan_of(
+            function, loss_fn, weights, probe.examples, ms, chunk, memory_budget,
+            allows_factors=rule.allows_factors,
+        )  # fmt: skip
         stops = _stops(len(examples), ms, tolerance)
 
         def run(sweep: Sweep) -> Sweep:
@@ -255,20 +258,20 @@ def m_sharpness(
             if math.gcd(*ms) >= objective.alone:
                 return measured(objective, None)
             return first_that_works(
-                lambda: measured(objective, one_batch(objective, probe.examples)),
+                lambda: measured(objective, plan.one_batch()),
                 lambda: measured(objective, transformed(objective, probe.examples, rule)),
             )
 
         def measure(size: int) -> tuple[Sweep, bool]:
-            objective = layout.objective(size)
+            objective = plan.objective(size)
             return vectorised_or_loop(
                 engine,
                 lambda: side_by_side(objective),
-                lambda: measured(layout.objective(size, loop=True), None),
+                lambda: measured(plan.objective(size, loop=True), None),
                 function.model,
             )
 
-        sweep, vectorised = in_memory(measure, layout.chunk)
+        sweep, vectorised = in_memory(measure, plan.chunk)
         probe.confirm()
         if not float(torch.cat(sweep.levels[0].weights).sum()) > 0:
             raise DataError("no label counts in the loss: all are ignored, or weigh 0")

@@ -6,7 +6,6 @@ All of it follows from sizes, never from timings, so that two runs give the same
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +26,7 @@ from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.memory import activation_bytes, default_memory_budget
 from sharpkit.groupwise.objective import Objective, in_layout
 from sharpkit.groupwise.packing import Packing
+from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 
@@ -34,7 +34,6 @@ from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 # the calls that evaluate them (benchmarks/bench_speed.py)
 _CPU_ACTIVATIONS = 40 * 2**20
 _CPU_CHUNKS = (32, 128)  # at least and at most, where memory allows it
-_CPU_ALONE = 16  # examples that fill a CPU's vector units and cache
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,23 @@ class Plan:
     weights: Tensors
     chunk: int
     batch: int
-    alone: int
     layout: torch.memory_format
+    survey: Survey
 
     def objective(self, chunk: int, *, loop: bool = False) -> Objective:
         """What is measured, in chunks of as many examples; group by group if `loop`."""
         return Objective(
             self.function, self.loss, self.weights, chunk, min(self.batch, max(chunk, 1)),
-            1 if loop else self.alone, self.layout,
+            1 if loop else self.survey.alone(self.function.device), self.layout,
         )  # fmt: skip
+
+    def one_batch(self) -> OneBatchPasses:
+        """Groups as one ordinary batch.
+
+        Raises:
+            Disagreement: If the model uses a weight in a way that is not known.
+        """
+        return OneBatchPasses(batch_passes(self.function, self.loss, self.weights, self.survey))
 
 
 def plan_of(
@@ -65,6 +72,8 @@ def plan_of(
     ms: Sequence[int],
     chunk: int | Literal["auto"],
     memory_budget: int | None,
+    *,
+    allows_factors: bool,
 ) -> Plan:
     """The plan for a model.
 
@@ -76,21 +85,25 @@ def plan_of(
         ms: Group sizes.
         chunk: Examples at a time, if that was asked for.
         memory_budget: Bytes for a chunk; None for the default.
+        allows_factors: Whether gradients may stay in factors.
 
     Raises:
         ArgumentError: If not even one example fits the budget.
     """
     device = function.device
     layout = _layout(function, few)
-    alone = _CPU_ALONE if device.type == "cpu" else sys.maxsize
+    found = survey(function, weights, few)
     if chunk != "auto":
         if not (isinstance(chunk, int) and chunk >= 1):
             raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
-        return Plan(function, loss, weights, chunk, chunk, alone, layout)
+        return Plan(function, loss, weights, chunk, chunk, layout, found)
     budget = default_memory_budget(device) if memory_budget is None else memory_budget
     per_example = activation_bytes(function, weights, loss, few.slice(0, 1))
-    size = chunk_size(per_example, sum(w.nbytes for w in weights.values()), ms, budget, device)
-    return Plan(function, loss, weights, size, size, alone, layout)
+    factored = found.factored(weights) if allows_factors else {}
+    dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
+    enough = chunk_that_fills(GPU, found.flops, found.calls) if device.type == "cuda" else None
+    size = chunk_size(per_example, dense, ms, budget, enough)
+    return Plan(function, loss, weights, size, size, layout, found)
 
 
 def _layout(function: FunctionalModel, few: Examples) -> torch.memory_format:
@@ -105,16 +118,6 @@ def _layout(function: FunctionalModel, few: Examples) -> torch.memory_format:
         except Exception:  # a view of what is no longer contiguous
             return torch.contiguous_format
     return torch.channels_last if close(plain, other) else torch.contiguous_format
-
-
-def one_batch(objective: Objective, few: Examples) -> OneBatchPasses:
-    """Groups as one ordinary batch.
-
-    Raises:
-        Disagreement: If the model uses a weight in a way that is not known.
-    """
-    f = objective
-    return OneBatchPasses(batch_passes(f.model, f.loss, f.weights, few))
 
 
 def transformed(objective: Objective, few: Examples, rule: Ascent) -> Transformed:
@@ -161,7 +164,7 @@ def chunk_size(
     per_group: int,
     ms: Sequence[int],
     memory_budget: int,
-    device: torch.device,
+    enough: int | None,
 ) -> int:
     """Examples per chunk, a power of two.
 
@@ -170,7 +173,7 @@ def chunk_size(
         per_group: Bytes of the gradient and the perturbed weights of a group.
         ms: Group sizes; each m has groups of its own in a chunk.
         memory_budget: Bytes that the chunk may take.
-        device: Where it runs: a CPU prefers chunks that fit its cache.
+        enough: Examples that fill the device; None for a CPU, which prefers what fits its cache.
 
     Raises:
         ArgumentError: If not even one example fits the budget.
@@ -187,8 +190,8 @@ def chunk_size(
             f"one example needs {bytes_of(1) / 2**30:.2f} GiB, but memory_budget is "
             f"{memory_budget / 2**30:.2f} GiB"
         )
-    chunk, ceiling = 1, 4096
-    if device.type != "cuda":
+    chunk, ceiling = 1, enough or 0
+    if enough is None:
         low, high = _CPU_CHUNKS
         ceiling = min(high, max(low, _CPU_ACTIVATIONS // max(1, per_example)))
     while 2 * chunk <= ceiling and bytes_of(2 * chunk) <= memory_budget:

@@ -1,0 +1,135 @@
+"""What a forward pass costs and how it uses its weights, from one pass over a few examples.
+
+Plans follow from these counts and from a description of the device by constants, never from
+timings: two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.groupwise.geometry import Tensors
+from sharpkit.groupwise.low_rank import pays
+from sharpkit.groupwise.one_batch import OneBatch, Point
+
+# two different numbers of examples: an axis that has as many by chance is found out
+_TRIED = (3, 2)
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device in three constants.
+
+    Args:
+        flops: Floating-point operations a second that layers of ordinary size reach in float32.
+        call: Seconds that one call of an operation takes at least.
+        fill: How many times the calls of a pass its work should be, for a group alone to use the
+            device as well as groups side by side do.
+        least: Examples that a group alone has at least.
+    """
+
+    flops: float
+    call: float
+    fill: float
+    least: int
+
+    def alone(self, flops: float, calls: int) -> int:
+        """Group size from which groups run as fast one by one.
+
+        Args:
+            flops: Of a forward pass, per example.
+            calls: Of operations in a forward pass.
+
+        Example:
+            >>> CPU.alone(flops=8e7, calls=75)  # ResNet-20
+            10
+        """
+        if flops <= 0:
+            return max(self.least, 16)
+        return max(self.least, math.ceil(self.fill * calls * self.call * self.flops / flops))
+
+
+# two cores of an AMD EPYC: 50 GFLOP/s in convolutions of 16 to 64 channels, 5 us a call
+# (benchmarks/bench_speed.py)
+CPU = Device(flops=5e10, call=5e-6, fill=40.0, least=8)
+# an H200 without TF32: 30 TFLOP/s, 8 us a call; a network whose pass takes eight times its launches
+# ran as fast one group at a time in the first measurements (benchmarks/README.md)
+GPU = Device(flops=3e13, call=8e-6, fill=8.0, least=2)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How a model uses its weights.
+
+    Attributes:
+        refused: Why it cannot run as one batch; empty if it can.
+        rows: Name to rows per example of every weight of linear layers and convolutions.
+        flops: Of a forward pass in those layers, per example.
+        calls: Of operations in a forward pass.
+    """
+
+    refused: str
+    rows: dict[str, int]
+    flops: float
+    calls: int
+
+    def factored(self, weights: Tensors) -> dict[str, int]:
+        """Rows per example of the weights whose gradient for an example is smaller in factors."""
+        return {n: rows for n, rows in self.rows.items() if rows and pays(weights[n], rows)}
+
+    def alone(self, device: torch.device) -> int:
+        """Group size from which groups run as fast one by one (see `Device.alone`)."""
+        return (GPU if device.type == "cuda" else CPU).alone(self.flops, self.calls)
+
+
+def survey(model: FunctionalModel, weights: Tensors, examples: Examples) -> Survey:
+    """Run a model as one batch of a few examples, and note how it uses the weights.
+
+    Args:
+        model: The model.
+        weights: Those that differ from group to group.
+        examples: A few, on the model's device.
+    """
+    refused, rows, calls = "", {}, 0
+    if model.habits.loss_sees_weights:
+        refused = "the loss depends on the weights themselves"
+    with torch.no_grad(), model.assigned(weights) as own:
+        if any(p.is_complex() for p in own):
+            refused = "weights are complex"
+        held = dict(zip(weights, own, strict=True))
+        for count in _TRIED:
+            few = examples.select(torch.arange(count) % len(examples))
+            try:
+                with OneBatch(held, Point(count, 1, weights)) as batch:
+                    model.outputs(few.inputs)
+            except Exception as error:
+                refused = refused or f"it failed: {type(error).__name__}"
+                continue
+            if batch.decides:
+                refused = refused or "it looks at values, which decides for all examples at once"
+            if batch.elsewhere:
+                refused = refused or f"{min(batch.elsewhere)!r} is used by more than layers"
+            rows, calls = batch.rows, batch.calls
+    flops = 2.0 * sum(count * weights[name].numel() for name, count in rows.items())
+    return Survey(refused, rows, flops, calls)
+
+
+def chunk_that_fills(device: Device, flops: float, calls: int) -> int:
+    """Examples, a power of two, whose forward pass takes ten times its calls.
+
+    More at a time would be faster by a tenth at most.
+
+    Example:
+        >>> chunk_that_fills(GPU, flops=1e10, calls=110)  # WRN-28-10
+        32
+    """
+    if flops <= 0:
+        return sys.maxsize
+    power: int = max(0, math.ceil(math.log2(10 * calls * device.call * device.flops / flops)))
+    return int(2**power)
