@@ -40,9 +40,8 @@ def multi_label_margin_formula(module: nn.Module) -> Formula:
 
 def surprise(outputs: Tensor, labels: Tensor) -> Tensor:
     """−log p of every label, (..., C) and (...) -> (...), also where p rounds to 1."""
-    is_label = _one_hot(outputs, labels)
-    label_logit = torch.where(is_label, outputs, 0.0).sum(-1, keepdim=True)
-    others = (outputs - label_logit).masked_fill(is_label, -torch.inf)
+    place = labels.unsqueeze(-1)
+    others = (outputs - outputs.gather(-1, place)).scatter(-1, place, -torch.inf)
     # the default threshold of 20 would round softplus'' to 0 above it
     return softplus(torch.logsumexp(others, -1), threshold=80.0)
 
@@ -55,13 +54,24 @@ def _terms(module: Any, axis: int, outputs: Any, labels: Tensor) -> Terms:
     if _are_probabilities(module, axis, outputs, labels):
         return _probability_terms(module, outputs, labels)
     logits, labels = _classes_last(outputs, labels, axis), labels.long()
-    kept = labels != module.ignore_index
-    labels = torch.where(kept, labels, 0)
-    weights = kept.double()
+    ignored = labels == module.ignore_index
+    labels = labels.masked_fill(ignored, 0)
+    if module.weight is None and not isinstance(module, nn.NLLLoss) and not _smoothing(module):
+        total = surprise(logits, labels).masked_fill(ignored, 0.0)
+        # halves are summed in float32, as torch does
+        total = total.sum(dtype=torch.promote_types(total.dtype, torch.float32))
+        weight = ignored.logical_not().sum(dtype=torch.float64)
+        return (total / weight.clamp(min=1.0).to(total.dtype)).to(logits.dtype), weight
+    weights = ignored.logical_not().double()
     if module.weight is not None:
         weights = weights * _class_weights(module, logits, torch.float64)[labels]
     losses = _weighted_losses(module, logits, labels, weights.to(logits.dtype))
-    return mean_and_weight(torch.where(kept, losses, 0.0), weights.sum())
+    return mean_and_weight(losses.masked_fill(ignored, 0.0), weights.sum())
+
+
+def _smoothing(module: Any) -> float:
+    """The label smoothing of a loss, 0 where it has none."""
+    return float(getattr(module, "label_smoothing", 0.0))
 
 
 def _weighted_losses(module: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -69,8 +79,8 @@ def _weighted_losses(module: Any, logits: Tensor, labels: Tensor, weights: Tenso
     if isinstance(module, nn.NLLLoss):
         return -weights * torch.where(_one_hot(logits, labels), logits, 0.0).sum(-1)
     precise = weights * surprise(logits, labels)
-    smoothing = getattr(module, "label_smoothing", 0.0)
-    if smoothing == 0.0:
+    smoothing = _smoothing(module)
+    if not smoothing:
         return precise
     of_all = _class_weights(module, logits, logits.dtype) * logits.log_softmax(-1)
     return (1.0 - smoothing) * precise - smoothing / logits.shape[-1] * of_all.sum(-1)

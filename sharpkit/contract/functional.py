@@ -143,7 +143,7 @@ class FunctionalModel:
         buffers = [(b, b.data) for b in self._own_buffers.values()]
         try:
             for parameter, value in parts:
-                parameter.data = value.detach()
+                parameter.data = value.detach() if value.requires_grad else value
             for name in parameters:
                 self._own[name].requires_grad_(True)
             for name, buffer in self._own_buffers.items():

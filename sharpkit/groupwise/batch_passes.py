@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,8 @@ class BatchPasses:
     def __post_init__(self) -> None:
         self.packing = Packing(self.weights, frozenset(self.rows))
         self._stand_ins = low_rank.stand_ins(self.weights)
+        self._own: list[Tensor] | None = None
+        self._points: dict[tuple[int, int, frozenset[str]], tuple[Tensors, Point]] = {}
 
     def gradients(
         self,
@@ -68,21 +70,13 @@ class BatchPasses:
             factored: Weights whose gradient is wanted as factors.
             at: Packs (groups, ...) to evaluate at; None for the weights themselves.
         """
-        if at is None:
-            shared = {n: w for n, w in self.weights.items() if n not in factored}
-            at = {
-                name: w.expand(groups, *w.shape) for name, w in self.packing.joined(shared).items()
-            }
-            values = self.weights
-        else:
-            values = self.packing.parts(at)
-        leaves = {name: t.detach().requires_grad_() for name, t in at.items()}
-        size = len(examples) // groups
-        with torch.enable_grad():
-            targets = self.packing.parts(leaves)
-            point = Point(groups, size, values, targets=targets, probed=factored)
-            with self._run(point) as batch:
-                outputs = self.model.outputs(examples.inputs)
+        leaves, point = (
+            self._at_the_weights(groups, len(examples) // groups, factored)
+            if at is None
+            else self._at(groups, len(examples) // groups, at, self.packing.parts(at), factored)
+        )
+        with torch.enable_grad(), self._run(point) as batch:
+            outputs = self.model.outputs(examples.inputs)
         terms = group_slopes(self.loss, outputs, examples.labels, groups)
         probes = [probe for calls in batch.probes.values() for probe in calls]
         ends = [leaf for leaf in pytree.tree_leaves(outputs) if is_numbers(leaf)]
@@ -108,7 +102,10 @@ class BatchPasses:
             thin: Perturbations DᵀA of the weights that are not in the packs.
         """
         thin = thin or {}
-        values = {**self.packing.parts(at), **{name: self.weights[name] for name in thin}}
+        values = {
+            **self.packing.parts(at, copied=True),
+            **{name: self.weights[name] for name in thin},
+        }
         point = Point(groups, len(examples) // groups, values, thin)
         with self.model.evaluating(), self._run(point):
             outputs = self.model.outputs(examples.inputs)
@@ -127,13 +124,45 @@ class BatchPasses:
             parts[name] += own
         return packs
 
+    def _at_the_weights(
+        self, groups: int, size: int, factored: frozenset[str]
+    ) -> tuple[Tensors, Point]:
+        """Made once: every chunk starts from the same weights."""
+        key = groups, size, factored
+        if key not in self._points:
+            shared = {name: w for name, w in self.weights.items() if name not in factored}
+            packs = self.packing.joined(shared)
+            at = {name: w.expand(groups, *w.shape) for name, w in packs.items()}
+            self._points.clear()
+            self._points[key] = self._at(groups, size, at, self.weights, factored)
+        return self._points[key]
+
+    def _at(
+        self, groups: int, size: int, at: Tensors, values: Tensors, factored: frozenset[str]
+    ) -> tuple[Tensors, Point]:
+        """What is differentiated by, packs, and the point that consists of them."""
+        leaves = {name: t.detach().requires_grad_() for name, t in at.items()}
+        with torch.enable_grad():
+            targets = self.packing.parts(leaves)
+        return leaves, Point(groups, size, values, targets=targets, probed=factored)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the model holds NaN in place of the weights: nothing is swapped for each pass."""
+        with self.model.assigned(self._stand_ins) as own:
+            self._own = own
+            try:
+                yield
+            finally:
+                self._own = None
+
     @contextmanager
     def _run(self, point: Point) -> Iterator[OneBatch]:
-        with (
-            self.model.assigned(self._stand_ins) as own,
-            OneBatch(dict(zip(self.weights, own, strict=True)), point, self.kept) as batch,
-        ):
-            yield batch
+        with nullcontext() if self._own is not None else self.held():
+            assert self._own is not None
+            held = dict(zip(self.weights, self._own, strict=True))
+            with OneBatch(held, point, self.kept) as batch:
+                yield batch
 
 
 def _factors(batch: OneBatch, grads: Any, groups: int) -> Factors:

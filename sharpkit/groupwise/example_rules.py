@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sharpkit.groupwise import pooling, recurrent
+from sharpkit.groupwise.group_layers import channels_of_groups, examples_of_groups
 
 if TYPE_CHECKING:
     from sharpkit.groupwise.one_batch import OneBatch
@@ -20,7 +21,7 @@ Rule = Callable[["OneBatch", Callable[..., Any], tuple[Any, ...], dict[str, Any]
 def _batch_norm(
     batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    """In eval mode: every example's channels are channels of their own."""
+    """Channels of their own for every example in eval mode, and for every group in training."""
     names = (
         "input",
         "running_mean",
@@ -31,10 +32,16 @@ def _batch_norm(
         "momentum",
         "eps",
     )
-    given: dict[str, Any] = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
+    given: dict[str, Any] = {
+        "weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5,
+    }  # fmt: skip
     given |= dict(zip(names, args, strict=False)) | kwargs
     x, mean, variance = given["input"], given["running_mean"], given["running_var"]
-    if given["training"] or mean is None or variance is None or not batch.holds_examples(x):
+    if not batch.holds_examples(x):
+        return None
+    if given["training"]:
+        return _group_statistics(batch, given)
+    if mean is None or variance is None:
         return None
     n = len(x)
 
@@ -47,7 +54,7 @@ def _batch_norm(
     def own(t: Tensor | None) -> Tensor | None:
         if t is None:
             return None
-        return t.repeat(n) if batch.name_of(t) is None else batch.of_examples(t).flatten()
+        return t.repeat(n) if batch.name_of(t) is None else batch.flat_of_examples(t)
 
     out = F.batch_norm(
         x.reshape(1, -1, *x.shape[2:]), repeated(mean), repeated(variance),
@@ -55,6 +62,36 @@ def _batch_norm(
     )  # fmt: skip
     result: Tensor = torch.ops.aten._unsafe_view(out, x.shape)
     return result
+
+
+def _group_statistics(batch: OneBatch, given: dict[str, Any]) -> Tensor | None:
+    """BatchNorm in training: each group is normalised by its own statistics.
+
+    Running statistics, if any, must have the channels of all groups, one after the other.
+    """
+    groups, x = batch.point.groups, given["input"]
+    running = (given["running_mean"], given["running_var"])
+    if any(t is not None and t.numel() != groups * x.shape[1] for t in running):
+        return None
+
+    def own(t: Tensor | None) -> Tensor | None:
+        if t is None:
+            return None
+        value = t if batch.name_of(t) is None else batch.of_groups(t)
+        return value.repeat(groups) if value.ndim == 1 else value.flatten()
+
+    out = F.batch_norm(
+        channels_of_groups(x, groups), *running, own(given["weight"]), own(given["bias"]),
+        True, given["momentum"], given["eps"],
+    )  # fmt: skip
+    return examples_of_groups(out, groups)
+
+
+def _training_batch_norm(
+    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor | None:
+    training = args[5] if len(args) > 5 else kwargs.get("training", False)
+    return _batch_norm(batch, func, args, kwargs) if training else None
 
 
 def _layer_norm(
@@ -196,6 +233,8 @@ _ELEMENTWISE = [
     for home, ends in ((torch.Tensor, ("", "_")), (torch, ("",)))
     for end in ends
 ]
+# what mixes the examples of a batch, whether or not it takes a weight
+GROUP_NORMALISING: dict[Callable[..., Any], Rule] = {F.batch_norm: _training_batch_norm}
 RULES: dict[Callable[..., Any], Rule] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,

@@ -123,8 +123,8 @@ def steepest(
 
 
 def _reciprocal(length: Tensor) -> Tensor:
-    usable = torch.isfinite(length) & (length > 0)
-    return torch.where(usable, 1.0 / length, torch.where(length == 0, 0.0, torch.nan))
+    known = length < torch.inf  # not for NaN
+    return (1.0 / length).masked_fill(length == 0, 0.0).masked_fill(~known, torch.nan)
 
 
 def _length(gradient: Tensors, factors: Factors) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sharpkit.groupwise.layer_calls import Geometry
@@ -38,6 +39,7 @@ class GroupLinear(torch.autograd.Function):
         return linear(x, value, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Optional, ...]:
         """The gradients, by operand."""
         x, value = ctx.saved_tensors
@@ -77,6 +79,7 @@ class GroupConvolution(torch.autograd.Function):
         return convolution(x, value, bias, geometry)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Optional, ...]:
         """The gradients, by operand."""
         x, value = ctx.saved_tensors
@@ -85,7 +88,7 @@ class GroupConvolution(torch.autograd.Function):
         own, apart = value.ndim == x.ndim + 1, ctx.axes[0] == x.ndim + 1
         if need_x and need_weight and not own and not apart:
             return _both(grad, x, value, geometry, need_bias, ctx.axes[1] == 2, groups)
-        grad_x = grad_weight = None
+        grad_x = grad_weight = grad_bias = None
         if need_x and own:
             wide = channels_of_groups(grad, groups)
             found = _backward(
@@ -100,13 +103,16 @@ class GroupConvolution(torch.autograd.Function):
             blank = value.new_empty((groups * shape[0], *shape[1:]))  # only its shape is used
             found = _backward(
                 channels_of_groups(grad, groups), channels_of_groups(x, groups), blank,
-                geometry, groups, (False, True),
-            )[1]  # fmt: skip
-            grad_weight = found.view(groups, *shape)
+                geometry, groups, (False, True), need_bias and ctx.axes[1] == 2,
+            )  # fmt: skip
+            grad_weight = found[1].view(groups, *shape)
+            if found[2] is not None:
+                grad_bias = found[2].view(groups, -1)
         elif need_weight:
             blank = value.new_empty(value.shape[1:]) if own else value
             grad_weight = _backward(grad, x, blank, geometry, 1, (False, True))[1]
-        grad_bias = _bias_gradient(grad, groups, ctx.axes[1] == 2) if need_bias else None
+        if need_bias and grad_bias is None:
+            grad_bias = _bias_gradient(grad, groups, ctx.axes[1] == 2)
         return grad_x, grad_weight, None, grad_bias, None, None, None
 
 
@@ -133,6 +139,7 @@ class GroupProbe(torch.autograd.Function):
         return convolution(x, value, bias, geometry)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Optional, ...]:
         """The gradients, by operand."""
         x, value = ctx.saved_tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,9 @@ def group_slopes(loss: MeanLoss, outputs: Any, labels: Tensor, groups: int) -> G
         _grouped(leaf.detach(), groups) if isinstance(leaf, Tensor) else leaf for leaf in leaves
     ]
 
+    dtypes = [grouped[i].dtype.to_real() for i in where] or [torch.float32]
+    lift = min(math.frexp(torch.finfo(dtype).max)[1] for dtype in dtypes) // 2
+
     def one(ends: list[Tensor], labels: Tensor, rest: list[Any]) -> tuple[Any, ...]:
         def mean_loss(ends: list[Tensor]) -> tuple[Tensor, Tensor]:
             filled = list(rest)
@@ -47,10 +51,12 @@ def group_slopes(loss: MeanLoss, outputs: Any, labels: Tensor, groups: int) -> G
             return loss.terms(pytree.tree_unflatten(filled, spec), labels)
 
         mean, pull, weight = vjp(mean_loss, ends, has_aux=True)  # type: ignore[misc]
-        (first,) = pull(torch.ones_like(mean))
-        exponent = scale_exponent(first, mean)
-        (slopes,) = pull(power(exponent, mean.dtype))
-        return mean.double(), weight.double(), exponent, slopes
+        # far from underflow as they are made, and near 1 as they enter the network
+        (large,) = pull(torch.full_like(mean, 2.0**lift))
+        further = scale_exponent(large, mean)
+        factor = power(further, mean.dtype)
+        slopes = [s * factor for s in large]
+        return mean.double(), weight.double(), further + lift, slopes
 
     rest = [None if i in where else leaf for i, leaf in enumerate(grouped)]
     axes = ([0] * len(where), 0, [0 if isinstance(leaf, Tensor) else None for leaf in rest])

@@ -8,7 +8,7 @@ weights of each example's group. A call that is not recognised gives NaN, never 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Point:
             empty if none is wanted.
         moved: The value as a function of the target, where it is not the target itself.
         probed: Weights whose gradient is wanted as factors.
+        of_examples: Values by example that were made once, by name and form.
     """
 
     groups: int
@@ -50,6 +51,7 @@ class Point:
     targets: Tensors = field(default_factory=dict)
     moved: Callable[[str], Tensor] | None = None
     probed: frozenset[str] = frozenset()
+    of_examples: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
 
 class OneBatch(TorchFunctionMode):
@@ -82,7 +84,6 @@ class OneBatch(TorchFunctionMode):
         self.rows: dict[str, int] = {}
         self._names = {id(t): name for name, t in held.items()}
         self._shapes = {name: t.shape for name, t in held.items()}
-        self._of_examples: dict[str, Tensor] = {}
 
     def __torch_function__(
         self,
@@ -99,6 +100,9 @@ class OneBatch(TorchFunctionMode):
         if not used:
             if func in example_rules.POOLINGS:
                 return example_rules.max_pool(func, args, kwargs)
+            if func in example_rules.GROUP_NORMALISING:  # without weights it mixes groups as well
+                out = example_rules.GROUP_NORMALISING[func](self, func, args, kwargs)
+                return func(*args, **kwargs) if out is None else out
             used = self._listed((*args, *kwargs.values()))
             if not used:
                 return func(*args, **kwargs)
@@ -145,22 +149,32 @@ class OneBatch(TorchFunctionMode):
 
     def of_examples(self, tensor: Tensor) -> Tensor:
         """A held tensor's value for every example, (n, *shape), in the graph of its target."""
-        name = self._names[id(tensor)]
-        if name not in self._of_examples:
-            point, shape, value = self.point, self._shapes[name], self.of_groups(tensor)
-            if value.ndim > len(shape) and point.size > 1:
+        name, point = self._names[id(tensor)], self.point
+        key = name, "rows"
+        if key not in point.of_examples:
+            shape, value = self._shapes[name], self.of_groups(tensor)
+            if value.ndim == len(shape):
+                value = value.expand(self.examples, *shape)
+            elif point.size > 1:
                 value = value.unsqueeze(1).expand(point.groups, point.size, *shape)
-            self._of_examples[name] = (
-                value.reshape(-1, *shape)
-                if value.ndim > len(shape)
-                else value.expand(point.groups * point.size, *shape)
-            )
-        return self._of_examples[name]
+                value = value.reshape(-1, *shape)
+            point.of_examples[key] = value
+        return point.of_examples[key]
+
+    def flat_of_examples(self, tensor: Tensor) -> Tensor:
+        """The same in one row, (n · shape,)."""
+        key = self._names[id(tensor)], "flat"
+        if key not in self.point.of_examples:
+            self.point.of_examples[key] = self.of_examples(tensor).flatten()
+        return self.point.of_examples[key]
 
     def _layer(self, call: LayerCall) -> Tensor:
         name, bias_name = self.name_of(call.weight), self.name_of(call.bias)
         weight = call.weight if name is None else self.point.values[name]
         bias = call.bias if bias_name is None else self.point.values[bias_name]
+        if torch.is_autocast_enabled(weight.device.type):  # which functions of autograd evade
+            call = replace(call, inputs=_autocast(call.inputs))
+            weight, bias = _autocast(weight), None if bias is None else _autocast(bias)
         if name is not None:
             self.rows[name] = self.rows.get(name, 0) + unfolded.rows_per_example(call)
         if torch.is_grad_enabled() and self.point.targets:
@@ -186,8 +200,7 @@ class OneBatch(TorchFunctionMode):
     ) -> Tensor:
         point = self.point
         bias_target = bias if bias_name is None else point.targets[bias_name]
-        bias = None if bias is None else bias.detach()
-        operands: tuple[Any, ...] = (weight.detach(), bias_target, bias, point.groups)
+        operands: tuple[Any, ...] = (_constant(weight), bias_target, _constant(bias), point.groups)
         result: Tensor
         if name in point.probed:
             assert name is not None
@@ -206,3 +219,14 @@ class OneBatch(TorchFunctionMode):
                 call.inputs, target, *operands, call.geometry
             )
         return result
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """In autocast's dtype, except for float64, which it leaves alone."""
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor

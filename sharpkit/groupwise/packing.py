@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,13 +47,14 @@ class Packing:
             packs[_JOINED] = torch.cat([t.reshape(*lead, -1) for t in small], -1)
         return packs
 
-    def parts(self, packs: Tensors) -> Tensors:
-        """The tensors in packs, as views."""
+    def parts(self, packs: Tensors, *, copied: bool = False) -> Tensors:
+        """The tensors in packs, as views; or of small parameters contiguous copies, by one call."""
         tensors = {name: t for name, t in packs.items() if name != _JOINED}
         if _JOINED in packs:
             pack = packs[_JOINED]
             shapes = [self._shapes[name] for name in self._small]
-            pieces = torch.split(pack, [shape.numel() for shape in shapes], -1)
+            split = torch.split_with_sizes_copy if copied else torch.split_with_sizes
+            pieces: Any = split(pack, [shape.numel() for shape in shapes], -1)
             for name, shape, piece in zip(self._small, shapes, pieces, strict=True):
-                tensors[name] = piece.view(*pack.shape[:-1], *shape)
+                tensors[name] = piece if len(shape) == 1 else piece.view(*pack.shape[:-1], *shape)
         return tensors

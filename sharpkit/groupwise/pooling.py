@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class MaxPool2x2(torch.autograd.Function):
@@ -27,6 +28,7 @@ class MaxPool2x2(torch.autograd.Function):
         return torch.maximum(top, bottom)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """The gradient, at the first of the largest of every window."""
         left, top = ctx.saved_tensors

@@ -1,8 +1,8 @@
 """Recurrent layers and cells over the examples of all groups (see `recurrence`).
 
-The gradient of a weight is always found as the rows A of what it multiplies and D of the derivatives
-at what comes out, of every step of every call, and multiplied out at most once: otherwise each step
-would add a matrix per group.
+The gradient of a weight is always found as the rows A of what it multiplies and D of derivatives by
+what comes out, of all steps of all calls, and multiplied out at most once: otherwise each step of a
+cell would add a matrix per group.
 """
 
 from __future__ import annotations
@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sharpkit.groupwise.recurrence import (
-    Direction,
-    Matrix,
-    Optional,
-    Recurrence,
-    forward,
-)
+from sharpkit.groupwise.recurrence import Recurrence, forward
+from sharpkit.groupwise.recurrent_direction import Direction, Matrix, Optional
 
 if TYPE_CHECKING:
     from sharpkit.groupwise.one_batch import OneBatch
@@ -32,14 +27,15 @@ CELLS: dict[Callable[..., Any], str] = {
     torch.lstm_cell: "lstm", torch.gru_cell: "gru",
     torch.rnn_tanh_cell: "tanh", torch.rnn_relu_cell: "relu",
 }  # fmt: skip
-# own matrices whose groups go through all steps together: as many as a CPU's cache holds
-_CPU_CACHE = 8 * 2**20
 
 
 def recurrent_layer(
     batch: OneBatch, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]
 ) -> tuple[Tensor, ...] | None:
-    """All layers, directions and steps; None for packed sequences, projections and dropout."""
+    """All layers, directions and steps; None for what is not known here.
+
+    That is packed sequences, projections, dropout, and autocast.
+    """
     if kwargs or len(args) != 9 or not isinstance(args[2], list | tuple):  # or it is packed
         return None
     x, first, weights, has_bias, layers, dropout, training, bidirectional, batch_first = args
@@ -51,10 +47,13 @@ def recurrent_layer(
     if (
         x.ndim != 3 or x.shape[1] != batch.examples or not len(x)
         or (training and dropout > 0)
+        or torch.is_autocast_enabled(x.device.type)
         or len(weights) != per * layers * ways
         or any(batch.name_of(t) is not None or t.shape[1] != x.shape[1] for t in firsts)
     ):  # fmt: skip
         return None
+    if kind == "lstm" and _is_fused(batch, x, weights):
+        return _one_by_one(batch, func, args)
     lasts = []
     for layer in range(layers):
         outs = []
@@ -69,11 +68,51 @@ def recurrent_layer(
     return (x.transpose(0, 1) if batch_first else x, *ends)
 
 
+def _is_fused(batch: OneBatch, x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether oneDNN runs an LSTM at weights of each group's own faster, one after the other.
+
+    It does for more than one example: matrices stay in the cache over all steps, and the gates are
+    one kernel. It knows neither weights in factors nor other numbers than float32.
+    """
+    point, names = batch.point, [batch.name_of(w) for w in weights]
+    values = [(w, point.values[name]) for w, name in zip(weights, names, strict=True) if name]
+    return (
+        point.size > 1
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and any(value.ndim > w.ndim == 2 for w, value in values)
+        and not any(name in point.thin for name in names)
+    )
+
+
+def _one_by_one(batch: OneBatch, func: Callable[..., Any], args: Call) -> tuple[Tensor, ...]:
+    """The function itself, at the weights of one group after the other."""
+    x, first, weights, *options = args
+    axis, size = 0 if options[-1] else 1, batch.point.size
+    values = []
+    for w in weights:
+        name = batch.name_of(w)
+        value = w if name is None else batch.point.values[name]
+        own = value.ndim > w.ndim
+        values.append(value.unbind() if own else [value] * batch.point.groups)
+    firsts = zip(*(t.split(size, 1) for t in first), strict=True)
+    outs = [
+        func(part, states, list(own), *options)
+        for part, states, own in zip(
+            x.split(size, axis), firsts, zip(*values, strict=True), strict=True
+        )
+    ]
+    out, h, c = zip(*outs, strict=True)
+    return torch.cat(out, axis), torch.cat(h, 1), torch.cat(c, 1)
+
+
 def recurrent_cell(
     batch: OneBatch, func: Callable[..., Any], args: Call, kwargs: dict[str, Any]
 ) -> Tensor | tuple[Tensor, Tensor] | None:
     """One step."""
-    if kwargs or len(args) < 4:
+    if kwargs or len(args) < 4 or torch.is_autocast_enabled(args[0].device.type):
         return None
     x, first, *weights = args
     kind = CELLS[func]
@@ -109,10 +148,11 @@ def _direction(
     for name in names[:2]:
         if name is not None:
             batch.rows[name] = batch.rows.get(name, 0) + len(x)
+    batch.calls += len(x)  # a step is one at least
     way = _way(batch, kind, weights, backwards)
     h, c = firsts[0], firsts[1] if kind == "lstm" else None
     if not torch.is_grad_enabled():
-        return _in_blocks(way, x, h, c)
+        return forward(way, x, h, c)[:2]
     shape = (x.shape[1], len(x), len(weights[0]))
     probes = [_probe(batch, name, x, shape) for name in names[:2]]
     biases = [None if name is None else batch.point.targets.get(name) for name in names[2:]]
@@ -145,28 +185,8 @@ def _way(batch: OneBatch, kind: str, weights: Sequence[Tensor], backwards: bool)
     biases: tuple[Optional, Optional] = (None, None)
     if len(values) == 4:
         biases = (values[2], values[3]) if kind == "gru" else (values[2] + values[3], None)
-    matrices = (
+    inputs, hidden = (
         Matrix(value, bias, None if name is None else point.thin.get(name))
-        for value, bias, name in zip(values, biases, names, strict=False)
+        for value, bias, name in zip(values[:2], biases, names[:2], strict=True)
     )
-    return Direction(kind, point.groups, *matrices, backwards)
-
-
-def _in_blocks(way: Direction, x: Tensor, h: Tensor, c: Optional) -> tuple[Tensor, Optional]:
-    """`forward`, on a CPU for as many groups at a time as leave their weights in its cache."""
-    nbytes = sum(m.value[0].nbytes for m in (way.inputs, way.hidden) if m.value.ndim == 3)
-    step = max(1, _CPU_CACHE // nbytes) if nbytes and x.device.type == "cpu" else way.groups
-    size = x.shape[1] // way.groups * step
-    parts = zip(
-        x.split(size, 1), h.split(size), [None] * way.groups if c is None else c.split(size)
-    )  # fmt: skip
-    found = [
-        forward(way if step >= way.groups else way.part(i * step, (i + 1) * step), *part)
-        for i, part in enumerate(parts)
-    ]
-    states = [states for states, _, _ in found]
-    cells = [way.ends(cells)[1] for _, cells, _ in found if cells is not None]
-    return (
-        states[0] if len(states) == 1 else torch.cat(states, 1),
-        torch.cat(cells) if cells else None,
-    )
+    return Direction(kind, point.groups, inputs, hidden, backwards)

@@ -88,25 +88,28 @@ class Survey:
         return (GPU if device.type == "cuda" else CPU).alone(self.flops, self.calls)
 
 
-def survey(model: FunctionalModel, weights: Tensors, examples: Examples) -> Survey:
+def survey(model: FunctionalModel, weights: Tensors, examples: Examples, size: int = 1) -> Survey:
     """Run a model as one batch of a few examples, and note how it uses the weights.
 
     Args:
         model: The model.
         weights: Those that differ from group to group.
         examples: A few, on the model's device.
+        size: Of a group.
     """
     refused, rows, calls = "", {}, 0
     if model.habits.loss_sees_weights:
         refused = "the loss depends on the weights themselves"
+    if model.habits.needs_grad_mode:
+        refused = "it differentiates, and that would have to be differentiated again"
     with torch.no_grad(), model.assigned(weights) as own:
         if any(p.is_complex() for p in own):
             refused = "weights are complex"
         held = dict(zip(weights, own, strict=True))
         for count in _TRIED:
-            few = examples.select(torch.arange(count) % len(examples))
+            few = examples.select(torch.arange(count * size) % len(examples))
             try:
-                with OneBatch(held, Point(count, 1, weights)) as batch:
+                with OneBatch(held, Point(count, size, weights)) as batch:
                     model.outputs(few.inputs)
             except Exception as error:
                 refused = refused or f"it failed: {type(error).__name__}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,31 +51,32 @@ class Blocks:
             factored: Names whose factors are kept; the others' are multiplied out.
         """
         q = len(self) // groups
-        exponent = self.exponent.view(groups, q).amin(1)  # the largest gradient sets the scale
-        shift = torch.where(
-            torch.isfinite(self.exponent.view(groups, q)),
-            exponent.unsqueeze(1) - self.exponent.view(groups, q),
-            0.0,
-        )
-        share, total = _shares(self.weight.view(groups, q))
-        weight = torch.exp2(shift) * share  # (groups, q), at most 1
-        tensors = dict(self.tensors)
-        if q > 1:
-            tensors = {
-                name: (weight.to(t.dtype).unsqueeze(1) @ t.reshape(groups, q, -1)).view(
-                    groups, *t.shape[1:]
-                )
-                for name, t in tensors.items()
-            }
-        factors: Factors = {}
-        for name, (a, d) in self.factors.items():
-            if q > 1:
-                d = d * geometry.expand(weight.flatten(), d)
-            a, d = (t.reshape(groups, -1, t.shape[-1]) for t in (a, d))
+        whole = self if q == 1 else self._added_up(groups, q)
+        tensors, factors = dict(whole.tensors), {}
+        for name, (a, d) in whole.factors.items():
             if name in factored:
                 factors[name] = (a, d)
             else:
                 tensors[name] = (d.mT @ a).view(groups, *self.shapes[name])
+        return replace(whole, tensors=tensors, factors=factors)
+
+    def _added_up(self, groups: int, q: int) -> Blocks:
+        """The mean of every q consecutive blocks."""
+        own = self.exponent.view(groups, q)
+        exponent = own.amin(1)  # the largest gradient sets the scale
+        shift = torch.where(torch.isfinite(own), exponent.unsqueeze(1) - own, 0.0)
+        share, total = _shares(self.weight.view(groups, q))
+        weight = torch.exp2(shift) * share  # (groups, q), at most 1
+        tensors = {
+            name: (weight.to(t.dtype).unsqueeze(1) @ t.reshape(groups, q, -1)).view(
+                groups, *t.shape[1:]
+            )
+            for name, t in self.tensors.items()
+        }
+        factors = {}
+        for name, (a, d) in self.factors.items():
+            d = d * geometry.expand(weight.flatten(), d)
+            factors[name] = (a.reshape(groups, -1, a.shape[-1]), d.reshape(groups, -1, d.shape[-1]))
         loss = (self.loss.view(groups, q) * share).sum(1)
         return Blocks(self.size * q, self.shapes, loss, total, tensors, factors, exponent)
 

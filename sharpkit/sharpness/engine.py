@@ -238,7 +238,7 @@ class Sweep:
             scaled(blocks.tensors, self.scale), ascent.p, blocks.factors, careful=self.careful
         )
         moves = first.coefficient != 0
-        self._note(first, torch.isfinite(blocks.exponent))
+        self._note(first, blocks.exponent < torch.inf)
         level.zero_gradients.append((~moves).sum())
         if ascent.kind in ("pgd", "apgd"):
             rows = [
@@ -255,16 +255,13 @@ class Sweep:
         else:
             rows = [self._one_step(passes, examples, first, rho) - blocks.loss for rho in self.rhos]
         # without a gradient there is no perturbation: exactly 0, not the rounding of two passes
-        return torch.where(moves | (ascent.restarts > 1), torch.stack(rows), 0.0)
+        increases = torch.stack(rows)
+        return increases if ascent.restarts > 1 else increases.masked_fill(~moves, 0.0)
 
     def _one_step(self, passes: Passes, examples: Examples, first: Direction, rho: float) -> Tensor:
         amount = rho * first.coefficient
         at = geometry.moved(self.weights, scaled(first.tensors, self.scale), amount)
-        # in float64: the amount may leave float32 although its product with the factors does not
-        thin = {
-            name: (a, (d.double() * amount.view(-1, 1, 1)).to(d.dtype))
-            for name, (a, d) in first.factors.items()
-        }
+        thin = {name: (a, d * geometry.expand(amount, d)) for name, (a, d) in first.factors.items()}
         return passes.losses(examples, len(amount), at, thin)
 
     def _average(self, level: Level, passes: Passes, examples: Examples, base: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,6 +67,8 @@ class SharpnessResult:
         parameters: Numbers that were perturbed together (a complex one is two).
         left_out: Names of the parameters that were not.
         precision: "full", or "tf32" inside `precision("tf32")`.
+        peak_memory: Bytes: on a GPU what the allocator held at most during the call, on a CPU what
+            the plan counts for a chunk (activations, gradients, perturbed weights).
     """
 
     m: tuple[int, ...]
@@ -82,6 +85,7 @@ class SharpnessResult:
     parameters: int
     left_out: tuple[str, ...]
     precision: str
+    peak_memory: int
 
     def frame(self) -> pd.DataFrame:
         """One row per (m, rho): value, std_error, groups, zero_gradient_groups, n, seconds."""
@@ -127,6 +131,7 @@ def m_sharpness(
     chunk: int | Literal["auto"] = "auto",
     memory_budget: int | None = None,
     engine: Literal["auto", "vectorized", "loop"] = "auto",
+    compile: bool = False,
     progress: bool = True,
 ) -> SharpnessResult:
     """Mean loss increase under the worst weight perturbation of each group of m examples.
@@ -176,6 +181,9 @@ def m_sharpness(
         memory_budget: Bytes for one chunk; None for 4 GiB, or half of the GPU.
         engine: "vectorized"; "loop", plain Python over groups; "auto" takes the first unless an
             operation of the model cannot be vectorised (then it warns).
+        compile: Compile the passes over groups side by side with `torch.compile`, which takes tens
+            of seconds once per call and pays on a GPU, for long measurements; the same to rounding.
+            Runs without, and warns, where that fails.
         progress: Show a progress bar on a terminal if it takes longer than two seconds.
 
     Returns:
@@ -246,8 +254,9 @@ def m_sharpness(
             for careful in (False, True):
                 sweep = Sweep(objective, examples, ms, rhos, rule, alone, side, careful=careful)
                 try:
-                    sweep.compare(probe.examples)
-                    return run(sweep)
+                    with nullcontext() if side is None else side.held():
+                        sweep.compare(probe.examples)
+                        return run(sweep)
                 except Doubtful:
                     continue
             raise AssertionError("norms that were taken with care are not doubtful")
@@ -258,7 +267,7 @@ def m_sharpness(
             if math.gcd(*ms) >= objective.alone:
                 return measured(objective, None)
             return first_that_works(
-                lambda: measured(objective, plan.one_batch()),
+                lambda: measured(objective, plan.one_batch(compile=compile)),
                 lambda: measured(objective, transformed(objective, probe.examples, rule)),
             )
 
@@ -271,7 +280,12 @@ def m_sharpness(
                 function.model,
             )
 
+        if function.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(function.device)
         sweep, vectorised = in_memory(measure, plan.chunk)
+        peak = plan.memory
+        if function.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(function.device)
         probe.confirm()
         if not float(torch.cat(sweep.levels[0].weights).sum()) > 0:
             raise DataError("no label counts in the loss: all are ignored, or weigh 0")
@@ -283,6 +297,7 @@ def m_sharpness(
         parameters=sum(w.numel() for w in weights.values()),
         left_out=outside,
         precision=current_precision(),
+        peak_memory=peak,
     )  # fmt: skip
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.func import grad_and_value, vmap
 
+from sharpkit.compiling import Compiled
 from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.batch_passes import BatchPasses
@@ -26,6 +29,9 @@ class Passes(Protocol):
 
     packing: Packing
     rows: dict[str, int]  # rows per example of the weights whose gradient may stay in factors
+
+    def held(self) -> AbstractContextManager[None]:
+        """To be entered around many passes."""
 
     def losses_only(self, examples: Examples, groups: int) -> Blocks:
         """The losses at the weights themselves."""
@@ -48,6 +54,7 @@ class Alone:
     def __init__(self, objective: Objective, packing: Packing) -> None:
         self.objective, self.packing = objective, packing
         self.rows: dict[str, int] = {}
+        self.held = nullcontext
 
     def losses_only(self, examples: Examples, groups: int) -> Blocks:
         """As `Passes`."""
@@ -101,10 +108,18 @@ class Alone:
 
 
 class OneBatchPasses:
-    """All groups as one ordinary batch."""
+    """All groups as one ordinary batch.
 
-    def __init__(self, passes: BatchPasses) -> None:
+    Args:
+        passes: The passes.
+        compile: Run them compiled, one form of each: that of the first chunk.
+    """
+
+    def __init__(self, passes: BatchPasses, *, compile: bool = False) -> None:
         self._passes, self.packing, self.rows = passes, passes.packing, passes.rows
+        self.held = passes.held
+        self._compile = compile
+        self._compiled: dict[Any, Compiled[Any]] = {}
 
     def losses_only(self, examples: Examples, groups: int) -> Blocks:
         """As `Passes`."""
@@ -115,24 +130,39 @@ class OneBatchPasses:
 
     def gradients(self, examples: Examples, groups: int, factored: frozenset[str]) -> Blocks:
         """As `Passes`."""
-        found = self._passes.gradients(examples, groups, factored)
+
+        def found(inputs: Inputs, labels: Tensor) -> tuple[Any, Tensors, Factors]:
+            found = self._passes.gradients(Examples(inputs, labels), groups, factored)
+            return found.terms[:3], found.packs, found.factors
+
+        run = self._made(found, "gradients", groups, factored)
+        (mean, weight, exponent), packs, factors = run(examples.inputs, examples.labels)
         shapes = {name: self._passes.weights[name].shape for name in factored}
-        terms = found.terms
-        return Blocks(
-            len(examples) // groups, shapes, terms.mean, terms.weight, found.packs,
-            found.factors, terms.exponent,
-        )  # fmt: skip
+        return Blocks(len(examples) // groups, shapes, mean, weight, packs, factors, exponent)
 
     def losses(
         self, examples: Examples, groups: int, at: Tensors, thin: Factors | None = None
     ) -> Tensor:
         """As `Passes`."""
-        return self._passes.losses(examples, groups, at, thin)[0]
+
+        def found(inputs: Inputs, labels: Tensor, at: Tensors, thin: Factors) -> Tensor:
+            return self._passes.losses(Examples(inputs, labels), groups, at, thin)[0]
+
+        run = self._made(found, "perturbed losses", groups, frozenset(thin or {}))
+        result: Tensor = run(examples.inputs, examples.labels, at, thin or {})
+        return result
 
     def slopes(self, examples: Examples, groups: int, at: Tensors) -> tuple[Tensors, Tensor]:
         """As `Passes`."""
         found = self._passes.gradients(examples, groups, at=at)
         return found.packs, found.terms.mean
+
+    def _made(
+        self, function: Callable[..., Any], name: str, groups: int, factored: frozenset[str]
+    ) -> Callable[..., Any]:
+        if not self._compile:
+            return function
+        return self._compiled.setdefault((name, groups, factored), Compiled(function, name))
 
 
 class Transformed:
@@ -141,6 +171,7 @@ class Transformed:
     def __init__(self, objective: Objective, packing: Packing, rows: dict[str, int]) -> None:
         self.objective, self.packing, self.rows = objective, packing, rows
         self._shapes: dict[tuple[int, frozenset[str]], dict[str, list[torch.Size]]] = {}
+        self.held = nullcontext
 
     def losses_only(self, examples: Examples, groups: int) -> Blocks:
         """As `Passes`."""

@@ -6,7 +6,7 @@ All of it follows from sizes, never from timings, so that two runs give the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +38,11 @@ _CPU_CHUNKS = (32, 128)  # at least and at most, where memory allows it
 
 @dataclass(frozen=True)
 class Plan:
-    """How examples are cut (see `Objective`), for one model, loss and device."""
+    """How examples are cut (see `Objective`), for one model, loss and device.
+
+    `memory` counts the bytes of a chunk: activations, and gradients and perturbed weights of its
+    groups.
+    """
 
     function: FunctionalModel
     loss: MeanLoss
@@ -47,6 +51,7 @@ class Plan:
     batch: int
     layout: torch.memory_format
     survey: Survey
+    memory: int
 
     def objective(self, chunk: int, *, loop: bool = False) -> Objective:
         """What is measured, in chunks of as many examples; group by group if `loop`."""
@@ -55,13 +60,14 @@ class Plan:
             1 if loop else self.survey.alone(self.function.device), self.layout,
         )  # fmt: skip
 
-    def one_batch(self) -> OneBatchPasses:
+    def one_batch(self, *, compile: bool) -> OneBatchPasses:
         """Groups as one ordinary batch.
 
         Raises:
             Disagreement: If the model uses a weight in a way that is not known.
         """
-        return OneBatchPasses(batch_passes(self.function, self.loss, self.weights, self.survey))
+        passes = batch_passes(self.function, self.loss, self.weights, self.survey)
+        return OneBatchPasses(passes, compile=compile)
 
 
 def plan_of(
@@ -93,17 +99,25 @@ def plan_of(
     device = function.device
     layout = _layout(function, few)
     found = survey(function, weights, few)
-    if chunk != "auto":
-        if not (isinstance(chunk, int) and chunk >= 1):
-            raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
-        return Plan(function, loss, weights, chunk, chunk, layout, found)
-    budget = default_memory_budget(device) if memory_budget is None else memory_budget
     per_example = activation_bytes(function, weights, loss, few.slice(0, 1))
     factored = found.factored(weights) if allows_factors else {}
-    dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
-    enough = chunk_that_fills(GPU, found.flops, found.calls) if device.type == "cuda" else None
-    size = chunk_size(per_example, dense, ms, budget, enough)
-    return Plan(function, loss, weights, size, size, layout, found)
+    per_group = sum(
+        w.nbytes if name not in factored else factored[name] * (len(w) + w[0].numel()) * w.itemsize
+        for name, w in weights.items()
+    )
+
+    def bytes_of(chunk: int) -> int:
+        # base gradients are held while one m at a time is merged and perturbed
+        groups = math.ceil(chunk / math.gcd(*ms)) + math.ceil(chunk / min(ms))
+        return chunk * per_example + groups * per_group
+
+    size = chunk
+    if size == "auto":
+        budget = default_memory_budget(device) if memory_budget is None else memory_budget
+        size = _chunk(found, bytes_of, per_example, budget, device)
+    elif not (isinstance(size, int) and size >= 1):
+        raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
+    return Plan(function, loss, weights, size, size, layout, found, bytes_of(size))
 
 
 def _layout(function: FunctionalModel, few: Examples) -> torch.memory_format:
@@ -159,41 +173,25 @@ def factored_weights(
     }
 
 
-def chunk_size(
+def _chunk(
+    found: Survey,
+    bytes_of: Callable[[int], int],
     per_example: int,
-    per_group: int,
-    ms: Sequence[int],
-    memory_budget: int,
-    enough: int | None,
+    budget: int,
+    device: torch.device,
 ) -> int:
-    """Examples per chunk, a power of two.
-
-    Args:
-        per_example: Bytes of activations an example needs.
-        per_group: Bytes of the gradient and the perturbed weights of a group.
-        ms: Group sizes; each m has groups of its own in a chunk.
-        memory_budget: Bytes that the chunk may take.
-        enough: Examples that fill the device; None for a CPU, which prefers what fits its cache.
-
-    Raises:
-        ArgumentError: If not even one example fits the budget.
-    """
-    block = math.gcd(*ms)
-
-    def bytes_of(chunk: int) -> int:
-        # base gradients are held while one m at a time is merged and perturbed
-        groups = math.ceil(chunk / block) + math.ceil(chunk / min(ms))
-        return chunk * per_example + groups * per_group
-
-    if bytes_of(1) > memory_budget:
+    """Examples per chunk, a power of two."""
+    if bytes_of(1) > budget:
         raise ArgumentError(
             f"one example needs {bytes_of(1) / 2**30:.2f} GiB, but memory_budget is "
-            f"{memory_budget / 2**30:.2f} GiB"
+            f"{budget / 2**30:.2f} GiB"
         )
-    chunk, ceiling = 1, enough or 0
-    if enough is None:
+    if device.type == "cuda":
+        most = chunk_that_fills(GPU, found.flops, found.calls)
+    else:
         low, high = _CPU_CHUNKS
-        ceiling = min(high, max(low, _CPU_ACTIVATIONS // max(1, per_example)))
-    while 2 * chunk <= ceiling and bytes_of(2 * chunk) <= memory_budget:
+        most = min(high, max(low, _CPU_ACTIVATIONS // max(1, per_example)))
+    chunk = 1
+    while 2 * chunk <= most and bytes_of(2 * chunk) <= budget:
         chunk *= 2
     return chunk

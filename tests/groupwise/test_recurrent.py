@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,10 +16,13 @@ import sharpkit
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import resolve_loss
+from sharpkit.groupwise import recurrence
 from sharpkit.groupwise.batch_passes import BatchPasses, batch_passes
-from sharpkit.groupwise.survey import survey
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Tensors
+from sharpkit.groupwise.low_rank import stand_ins
+from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.groupwise.survey import Survey, survey
 
 GROUPS, SIZE, STEPS, IN, HIDDEN, CLASSES = 3, 2, 5, 4, 6, 3
 # float64: sums of at most a few hundred products of numbers near 1, in another order
@@ -87,6 +92,20 @@ class Tied(nn.Module):
         return self.end(self.head(again).mean(1))
 
 
+class OneStep(nn.Module):
+    """A layer that gets one step at a time."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(layer.hidden_size, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, out = None, x
+        for step in x.split(1, 1):
+            out, state = self.layer(step, state)
+        return self.head(out[:, 0])
+
+
 def _sequence(make: Callable[..., nn.RNNBase], **options: Any) -> Callable[[], nn.Module]:
     starts = options.pop("starts", False)
     return lambda: Sequence(make(IN, HIDDEN, **options), starts=starts)
@@ -121,20 +140,6 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class OneStep(nn.Module):
-    """A layer that gets one step at a time."""
-
-    def __init__(self, layer: nn.RNNBase) -> None:
-        super().__init__()
-        self.layer, self.head = layer, nn.Linear(layer.hidden_size, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        state, out = None, x
-        for step in x.split(1, 1):
-            out, state = self.layer(step, state)
-        return self.head(out[:, 0])
-
-
 def examples_of(model: nn.Module) -> Examples:
     """As many as all groups have."""
     torch.manual_seed(1)
@@ -143,13 +148,29 @@ def examples_of(model: nn.Module) -> Examples:
     return Examples(x, torch.arange(GROUPS * SIZE) % CLASSES)
 
 
-def passes_of(model: nn.Module) -> BatchPasses:
-    """Passes over groups as one batch."""
-    f = FunctionalModel(model)
+def passes_of(model: nn.Module, factored: Collection[str] = ()) -> BatchPasses:
+    """Passes over groups as one batch; the gradients of some weights may stay in factors."""
+    f, loss = FunctionalModel(model), resolve_loss("cross_entropy")
     weights = {name: f.value(name) for name in f.names}
-    return batch_passes(
-        f, resolve_loss("cross_entropy"), weights, survey(f, weights, examples_of(model))
-    )
+    if factored:
+        return BatchPasses(f, loss, weights, dict.fromkeys(factored, 1))
+    return batch_passes(f, loss, weights, survey_of(model))
+
+
+def survey_of(model: nn.Module) -> Survey:
+    """How the model uses its weights."""
+    f = FunctionalModel(model)
+    return survey(f, {name: f.value(name) for name in f.names}, examples_of(model))
+
+
+@contextmanager
+def run_at(f: FunctionalModel, weights: Tensors, point: Point) -> Iterator[OneBatch]:
+    """Inside, the model runs as one batch at a point."""
+    with (
+        f.assigned(stand_ins(weights)) as held,
+        OneBatch(dict(zip(weights, held, strict=True)), point) as batch,
+    ):
+        yield batch
 
 
 def made(name: str) -> nn.Module:
@@ -210,11 +231,8 @@ def test_gradients_of_groups_are_those_of_plain_loops(name: str) -> None:
 @pytest.mark.parametrize("name", [*CASES, "tied"])
 def test_factors_are_the_same_gradients(name: str) -> None:
     model = made(name)
-    passes = passes_of(model)
-    matrices = frozenset(
-        n for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("start")
-    )
-    passes.__init__(passes.model, passes.loss, passes.weights, dict.fromkeys(matrices, 1))
+    matrices = frozenset(n for n, p in model.named_parameters() if p.ndim == 2)
+    passes = passes_of(model, matrices)
     found = passes.gradients(examples_of(model), GROUPS, matrices)
     assert found.factors.keys() == matrices
     check_gradients(passes, found, plain(model)[1])
@@ -234,24 +252,236 @@ def test_losses_and_gradients_at_weights_of_each_groups_own(name: str) -> None:
     check_gradients(passes, found_there, expected)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["LSTM, given states", "GRU", "RNN"])
+def test_groups_in_blocks_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recurrence, "_CPU_CACHE", 1)  # one group at a time
+    test_losses_and_gradients_at_weights_of_each_groups_own(name)
+    test_losses_at_thin_perturbations(name)
+
+
+@pytest.mark.parametrize("name", [*CASES, "tied"])
 def test_losses_at_thin_perturbations(name: str) -> None:
     model = made(name)
-    passes = passes_of(model)
-    at = moved(passes.weights)
+    torch.manual_seed(3)
     thin = {
-        n: (torch.randn(GROUPS, 3, w.shape[1]).double(), 0.1 * torch.randn(GROUPS, 3, len(w)).double())
-        for n, w in passes.weights.items()
-        if w.ndim == 2 and not n.startswith("start")
+        n: (torch.randn(GROUPS, 3, p.shape[1]).double(), torch.randn(GROUPS, 3, len(p)).double())
+        for n, p in model.named_parameters()
+        if p.ndim == 2
     }
-    passes.__init__(passes.model, passes.loss, passes.weights, dict.fromkeys(thin, 1))
+    passes = passes_of(model, thin)
+    at = moved(passes.weights)
     at |= {n: passes.weights[n] + d.mT @ a for n, (a, d) in thin.items()}
     packs = passes.packing.joined({n: w for n, w in at.items() if n not in thin})
     found, _ = passes.losses(examples_of(model), GROUPS, packs, thin)
     torch.testing.assert_close(found, plain(model, at)[0], **TIGHT)
 
 
-def test_one_gradient_for_the_sum_of_all_groups() -> None:
-    model = made("GRU, both ways, two layers")
-    passes = passes_of(model)
-"""TODO"""
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("name", ["LSTM, given states", "GRU, both ways, two layers", "GRUCell"])
+def test_one_gradient_for_the_sum_of_all_groups(name: str, own: bool) -> None:
+    model = made(name)
+    f, examples = FunctionalModel(model), examples_of(model)
+    weights = {n: f.value(n) for n in f.names}
+    at = moved(weights) if own else None
+    targets = {n: w.clone().requires_grad_() for n, w in weights.items()}
+    point = Point(GROUPS, SIZE, weights if at is None else at, targets=targets)
+    with run_at(f, weights, point) as batch:
+        outputs = f.outputs(examples.inputs)
+    loss = cross_entropy(outputs, examples.labels)
+    probes = {(n, i): p for n, calls in batch.probes.items() for i, p in enumerate(calls)}
+    ends = {**{n: t for n, t in targets.items() if n not in batch.probes}, **probes}
+    found = dict(zip(ends, torch.autograd.grad(loss, list(ends.values())), strict=True))
+    for n, g in plain(model, at)[1].items():
+        if n in batch.probes:
+            products = [
+                found[n, i].flatten(0, 1).mT @ a.flatten(0, 1)
+                for i, a in enumerate(batch.inputs[n])
+            ]
+            total = torch.stack(products).sum(0)
+        else:
+            total = found[n]
+        torch.testing.assert_close(total, g.mean(0), **TIGHT)
+
+
+def test_float32_is_as_near_as_float32_can_be() -> None:
+    model = made("LSTM, given states")
+    _, expected = plain(model)
+    single = copy.deepcopy(model).float()
+    f, examples = FunctionalModel(single), examples_of(model)
+    passes = BatchPasses(f, resolve_loss("cross_entropy"), {n: f.value(n) for n in f.names}, {})
+    found = passes.gradients(Examples(examples.inputs.float(), examples.labels), GROUPS)
+    tensors = passes.packing.parts(found.packs)
+    for name, g in expected.items():
+        scale = torch.exp2(-found.terms.exponent).view(-1, *[1] * (g.ndim - 1))
+        # sums of some ten products, relative to the largest: a few times 1e-7 each
+        error = (tensors[name].double() * scale - g).abs().amax()
+        assert error <= 5e-6 * g.abs().amax()
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("LSTM")])
+def test_losses_in_float32_at_weights_of_each_groups_own(name: str) -> None:
+    model = made(name)
+    at = moved(dict(model.named_parameters()))
+    single = copy.deepcopy(model).float()
+    f, examples = FunctionalModel(single), examples_of(model)
+    passes = BatchPasses(f, resolve_loss("cross_entropy"), {n: f.value(n) for n in f.names}, {})
+    packs = passes.packing.joined({n: t.detach().float() for n, t in at.items()})
+    found, _ = passes.losses(Examples(examples.inputs.float(), examples.labels), GROUPS, packs)
+    # losses near 1 of some ten roundings of 6e-8 each
+    torch.testing.assert_close(found, plain(model, at)[0], rtol=2e-6, atol=0)
+
+
+def test_weights_that_are_not_perturbed_stay_as_they_are() -> None:
+    model = made("LSTM, given states")
+    f, loss = FunctionalModel(model), resolve_loss("cross_entropy")
+    names = [n for n in f.names if "bias" in n or n.endswith("weight_ih_l0")]
+    passes = BatchPasses(f, loss, {n: f.value(n) for n in names}, {})
+    found = passes.gradients(examples_of(model), GROUPS)
+    expected = plain(model)[1]
+    check_gradients(passes, found, {n: expected[n] for n in names})
+
+
+class Packed(nn.Module):
+    """A layer over sequences of unlike lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(IN, HIDDEN, batch_first=True), nn.Linear(HIDDEN, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.arange(len(x)) % 2 + 2
+        packed = nn.utils.rnn.pack_padded_sequence(
+            x, lengths, batch_first=True, enforce_sorted=False
+        )
+        return self.head(self.layer(packed)[1][0])
+
+
+class FirstState(nn.Module):
+    """A layer whose state before the first step is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.GRU(IN, HIDDEN, batch_first=True), nn.Linear(HIDDEN, CLASSES)
+        self.first = nn.Parameter(torch.zeros(1, 1, HIDDEN))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x, self.first.expand(1, len(x), HIDDEN).contiguous())[1][0])
+
+
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "packed": Packed,
+    "a state that is a parameter": FirstState,
+    "projected": lambda: Sequence(nn.LSTM(IN, HIDDEN, proj_size=2)),
+    "random": lambda: Sequence(nn.LSTM(IN, HIDDEN, num_layers=2, dropout=0.5)).train(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_known_is_refused(name: str) -> None:
+    model = REFUSED[name]().double()
+    if name == "projected":  # the head fits layers without projections
+        model.head = nn.Linear(10, CLASSES).double()
+        model.forward = lambda x: model.head(model.layer(x)[0].flatten(1))
+    with pytest.raises(Disagreement, match="as one batch"):
+        passes_of(model)
+
+
+class Autocast(nn.Module):
+    """A network that runs in bfloat16."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.model(x)
+
+
+@pytest.mark.parametrize("name", ["GRU", "LSTMCell"])
+def test_autocast_is_refused(name: str) -> None:
+    f = FunctionalModel(Autocast(made(name).float()))
+    examples = Examples(torch.randn(4, STEPS, IN), torch.zeros(4, dtype=torch.long))
+    found = survey(f, {n: f.value(n) for n in f.names}, examples)
+    assert "is used by more than layers" in found.refused
+
+
+@pytest.mark.parametrize("name", ["LSTM, both ways, two layers", "GRU", "RNN", "LSTMCell"])
+def test_every_step_is_a_row_of_an_example(name: str) -> None:
+    model = made(name)
+    found = survey_of(model).rows
+    for n, p in model.named_parameters():
+        if p.ndim == 2 and not n.startswith("head"):
+            assert found[n] == STEPS
+
+
+class Text(nn.Module):
+    """A classifier of texts: embedding, a GRU that reads both ways, its last states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, IN)
+        self.layer = nn.GRU(IN, HIDDEN, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * HIDDEN, CLASSES)
+
+    def forward(self, words: Tensor) -> Tensor:
+        _, last = self.layer(self.embedding(words))
+        return self.head(torch.cat([last[0], last[1]], 1))
+
+
+def increases(model: nn.Module, x: Tensor, y: Tensor, m: int, rho: float) -> Tensor:
+    """Of every group's loss after a step of length rho along its gradient, in the open."""
+    found = []
+    own = list(model.parameters())
+    for xs, ys in zip(x.split(m), y.split(m), strict=True):
+        loss = cross_entropy(model(xs), ys)
+        grads = torch.autograd.grad(loss, own)
+        length = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        with torch.no_grad():
+            for p, g in zip(own, grads, strict=True):
+                p.add_(g, alpha=float(rho / length))
+            found.append(cross_entropy(model(xs), ys) - loss)
+            for p, g in zip(own, grads, strict=True):
+                p.sub_(g, alpha=float(rho / length))
+    return torch.stack(found).detach()
+
+
+@pytest.mark.parametrize("kind", ["text", "cell"])
+def test_m_sharpness_is_that_of_a_plain_loop(kind: str) -> None:
+    torch.manual_seed(4)
+    model = (Text() if kind == "text" else Steps(nn.LSTMCell(IN, HIDDEN))).double().eval()
+    n, m, rho = 24, 3, 0.3
+    x = torch.randint(20, (n, 7)) if kind == "text" else torch.randn(n, 7, IN).double()
+    y = torch.randint(CLASSES, (n,))
+    found = sharpkit.m_sharpness(
+        model, (x, y), m=[1, m], rho=rho, seed=None, engine="vectorized", progress=False
+    )
+    for size in (1, m):
+        values = torch.from_numpy(found.group_values[size, rho])
+        torch.testing.assert_close(values, increases(model, x, y, size, rho), **TIGHT)
+
+
+def test_projected_ascent_is_that_of_the_loop() -> None:
+    torch.manual_seed(5)
+    model = Text().double().eval()
+    data = torch.randint(20, (16, 7)), torch.randint(CLASSES, (16,))
+    side, loop = (
+        sharpkit.m_sharpness(
+            model, data, m=2, rho=0.3, ascent="pgd", steps=3, seed=None, engine=engine,
+            progress=False,
+        ).value
+        for engine in ("vectorized", "loop")
+    )  # fmt: skip
+    assert side == pytest.approx(loop, rel=1e-9)
+
+
+def test_second_derivatives_are_refused_rather_than_wrong() -> None:
+    model = made("GRU")
+    f, x = FunctionalModel(model), examples_of(model).inputs.requires_grad_()
+    weights = {n: f.value(n) for n in f.names}
+    point = Point(GROUPS, SIZE, weights)
+    with run_at(f, weights, point):
+        out = f.outputs(x)
+    torch.autograd.grad(out.sum(), x, retain_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        torch.autograd.grad(out.sum(), x, create_graph=True)
