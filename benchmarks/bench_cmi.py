@@ -24,7 +24,11 @@ from timing import Case, Record, parser, run_cases
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "evaluation"))
 
-SHAPES = {96: (3, 2, 2, 2, 2, 2, 1), 5000: (5, 5, 5, 5, 2, 2, 2)}
+SHAPES = {
+    96: (3, 2, 2, 2, 2, 2, 1),
+    1000: (5, 5, 5, 2, 2, 2),
+    5000: (5, 5, 5, 5, 2, 2, 2),
+}
 
 
 def random_zoo(shape: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
@@ -80,28 +84,48 @@ def statistics_table(models: int, measures: int) -> Callable[[], Any]:
     return lambda: evaluate_measures(values, zoo, resamples=1000)
 
 
+def null(models: int, measures: int) -> Callable[[], Any]:
+    from sharpkit.evaluation._grid import read_configs
+    from sharpkit.evaluation.null import nulls_of_scores
+
+    zoo = random_zoo(SHAPES[models])
+    values = random_measures(zoo, measures).to_numpy()
+    grid = read_configs(zoo)
+    return lambda: nulls_of_scores(values, grid, 1000, 0)
+
+
+def tau(models: int) -> Callable[[], Any]:
+    from sharpkit.evaluation import kendall_tau
+
+    x, y = np.random.default_rng(0).normal(size=(2, models))
+    return lambda: kendall_tau(x, y)
+
+
 def measure_here(
-    make: Callable[..., Callable[[], Any]], sizes: tuple[Any, ...], runs: int
+    make: Callable[..., Callable[[], Any]], sizes: tuple[Any, ...], runs: int, cpu: bool = False
 ) -> tuple[list[float], float]:
-    """Seconds of each run, and the peak in MiB."""
+    """Seconds of each run, of the processor if `cpu`, and the peak in MiB."""
+    clock = time.process_time if cpu else time.perf_counter
     warnings.simplefilter("ignore")
     call = make(*sizes)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     call()
     seconds = []
     for _ in range(runs):
-        start = time.perf_counter()
+        start = clock()
         call()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     return seconds, peak / 1024
 
 
-def measure(make: Callable[..., Any], *sizes: Any, runs: int) -> tuple[list[float], float]:
+def measure(
+    make: Callable[..., Any], *sizes: Any, runs: int, cpu: bool = False
+) -> tuple[list[float], float]:
     """The same in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(measure_here, make, sizes, runs).result()
+        return pool.submit(measure_here, make, sizes, runs, cpu).result()
 
 
 def small(arguments: argparse.Namespace) -> Iterator[Record]:
@@ -127,7 +151,28 @@ def everything(arguments: argparse.Namespace) -> Iterator[Record]:
     yield Record(case, "sharpkit", "s", seconds, "<= 60")
 
 
-CASES: dict[str, Case] = {"small": small, "large": large, "everything": everything}
+def nulls(arguments: argparse.Namespace) -> Iterator[Record]:
+    for models, measures, target in ((96, 40, "<= 20"), (1000, 5, "<= 60")):
+        seconds, _ = measure(null, models, measures, runs=1 if arguments.quick else 3, cpu=True)
+        case = f"both nulls, 1,000 shuffles, {models} models x {measures} measures, CPU time"
+        yield Record(case, "sharpkit", "s", seconds, target)
+
+
+def taus(arguments: argparse.Namespace) -> Iterator[Record]:
+    for models in (1000, 100_000):
+        seconds, _ = measure(tau, models, runs=3 if arguments.quick else 10)
+        yield Record(
+            f"Kendall's tau, {models:,} models", "sharpkit", "ms", [1e3 * s for s in seconds]
+        )
+
+
+CASES: dict[str, Case] = {
+    "small": small,
+    "large": large,
+    "everything": everything,
+    "nulls": nulls,
+    "taus": taus,
+}
 
 if __name__ == "__main__":
     run_cases(parser(__doc__, CASES).parse_args(), CASES)

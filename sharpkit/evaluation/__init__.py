@@ -1,7 +1,8 @@
 """Scores of generalization measures on a zoo: conditional mutual information, ranks, intervals."""
 
-from sharpkit.evaluation._weighted import STATISTICS
+from sharpkit.evaluation.arguments import expected_direction
 from sharpkit.evaluation.cmi import CMIResult, conditional_mutual_information
+from sharpkit.evaluation.null import ScoreNull, score_null
 from sharpkit.evaluation.permutation import holm, permutation_p_value
 from sharpkit.evaluation.ranks import (
     GranulatedKendall,
@@ -18,6 +19,7 @@ from sharpkit.evaluation.resampling import (
     compare_measures,
 )
 from sharpkit.evaluation.robustness import SignError, SignErrorSummary, sign_error
+from sharpkit.evaluation.statistics import STATISTICS
 from sharpkit.evaluation.table import evaluate_hyperparameters, evaluate_measures
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Comparison",
     "GranulatedKendall",
     "Interval",
+    "ScoreNull",
     "SignError",
     "SignErrorSummary",
     "bootstrap_interval",
@@ -35,12 +38,14 @@ __all__ = [
     "conditional_mutual_information",
     "evaluate_hyperparameters",
     "evaluate_measures",
+    "expected_direction",
     "granulated_kendall",
     "holm",
     "kendall_tau",
     "pearson",
     "permutation_p_value",
     "r_squared",
+    "score_null",
     "sign_error",
     "spearman",
 ]

@@ -6,6 +6,7 @@ this package works on those arrays. Ids may be written 20, "20" or "model_20" an
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ Configs: TypeAlias = "Mapping[Any, Any] | Any"  # a Task, or a parsed model_conf
 
 @dataclass(frozen=True)
 class Grid:
-    """The models of a zoo as arrays; hyperparameter values are compared by their `str()`."""
+    """The models of a zoo as arrays; values that are the same number are one level."""
 
     ids: tuple[str, ...]
     names: tuple[str, ...]
@@ -116,9 +117,12 @@ def read_configs(configs: Configs) -> Grid:
     names = tuple(map(str, hparams[0]))
     columns, levels, possible = [], [], []
     for name in hparams[0]:
+        words: dict[object, str] = {}  # each value as it was first written
         try:
-            values = [str(h[name]["current_value"]) if name in h else None for h in hparams]
-            possible.append(tuple(str(v) for v in hparams[0][name]["possible_values"]))
+            possible.append(tuple(_word(v, words) for v in hparams[0][name]["possible_values"]))
+            values = [
+                _word(h[name]["current_value"], words) if name in h else None for h in hparams
+            ]
         except (KeyError, TypeError) as error:
             raise ScoreError(
                 f"hyperparameter {name!r}: expected possible_values and current_value ({error!r})"
@@ -201,6 +205,16 @@ def listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(map(str, names[:most])) + more
 
 
+def _word(value: object, words: dict[object, str]) -> str:
+    """The value's `str()`; of equal numbers (1, 1.0, "1", "1.0"), that of the first."""
+    word = str(value)
+    try:
+        number = float(word.replace("_", "?"))  # 1_0 is a word
+    except ValueError:
+        return words.setdefault(word, word)
+    return words.setdefault(word if math.isnan(number) else number, word)
+
+
 def _part(name: str, entry: Any, part: str) -> Mapping[str, Any]:
     found = entry.get(part) if isinstance(entry, Mapping) else None
     if not isinstance(found, Mapping):
@@ -209,12 +223,16 @@ def _part(name: str, entry: Any, part: str) -> Mapping[str, Any]:
 
 
 def _gap(name: str, entry: Any) -> float:
+    """The difference of the accuracies; of losses, for models that have no accuracies."""
     metrics = _part(name, entry, "metrics")
     try:
+        if "train_acc" not in metrics and {"train_loss", "test_loss"} <= set(metrics):
+            return float(metrics["test_loss"]) - float(metrics["train_loss"])
         return float(metrics["train_acc"]) - float(metrics["test_acc"])
     except (KeyError, TypeError, ValueError) as error:
         raise ScoreError(
-            f"model {name}: expected numbers train_acc and test_acc in its metrics, "
+            f"model {name}: expected numbers train_acc and test_acc (or, where there are no "
+            "accuracies, train_loss and test_loss) in its metrics, "
             f"got {dict(metrics)!r}"
         ) from error
 

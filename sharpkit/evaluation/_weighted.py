@@ -21,28 +21,10 @@ from sharpkit.evaluation._grid import Bools, Floats, Grid, Ints
 from sharpkit.evaluation._pairs import INSIDE_LOG
 from sharpkit.evaluation._weighted_cells import Cells, Weights, count, information, ratio
 from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.statistics import LOWER_IS_BETTER, RANGES, SIGN_ERRORS, STATISTICS
 
-SIGN_ERRORS = ("sign_error", "sign_error_90", "sign_error_max")
-STATISTICS = (
-    "cmi_pgdl",
-    "cmi_jiang",
-    "kendall_tau",
-    "kendall_tau_b",
-    "granulated_kendall",
-    "spearman",
-    "pearson",
-    "r_squared",
-    *SIGN_ERRORS,
-)
-LOWER_IS_BETTER = SIGN_ERRORS
-RANGES = {
-    name: (-np.inf, 1.0)
-    if name == "r_squared"
-    else (0.0, 1.0)
-    if name.startswith(("cmi", "sign_error"))
-    else (-1.0, 1.0)
-    for name in STATISTICS
-}
+__all__ = ["LOWER_IS_BETTER", "RANGES", "SIGN_ERRORS", "STATISTICS", "weighted_statistics"]
+
 _BATCH = 128  # weightings handled together; small enough for the cache
 
 
@@ -54,7 +36,7 @@ def weighted_statistics(
     *,
     environments: Environments | None = None,
     hyperparameter: int | None = None,
-    as_new_zoos: bool = False,
+    drawn_together: bool = False,
 ) -> dict[str, Floats]:
     """Statistics of each measure under each weighting.
 
@@ -66,15 +48,15 @@ def weighted_statistics(
         environments: What the sign-errors count; None for the default.
         hyperparameter: Column of the only one that may differ between the models that granulated
             Kendall and the sign-errors compare; None for all in turn.
-        as_new_zoos: Spread sign-errors about those of the models as they are like new zoos would;
-            see `_as_new_zoos`.
+        drawn_together: Draw sign-errors together, towards those of the models as they are; see
+            `_drawn_together`.
 
     Returns:
         dict: Statistic -> array (weightings, measures).
     """
     columns = grid.varying() if hyperparameter is None else [hyperparameter]
     result = {name: np.full((len(weights), values.shape[1]), np.nan) for name in statistics}
-    plan = _Plan.of(grid, statistics, columns, environments or Environments(), as_new_zoos)
+    plan = _Plan.of(grid, statistics, columns, environments or Environments(), drawn_together)
     starts = range(0, len(weights), _BATCH)
     batches = [_Batch.of(weights[s : s + _BATCH].astype(plan.dtype), plan) for s in starts]
     bar = tqdm(values.T, "evaluate", unit="measure", delay=2, leave=False, disable=None)
@@ -96,9 +78,9 @@ class _Plan:
     partitions: list[list[Ints]]  # per distinct conditioning set, the models of each group
     pgdl: dict[int, Bools]  # partition -> pairs of groups that count (groups, groups)
     jiang: list[int]
-    coupled: list[_Pairs]  # per hyperparameter, by setting
-    environments: _Pairs | None  # of all hyperparameters, by environment
-    as_new_zoos: bool
+    coupled: list[Pairs]  # per hyperparameter, by setting
+    environments: Pairs | None  # of all hyperparameters, by environment
+    drawn_together: bool
 
     @classmethod
     def of(
@@ -107,7 +89,7 @@ class _Plan:
         statistics: Sequence[str],
         columns: Sequence[int],
         environments: Environments,
-        as_new_zoos: bool,
+        drawn_together: bool,
     ) -> _Plan:
         names = range(len(grid.names))
         pairs = list(itertools.combinations(names, 2))
@@ -136,19 +118,18 @@ class _Plan:
             jiang = sorted({partition(columns) for columns in sets})
         coupled = []
         if "granulated_kendall" in statistics:
-            found_pairs = [grid.coupled(h) for h in columns]
-            coupled = [_Pairs.of(*pairs) for pairs in found_pairs if len(pairs[0])]
+            coupled = coupled_pairs(grid, columns)
         changes = None
         if not set(SIGN_ERRORS).isdisjoint(statistics):
-            changes = _changes(grid, columns, environments)
+            changes = changed_pairs(grid, columns, environments)
         # whole numbers up to n² are exact in float32 below 2**24
         dtype = np.float32 if len(grid) < 4096 else np.float64
         bits = grid.gap[:, None] > grid.gap
-        return cls(grid.gap, bits, dtype, partitions, pgdl, jiang, coupled, changes, as_new_zoos)
+        return cls(grid.gap, bits, dtype, partitions, pgdl, jiang, coupled, changes, drawn_together)
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class Pairs:
     """Pairs of models in groups that follow one another."""
 
     first: Ints
@@ -157,7 +138,7 @@ class _Pairs:
     weight: Floats | float = 1.0  # (pairs,)
 
     @classmethod
-    def of(cls, first: Ints, second: Ints, group: Ints, weight: Floats | None = None) -> _Pairs:
+    def of(cls, first: Ints, second: Ints, group: Ints, weight: Floats | None = None) -> Pairs:
         order = np.argsort(group, kind="stable")
         starts = np.flatnonzero(np.diff(group[order], prepend=-1))
         return cls(first[order], second[order], starts, 1.0 if weight is None else weight[order])
@@ -168,7 +149,14 @@ class _Pairs:
         return found
 
 
-def _changes(grid: Grid, columns: Sequence[int], environments: Environments) -> _Pairs | None:
+def coupled_pairs(grid: Grid, columns: Sequence[int]) -> list[Pairs]:
+    """Per hyperparameter, the pairs that differ in it alone, by setting of the others."""
+    found = [grid.coupled(h) for h in columns]
+    return [Pairs.of(*pairs) for pairs in found if len(pairs[0])]
+
+
+def changed_pairs(grid: Grid, columns: Sequence[int], environments: Environments) -> Pairs | None:
+    """Pairs of the sign-errors by environment; None if none carries weight."""
     parts = [environments.pairs(grid, h) for h in columns]
     parts = [p for p in parts if (p[3] > 0).any()]
     if not parts:
@@ -176,7 +164,7 @@ def _changes(grid: Grid, columns: Sequence[int], environments: Environments) -> 
     first, second, group, weight = zip(*parts, strict=True)
     offsets = np.cumsum([0] + [int(g.max()) + 1 for g in group[:-1]])
     numbered = [g + offset for g, offset in zip(group, offsets, strict=True)]
-    return _Pairs.of(*(np.concatenate(p) for p in (first, second, numbered, weight)))
+    return Pairs.of(*(np.concatenate(p) for p in (first, second, numbered, weight)))
 
 
 @dataclass(frozen=True)
@@ -230,7 +218,7 @@ class _Batch:
         )
 
 
-def _pair_weights(weights: Weights, pairs: _Pairs) -> tuple[Floats, Floats]:
+def _pair_weights(weights: Weights, pairs: Pairs) -> tuple[Floats, Floats]:
     pair = weights[:, pairs.first].astype(np.float64) * weights[:, pairs.second] * pairs.weight
     return pair, pairs.sums(pair)
 
@@ -313,8 +301,16 @@ def _sign_errors(bits: _Bits, batch: _Batch, plan: _Plan) -> tuple[Floats, Float
     pairs, (pair, total) = plan.environments, batch.changes
     loss = (1 - bits.concordance[pairs.first, pairs.second]) / 2
     errors = _divide(pairs.sums(pair * loss), total)
-    if plan.as_new_zoos:
-        errors = _as_new_zoos(errors, loss, pairs, len(plan.gap))
+    if plan.drawn_together:
+        errors = _drawn_together(errors, loss, pairs, len(plan.gap))
+    return error_summaries(errors, total)
+
+
+def error_summaries(errors: Floats, total: Floats) -> tuple[Floats, Floats, Floats]:
+    """Mean, 90th percentile and maximum (batch,) of errors (batch, environments).
+
+    `total` is the weight of each environment (batch, environments); those without any are NaN.
+    """
     errors = np.sort(errors, axis=1)  # NaN last
     counts = (total > 0).sum(1)
     mean = _divide(np.nansum(errors, axis=1), counts)
@@ -326,14 +322,16 @@ def _sign_errors(bits: _Bits, batch: _Batch, plan: _Plan) -> tuple[Floats, Float
     return mean, low + (place - below) * (high - low), errors[rows, last]
 
 
-def _as_new_zoos(errors: Floats, loss: Floats, pairs: _Pairs, models: int) -> Floats:
-    """Errors of environments (batch, groups), drawn together to the spread of new zoos'.
+def _drawn_together(errors: Floats, loss: Floats, pairs: Pairs, models: int) -> Floats:
+    """Errors of environments (batch, groups), drawn together to the spread of a jackknife.
 
     A resample weighs a pair by w_i w_j, of variance 3: one from each model, one from both. So what
     is particular to a single pair counts three times, and in a new zoo once. With e_ij the terms of
-    the mean error, each about its environment, the former has the variance Σ_i (Σ_j e_ij)² + Σ e²,
-    the latter Σ_i (Σ_j e_ij)² − Σ e² (Aronow, Samii and Assenova, Political Analysis 23(4), 2015),
-    and at least the Σ e² of independent pairs.
+    the mean error, each about its environment, a resample has the variance Σ_i (Σ_j e_ij)² + Σ e²,
+    and new zoos Σ_i (Σ_j e_ij)² − Σ e² (Aronow, Samii and Assenova, Political Analysis 23(4),
+    2015). The estimate of the latter is too small where environments have ten pairs (intervals
+    cover 88 %), so the variance here is Σ_i (Σ_j e_ij)² alone, which errs on the large side as the
+    jackknife's does.
     """
     weight = np.broadcast_to(pairs.weight, loss.shape)
     members = np.diff(np.append(pairs.starts, len(loss)))
@@ -345,16 +343,16 @@ def _as_new_zoos(errors: Floats, loss: Floats, pairs: _Pairs, models: int) -> Fl
     own, shared = (terms**2).sum(), (of_models**2).sum()
     if own == 0:
         return errors
-    narrower = np.sqrt(max(shared - own, own) / (shared + own))
+    narrower = np.sqrt(shared / (shared + own))
     drawn: Floats = observed + narrower * (errors - observed)
     return drawn
 
 
 def _correlation(x: Floats, y: Floats, batch: _Batch) -> Floats:
     share = batch.weights / batch.total[:, None]
-    x = x - (share * x).sum(1, keepdims=True)
-    y = y - (share * y).sum(1, keepdims=True)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # infinite values have no correlation: NaN
+        x = x - (share * x).sum(1, keepdims=True)
+        y = y - (share * y).sum(1, keepdims=True)
         scale = np.sqrt((share * x * x).sum(1) * (share * y * y).sum(1))
         return _divide((share * x * y).sum(1), scale)
 

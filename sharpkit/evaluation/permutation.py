@@ -8,12 +8,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation._grid import Configs, Floats, Ints, Measure, read_comparable
-from sharpkit.evaluation._weighted import LOWER_IS_BETTER, weighted_statistics
-from sharpkit.evaluation._weighted_cells import Weights
-from sharpkit.evaluation.resampling import LEAST, check_resampling
+from sharpkit.evaluation._grid import Configs, Floats, Measure, read_comparable
+from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
+from sharpkit.evaluation.chance import chance_statistics, permuted_kendall, shuffles
+from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
 
-_BATCH_SIGNS = 2_000_000  # signs of permuted gaps held at a time
+__all__ = [
+    "holm",
+    "p_values",
+    "permutation_p_value",
+    "permuted_kendall",
+    "shuffles",
+    "sided_p_values",
+]
 
 
 def permutation_p_value(
@@ -23,15 +30,18 @@ def permutation_p_value(
     statistic: str = "kendall_tau",
     permutations: int = 1000,
     within: Sequence[str] = (),
+    direction: int | None = 1,
     seed: int = 0,
 ) -> float:
-    """One-sided p-value: how often chance does as well as the measure.
+    """P-value: how often chance does as well as the measure.
 
     The measure's values are shuffled among all models, so the null hypothesis is that they have
     nothing to do with the models. With `within`, they are shuffled only among models that agree in
     these hyperparameters: the null hypothesis is that the measure tells nothing that they do not.
     p = (1 + number of shuffles that reach the observed value) / (1 + permutations), which is valid
-    at any number of shuffles.
+    at any number of shuffles. It is one-sided: only an order in the expected direction counts. With
+    direction None, it is twice the smaller of both one-sided values. For a conditional mutual
+    information, `score_null` keeps what the hyperparameters explain.
 
     Args:
         measure: Mapping or Series of model id -> value; models without one are left out.
@@ -39,6 +49,8 @@ def permutation_p_value(
         statistic: One of `STATISTICS`.
         permutations: How many shuffles.
         within: Names of hyperparameters.
+        direction: 1 if a large value should mean a large gap, -1 if a small one should, None if
+            neither is expected (then without sign-errors, which need a direction).
         seed: Determines the shuffles.
 
     Returns:
@@ -46,7 +58,8 @@ def permutation_p_value(
 
     Raises:
         ScoreError: If fewer than three models can be compared, or the input is unusable.
-        ArgumentError: If the statistic or a name in `within` is unknown.
+        ArgumentError: If the statistic or a name in `within` is unknown, or the direction is
+            none of 1, -1, None.
 
     Source:
         Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology 9 (2010).
@@ -63,21 +76,35 @@ def permutation_p_value(
         0.01
     """
     check_resampling(permutations, statistic=statistic)
+    check_direction(direction, statistic)
     values, grid = read_comparable(measure, configs, least=LEAST)
     unknown = [name for name in within if name not in grid.names]
     if unknown:
         raise ArgumentError(f"within = {list(within)}: the zoo has {', '.join(grid.names)}")
     strata = grid.groups([grid.names.index(name) for name in within])
     orders = shuffles(strata, permutations, seed)
-    if statistic == "kendall_tau":
-        observed, chance = permuted_kendall(values[:, None], grid.gap, orders)
-    else:
-        columns = np.concatenate([values[:, None], values[orders].T], axis=1)
-        ones = np.ones((1, len(grid)), dtype=np.int64)
-        scores = weighted_statistics(columns, grid, ones, (statistic,))[statistic][0]
-        scores = -scores if statistic in LOWER_IS_BETTER else scores
-        observed, chance = scores[:1], scores[1:, None]
-    return float(p_values(observed, chance)[0])
+    sign = -1.0 if direction == -1 and statistic in SIGN_ERRORS else 1.0
+    observed, chance = chance_statistics(sign * values[:, None], grid, orders, [statistic])[
+        statistic
+    ]
+    return float(sided_p_values(statistic, observed, chance, [direction])[0])
+
+
+def sided_p_values(
+    statistic: str, observed: Floats, chance: Floats, directions: Sequence[int | None]
+) -> Floats:
+    """P-values (measures,) in the expected directions; see `permutation_p_value`.
+
+    Sign-errors are expected to be those of the directed measures already.
+    """
+    above, below = p_values(observed, chance), p_values(-observed, -chance)
+    if not TABLE[statistic].directed:
+        return above
+    if TABLE[statistic].lower_is_better:
+        return below
+    both = np.minimum(1.0, 2 * np.minimum(above, below))
+    chosen = {1: above, -1: below, None: both}
+    return np.array([chosen[d][k] for k, d in enumerate(directions)])
 
 
 def holm(p_values: ArrayLike) -> Floats:
@@ -108,42 +135,6 @@ def holm(p_values: ArrayLike) -> Floats:
     adjusted = np.full_like(raw, np.nan)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
     return adjusted
-
-
-def shuffles(strata: Ints, permutations: int, seed: int) -> Ints:
-    """Orders of the models (permutations, models) that keep each model in its stratum."""
-    keys = np.random.default_rng(seed).random((permutations, len(strata)))
-    orders = np.empty(keys.shape, dtype=np.int64)
-    orders[:, np.argsort(strata, kind="stable")] = np.argsort(strata + keys, axis=1)
-    return orders
-
-
-def permuted_kendall(values: Floats, gap: Floats, orders: Ints) -> tuple[Floats, Floats]:
-    """Kendall's tau-a of measures (models, measures), and with the gaps in each of the orders.
-
-    Returns:
-        tuple: Observed (measures,) and shuffled (permutations, measures).
-    """
-    n = len(gap)
-    dtype = np.float32 if n < 4096 else np.float64  # sums of up to n² signs are exact
-    sign = _signs(gap[None], dtype)[0]
-    signs = _signs(values.T, dtype).reshape(values.shape[1], n * n).T
-    shuffled = np.empty((len(orders), values.shape[1]))
-    step = max(1, _BATCH_SIGNS // n**2)
-    for start in range(0, len(orders), step):
-        order = orders[start : start + step]
-        permuted = sign[order[:, :, None], order[:, None, :]]  # (batch, models, models)
-        shuffled[start : start + step] = permuted.reshape(len(order), -1) @ signs
-    pairs = n * (n - 1)
-    observed = (sign.reshape(-1) @ signs).astype(np.float64) / pairs
-    return observed, shuffled / pairs
-
-
-def _signs(values: Floats, dtype: type) -> Weights:
-    """Sign of each pair's difference (measures, models, models) of values (measures, models)."""
-    larger = values[:, :, None] > values[:, None]
-    signs: Weights = larger.astype(dtype) - larger.swapaxes(1, 2)
-    return signs
 
 
 def p_values(observed: Floats, chance: Floats) -> Floats:

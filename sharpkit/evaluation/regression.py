@@ -15,14 +15,10 @@ from numpy.typing import ArrayLike
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation._grid import Configs, Floats, Ints, listed, read_configs, read_measure
+from sharpkit.evaluation.arguments import LEAST, check_resampling
+from sharpkit.evaluation.intervals import interval_ends, resample_weights
 from sharpkit.evaluation.ranks import aligned, kendall_tau
-from sharpkit.evaluation.resampling import (
-    LEAST,
-    Interval,
-    check_resampling,
-    interval_ends,
-    resample_weights,
-)
+from sharpkit.evaluation.resampling import Interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -172,14 +168,12 @@ def combined_predictor(
         baseline[held_out] = gap[training].mean()
     weights = resample_weights(len(gap), resamples, seed)
 
-    def interval(name: str, value: float, draws: Floats, bounds: tuple[float, float]) -> Interval:
-        low, high = interval_ends(
-            np.array([value]), draws[:, None], confidence, "recentred", bounds
-        )
+    def interval(name: str, value: float, draws: Floats) -> Interval:
+        n = len(gap)
+        low, high = interval_ends(name, np.array([value]), draws[:, None], confidence, n)
         error = float(np.nanstd(draws, ddof=1)) if resamples > 1 else float("nan")
-        return Interval(
-            name, value, float(low[0]), float(high[0]), error, confidence, resamples, len(gap)
-        )
+        ends, note = (float(low[0]), float(high[0])), "" if np.isfinite(low[0]) else "few models"
+        return Interval(name, value, *ends, error, confidence, resamples, n, None, note)
 
     errors, spread = (gap - predicted) ** 2, (gap - baseline) ** 2
     whole = _ridge(len(gap)).fit(features, gap)
@@ -188,13 +182,11 @@ def combined_predictor(
             "r_squared",
             float(1 - errors.sum() / spread.sum()),
             1 - (weights @ errors) / (weights @ spread),
-            (-np.inf, 1.0),
         ),
         interval(
             "kendall_tau",
             kendall_tau(predicted, gap),
             _kendall_draws(predicted, gap, weights),
-            (-1.0, 1.0),
         ),
         dict(zip(ids, predicted.tolist(), strict=True)),
         dict(zip(map(str, values.columns), whole[-1].coef_.tolist(), strict=True)),

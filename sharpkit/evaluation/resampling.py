@@ -1,4 +1,4 @@
-"""How certain a score is: bootstrap intervals, and the paired comparison of two measures.
+"""How certain a score is: the interval of one measure, and the paired comparison of two measures.
 
 Models are resampled, because another zoo would have other models. Everything is determined by the
 seed, and all measures of a zoo see the same resamples.
@@ -6,27 +6,30 @@ seed, and all measures of a zoo see the same resamples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.errors import ScoreError
 from sharpkit.evaluation._grid import (
     Configs,
     Floats,
-    Grid,
-    Ints,
     Measure,
     read_comparable,
     read_configs,
     read_measure,
 )
-from sharpkit.evaluation._weighted import RANGES, STATISTICS, weighted_statistics
+from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
+from sharpkit.evaluation.intervals import (
+    Sampling,
+    no_interval,
+    observed_and_resampled,
+    rate,
+    resample_weights,
+    student_quantile,
+)
 from sharpkit.evaluation.robustness import Environments
-
-METHODS = ("recentred", "percentile", "debiased")
-LEAST = 3  # models that a statistic needs
+from sharpkit.evaluation.statistics import TABLE
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,14 @@ class Interval:
     Attributes:
         statistic: Its name.
         value: On the models as they are.
-        low: Lower end.
+        low: Lower end; NaN, as the upper one, where `note` says why there is no interval.
         high: Upper end.
         std_error: Standard deviation over resamples.
         confidence: Nominal coverage.
         resamples: How many were drawn.
         models: How many models were compared.
+        p_value: Of the permutation test with which the interval agrees; None if there is no test.
+        note: Why there is no interval; empty where there is one.
     """
 
     statistic: str
@@ -52,6 +57,8 @@ class Interval:
     confidence: float
     resamples: int
     models: int
+    p_value: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,14 @@ class Comparison:
         first: Of the first measure.
         second: Of the second measure.
         difference: first − second.
-        low: Lower end of the interval of the difference.
+        low: Lower end of the interval of the difference; NaN, with the upper end and the p-value,
+            where `note` says why there is no comparison.
         high: Upper end of it.
         p_value: Two-sided, for no difference.
         confidence: Nominal coverage.
         resamples: How many were drawn.
         models: Models for which both measures have a value.
+        note: Why there is no comparison; empty where there is one.
     """
 
     statistic: str
@@ -81,6 +90,7 @@ class Comparison:
     confidence: float
     resamples: int
     models: int
+    note: str = ""
 
 
 def bootstrap_interval(
@@ -90,34 +100,31 @@ def bootstrap_interval(
     statistic: str = "kendall_tau",
     resamples: int = 1000,
     confidence: float = 0.95,
-    method: str = "recentred",
+    direction: int | None = 1,
     seed: int = 0,
 ) -> Interval:
     """Confidence interval of a statistic, by resampling the models with replacement.
 
-    Copies of a model are not compared with each other, which would count as ties; a cell that a
-    resample leaves empty is not averaged.
+    On a scale where its spread depends little on its value (Fisher's z for correlations, the square
+    root of a mutual information, log(1 − R²)), value ± t s √(n / (n − 2)): s the standard deviation
+    of resamples, t Student's quantile for n − 2 degrees of freedom. Copies of a model are not
+    compared with each other, which would count as ties; a cell that a resample leaves empty is not
+    averaged.
 
-    Which method: correlations are hardly biased, and all three agree. A conditional mutual
-    information is biased upwards, the more the smaller the zoo, and its minimum over conditioning
-    sets is biased once more; a resample repeats the bias, so its scores lie above the zoo's own.
-    `recentred` (default) takes the quantiles of the resampled scores, moved so that their mean is
-    the observed score: an interval for the score that zoos of this size have on average.
-    `debiased` moves them by the same distance again: an interval for the score of an infinitely
-    large zoo, which need not contain the observed score. `percentile` does not move them.
+    What it is an interval for: a correlation's or mean sign-error's value among all models that
+    could have been in the zoo; for a mutual information, held-out R² and the worst sign-errors,
+    which depend on the number of models, the mean over zoos of this size and design. (A mutual
+    information's upper end is raised by the 95th percentile of its null, and R²'s by the mean of
+    shuffles, because a value may lie that far below its mean.) The documentation's page on
+    uncertainty has the coverage of each in simulations.
 
-    Coverage of 95 % intervals in simulations (300 zoos each of 48 or 96 models, complete or random
-    grids, weak to strong measures): correlations 92 to 98 % on random grids, 95 to 99.7 % on
-    complete ones, where resampling varies the settings more than a new zoo would; held-out R²
-    96 to 98 %. A resample counts what is particular to one pair of models three times, so the
-    sign-errors are drawn together by the ratio of both variances: their mean covers 91 to 95 %,
-    the 90th percentile 89 to 97 % (strong measures, random grids: up to 100 %), the maximum 95 to
-    99 % where environments have dozens of pairs. With about ten pairs per environment the maximum
-    covers only 62 to 98 %: an environment whose pairs are all ordered wrongly is so in every
-    resample. CMI, recentred: 92 to 98 % at 96 models, 97 to 99.7 % at 48, of the mean score at
-    that size, but only 81 to 98 % of the infinite zoo's; debiased: 87 to 96 % of the latter. For a
-    useless measure, whose CMI lies at the edge 0, intervals are wide and nearly always cover. (BCa
-    covered the infinite zoo's score in 62 to 94 % of cases, so it is not offered.)
+    The interval never contradicts the p-value of `permutation_p_value` (for a mutual information,
+    of `score_null`): it excludes what a measure without relation to the gap has, on either side,
+    exactly if the one-sided p-value there is at most half of 1 − confidence.
+
+    Where there is no honest interval the ends are NaN and `note` says why: "fewer than 12 models";
+    "few pairs", for the worst sign-errors if an environment has fewer than ten pairs, effectively;
+    "empty cells" of a conditioning set; "all resamples agree", where nothing shows the spread.
 
     Args:
         measure: Mapping or Series of model id -> value; models without one are left out.
@@ -125,7 +132,8 @@ def bootstrap_interval(
         statistic: One of `STATISTICS`.
         resamples: How many.
         confidence: Nominal coverage, between 0 and 1.
-        method: "recentred", "percentile" or "debiased".
+        direction: 1 if a large value should mean a large gap, -1 if a small one should (sign-errors
+            count accordingly, and p-values look there), None if neither is expected.
         seed: Determines the resamples.
 
     Returns:
@@ -136,7 +144,7 @@ def bootstrap_interval(
         ArgumentError: If an argument is outside its range.
 
     Source:
-        Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 10, 12 and 13.
+        Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 12.
 
     Example:
         >>> configs = {
@@ -151,21 +159,27 @@ def bootstrap_interval(
         >>> interval.low < interval.value < interval.high
         True
     """
-    check_resampling(resamples, confidence, statistic, method)
+    check_resampling(resamples, confidence, statistic)
+    check_direction(direction, statistic)
     values, grid = read_comparable(measure, configs, least=LEAST)
-    weights = resample_weights(len(grid), resamples, seed)
-    value, draws = observed_and_resampled(values[:, None], grid, weights, (statistic,))[statistic]
-    low, high = interval_ends(value, draws, confidence, method, RANGES[statistic])
-    error = float(np.nanstd(draws[:, 0], ddof=1)) if np.isfinite(value[0]) else float("nan")
+    sampling = Sampling(resamples, 10 * resamples, confidence, seed)
+    found = rate(values[:, None], grid, [statistic], sampling, [direction], Environments())
+    rating = found[statistic]
+    value, low, high, error, p_value = (
+        float(part[0])
+        for part in (rating.value, rating.low, rating.high, rating.std_error, rating.p_value)
+    )
     return Interval(
         statistic,
-        float(value[0]),
-        float(low[0]),
-        float(high[0]),
-        error,
+        value,
+        low,
+        high,
+        error if np.isfinite(value) else float("nan"),
         confidence,
         resamples,
         len(grid),
+        p_value,
+        rating.notes[0],
     )
 
 
@@ -177,14 +191,16 @@ def compare_measures(
     statistic: str = "kendall_tau",
     resamples: int = 1000,
     confidence: float = 0.95,
+    directions: tuple[int, int] = (1, 1),
     seed: int = 0,
 ) -> Comparison:
     """Is one measure better than another on the same zoo?
 
     Both are scored on the same resamples of the models for which both have a value, so what the
-    zoo does to both cancels. The interval is the recentred one of `bootstrap_interval`, and the
-    p-value is twice the smaller tail beyond zero of the same distribution: p < 1 − confidence
-    where the interval excludes zero.
+    zoo does to both cancels. The interval is difference ± t s √(n / (n − 2)), with s the standard
+    deviation of the resampled differences and t Student's quantile for n − 2 degrees of freedom,
+    and the p-value is of the same distribution: it is below 1 − confidence exactly where the
+    interval excludes zero. There is none where `bootstrap_interval` gives none.
 
     Args:
         first: Mapping or Series of model id -> value.
@@ -193,6 +209,9 @@ def compare_measures(
         statistic: One of `STATISTICS`.
         resamples: How many.
         confidence: Nominal coverage, between 0 and 1.
+        directions: 1 for a measure whose large values should mean a large gap, -1 for one whose
+            small values should: its sign is changed, except for a mutual information, which does
+            not ask for the direction.
         seed: Determines the resamples.
 
     Returns:
@@ -218,104 +237,55 @@ def compare_measures(
         True
     """
     check_resampling(resamples, confidence, statistic)
+    for direction in directions:
+        check_direction(direction, "sign_error")
     grid = read_configs(configs)
     columns = np.stack([read_measure(m, grid)[0] for m in (first, second)], axis=1)
     usable = ~np.isnan(columns).any(1) & ~np.isnan(grid.gap)
     if usable.sum() < LEAST:
         raise ScoreError(f"{int(usable.sum())} models have both values; expected at least {LEAST}")
     columns, grid = columns[usable], grid.take(usable)
+    if TABLE[statistic].directed:
+        columns = columns * np.array(directions)
     weights = resample_weights(len(grid), resamples, seed)
     value, draws = observed_and_resampled(columns, grid, weights, (statistic,))[statistic]
-    difference = value[:1] - value[1:]
-    changes = draws[:, :1] - draws[:, 1:]
-    low, high = interval_ends(difference, changes, confidence, "recentred", (-np.inf, np.inf))
+    difference = float(value[0] - value[1])
+    changes = draws[:, 0] - draws[:, 1]
+    note = no_interval(statistic, grid, Environments())
+    low, high, p_value, note = difference_interval(difference, changes, confidence, len(grid), note)
     return Comparison(
         statistic,
         float(value[0]),
         float(value[1]),
-        float(difference[0]),
-        float(low[0]),
-        float(high[0]),
-        _two_sided(float(difference[0]), changes[:, 0]),
+        difference,
+        low,
+        high,
+        p_value,
         confidence,
         resamples,
         len(grid),
+        note,
     )
 
 
-def resample_weights(models: int, resamples: int, seed: int) -> Ints:
-    """How often each model is drawn in each resample (resamples, models)."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(models, np.full(models, 1 / models), size=resamples)
+def difference_interval(
+    difference: float, changes: Floats, confidence: float, models: int, note: str
+) -> tuple[float, float, float, str]:
+    """Ends, two-sided p-value and note of a difference with resampled changes (resamples,)."""
+    from scipy.special import stdtr
 
-
-def observed_and_resampled(
-    values: Floats,
-    grid: Grid,
-    weights: Ints,
-    statistics: Sequence[str],
-    *,
-    environments: Environments | None = None,
-    hyperparameter: int | None = None,
-) -> dict[str, tuple[Floats, Floats]]:
-    """Statistics of measures (models, measures) as they are (measures,) and resampled."""
-    everything = np.concatenate([np.ones((1, len(grid)), dtype=np.int64), weights])
-    found = weighted_statistics(
-        values,
-        grid,
-        everything,
-        statistics,
-        environments=environments,
-        hyperparameter=hyperparameter,
-        as_new_zoos=True,
-    )
-    return {name: (rows[0], rows[1:]) for name, rows in found.items()}
-
-
-def interval_ends(
-    value: Floats,
-    draws: Floats,
-    confidence: float,
-    method: str,
-    bounds: tuple[float, float],
-) -> tuple[Floats, Floats]:
-    """Ends (measures,) of the intervals of values (measures,) from draws (resamples, measures).
-
-    Draws without a value are ignored; the ends are NaN if more than a tenth have none.
-    """
-    tail = (1 - confidence) / 2
-    usable = np.isfinite(value) & (np.isfinite(draws).mean(0) >= 0.9)
-    kept = np.where(usable, draws, 0.0)
-    bias = np.nanmean(kept, axis=0) - value
-    moved = {"percentile": 0.0, "recentred": 1.0, "debiased": 2.0}[method] * bias
-    ends = np.nanquantile(kept, [tail, 1 - tail], axis=0) - moved
-    low, high = np.where(usable, np.clip(ends, *bounds), np.nan)
-    return low, high
-
-
-def _two_sided(difference: float, draws: Floats) -> float:
-    draws = draws[np.isfinite(draws)]
-    if not np.isfinite(difference) or len(draws) == 0:
-        return float("nan")
-    centred = draws - draws.mean() + difference
-    smaller = min((centred <= 0).sum(), (centred >= 0).sum())
-    return float(min(1.0, 2 * (1 + smaller) / (1 + len(draws))))
-
-
-def check_resampling(
-    count: int,
-    confidence: float = 0.95,
-    statistic: str = "kendall_tau",
-    method: str = "recentred",
-) -> None:
-    """Raise ArgumentError for an unknown statistic or method, or a number outside its range."""
-    if count < 1:
-        raise ArgumentError(f"{count} resamples or permutations: expected at least 1")
-    if not 0 < confidence < 1:
-        raise ArgumentError(f"confidence = {confidence}: expected a number between 0 and 1")
-    if statistic not in STATISTICS:
-        raise ArgumentError(
-            f"unknown statistic {statistic!r}: expected one of {', '.join(STATISTICS)}"
-        )
-    if method not in METHODS:
-        raise ArgumentError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
+    nan = float("nan")
+    known = changes[np.isfinite(changes)]
+    if not np.isfinite(difference):
+        note = "no value"
+    elif not note and len(known) < max(2, 0.9 * len(changes)):
+        note = "no value in many resamples"
+    if note:
+        return nan, nan, nan, note
+    error = float(known.std(ddof=1)) * np.sqrt(models / (models - 2))
+    if error < 1e-12:
+        same = abs(difference) < 1e-12
+        return (0.0, 0.0, 1.0, "") if same else (nan, nan, nan, "all resamples agree")
+    half = student_quantile(confidence, models) * float(known.std(ddof=1))
+    p_value = float(2 * stdtr(models - 2, -abs(difference) / error))
+    return difference - half, difference + half, p_value, ""

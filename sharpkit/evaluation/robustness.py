@@ -115,6 +115,7 @@ def sign_error(
     test_size: int | None = None,
     environments: str = "settings",
     min_effective_size: float = 1.0,
+    direction: int = 1,
 ) -> SignError:
     """Robust sign-error: wrong orderings per environment, their mean and their worst.
 
@@ -137,13 +138,15 @@ def sign_error(
             hyperparameter, over all settings of the others).
         min_effective_size: Environments whose (Σw)² / Σw² is below are left out. The paper, with
             many training runs per setting, takes 12.
+        direction: 1 if a large value should mean a large gap, -1 if a small one should.
 
     Returns:
         SignError: Mean, 90th percentile and maximum, overall and per hyperparameter.
 
     Raises:
         ScoreError: If no environment remains, or the input is unusable.
-        ArgumentError: If `environments` is unknown or `test_size` is not positive.
+        ArgumentError: If `environments` is unknown, `test_size` is not positive or `direction` is
+            neither 1 nor -1.
 
     Source:
         Dziugaite et al., NeurIPS 2020, arXiv:2010.11924, sections 3 and 5 and the appendix on
@@ -165,7 +168,10 @@ def sign_error(
         (0.25, 1.0)
     """
     chosen = Environments(environments, test_size)
+    if direction not in (1, -1):
+        raise ArgumentError(f"direction = {direction}: expected 1 or -1")
     values, grid = read_comparable(measure, configs)
+    values = direction * values
     errors: dict[str, Floats] = {}
     used = total = 0
     for h in grid.varying():

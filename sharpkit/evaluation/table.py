@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,20 +18,26 @@ from sharpkit.evaluation._grid import (
     read_configs,
     read_measure,
 )
-from sharpkit.evaluation._weighted import RANGES, SIGN_ERRORS, STATISTICS
+from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
 from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score, set_name
-from sharpkit.evaluation.permutation import holm, p_values, permuted_kendall, shuffles
-from sharpkit.evaluation.resampling import (
-    LEAST,
-    check_resampling,
+from sharpkit.evaluation.intervals import (
+    Rating,
+    Sampling,
     interval_ends,
+    no_interval,
     observed_and_resampled,
+    rate,
     resample_weights,
 )
+from sharpkit.evaluation.null import adjusted_score
+from sharpkit.evaluation.permutation import holm
 from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.statistics import SIGN_ERRORS, STATISTICS, TABLE
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_OF_A_NULL = ("_null_mean", "_null_95", "_p_value", "_p_value_holm", "_adjusted")
 
 
 def evaluate_measures(
@@ -45,15 +51,21 @@ def evaluate_measures(
     definitions: Sequence[str] = DEFINITIONS,
     environments: str = "values",
     test_size: int | None = None,
+    directions: Mapping[Hashable, int | None] | None = None,
 ) -> pd.DataFrame:
     """Score every measure of a zoo against the generalization gap, with uncertainty.
 
     A model without a value of a measure (absent, None or NaN) or without a gap is left out of that
-    row, under every statistic, and `models` counts those that remain; the `pgdl` score is then
-    NaN if a cell of a conditioning set has become empty. All measures with the same models see
-    the same resamples and shuffles. Intervals are the recentred ones of `bootstrap_interval`;
-    `p_value` is that of Kendall's tau under shuffled gaps, `p_value_holm` corrects it for the
-    number of rows.
+    row, under every statistic; `models` counts those that remain and `left_out` names the others.
+    The `pgdl` score is then NaN if a cell of a conditioning set has become empty, and a measure
+    with values for fewer than three models has a row of NaN. All measures with the same models see
+    the same resamples and shuffles.
+
+    Intervals are those of `bootstrap_interval`; where there is none, `interval_note` says why. The
+    null of a conditional mutual information is that of `score_null`: `_null_mean` and `_null_95`
+    are what a measure scores on average, and at its 95th percentile, that knows only what the
+    hyperparameters explain. `p_value` is that of Kendall's tau under shuffles of all models,
+    one-sided in the measure's direction; each `_holm` corrects for the number of rows.
 
     The sign-errors are those of `sign_error`: mean, 90th percentile and maximum over environments.
     An environment is here by default a change of one value, over all settings of the other
@@ -63,31 +75,35 @@ def evaluate_measures(
     Args:
         values: Index of model ids, one column per measure setting.
         configs: A `Task`, or the content of a `model_configs.json`.
-        resamples: Bootstrap resamples.
-        permutations: Shuffles for the p-values, of which the smallest is 1 / (1 + permutations)
-            before the correction; None for ten times as many as resamples.
+        resamples: Bootstrap resamples, and shuffles for the null of a mutual information.
+        permutations: Shuffles for the other p-values, of which the smallest is
+            1 / (1 + permutations) before the correction; None for ten times as many as resamples.
         seed: Determines both.
         confidence: Nominal coverage of the intervals.
         definitions: Which conditional mutual informations: "pgdl", "jiang".
         environments: Of the sign-errors, "values" or "settings".
         test_size: Examples behind each test accuracy, which give pairs of models their weight in
             the sign-errors; None for the same weight for all.
+        directions: Column of `values` -> 1 if a large value should mean a large gap, -1 if a small
+            one should, None if neither is expected (no sign-errors, two-sided p-value); 1 for
+            columns that it lacks.
 
     Returns:
-        DataFrame: One row per column of `values`, indexed by it, with the columns models;
-            cmi_pgdl, cmi_jiang, kendall_tau, kendall_tau_b, granulated_kendall, spearman, pearson,
-            r_squared, sign_error, sign_error_90, sign_error_max, each with _low and _high; for a
-            CMI also _set, the conditioning set that attains it; p_value; p_value_holm. A CMI is
-            the raw ratio, not a percentage.
+        DataFrame: One row per column of `values`, indexed by it, with the columns models, left_out
+            and direction; cmi_pgdl, cmi_jiang, kendall_tau, kendall_tau_b, granulated_kendall,
+            spearman, pearson, r_squared, sign_error, sign_error_90, sign_error_max, each with _low
+            and _high; for a CMI also _set, the conditioning set that attains it, and _null_mean,
+            _null_95, _p_value, _p_value_holm, _adjusted; p_value; p_value_holm; interval_note. A
+            CMI is the raw ratio, not a percentage.
 
     Raises:
-        ScoreError: If a measure has a value for fewer than three models, a model is unknown to
+        ScoreError: If every measure has a value for fewer than three models, a model is unknown to
             `configs`, or a value is not a number.
         ArgumentError: If an argument is outside its range.
 
     Source:
-        See `conditional_mutual_information`, `kendall_tau`, `granulated_kendall`, `r_squared`,
-        `sign_error` and `bootstrap_interval`.
+        See `conditional_mutual_information`, `score_null`, `kendall_tau`, `granulated_kendall`,
+        `r_squared`, `sign_error` and `bootstrap_interval`.
 
     Example:
         >>> import pandas as pd
@@ -115,22 +131,35 @@ def evaluate_measures(
     permutations = 10 * resamples if permutations is None else permutations
     check_resampling(permutations)
     chosen = Environments(environments, test_size)
+    signs = _directions(values, directions)
     skipped = {f"cmi_{name}" for name in DEFINITIONS if name not in definitions}
     statistics = [name for name in STATISTICS if name not in skipped]
+    sampling = Sampling(resamples, permutations, confidence, seed)
     rows: list[dict[str, Any]] = [{} for _ in values.columns]
-    for members, columns, grid in _by_models(values, read_configs(configs)):
-        weights = resample_weights(len(grid), resamples, seed)
-        found = _with_intervals(columns, grid, weights, statistics, confidence, chosen)
-        orders = shuffles(np.zeros(len(grid), dtype=np.int64), permutations, seed)
-        p = p_values(*permuted_kendall(columns, grid.gap, orders))
+    zoo = read_configs(configs)
+    for members, columns, grid in _by_models(values, zoo):
+        head = {"models": len(grid), "left_out": _left_out(zoo, grid)}
+        if len(grid) < LEAST:
+            for member in members:
+                note = f"all: fewer than {LEAST} models"
+                rows[member] = head | {"direction": signs[member], "interval_note": note}
+            continue
+        ratings = rate(columns, grid, statistics, sampling, [signs[m] for m in members], chosen)
         for k, member in enumerate(members):
-            row = {"models": len(grid)} | {name: float(v[k]) for name, v in found.items()}
+            row = head | {"direction": signs[member]}
+            for name, rating in ratings.items():
+                row |= _cells(name, rating, k)
             for definition in definitions:
-                row |= _exact_cmi(definition, columns[:, k], grid)
-            rows[member] = row | {"p_value": float(p[k])}
-    order = ["models", *_columns(statistics), "p_value"]
-    table = pd.DataFrame(rows, index=values.columns)[order]
-    table["p_value_holm"] = holm(table["p_value"].to_numpy(dtype=np.float64))
+                row |= _exact_cmi(definition, columns[:, k], grid, ratings[f"cmi_{definition}"], k)
+            row["p_value"] = float(ratings["kendall_tau"].p_value[k])
+            row["interval_note"] = _interval_note({n: r.notes[k] for n, r in ratings.items()})
+            rows[member] = row
+    table = pd.DataFrame(rows, index=values.columns).reindex(columns=_columns(statistics))
+    table["direction"] = table["direction"].astype("Int64")
+    for name in ["p_value", *(f"cmi_{definition}_p_value" for definition in definitions)]:
+        table[f"{name}_holm"] = holm(table[name].to_numpy(dtype=np.float64))
+    for definition in definitions:
+        table[f"cmi_{definition}_set"] = table[f"cmi_{definition}_set"].fillna("")
     return table
 
 
@@ -143,6 +172,7 @@ def evaluate_hyperparameters(
     confidence: float = 0.95,
     environments: str = "values",
     test_size: int | None = None,
+    directions: Mapping[Hashable, int | None] | None = None,
 ) -> pd.DataFrame:
     """Which changes each measure gets right: scores among models that differ in one hyperparameter.
 
@@ -157,6 +187,7 @@ def evaluate_hyperparameters(
         confidence: Nominal coverage of the intervals.
         environments: Of the sign-errors, "values" or "settings".
         test_size: Examples behind each test accuracy; None for the same weight for all pairs.
+        directions: Of the columns, as in `evaluate_measures`.
 
     Returns:
         DataFrame: One row per column of `values` and hyperparameter that varies, indexed by both,
@@ -190,13 +221,20 @@ def evaluate_hyperparameters(
 
     check_resampling(resamples, confidence)
     chosen = Environments(environments, test_size)
-    statistics = ["granulated_kendall", *SIGN_ERRORS]
+    signs = _directions(values, directions)
     rows: dict[tuple[int, int], dict[str, float]] = {}
     all_models = read_configs(configs)
     for members, columns, grid in _by_models(values, all_models):
+        if len(grid) < LEAST:
+            continue
         weights = resample_weights(len(grid), resamples, seed)
+        of_members = np.array([np.nan if signs[m] is None else signs[m] for m in members])
+        directed = np.where(np.isnan(of_members), 1.0, of_members) * columns
         for h in grid.varying():
-            found = _with_intervals(columns, grid, weights, statistics, confidence, chosen, h)
+            tau = ["granulated_kendall"]
+            found = _with_intervals(columns, grid, weights, tau, confidence, chosen, h)
+            errors = _with_intervals(directed, grid, weights, SIGN_ERRORS, confidence, chosen, h)
+            found |= {n: np.where(np.isnan(of_members), np.nan, e) for n, e in errors.items()}
             for k, member in enumerate(members.tolist()):
                 rows[member, h] = {name: float(column[k]) for name, column in found.items()}
     order = sorted(rows)
@@ -209,9 +247,55 @@ def evaluate_hyperparameters(
 
 
 def _columns(statistics: Sequence[str]) -> list[str]:
-    """A statistic, its interval, and the conditioning set of a CMI."""
-    ends = [("", "_low", "_high", *(["_set"] if n.startswith("cmi") else [])) for n in statistics]
-    return [name + end for name, some in zip(statistics, ends, strict=True) for end in some]
+    """The table's columns; a statistic with its interval, a CMI with its set and its null."""
+    found = ["models", "left_out", "direction"]
+    for name in statistics:
+        of_score = ("_set", *_OF_A_NULL) if TABLE[name].conditioning_set else ()
+        found += [name + end for end in ("", "_low", "_high", *of_score)]
+    return [*found, "p_value", "p_value_holm", "interval_note"]
+
+
+def _directions(
+    values: pd.DataFrame, directions: Mapping[Hashable, int | None] | None
+) -> list[int | None]:
+    given = directions or {}
+    unknown = [str(name) for name in given if name not in values.columns]
+    if unknown:
+        raise ArgumentError(f"directions of columns that are not there: {listed(unknown)}")
+    found = [given.get(name, 1) for name in values.columns]
+    for direction in found:
+        check_direction(direction)
+    return found
+
+
+def _left_out(zoo: Grid, grid: Grid) -> str:
+    kept = set(grid.ids)
+    return listed([name for name in zoo.ids if name not in kept])
+
+
+def _cells(name: str, rating: Rating, k: int) -> dict[str, float]:
+    """What one measure's rating adds to its row."""
+    ends = {name: rating.value[k], f"{name}_low": rating.low[k], f"{name}_high": rating.high[k]}
+    row = {column: float(number) for column, number in ends.items()}
+    if rating.nulls:
+        null = rating.nulls[k]
+        row[f"{name}_null_mean"] = null.mean
+        row[f"{name}_null_95"] = null.percentile_95
+        row[f"{name}_p_value"] = null.p_value
+    return row
+
+
+def _interval_note(notes: Mapping[str, str]) -> str:
+    """Which statistics have no interval, and why."""
+    reasons: dict[str, list[str]] = {}
+    for name, note in notes.items():
+        if note:
+            reasons.setdefault(note, []).append(name)
+    parts = [
+        f"{'all' if len(names) == len(notes) else ', '.join(names)}: {reason}"
+        for reason, names in reasons.items()
+    ]
+    return "; ".join(parts)
 
 
 def _by_models(values: pd.DataFrame, grid: Grid) -> Iterator[tuple[Ints, Floats, Grid]]:
@@ -233,7 +317,7 @@ def _with_intervals(
     statistics: Sequence[str],
     confidence: float,
     environments: Environments,
-    hyperparameter: int | None = None,
+    hyperparameter: int,
 ) -> dict[str, Floats]:
     """Each statistic and the ends of its interval, (measures,) each."""
     scored = observed_and_resampled(
@@ -246,16 +330,21 @@ def _with_intervals(
     )
     found: dict[str, Floats] = {}
     for name, (value, draws) in scored.items():
-        low, high = interval_ends(value, draws, confidence, "recentred", RANGES[name])
+        low, high = interval_ends(name, value, draws, confidence, len(grid))
+        if no_interval(name, grid, environments, hyperparameter):
+            low, high = np.full_like(low, np.nan), np.full_like(high, np.nan)
         found |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return found
 
 
-def _exact_cmi(definition: str, column: Floats, grid: Grid) -> dict[str, Any]:
+def _exact_cmi(
+    definition: str, column: Floats, grid: Grid, rating: Rating, k: int
+) -> dict[str, Any]:
     """The score with the program's quirks; without an interval where it is not finite."""
     name = f"cmi_{definition}"
     exact = (pgdl_score if definition == "pgdl" else jiang_score)(column, grid)
     row: dict[str, Any] = {name: exact.score, f"{name}_set": set_name(exact.argmin or ())}
+    row[f"{name}_adjusted"] = adjusted_score(exact.score, rating.nulls[k].mean)
     if not np.isfinite(exact.score):
         row |= {f"{name}_low": np.nan, f"{name}_high": np.nan, f"{name}_set": ""}
     return row
@@ -267,7 +356,7 @@ def _check_enough(usable: Bools, values: pd.DataFrame, grid: Grid) -> None:
     counts = usable.sum(0)
     counted = zip(values.columns, counts.tolist(), strict=True)
     poor = [f"{name} ({count})" for name, count in counted if count < LEAST]
-    if poor:
+    if len(poor) == usable.shape[1]:
         raise ScoreError(
             f"too few of {len(grid)} models have a value and a gap: {listed(poor)}; expected at "
             f"least {LEAST}"

@@ -247,6 +247,27 @@ def test_a_nan_replaces_the_minimum_and_is_replaced_by_the_next_score() -> None:
     assert program_minimum({}) == (math.inf, None)
 
 
+@pytest.mark.parametrize("definition", ["pgdl", "jiang"])
+def test_values_that_are_the_same_number_are_one_level(definition: str) -> None:
+    rng = np.random.default_rng(12)
+    gaps, measure = rng.normal(size=12), dict(enumerate(rng.normal(size=12)))
+    configs, mixed = zoo((3, 2, 2), gaps), zoo((3, 2, 2), gaps)
+    spellings = itertools.cycle([float, str, lambda v: f"{v}.0", int])
+    for entry, spelling in zip(mixed.values(), spellings, strict=False):
+        for h in entry["hparams"].values():
+            h["current_value"] = spelling(h["current_value"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = cmi(measure, mixed, definition)
+    assert found.score == cmi(measure, configs, definition).score
+    for entry in mixed.values():  # words that are no numbers stay what they are
+        entry["hparams"]["a"]["possible_values"] = ["1", True, "1_0"]
+        entry["hparams"]["a"]["current_value"] = "1_0"
+    from sharpkit.evaluation._grid import read_configs
+
+    assert read_configs(mixed).possible[0] == ("1", "True", "1_0")
+
+
 def test_values_whose_words_run_together_share_a_cell_as_in_the_program() -> None:
     configs = zoo((2, 2), range(8), list(itertools.product(range(2), range(2))) * 2)
     for entry in configs.values():  # "1" + "11" and "11" + "1" are one word

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_zoos import recorded, simulated, zoo
+from evaluation_zoos import recorded, zoo
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import (
@@ -19,23 +20,31 @@ from sharpkit.evaluation import (
     conditional_mutual_information,
     evaluate_hyperparameters,
     evaluate_measures,
+    expected_direction,
     granulated_kendall,
     holm,
     kendall_tau,
     pearson,
     permutation_p_value,
     r_squared,
+    score_null,
     sign_error,
     spearman,
 )
 
 COLUMNS = [
     "models",
+    "left_out",
+    "direction",
     *(name + end for name in STATISTICS for end in ("", "_low", "_high")),
-    "cmi_pgdl_set",
-    "cmi_jiang_set",
+    *(
+        f"cmi_{definition}_{end}"
+        for definition in ("pgdl", "jiang")
+        for end in ("set", "null_mean", "null_95", "p_value", "p_value_holm", "adjusted")
+    ),
     "p_value",
     "p_value_holm",
+    "interval_note",
 ]
 
 
@@ -84,7 +93,19 @@ def test_each_row_has_what_the_functions_give(
                 column, configs, statistic=statistic, resamples=100, seed=3
             )
             ends = (row[f"{statistic}_low"], row[f"{statistic}_high"])
-            assert ends == pytest.approx((interval.low, interval.high))
+            assert ends == pytest.approx((interval.low, interval.high), nan_ok=True)
+            reason = interval.note and rf"\b{statistic}\b[^;]*: {interval.note}"
+            named = re.search(reason or rf"\b{statistic}\b", row["interval_note"])
+            assert bool(named) == bool(interval.note)
+        for definition in ("pgdl", "jiang"):
+            null = score_null(column, configs, definition, shuffles=100, seed=3)
+            named = {
+                "null_mean": null.mean,
+                "null_95": null.percentile_95,
+                "p_value": null.p_value,
+                "adjusted": null.adjusted,
+            }
+            assert {k: row[f"cmi_{definition}_{k}"] for k in named} == pytest.approx(named)
     assert table["p_value_holm"].tolist() == holm(table["p_value"]).tolist()
 
 
@@ -121,7 +142,8 @@ def test_each_hyperparameter_has_what_the_functions_give(
             assert row["sign_error"] == pytest.approx(errors[h].mean)
             assert row["sign_error_90"] == pytest.approx(errors[h].percentile_90)
             assert row["sign_error_max"] == pytest.approx(errors[h].maximum)
-            assert row["granulated_kendall_low"] <= row["granulated_kendall_high"]
+            if abs(taus[h]) < 1:  # else no resample differs, and there is no interval
+                assert row["granulated_kendall_low"] < row["granulated_kendall_high"]
     whole = evaluate_measures(values, configs, resamples=5)["granulated_kendall"]
     means = table["granulated_kendall"].groupby(level=0, sort=False).mean()
     assert means.tolist() == pytest.approx(whole.tolist())
@@ -151,6 +173,19 @@ def test_a_score_that_is_not_finite_has_no_interval_and_no_set() -> None:
     assert math.isnan(row["cmi_pgdl_low"])
     assert row["cmi_pgdl_set"] == ""
     assert row["kendall_tau"] == 1
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_single_hyperparameter_gives_the_competitions_score_no_null_and_says_why() -> None:
+    rng = np.random.default_rng(3)
+    configs = zoo((14,), rng.normal(size=28), [(k % 14,) for k in range(28)])
+    row = evaluate_measures(pd.DataFrame({"x": rng.normal(size=28)}), configs, resamples=20).loc[
+        "x"
+    ]
+    assert math.isnan(row["cmi_pgdl_p_value"])
+    assert math.isnan(row["cmi_pgdl_low"])
+    assert "cmi_pgdl: fewer than two hyperparameters" in row["interval_note"]
+    assert math.isfinite(row["cmi_jiang"])
 
 
 def test_the_definitions_can_be_chosen(configs: dict[str, object], values: pd.DataFrame) -> None:
@@ -205,14 +240,84 @@ def test_unusable_tables_are_refused_with_a_reason(configs: dict[str, object]) -
         evaluate_measures(good, configs, confidence=0.0)
 
 
-def test_a_thousand_resamples_of_many_measures_take_seconds() -> None:
-    import time
+def test_the_expected_direction_decides_p_values_and_sign_errors(
+    configs: dict[str, object],
+) -> None:
+    gaps = np.array([entry["metrics"]["train_acc"] for entry in configs.values()])
+    values = pd.DataFrame({"up": gaps, "down": -gaps, "either": -gaps, "wrong": -gaps})
+    table = evaluate_measures(
+        values, configs, resamples=50, permutations=999, directions={"down": -1, "either": None}
+    )
+    assert table["direction"].astype(object).where(table["direction"].notna(), None).to_dict() == {
+        "up": 1,
+        "down": -1,
+        "either": None,
+        "wrong": 1,
+    }
+    assert table["p_value"].tolist() == [0.001, 0.001, 0.002, 1.0]
+    assert table["kendall_tau"].tolist() == pytest.approx([1, -1, -1, -1])
+    errors = table["sign_error"].tolist()
+    assert errors == pytest.approx([0, 0, math.nan, 1], nan_ok=True)
+    by_change = evaluate_hyperparameters(
+        values, configs, resamples=5, directions={"down": -1, "either": None}
+    )
+    assert by_change.loc["down", "sign_error"].tolist() == [0, 0, 0, 0]
+    assert by_change.loc["either", "sign_error"].isna().all()
+    with pytest.raises(ArgumentError, match="not there: sideways"):
+        evaluate_measures(values, configs, directions={"sideways": 1})
+    with pytest.raises(ArgumentError, match="expected 1, -1 or None"):
+        evaluate_measures(values, configs, directions={"up": 0})
 
-    _, grid = simulated(np.random.default_rng(0), 0.5)
-    noise = np.random.default_rng(1).normal(size=(96, 40))
-    start = time.perf_counter()
-    evaluate_measures(pd.DataFrame(noise, index=grid.ids), grid, resamples=200)
-    assert time.perf_counter() - start < 12  # a fifth of the resamples in a fifth of a minute
+
+def test_a_measure_says_its_direction_by_an_attribute() -> None:
+    class Margin:
+        direction = -1
+
+    class Odd:
+        direction = "down"
+
+    assert expected_direction(Margin()) == -1
+    assert expected_direction(object()) == 1
+    with pytest.raises(ArgumentError, match="direction = 'down'"):
+        expected_direction(Odd())
+
+
+def test_a_measure_without_values_has_a_row_of_nan(
+    configs: dict[str, object], values: pd.DataFrame
+) -> None:
+    alone = evaluate_measures(values, configs, resamples=20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = evaluate_measures(values.assign(none=math.nan), configs, resamples=20)
+    row = table.loc["none"]
+    assert (row["models"], row["interval_note"]) == (0, "all: fewer than 3 models")
+    assert math.isnan(row["kendall_tau"])
+    assert row["left_out"].endswith("and 16 more")
+    pd.testing.assert_frame_equal(table.drop("none"), alone, check_dtype=False)
+    by_change = evaluate_hyperparameters(values.assign(none=math.nan), configs, resamples=5)
+    assert by_change.index.get_level_values(0).unique().tolist() == ["good", "bad"]
+
+
+def test_infinite_values_are_ranked_without_a_warning(
+    configs: dict[str, object], values: pd.DataFrame
+) -> None:
+    values.iloc[:2, 0] = math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = evaluate_measures(values, configs, resamples=20).loc["good"]
+    gaps = [entry["metrics"]["train_acc"] for entry in configs.values()]
+    finite = values["good"].replace(math.inf, 1e9).tolist()
+    assert row["kendall_tau"] == pytest.approx(kendall_tau(finite, gaps))
+    assert math.isnan(row["pearson"])
+    assert "pearson, r_squared: no value" in row["interval_note"]
+
+
+def test_models_that_are_left_out_are_named(
+    configs: dict[str, object], values: pd.DataFrame
+) -> None:
+    values.loc["model_3", "bad"] = math.nan
+    table = evaluate_measures(values.drop("model_5"), configs, resamples=20)
+    assert table["left_out"].to_dict() == {"good": "5", "bad": "3, 5"}
 
 
 def test_many_measures_can_still_be_significant_together(configs: dict[str, object]) -> None:

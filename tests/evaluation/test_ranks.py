@@ -51,6 +51,25 @@ def test_kendall_counts_pairs_of_many_models() -> None:
     assert kendall_tau(x, y) == pytest.approx(kendall_tau(x, y, "b"), abs=1e-12)  # no ties
 
 
+def test_kendall_of_many_tied_models_is_an_exact_count() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.integers(0, 40, size=(2, 1500)).astype(float)
+    x[:5] = math.inf
+    signs = [(v[:, None] > v).astype(int) - (v[:, None] < v) for v in (x, y)]
+    assert kendall_tau(x, y) == int((signs[0] * signs[1]).sum()) / (1500 * 1499)
+
+
+def test_kendall_needs_no_table_of_pairs() -> None:
+    import tracemalloc
+
+    x, y = np.random.default_rng(3).normal(size=(2, 20_000))
+    tracemalloc.start()
+    kendall_tau(x, y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000 * 1000  # bytes; one bit for each pair would be 50 million
+
+
 def test_mappings_are_aligned_by_id() -> None:
     values = {"model_1": 1.0, "model_2": 2.0, "model_3": 3.0}
     gaps = {3: 0.3, 1: 0.1, 2: 0.2}

@@ -1,0 +1,220 @@
+"""What a measure without information scores: the null of a conditional mutual information.
+
+A mutual information is never negative, so noise has a score above 0, and a measure that merely
+follows the hyperparameters one above that of noise. Both are found by shuffling the measure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sharpkit.errors import ArgumentError
+from sharpkit.evaluation._grid import Configs, Floats, Grid, Ints, Measure, read_comparable
+from sharpkit.evaluation._shuffled import ShuffledScores
+from sharpkit.evaluation.arguments import LEAST_CERTAIN
+from sharpkit.evaluation.permutation import p_values
+from sharpkit.evaluation.ranks import mean_ranks
+
+_DEFINITIONS = ("pgdl", "jiang")
+EMPTY_CELLS = "empty cells"
+TOO_FEW_HYPERPARAMETERS = "fewer than two hyperparameters"
+
+
+@dataclass(frozen=True)
+class ScoreNull:
+    """A score beside the scores of shuffled measures.
+
+    Attributes:
+        score: Of the measure.
+        mean: Mean score of the shuffles; NaN, as all that follows, where `note` says why.
+        percentile_95: The score that 5 % of the shuffles exceed.
+        p_value: Share of the shuffles that reach the score, the measure itself counted in.
+        adjusted: (score − mean) / (1 − mean): 0 for what shuffles have on average, 1 at best.
+        shuffles: How many.
+        note: Why there is no null; empty if there is one.
+    """
+
+    score: float
+    mean: float
+    percentile_95: float
+    p_value: float
+    adjusted: float
+    shuffles: int
+    note: str = ""
+
+
+def score_null(
+    measure: Measure,
+    configs: Configs,
+    definition: str = "pgdl",
+    *,
+    shuffles: int = 1000,
+    seed: int = 0,
+) -> ScoreNull:
+    """Is a conditional mutual information more than noise and hyperparameters give?
+
+    The null hypothesis: the measure is what the hyperparameters explain, plus noise that has
+    nothing to do with the gap. A shuffle keeps the explained part and shuffles the rest. With r the
+    ranks of the measure about their mean and f their least-squares fit by one effect per value of
+    each hyperparameter,
+
+        u = λ f + √(n / (n − p)) e_π,    λ = max(0, 1 − 1 / F),
+
+    e = r − f the residuals in a random order π, n models, p effects, and F the ratio of explained
+    to residual variance; where λ = 0 the ranks themselves are shuffled. The values of the measure
+    are then dealt out in the order of u, so that ties stay as many as they are.
+
+    Which cells are shuffled for which set: all models at once, the same shuffles for every set, and
+    the minimum over sets is taken of each shuffle as it is of the measure. Shuffling within the
+    cells of one set S keeps what S explains but not what the other hyperparameters do: given any S,
+    those still make a measure without information of its own look informed. And the minimum is
+    attained at a set that the measure's noise has chosen, so that shuffles within its cells are too
+    seldom reached if there are no effects, and too often if there are many.
+
+    Models without a value or a gap are left out, as in `evaluate_measures`.
+
+    Time: about 0.2 ms per shuffle of 96 models and 4 ms per shuffle of 1,000.
+
+    Args:
+        measure: Mapping or Series of model id -> value.
+        configs: A `Task`, or the content of a `model_configs.json`.
+        definition: "pgdl" or "jiang".
+        shuffles: How many.
+        seed: Determines them.
+
+    Returns:
+        ScoreNull: The score, the mean and 95th percentile of the null, p-value, adjusted score.
+
+    Raises:
+        ScoreError: If fewer than two models can be compared, or the input is unusable.
+        ArgumentError: If the definition is unknown or there are no shuffles.
+
+    Source:
+        Freedman and Lane, Journal of Business and Economic Statistics 1 (1983), for shuffling
+        residuals; James and Stein, Fourth Berkeley Symposium (1961), for the shrinkage; Phipson and
+        Smyth, Statistical Applications in Genetics and Molecular Biology 9 (2010), for the p-value;
+        the adjustment is that of Vinh, Epps and Bailey, JMLR 11 (2010).
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> configs = {
+        ...     f"{k}": {
+        ...         "hparams": {
+        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
+        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2 % 2},
+        ...         },
+        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
+        ...     }
+        ...     for k in range(32)
+        ... }
+        >>> noise = score_null(dict(enumerate(rng.random(32))), configs, shuffles=99)
+        >>> noise.score < noise.percentile_95
+        True
+        >>> good = {k: k + 8 * rng.random() for k in range(32)}
+        >>> score_null(good, configs, shuffles=99).p_value
+        0.01
+    """
+    if definition not in _DEFINITIONS:
+        raise ArgumentError(f"unknown definition {definition!r}: expected 'pgdl' or 'jiang'")
+    if shuffles < 1:
+        raise ArgumentError(f"shuffles = {shuffles}: expected at least 1")
+    values, grid = read_comparable(measure, configs)
+    return nulls_of_scores(values[:, None], grid, shuffles, seed)[definition][0]
+
+
+def nulls_of_scores(
+    values: Floats, grid: Grid, shuffles: int, seed: int
+) -> dict[str, list[ScoreNull]]:
+    """Null of each measure (models, measures) by both definitions: definition -> one per measure.
+
+    The measures share the random orders of their residuals.
+    """
+    n = len(grid)
+    effects = _effects(grid)
+    scores = ShuffledScores.of(grid)
+    orders = np.random.default_rng(seed).random((shuffles, n)).argsort(axis=1)
+    ties = np.random.default_rng([seed, 1]).random((shuffles, n))
+    few = f"fewer than {LEAST_CERTAIN} models"
+    if n >= LEAST_CERTAIN and effects.shape[1] > n // 2:
+        few = "too few models for the values of the hyperparameters"
+    found: dict[str, list[ScoreNull]] = {name: [] for name in _DEFINITIONS}
+    for column in values.T:
+        observed = scores(column[None])
+        chance: tuple[Floats, Floats] | None = None
+        if n >= LEAST_CERTAIN and effects.shape[1] <= n // 2:
+            chance = scores(explained_shuffles(column, effects, orders, ties))
+        for k, name in enumerate(_DEFINITIONS):
+            value = float(observed[k][0])
+            if np.isnan(value):
+                found[name].append(_none(value, shuffles, _undefined(name, grid)))
+            elif chance is None:
+                found[name].append(_none(value, shuffles, few))
+            else:
+                found[name].append(_null(value, chance[k]))
+    return found
+
+
+def explained_shuffles(values: Floats, effects: Floats, orders: Ints, ties: Floats) -> Floats:
+    """The values (models,) dealt out anew (shuffles, models), what the effects explain kept.
+
+    Args:
+        values: Of one measure.
+        effects: Orthonormal columns (models, p) that span the effects, the mean among them.
+        orders: Of the residuals (shuffles, models).
+        ties: Uniform random numbers (shuffles, models) that decide among equal ones.
+    """
+    ranks = mean_ranks(values)
+    fit = effects @ (effects.T @ ranks)
+    explained, residual = fit - ranks.mean(), ranks - fit
+    n, p = effects.shape
+    above, below = float(explained @ explained) / max(p - 1, 1), float(residual @ residual)
+    below /= n - p
+    kept = 1.0 - below / above if above > below else 0.0
+    if kept > 0:
+        latent = kept * explained + np.sqrt(n / (n - p)) * residual[orders]
+    else:
+        latent = ranks[orders]
+    latent = latent + 1e-6 * ties  # ranks are multiples of a half
+    dealt = np.empty_like(latent)
+    np.put_along_axis(dealt, latent.argsort(axis=1), np.sort(values)[None], axis=1)
+    return np.asarray(dealt, dtype=np.float64)
+
+
+def adjusted_score(score: float, null_mean: float) -> float:
+    """(score − null mean) / (1 − null mean); NaN where the null leaves nothing to gain."""
+    return (score - null_mean) / (1 - null_mean) if null_mean < 1 else float("nan")
+
+
+def _effects(grid: Grid) -> Floats:
+    """Orthonormal basis (models, p) of the mean and one effect per hyperparameter value."""
+    columns = [np.ones(len(grid))]
+    for h in range(len(grid.names)):
+        columns += [(grid.codes[:, h] == code) * 1.0 for code in np.unique(grid.codes[:, h])[1:]]
+    basis, size, _ = np.linalg.svd(np.stack(columns, axis=1), full_matrices=False)
+    spanned: Floats = basis[:, size > 1e-9 * size[0]]
+    return spanned
+
+
+def _null(score: float, chance: Floats) -> ScoreNull:
+    mean = float(chance.mean())
+    return ScoreNull(
+        score,
+        mean,
+        float(np.quantile(chance, 0.95)),
+        float(p_values(np.array([score]), chance[:, None])[0]),
+        adjusted_score(score, mean),
+        len(chance),
+    )
+
+
+def _none(score: float, shuffles: int, note: str) -> ScoreNull:
+    nan = float("nan")
+    return ScoreNull(score, nan, nan, nan, nan, shuffles, note)
+
+
+def _undefined(definition: str, grid: Grid) -> str:
+    if definition == "jiang":
+        return "no entropy of the gap"
+    return EMPTY_CELLS if len(grid.names) > 1 else TOO_FEW_HYPERPARAMETERS
