@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -12,59 +13,97 @@ from torch import nn
 from sharpkit.contract.loading import Data
 from sharpkit.errors import ArgumentError
 from sharpkit.measures import (
+    all_layer_margins,
     box_sharpness,
+    clusters_and_mixup,
+    constrained_margins,
+    critical,
     distance,
+    geodesic,
     gradients,
     heavy_tails,
     layer_margins,
     margins,
     norms,
     pac_bayes,
+    path_norms,
+    perturbed_margins,
+    relative_flatness,
     representations,
     robustness,
     sharpness,
     spectral,
+    transport_margins,
+    weight_spectra,
 )
 from sharpkit.measures.curvature import (
     EigenvalueRatio,
     HessianRank,
     HessianTrace,
     MaxEigenvalue,
+    SoftRank,
 )
 from sharpkit.measures.m_sharpness import MSharpness
-from sharpkit.measures.measure import Estimate, Measure, needed
+from sharpkit.measures.measure import Estimate, Measure, describe, needed, parse_setting
 from sharpkit.measures.recorded import TrainingSteps
 
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        norms.parameter_count,
-        norms.depth,
-        norms.frobenius_norms,
-        spectral.spectral_norms,
-        norms.path_norm,
-        distance.distance_from_initial,
-        margins.training_loss,
-        margins.output_margin,
-        margins.inverse_margin,
-        margins.normalized_margin,
-        layer_margins.all_layer_margin,
-        pac_bayes.pac_bayes,
-        pac_bayes.pac_bayes_magnitude,
-        box_sharpness.accuracy_sharpness,
-        sharpness.worst_case_sharpness,
-        sharpness.average_sharpness,
-        gradients.gradient_noise,
-        gradients.fisher_rao_norm,
-        gradients.jacobian_norm,
-        representations.davies_bouldin,
-        representations.representation_variance,
-        representations.effective_rank,
-        robustness.mixup_error,
-        robustness.augmentation_inconsistency,
-        heavy_tails.heavy_tail_exponent,
-    )
+Direction = int | None | Mapping[str, int | None]
+
+# Whether a large value should mean a large generalization gap (1), a small one (-1), or nothing
+# is known (None), by what the theory or the paper of a measure says; by form where forms differ.
+_DIRECTIONS: dict[Callable[..., Any], Direction] = {
+    norms.parameter_count: 1,
+    norms.depth: 1,
+    norms.frobenius_norms: 1,
+    spectral.spectral_norms: 1,
+    path_norms.path_norm: 1,
+    distance.distance_from_initial: 1,
+    margins.training_loss: None,
+    margins.output_margin: -1,
+    margins.inverse_margin: 1,
+    margins.normalized_margin: -1,
+    layer_margins.hidden_layer_margin: -1,
+    all_layer_margins.all_layer_margin: -1,
+    transport_margins.k_variance_margin: -1,
+    perturbed_margins.mixup_margin: -1,
+    perturbed_margins.augmented_margin: -1,
+    constrained_margins.constrained_margin: -1,
+    pac_bayes.pac_bayes: 1,
+    pac_bayes.pac_bayes_magnitude: 1,
+    box_sharpness.accuracy_sharpness: 1,
+    sharpness.worst_case_sharpness: 1,
+    sharpness.average_sharpness: 1,
+    critical.critical_sharpness: 1,
+    geodesic.geodesic_sharpness: None,  # the paper finds either sign
+    relative_flatness.relative_flatness: 1,
+    gradients.gradient_noise: 1,
+    gradients.fisher_rao_norm: 1,
+    gradients.jacobian_norm: 1,
+    representations.davies_bouldin: 1,
+    representations.representation_variance: 1,
+    representations.effective_rank: None,
+    robustness.mixup_error: 1,
+    robustness.augmentation_inconsistency: 1,
+    clusters_and_mixup.davies_bouldin_mixup: 1,
+    heavy_tails.heavy_tail_exponent: 1,
+    weight_spectra.weight_spectrum: {
+        "log_norm": 1,
+        "log_spectral_norm": 1,
+        "mp_softrank": 1,
+        "rand_distance": -1,
+    },
+    MSharpness: 1,
+    MaxEigenvalue: 1,
+    EigenvalueRatio: 1,
+    HessianTrace: 1,
+    HessianRank: None,
+    SoftRank: 1,
+    TrainingSteps: 1,
 }
+_FUNCTIONS = {
+    function.__name__: function for function in _DIRECTIONS if not isinstance(function, type)
+}
+_OF_IMAGES = {"augmentation_inconsistency", "augmented_margin"}
 _GIVEN = ("model", "data", "initial", "seed")  # not options
 
 
@@ -81,6 +120,11 @@ class FunctionMeasure:
     name: str
     function: str
     options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def direction(self) -> Direction:
+        """What a large value should mean, see `direction`."""
+        return _DIRECTIONS[_FUNCTIONS[self.function]]
 
     @property
     def needs_initial(self) -> bool:
@@ -107,6 +151,44 @@ class FunctionMeasure:
             return {f"form={key}": v for key, v in value.items()}
         result: float | Estimate = value
         return result
+
+
+def direction(measure: Measure | str, setting: str = "") -> int | None:
+    """Whether a large value of a measure should mean a large generalization gap.
+
+    Args:
+        measure: A measure, or the name under which `standard_measures` has it. A measure of your
+            own says so by an attribute `direction`: 1, -1 or None, or a dict of these by form.
+        setting: Which of its values, such as "form=rand_distance".
+
+    Returns:
+        int | None: 1 for a large gap, -1 for a small one, None where it is not known.
+
+    Example:
+        >>> direction("output_margin"), direction("sharpness_l2"), direction("effective_rank")
+        (-1, 1, None)
+        >>> direction(make_measure("weight_spectrum"), "form=rand_distance")
+        -1
+    """
+    if isinstance(measure, str):
+        found: Direction = _by_name().get(measure)
+    elif type(measure) in _DIRECTIONS:
+        found = _DIRECTIONS[type(measure)]
+    else:
+        found = getattr(measure, "direction", None)
+    if isinstance(found, Mapping):
+        return found.get(str(parse_setting(setting).get("form", "")))
+    return found
+
+
+@cache
+def _by_name() -> dict[str, Direction]:
+    """Directions by the names of `standard_measures` and of the functions."""
+    names = {function: make_measure(function).direction for function in _FUNCTIONS}
+    for measure in standard_measures(attention=True, recorded=True):
+        own = _DIRECTIONS.get(type(measure), getattr(measure, "direction", None))
+        names[describe(measure)[0]] = own
+    return names
 
 
 def measure_names() -> list[str]:
@@ -159,6 +241,7 @@ def standard_measures(
     *,
     rho: float = 0.05,
     images: bool = True,
+    attention: bool = False,
     recorded: bool = False,
 ) -> list[Measure]:
     """Every measure of the package with the papers' settings, each under its own name.
@@ -166,7 +249,9 @@ def standard_measures(
     Args:
         m: Group sizes of m-sharpness, none larger than the number of examples scored.
         rho: Radius of m-sharpness and of the sharpness family in the plain 2-norm.
-        images: Whether inputs are images (n, c, h, w); otherwise the augmentation is left out.
+        images: Whether inputs are images (n, c, h, w); otherwise what moves images is left out.
+        attention: Whether the networks have attention; adds `geodesic_sharpness`, which without it
+            is adaptive sharpness.
         recorded: Whether the zoo records the length of training; adds `TrainingSteps`.
 
     Returns:
@@ -191,12 +276,25 @@ def standard_measures(
                 norm=infinity,
                 adaptive=True,
             ),
+            make_measure(
+                "worst_case_sharpness",
+                name="sharpness_logit_normalized",
+                rho=5e-3,
+                norm=infinity,
+                adaptive=True,
+                logit_normalized=True,
+                ascent="apgd",
+                steps=20,
+                restarts=2,
+            ),
         ],
         "average_sharpness": [make_measure("average_sharpness", rho=10 * rho)],
     }
     chosen: list[Measure] = [MSharpness(m=m, rho=rho)]
     for function in _FUNCTIONS:
-        if images or function != "augmentation_inconsistency":
+        if (images or function not in _OF_IMAGES) and (
+            attention or function != "geodesic_sharpness"
+        ):
             chosen.extend(special.get(function) or [make_measure(function)])
-    chosen += [MaxEigenvalue(), EigenvalueRatio(), HessianTrace(), HessianRank()]
+    chosen += [MaxEigenvalue(), EigenvalueRatio(), HessianTrace(), HessianRank(), SoftRank()]
     return [*chosen, TrainingSteps()] if recorded else chosen

@@ -92,7 +92,9 @@ def spectrum(weight: Tensor) -> np.ndarray:
     return np.sort(values)
 
 
-def heavy_tail_exponent(model: nn.Module, *, min_eigenvalues: int = 20) -> dict[str, float]:
+def heavy_tail_exponent(
+    model: nn.Module, *, min_eigenvalues: int = 20, halve_convolutions: bool = False
+) -> dict[str, float]:
     """The exponents of power laws in the spectra of the weight matrices.
 
     With α_l the exponent fitted to the eigenvalues of W_lᵀW_l and λ_l the largest of them:
@@ -105,10 +107,15 @@ def heavy_tail_exponent(model: nn.Module, *, min_eigenvalues: int = 20) -> dict[
     eigenvalues are pooled. Weights are taken as they are, without BatchNorm. `alpha` is invariant
     under scaling each layer and under permuting units.
 
+    WeightWatcher multiplies the kernels of convolutions by 1/√2 unless told otherwise
+    (`conv2d_norm`), which halves their eigenvalues: its α_l log₁₀ λ_l of a convolution is
+    0.301 α_l below the one here, and equal to it with `halve_convolutions`.
+
     Args:
         model: Any module with weight matrices or convolutions.
         min_eigenvalues: Layers with fewer non-zero eigenvalues are left out: a fit to a dozen
             numbers says nothing.
+        halve_convolutions: Halve the eigenvalues of kernels, as WeightWatcher does by default.
 
     Returns:
         dict: "alpha" and "alpha_weighted".
@@ -132,7 +139,7 @@ def heavy_tail_exponent(model: nn.Module, *, min_eigenvalues: int = 20) -> dict[
     select_parameters(model)  # refuses NaN
     alphas, weighted = [], []
     for _, _, weight in linear_maps(model):
-        values = spectrum(weight)
+        values = spectrum(weight) * (0.5 if halve_convolutions and weight.ndim > 2 else 1.0)
         values = values[values > 1e-12 * values[-1]]
         if len(values) >= min_eigenvalues and values[0] < values[-1]:
             alpha = fit_power_law(values).alpha

@@ -19,7 +19,7 @@ from sharpkit.measures.margins import check_percentile, margins
 from sharpkit.measures.passes import Setup, setup
 
 
-def all_layer_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> float:
+def hidden_layer_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> float:
     """The normalised margins of the training examples at every layer, averaged over layers.
 
         mean over layers l of the 10th percentile over i of  γ_i / (‖∂γ_i / ∂x_i^l‖₂ √ν_l)
@@ -48,14 +48,15 @@ def all_layer_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) 
 
     Source:
         Jiang et al., ICLR 2019 (1810.00113), section 3; there quartiles of all layers are the
-        features of a regression, here a percentile of each is averaged.
+        features of a regression, here a percentile of each is averaged. The all-layer margin of
+        Wei and Ma, which perturbs all layers at once, is `all_layer_margin`.
 
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(1, 2, bias=False)
         >>> model.weight.data = torch.tensor([[1.0], [-1.0]])
         >>> data = torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])
-        >>> all_layer_margin(model, data)  # both are one standard deviation from the boundary
+        >>> hidden_layer_margin(model, data)  # both are one standard deviation from the boundary
         1.0
     """
     check_percentile(percentile)

@@ -53,11 +53,12 @@ class Trace:
     input_shapes: dict[nn.Module, tuple[int, ...]]
     pads: dict[nn.Module, nn.Module]  # layer -> padding whose output is the layer's input
     norms: dict[nn.Module, BatchNorm]  # layer -> BatchNorm whose input is the layer's output
+    activations: dict[nn.Module, nn.Module]  # layer -> activation whose input is its output
 
 
 def trace(model: nn.Module, data: Data) -> Trace:
     """Run the first example through a model in eval mode and note who follows whom."""
-    found = Trace({}, {}, {})
+    found = Trace({}, {}, {}, {})
     # tensor id -> producer, the tensor (kept, so that ids stay unique) and its version, which
     # an operation in place changes
     producers: dict[int, tuple[nn.Module, Tensor, int]] = {}
@@ -79,6 +80,8 @@ def trace(model: nn.Module, data: Data) -> Trace:
                     found.pads[module] = before
                 if isinstance(module, BatchNorm) and module.running_mean is not None:
                     found.norms[before] = module
+                if type(module).__module__ == nn.ReLU.__module__:
+                    found.activations[before] = module
         if isinstance(output, Tensor):
             producers[id(output)] = (module, output, output._version)
 
@@ -135,6 +138,32 @@ def weight_layers(model: nn.Module, data: Data) -> list[WeightLayer]:
     if not layers:
         raise ModelError(f"{type(model).__name__} has no weight matrix or convolution kernel")
     return layers
+
+
+def called_layers(model: nn.Module, data: Data) -> tuple[list[nn.Module], Trace]:
+    """The linear and convolutional layers in the order of their first call, and the trace.
+
+    Raises:
+        ModelError: If none is called.
+    """
+    found = trace(model, data)
+    layers: list[nn.Module] = [
+        m for m in found.input_shapes if isinstance(m, nn.Linear | Convolution)
+    ]
+    if not layers:
+        raise ModelError("no linear or convolutional layer is called in the forward pass")
+    return layers, found
+
+
+def first_layer(model: nn.Module, data: Data) -> nn.Module:
+    """The module whose output is the first convolution's, with the activation directly behind it.
+
+    The first linear layer's in a network without convolutions.
+    """
+    layers, found = called_layers(model, data)
+    convolutions = [layer for layer in layers if isinstance(layer, Convolution)]
+    first = (convolutions or layers)[0]
+    return found.activations.get(first, first)
 
 
 def linear_maps(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
@@ -204,20 +233,20 @@ def _is_linear_map(module: nn.Module, parameter: Tensor) -> bool:
 
 
 @contextmanager
-def captured(model: nn.Module, layer: str | None) -> Iterator[Callable[[], Tensor]]:
+def captured(model: nn.Module, layer: str | nn.Module | None) -> Iterator[Callable[[], Tensor]]:
     """Inside, a call after each forward pass gives what a module received or returned.
 
     Args:
         model: Any module.
-        layer: Name of a module, whose output is kept; None for the input of the last module with
-            a weight matrix that is called.
+        layer: A module or its name, whose output is kept; None for the input of the last module
+            with a weight matrix that is called.
 
     Raises:
         ArgumentError: If there is no such module.
     """
     kept: list[Tensor] = []
     modules = dict(model.named_modules())
-    if layer is not None and (layer not in modules or not layer):
+    if isinstance(layer, str) and (layer not in modules or not layer):
         names = ", ".join(name for name in modules if name)
         raise ArgumentError(f"layer {layer!r}: the model has no such module; it has {names}")
 
@@ -228,7 +257,8 @@ def captured(model: nn.Module, layer: str | None) -> Iterator[Callable[[], Tenso
         kept[:] = [inputs[0]]
 
     if layer is not None:
-        handles = [modules[layer].register_forward_hook(keep_output)]
+        module = modules[layer] if isinstance(layer, str) else layer
+        handles = [module.register_forward_hook(keep_output)]
     else:
         wanted = [m for m in modules.values() if isinstance(m, nn.Linear | Convolution)]
         handles = [m.register_forward_pre_hook(keep_input) for m in wanted]

@@ -2,31 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import nn
 
 from sharpkit.contract.loading import Data
+from sharpkit.contract.loss_text import loss_name, loss_text
+from sharpkit.contract.losses import Loss, resolve_loss
+from sharpkit.errors import ArgumentError
 from sharpkit.measures.measure import Estimate, plain
 from sharpkit.sharpness import m_sharpness
 from sharpkit.sharpness.m_sharpness import read_grid, read_rule
 
+# options that are part of the name where they are not these, in this order
+_NAMED: Mapping[str, Any] = {
+    "loss": "cross_entropy",
+    "ascent": "one_step",
+    "steps": 10,
+    "restarts": 1,
+    "norm": 2.0,
+    "adaptive": False,
+    "average": False,
+    "n": None,
+    "seed": "run",
+    "parameters": None,
+    "tolerance": None,
+}
+# options that a run has not always noted: left out of its configuration where they are these
+_LATER = ("loss", "n", "seed", "parameters", "tolerance", "chunk", "memory_budget", "engine")
+
+
+class _FromOptions(str):
+    """A name that follows from the options, so that `dataclasses.replace` makes another one."""
+
+    __slots__ = ()
+
 
 @dataclass(frozen=True)
 class MSharpness:
-    """m-sharpness for a grid of m and rho, ready to score a zoo with.
+    """m-sharpness for a grid of m and rho, ready to score models with.
+
+    Every argument but `seed` and `name` is that of `sharpkit.m_sharpness`.
 
     Args:
         m: Group size in examples; one or several.
         rho: Radius of the perturbation; one or several.
+        loss: "cross_entropy", "mse", a torch loss module or a callable.
         ascent: "one_step", "pgd" or "apgd".
         steps: Steps of "pgd" and "apgd", or directions of `average`.
+        restarts: Starts of "pgd" and "apgd".
         norm: Order of the ball's norm.
         adaptive: Measure perturbations in units of |w|.
         average: Mean over Gaussian directions instead of the maximum.
-        restarts: Starts of "pgd" and "apgd".
+        n: Examples that this measure uses, of those that the run gives it; None for all.
+        seed: "run" for the seed of the run; another one, or None for groups of consecutive
+            examples.
+        parameters: Names or patterns of what is perturbed; None for all that require gradients.
+        tolerance: Stop early once std_error <= tolerance * |value|.
+        chunk: Examples evaluated at a time.
+        memory_budget: Bytes for one chunk.
+        engine: "auto", "vectorized" or "loop".
+        name: What it is called in a run. By default "m_sharpness", followed by the options that
+            are not the default ones, such as "m_sharpness_adaptive"; m and rho are columns.
+
+    Raises:
+        ArgumentError: For a value out of range, or modules as `parameters`.
 
     Source:
         Foret et al., ICLR 2021, section 4.1; see `sharpkit.m_sharpness`.
@@ -38,6 +81,8 @@ class MSharpness:
         >>> data = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
         >>> list(measure(model, data, seed=0))
         ['m=1,rho=0.1', 'm=2,rho=0.1']
+        >>> MSharpness(m=1, rho=0.5, adaptive=True).name
+        'm_sharpness_adaptive'
     """
 
     m: int | Sequence[int]
@@ -48,17 +93,39 @@ class MSharpness:
     adaptive: bool = False
     average: bool = False
     restarts: int = 1
-    name: str = field(default="m_sharpness", init=False)
+    loss: Loss = "cross_entropy"
+    n: int | None = None
+    seed: int | Literal["run"] | None = "run"
+    parameters: str | Sequence[str] | None = None
+    tolerance: float | None = None
+    chunk: int | Literal["auto"] = "auto"
+    memory_budget: int | None = None
+    engine: Literal["auto", "vectorized", "loop"] = "auto"
+    name: str = ""
 
     def __post_init__(self) -> None:
         """Store plain numbers and tuples, so that a measure is hashable; refuse bad ones early."""
-        for key in ("m", "rho"):
+        for key in ("m", "rho", "parameters"):
             value = plain(getattr(self, key))
-            if isinstance(value, Iterable):
+            if isinstance(value, Iterable) and not isinstance(value, str):
                 value = tuple(plain(v) for v in value)
             object.__setattr__(self, key, value)
-        read_grid(self.m, self.rho)
+        ms, _ = read_grid(self.m, self.rho)
         read_rule(self.ascent, self.steps, self.norm, self.adaptive, self.average, 0, self.restarts)
+        resolve_loss(self.loss)
+        if self.n is not None and max(ms) > self.n:
+            raise ArgumentError(f"m = {max(ms)} is larger than n = {self.n} examples")
+        if isinstance(self.seed, str) and self.seed != "run":
+            raise ArgumentError(f'seed = {self.seed!r}: expected a whole number, None or "run"')
+        patterns = (self.parameters,) if isinstance(self.parameters, str) else self.parameters or ()
+        for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise ArgumentError(
+                    f"parameters: found {type(pattern).__name__}, expected names or patterns, "
+                    "which fit more than one model"
+                )
+        if not self.name or isinstance(self.name, _FromOptions):
+            object.__setattr__(self, "name", _FromOptions(_name(self)))
 
     def __call__(self, model: nn.Module, data: Data, *, seed: int) -> dict[str, Estimate]:
         """The m-sharpness of one model, by setting."""
@@ -67,16 +134,64 @@ class MSharpness:
             data,
             m=self.m,
             rho=self.rho,
+            loss=self.loss,
             ascent=self.ascent,
             steps=self.steps,
+            restarts=self.restarts,
             norm=self.norm,
             adaptive=self.adaptive,
             average=self.average,
-            restarts=self.restarts,
-            seed=seed,
+            n=self.n,
+            seed=seed if self.seed == "run" else self.seed,
+            parameters=self.parameters,
+            tolerance=self.tolerance,
+            chunk=self.chunk,
+            memory_budget=self.memory_budget,
+            engine=self.engine,
             progress=False,
         )
         return {
             f"m={row['m']},rho={float(row['rho'])!r}": Estimate(row["value"], row["std_error"])
             for row in result.frame().to_dict("records")
         }
+
+    def configuration(self) -> dict[str, Any]:
+        """What determines the values, as a run keeps it: plain values only, a loss as text.
+
+        Example:
+            >>> MSharpness(m=1, rho=0.1, loss="mse").configuration()["loss"]
+            'mse'
+        """
+        config = {key: plain(getattr(self, key)) for key in self.__dataclass_fields__}
+        defaults = {f.name: f.default for f in self.__dataclass_fields__.values()}
+        config = {k: v for k, v in config.items() if k not in _LATER or v != defaults[k]}
+        if "loss" in config:
+            config["loss"] = loss_text(self.loss)
+        return config | {"name": str(self.name)}
+
+
+def _name(measure: MSharpness) -> str:
+    """The name that follows from the options.
+
+    Example:
+        >>> MSharpness(m=1, rho=0.1, ascent="pgd", steps=20, norm=float("inf")).name
+        'm_sharpness_pgd_steps20_norminf'
+    """
+    words = ["m_sharpness"]
+    for key, usual in _NAMED.items():
+        value = plain(getattr(measure, key))
+        if value != usual:
+            words.append(_word(key, value))
+    return "_".join(words)
+
+
+def _word(key: str, value: Any) -> str:
+    if key == "loss":
+        return loss_name(value)
+    if key in ("adaptive", "average", "ascent"):
+        return key if value is True else str(value)
+    if key == "parameters":
+        return value if isinstance(value, str) else "+".join(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{key}{value:g}"
+    return f"{key}{value}"

@@ -86,6 +86,40 @@ def images(examples: Examples, what: str) -> Tensor:
     return inputs
 
 
+def mean_loss(run: Setup, parameters: Mapping[str, Tensor], loss: Loss) -> float:
+    """The mean loss of all examples at the given parameters, without gradients."""
+    loss_fn = resolve_loss(loss)
+    total = counted = 0.0
+    with run.function.evaluating():
+        for batch in run.batches():
+            mean, weight = loss_fn.terms(run.function(parameters, batch.inputs), batch.labels)
+            total += float(mean.detach().double() * weight)
+            counted += float(weight)
+    return total / counted
+
+
+def mean_gradient(run: Setup, parameters: Mapping[str, Tensor], loss: Loss) -> dict[str, Tensor]:
+    """The gradient of the mean loss at the given parameters, summed in float64.
+
+    Raises:
+        ModelError: If it is NaN or infinite.
+    """
+    loss_fn = resolve_loss(loss)
+    leaves = {k: p.detach().requires_grad_() for k, p in parameters.items()}
+    total = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in parameters.items()}
+    counted = 0.0
+    for batch in run.batches():
+        with torch.enable_grad():
+            mean, weight = loss_fn.terms(run.function(leaves, batch.inputs), batch.labels)
+            parts = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
+        for name, part in zip(leaves, parts, strict=True):
+            total[name] += part.double() * weight
+        counted += float(weight)
+    if not all(bool(torch.isfinite(g).all()) for g in total.values()):
+        raise ModelError("a gradient is NaN or infinite")
+    return {k: g / counted for k, g in total.items()}
+
+
 def single_terms(loss: Loss) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The sum and the weight of each example's loss, shape (n,), from outputs and labels (n, ...).
 

@@ -62,7 +62,7 @@ def mixup_error(
         labels = run.examples.labels.cpu()
         errors = []
         for _ in range(draws):
-            chosen, partner = _pairs(labels, generator)
+            chosen, partner = same_class_pairs(labels, generator)
             chosen, partner = chosen.to(inputs.device), partner.to(inputs.device)
             mixed = weight * inputs[chosen] + (1 - weight) * inputs[partner]
             wrong = _predictions(run, mixed) != labels[chosen.cpu()].to(run.function.device)
@@ -70,7 +70,7 @@ def mixup_error(
     return mean_of(torch.stack(errors).mean(0))
 
 
-def _pairs(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def same_class_pairs(labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Every example whose class has another one, in order, and its partner."""
     order = torch.randperm(len(labels), generator=generator)
     partner = torch.full((len(labels),), -1)
@@ -139,13 +139,14 @@ def augmentation_inconsistency(
             raise DataError(f"expected images (n, c, h, w), got shape {tuple(inputs.shape)}")
         before = run.logits().argmax(1)
         changes = [
-            (_predictions(run, _moved(inputs, shift, flip, generator)) != before).double()
+            (_predictions(run, moved(inputs, shift, flip, generator)) != before).double()
             for _ in range(draws)
         ]
     return mean_of(torch.stack(changes).mean(0))
 
 
-def _moved(inputs: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+def moved(inputs: Tensor, shift: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Images shifted by up to `shift` pixels, filled with zeros, and mirrored half of the time."""
     n, _, height, width = inputs.shape
     offsets = torch.randint(0, 2 * shift + 1, (2, n, 1), generator=generator).to(inputs.device)
     mirrored = torch.randint(0, 2, (n, 1), generator=generator).to(inputs.device)

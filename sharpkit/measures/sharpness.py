@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from sharpkit.contract.loading import Data, load_in_order
+from sharpkit.contract.losses import cross_entropy
 from sharpkit.measures.measure import Estimate
 from sharpkit.sharpness import m_sharpness
 
@@ -21,6 +22,8 @@ def worst_case_sharpness(
     adaptive: bool = False,
     ascent: Literal["one_step", "pgd", "apgd"] = "pgd",
     steps: int = 10,
+    restarts: int = 1,
+    logit_normalized: bool = False,
     seed: int = 0,
 ) -> float:
     """The largest increase of the training loss within a ball around the weights.
@@ -30,7 +33,10 @@ def worst_case_sharpness(
     p = 2 is Foret et al.'s, p = ∞ that of Keskar et al.; `adaptive` makes it invariant under
     rescaling the layers of a ReLU network: with p = 2 the adaptive elementwise sharpness, with
     p = ∞ the magnitude-aware one. Projected ascent gives a lower bound of the
-    maximum. Cost: `steps` gradient passes and one forward pass.
+    maximum. With `logit_normalized` the loss is that of (z − z̄) / ‖z − z̄‖₂, so that neither the
+    scale of the outputs nor that of the last layer matters: a network that is more certain is not
+    flatter for that. Cost: `steps` gradient passes and one forward pass, and for every further
+    start one gradient pass more.
 
     Args:
         model: Any module.
@@ -40,19 +46,22 @@ def worst_case_sharpness(
         adaptive: Measure ε in units of |w|.
         ascent: "pgd", "apgd", or "one_step" for the linearised maximum (a pass of either kind).
         steps: Steps of "pgd" and "apgd".
-        seed: Order of the examples; matters by rounding only.
+        restarts: Starts of "pgd" and "apgd": the weights, and random points of the ball.
+        logit_normalized: Centre the logits of each example and divide them by their length.
+        seed: Of the random starts.
 
     Returns:
         float: The increase.
 
     Raises:
-        ArgumentError: For rho, norm or steps out of range.
+        ArgumentError: For rho, norm, steps or restarts out of range.
         DataError: For labels that do not fit the outputs.
         ModelError: For NaN or infinite weights or losses.
 
     Source:
         Foret et al., ICLR 2021, equation 1; Kwon et al., ICML 2021; Jiang et al., ICLR 2020
-        (1912.02178), where the search is for the radius that costs a given accuracy instead.
+        (1912.02178), where the search is for the radius that costs a given accuracy instead;
+        Andriushchenko et al., ICML 2023 (2302.07011), adaptive and logit-normalised, by APGD.
 
     Example:
         >>> import torch
@@ -71,10 +80,26 @@ def worst_case_sharpness(
         adaptive=adaptive,
         ascent=ascent,
         steps=steps,
+        restarts=restarts,
+        loss=logit_normalized_loss if logit_normalized else "cross_entropy",
         seed=seed,
         progress=False,
     )
     return float(result.value)
+
+
+def logit_normalized_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of logits (n, classes), centred and divided by their length.
+
+    Example:
+        >>> import torch
+        >>> z, y = torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])
+        >>> bool(logit_normalized_loss(z, y) == logit_normalized_loss(4 * z + 1, y))
+        True
+    """
+    centred = logits - logits.mean(-1, keepdim=True)
+    length = centred.norm(dim=-1, keepdim=True).clamp_min(1e-10)
+    return cross_entropy(centred / length, labels)
 
 
 def average_sharpness(

@@ -13,7 +13,7 @@ from measure_helpers import (
 from torch import nn
 
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.measures import all_layer_margin
+from sharpkit.measures import hidden_layer_margin
 
 
 def by_hand(model, cuts, x, y, percentile=10.0):
@@ -39,7 +39,7 @@ def by_hand(model, cuts, x, y, percentile=10.0):
 def test_the_margin_is_that_of_a_loop_over_layers_and_examples(percentile):
     model, (x, y) = relu_network(bias=True), relu_data()
     expected = by_hand(model, [0, 2, 4], x, y, percentile)
-    assert all_layer_margin(model, (x, y), percentile=percentile) == pytest.approx(expected)
+    assert hidden_layer_margin(model, (x, y), percentile=percentile) == pytest.approx(expected)
 
 
 def test_convolutions_batches_and_misclassified_examples_count():
@@ -47,7 +47,7 @@ def test_convolutions_batches_and_misclassified_examples_count():
     x, y = torch.cat([x, 1.1 * x, 0.9 * x]), y.repeat(3)  # more than one batch
     expected = by_hand(model, [0, 4, 7], x, y)
     assert expected < 0  # the labels are random
-    assert all_layer_margin(model, (x, y)) == pytest.approx(expected)
+    assert hidden_layer_margin(model, (x, y)) == pytest.approx(expected)
 
 
 def test_a_linear_classifier_has_its_distances_to_the_boundary():
@@ -56,32 +56,32 @@ def test_a_linear_classifier_has_its_distances_to_the_boundary():
     x = torch.tensor([[2.0, 0.0], [0.0, 2.0], [4.0, 0.0], [0.0, 4.0]]).double()
     y = torch.tensor([0, 1, 0, 1])
     # the boundary is the diagonal: distances √2 and 2√2; variance 10 − |mean|² = 10 − 4.5
-    value = all_layer_margin(model, (x, y), percentile=0)
+    value = hidden_layer_margin(model, (x, y), percentile=0)
     assert value == pytest.approx(2**0.5 / 5.5**0.5)
 
 
 def test_it_ignores_units_of_layers_order_of_units_and_scale_of_inputs():
     model, (x, y) = relu_network(), relu_data()
-    expected = all_layer_margin(model, (x, y))
+    expected = hidden_layer_margin(model, (x, y))
     assert expected > 0
-    assert all_layer_margin(rescaled(model), (x, y)) == pytest.approx(expected)
-    assert all_layer_margin(permuted(model), (x, y)) == pytest.approx(expected)
-    assert all_layer_margin(scaled(model, 3.0), (x, y)) == pytest.approx(expected)
-    assert all_layer_margin(model, (7 * x, y)) == pytest.approx(expected)
+    assert hidden_layer_margin(rescaled(model), (x, y)) == pytest.approx(expected)
+    assert hidden_layer_margin(permuted(model), (x, y)) == pytest.approx(expected)
+    assert hidden_layer_margin(scaled(model, 3.0), (x, y)) == pytest.approx(expected)
+    assert hidden_layer_margin(model, (7 * x, y)) == pytest.approx(expected)
 
 
 def test_what_has_no_margin_is_refused():
     model, (x, y) = relu_network(bias=True), relu_data()
     with pytest.raises(ArgumentError, match="between 0 and 100"):
-        all_layer_margin(model, (x, y), percentile=-1)
+        hidden_layer_margin(model, (x, y), percentile=-1)
     with pytest.raises(DataError, match="at least two outputs"):
-        all_layer_margin(nn.Linear(6, 1).double(), (x, torch.zeros_like(y)))
+        hidden_layer_margin(nn.Linear(6, 1).double(), (x, torch.zeros_like(y)))
     with pytest.raises(ModelError, match="the same for all examples"):
-        all_layer_margin(model, (x[:1].repeat(5, 1), y[:1].repeat(5)))
+        hidden_layer_margin(model, (x[:1].repeat(5, 1), y[:1].repeat(5)))
     dead = relu_network(bias=True)
     dead[2].bias.data -= 100.0  # nothing passes the second layer
     with pytest.raises(ModelError, match="does not depend on it"):
-        all_layer_margin(dead, (x, y))
+        hidden_layer_margin(dead, (x, y))
 
     class Weightless(nn.Module):
         def __init__(self):
@@ -92,4 +92,4 @@ def test_what_has_no_margin_is_refused():
             return x * self.scale
 
     with pytest.raises(ModelError, match="no linear or convolutional layer"):
-        all_layer_margin(Weightless(), (x, y))
+        hidden_layer_margin(Weightless(), (x, y))

@@ -112,6 +112,107 @@ def test_the_path_norm_handles_a_batchnorm_that_cannot_be_folded():
     assert path_norm(model, data)["plain"] == pytest.approx(1 / 3 + 1 / 3 + 4 / 8)
 
 
+class Pooled(nn.Module):
+    """One path from every input to every output that it reaches: the path norm is ‖Jacobian‖²."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.pool, self.scale = pool, nn.Parameter(torch.tensor(1.5).double())
+
+    def forward(self, x):
+        return self.scale * self.pool(x).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("pool", "shape"),
+    [
+        (nn.AvgPool2d(2), (2, 5, 5)),
+        (nn.AvgPool2d(3, 2, 1), (2, 7, 7)),
+        (nn.AvgPool2d(3, 2, 1, count_include_pad=False), (2, 7, 7)),
+        (nn.AvgPool2d(3, 2, ceil_mode=True), (2, 8, 8)),
+        (nn.AvgPool2d(2, divisor_override=3), (2, 4, 4)),
+        (nn.AdaptiveAvgPool2d(3), (2, 7, 8)),
+        (nn.AdaptiveAvgPool2d((2, 5)), (2, 7, 8)),
+        (nn.AdaptiveAvgPool2d(1), (2, 7, 8)),
+        (nn.AvgPool1d(2), (3, 6)),
+        (nn.AdaptiveAvgPool1d(4), (3, 6)),
+        (nn.AvgPool3d(2), (1, 4, 4, 4)),
+        (nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.AvgPool2d(2)), (1, 3, 3)),
+        (lambda x: x.mean((2, 3)), (2, 4, 5)),
+        (lambda x: 3 * x - x.flip(1) / 4, (2, 4)),
+        (lambda x: torch.sub(x[:, :2], x[:, 2:], alpha=0.5), (4,)),
+    ],
+)
+def test_constants_of_the_network_are_weights_of_its_paths(pool, shape):
+    model = Pooled(pool)
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).double()
+    jacobian = torch.autograd.functional.jacobian(model, x[:1])
+    expected = float(jacobian.square().sum())
+    labels = torch.zeros(3, dtype=torch.int64)
+    assert path_norm(model, (x, labels))["plain"] == pytest.approx(expected)
+
+
+def test_padding_before_a_maximum_carries_no_path_and_one_by_a_constant_is_refused():
+    layers = nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4, 2)
+    data = torch.randn(5, 1, 3, 3), torch.zeros(5, dtype=torch.int64)
+    padded = nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), -math.inf), *layers)
+    expected = sum(float(p.detach().square().sum()) for p in layers[2].parameters())
+    assert path_norm(padded, data)["plain"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ModelError, match="constant_pad_nd"):
+        path_norm(nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), 1.0), *layers), data)
+
+
+def test_average_pooling_divides_by_the_square_of_its_window():
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 1, bias=False), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(1, 2, bias=False)
+    )
+    nn.init.ones_(model[0].weight)
+    model[3].weight.data = torch.tensor([[1.0], [0.0]])
+    data = torch.randn(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64)
+    assert path_norm(model, data)["plain"] == 0.25  # four paths of (1 · ¼ · 1)²
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        (nn.Tanh(), "tanh"),
+        (nn.Sigmoid(), "sigmoid"),
+        (nn.GELU(), "gelu"),
+        (nn.SiLU(), "silu"),
+        (nn.Softmax(-1), "_softmax"),
+        (nn.ReLU6(), "hardtanh"),
+        (nn.LayerNorm(4), "native_layer_norm"),
+    ],
+)
+def test_what_is_not_positively_homogeneous_has_no_path_norm(activation, name):
+    model = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2))
+    with pytest.raises(ModelError, match=f"computes '{name}': leave the path norm out"):
+        path_norm(model, (torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)))
+
+
+def test_products_of_activations_have_no_path_norm():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.a(x) * self.b(x)
+
+    with pytest.raises(ModelError, match="computes 'mul'"):
+        path_norm(Gated(), (torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)))
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(inplace=True), nn.LeakyReLU(), nn.PReLU(), nn.Dropout(0.5)]
+)
+def test_positively_homogeneous_activations_keep_the_weights_of_paths(activation):
+    model = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2)).double()
+    plain = nn.Sequential(model[0], nn.ReLU(), model[2])
+    data = torch.randn(5, 3).double(), torch.zeros(5, dtype=torch.int64)
+    assert path_norm(model, data)["plain"] == pytest.approx(path_norm(plain, data)["plain"])
+
+
 def test_tokens_have_no_path_norm():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 2))
     with pytest.raises(DataError, match="path norm"):

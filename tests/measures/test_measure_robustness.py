@@ -13,13 +13,13 @@ from torch import nn
 
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.measures import augmentation_inconsistency, mixup_error
-from sharpkit.measures.robustness import _moved, _pairs
+from sharpkit.measures.robustness import moved, same_class_pairs
 
 
 def test_partners_are_other_examples_of_the_same_class():
     labels = torch.tensor([0, 1, 0, 2, 1, 0, 1])
     for seed in range(20):
-        chosen, partner = _pairs(labels, torch.Generator().manual_seed(seed))
+        chosen, partner = same_class_pairs(labels, torch.Generator().manual_seed(seed))
         assert chosen.tolist() == [0, 1, 2, 4, 5, 6]  # class 2 has one example
         assert sorted(partner.tolist()) == chosen.tolist()
         assert torch.equal(labels[chosen], labels[partner]) and not (chosen == partner).any()
@@ -64,8 +64,8 @@ def test_only_the_function_matters_and_not_its_scale():
 
 def test_images_are_shifted_and_mirrored_as_a_loop_does():
     x = torch.randn(8, 2, 5, 4)
-    moved = _moved(x, 2, True, torch.Generator().manual_seed(3))
-    for original, result in zip(x, moved, strict=True):
+    results = moved(x, 2, True, torch.Generator().manual_seed(3))
+    for original, result in zip(x, results, strict=True):
         candidates = []
         for image in (original, original.flip(-1)):
             for dy in range(-2, 3):
@@ -77,7 +77,7 @@ def test_images_are_shifted_and_mirrored_as_a_loop_does():
                                 shifted[:, i, j] = image[:, i + dy, j + dx]
                     candidates.append(shifted)
         assert any(torch.equal(result, c) for c in candidates)
-    assert len({m.numpy().tobytes() for m in moved}) == 8
+    assert len({m.numpy().tobytes() for m in results}) == 8
 
 
 def test_a_network_that_sees_one_pixel_is_counted_exactly():

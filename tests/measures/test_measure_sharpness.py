@@ -67,3 +67,46 @@ def test_the_average_is_below_the_worst_case():
     assert average_sharpness(model, data, rho=0.1).value < worst_case_sharpness(
         model, data, rho=0.1
     )
+
+
+def test_the_logit_normalised_sharpness_ignores_scale_and_shift_of_the_outputs():
+    model, data = relu_network(bias=True), relu_data()
+    other = relu_network(bias=True)
+    for p in other[4].parameters():
+        p.data *= 5.0
+    other[4].bias.data += 2.0
+    options = {"rho": 0.01, "norm": float("inf"), "adaptive": True, "ascent": "apgd"}
+    for restarts in (1, 3):
+        found = [
+            worst_case_sharpness(m, data, logit_normalized=True, restarts=restarts, **options)
+            for m in (model, other)
+        ]
+        assert found[0] > 0
+    plain = [worst_case_sharpness(m, data, **options) for m in (model, other)]
+    assert plain[1] > 2 * plain[0]
+
+
+def test_the_logit_normalised_sharpness_is_that_of_the_network_with_such_outputs():
+    class Normalised(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            z = self.inner(x)
+            z = z - z.mean(1, keepdim=True)
+            return z / z.norm(dim=1, keepdim=True)
+
+    model, data = relu_network(bias=True), relu_data()
+    options = {"rho": 0.02, "norm": float("inf"), "adaptive": True, "ascent": "apgd", "steps": 20}
+    expected = worst_case_sharpness(Normalised(model), data, **options)
+    found = worst_case_sharpness(model, data, logit_normalized=True, **options)
+    assert found == pytest.approx(expected)
+
+
+def test_more_starts_of_the_ascent_never_lower_the_sharpness():
+    model, data = relu_network(bias=True), relu_data()
+    values = [
+        worst_case_sharpness(model, data, rho=0.5, ascent="apgd", restarts=k) for k in (1, 2, 4)
+    ]
+    assert values == sorted(values)

@@ -19,20 +19,31 @@ from sharpkit.measures import (
     HessianRank,
     HessianTrace,
     MSharpness,
+    direction,
     make_measure,
     measure_names,
     standard_measures,
 )
 from sharpkit.measures.measure import describe, evaluate_measure
 
-MEASURES = {describe(m)[0]: m for m in standard_measures(m=[1, 8])}
-NEED_IMAGES = {"augmentation_inconsistency"}
+MEASURES = {describe(m)[0]: m for m in standard_measures(m=[1, 8], attention=True)}
+NEED_IMAGES = {"augmentation_inconsistency", "augmented_margin"}
 NEED_REAL_INPUTS = {
     "path_norm",
     "jacobian_norm",
     "mixup_error",
     "normalized_margin",
+    "constrained_margin",
+    "davies_bouldin_mixup",
+    "mixup_margin",
     *NEED_IMAGES,
+}
+REFUSED = {  # (measure, case) for which the number would have no meaning
+    ("heavy_tail_exponent", "transformer"): "different non-zero eigenvalues",  # 8 in a layer
+    ("weight_spectrum", "transformer"): "no weight has 10",
+    ("path_norm", "mlp"): "computes 'tanh'",
+    ("path_norm", "transformer"): "positively homogeneous",
+    ("path_norm", "layer_used_twice"): "computes 'tanh'",
 }
 
 
@@ -76,10 +87,12 @@ def test_a_measure_is_finite_deterministic_and_leaves_no_trace(case, name):
     measure = MEASURES[name]
     before, initial_before = state(model), state(initial)
     tokens = not data[0].is_floating_point()
-    refused = (tokens and name in NEED_REAL_INPUTS) or (data[0].ndim != 4 and name in NEED_IMAGES)
-    small = name == "heavy_tail_exponent" and case.name == "transformer"  # 8 eigenvalues a layer
-    if refused or small:
-        with pytest.raises(ModelError if small else DataError):
+    data_refused = (tokens and name in NEED_REAL_INPUTS) or (
+        data[0].ndim != 4 and name in NEED_IMAGES
+    )
+    why = REFUSED.get((name, case.name))
+    if data_refused or why:
+        with pytest.raises(DataError if data_refused else ModelError, match=why):
             evaluate_measure(measure, model, data, seed=1, initial=lambda: initial)
     else:
         first = evaluate_measure(measure, model, data, seed=1, initial=lambda: initial)
@@ -111,7 +124,7 @@ def test_a_loader_that_shuffles_gives_what_its_data_set_gives(name):
         assert values[1][setting].value == value, setting
 
 
-@pytest.mark.parametrize("name", [n for n in MEASURES if n not in NEED_IMAGES])
+@pytest.mark.parametrize("name", [n for n in MEASURES if n not in NEED_IMAGES | {"path_norm"}])
 def test_single_and_double_precision_agree(name):
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -155,9 +168,34 @@ def test_numpys_numbers_configure_a_measure_as_pythons_do(ours, plain):
 
 
 def test_every_function_of_the_package_is_among_the_standard_measures():
-    used = {m.function for m in standard_measures() if isinstance(m, FunctionMeasure)}
-    assert used == set(measure_names())
-    assert "augmentation_inconsistency" not in [m.name for m in standard_measures(images=False)]
+    every = standard_measures(attention=True)
+    assert {m.function for m in every if isinstance(m, FunctionMeasure)} == set(measure_names())
+    names = {describe(m)[0] for m in standard_measures(images=False)}
+    assert names == {describe(m)[0] for m in every} - NEED_IMAGES - {"geodesic_sharpness"}
+
+
+def test_every_measure_states_its_direction_by_object_and_by_name():
+    for measure in standard_measures(attention=True, recorded=True):
+        name = describe(measure)[0]
+        forms = [""] if name != "weight_spectrum" else ["form=log_norm", "form=rand_distance"]
+        for form in forms:
+            assert direction(measure, form) in (1, -1, None)
+            assert direction(name, form) == direction(measure, form)
+    assert direction("output_margin") == -1 and direction("m_sharpness") == 1
+    assert direction("sharpness_logit_normalized") == 1
+    assert direction("weight_spectrum", "form=rand_distance") == -1
+    assert direction("no such measure") is None
+
+
+def test_a_measure_of_the_users_own_says_its_direction_itself():
+    def own(model, data, *, seed):
+        return 1.0
+
+    assert direction(own) is None
+    own.direction = -1
+    assert direction(own) == -1
+    own.direction = {"a": 1}
+    assert direction(own, "form=a") == 1 and direction(own, "form=b") is None
 
 
 def test_a_measure_that_needs_the_initial_network_says_so():
