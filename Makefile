@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models lint docs format clean bench bench-compare wheel minimum
+.PHONY: demo test test-models lint docs format clean bench bench-gpu bench-compare wheel minimum
 
 demo: $(VENV)/.installed
 	$(BIN)/sharpkit figure3 --preset mini --panels right --workers 2 --out demo-output
@@ -29,10 +29,14 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every speed claim beside the peers: about 50 minutes on 2 idle cores; QUICK=1 for a few minutes,
+# Every speed claim beside the peers: about an hour on 2 idle cores; QUICK=1 for a few minutes,
 # ONLY=sam to run again what has that text in its name.
 bench: .venv-bench/.installed
 	.venv-bench/bin/python benchmarks/run_all.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
+
+# The figures of a GPU, at most six minutes, with the Python that has the CUDA build of torch.
+bench-gpu:
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE))
 
 # BASE=<commit> [HEAD=<commit>]: fails if a case of the regression set is past 15 % slower.
 HEAD ?= HEAD

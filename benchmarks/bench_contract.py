@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from bench_m_sharpness import small_cnn
+from networks import small_cnn
 from timing import Case, Record, parser, run_cases
 
 import sharpkit

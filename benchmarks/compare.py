@@ -56,18 +56,18 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
     """Name -> what builds the call to time; public names only, since old commits run it too."""
     import bench_cmi
     import bench_curvature
-    import bench_m_sharpness
-    import bench_sam
+    import bench_speed
     import torch
+    from networks import NETWORKS, small_cnn
 
     import sharpkit as sk
 
     def cnn_data(n: int) -> tuple[torch.nn.Module, tuple[torch.Tensor, torch.Tensor]]:
         data = torch.randn(n, 1, 28, 28), torch.randint(0, 10, (n,))
-        return bench_m_sharpness.small_cnn().eval(), data
+        return small_cnn().eval(), data
 
     def sharpness(m: int | list[int], rho: float | list[float], n: int) -> Callable[[], object]:
-        return bench_m_sharpness.measurement(*cnn_data(n), m, rho)
+        return bench_speed.measurement(*cnn_data(n), m, rho)
 
     def operator() -> sk.HessianOperator:
         return sk.HessianOperator(bench_curvature.cnn(), bench_curvature.images(200, 28))
@@ -82,10 +82,10 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
         return lambda: sk.spectral_density(kept, steps=10, probes=1, seed=0)
 
     def m_sam(m: int) -> Callable[[], object]:
-        return bench_sam.m_sam_step(bench_sam.small_cnn(), *bench_sam.batch("cpu"), m)
+        return bench_speed.m_sam_step(*NETWORKS["CNN 0.22 M"].case(128, "cpu"), m)
 
     def sam() -> Callable[[], object]:
-        return bench_sam.closure_step(bench_sam.small_cnn(), *bench_sam.batch("cpu"))
+        return bench_speed.closure_step(*NETWORKS["CNN 0.22 M"].case(128, "cpu"))
 
     def loading() -> Callable[[], object]:
         entries = list(sk.embedded_zoo()["fashion_mnist_14x14"].values())[:10]

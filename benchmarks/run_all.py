@@ -32,8 +32,11 @@ from timing import Record, short
 
 HERE = Path(__file__).resolve().parent
 JOBS = (
-    "bench_m_sharpness.py",
-    "bench_sam.py",
+    "bench_speed.py --only sharpness",
+    "bench_speed.py --only sam",
+    "bench_speed.py --only sweep",
+    "bench_speed.py --only large",
+    "bench_speed.py --only calls",
     "bench_cmi.py",
     "bench_loading.py",
     "bench_contract.py",
@@ -230,7 +233,7 @@ def main() -> None:
     jobs: dict[str, Any] = {}
     if arguments.only and written.is_file():
         earlier = json.loads(written.read_text())
-        jobs = earlier.pop("jobs")
+        jobs = {job: run for job, run in earlier.pop("jobs").items() if job in JOBS}
         if earlier != result:
             sys.exit(f"{written} is of another machine, other versions or threads: run everything")
     chosen = [job for job in JOBS if (arguments.only or "") in job]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import math
 import operator
 import statistics
 import sys
@@ -77,34 +78,27 @@ def parser(description: str | None, cases: Mapping[str, Case]) -> argparse.Argum
     return options
 
 
+HEADER = "| case | contender | median (range) | unit | target | holds |\n|---|---|---|---|---|---|"
+
+
+def row(record: Record) -> str:
+    """One line of the table that the benchmarks print."""
+    return (
+        f"| {record.case} | {record.contender} | {record} | {record.unit} "
+        f"| {record.target} | {record.verdict} |"
+    )
+
+
 def run_cases(arguments: argparse.Namespace, cases: Mapping[str, Case]) -> None:
     """Print every record as a row, and write it at once, so that a failure loses only its own."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(
-        "| case | contender | median (range) | unit | target | holds |\n|---|---|---|---|---|---|"
-    )
+    print(HEADER)
     for name in arguments.only or cases:
         for record in cases[name](arguments):
-            print(
-                f"| {record.case} | {record.contender} | {record} | {record.unit} "
-                f"| {record.target} | {record.verdict} |",
-                flush=True,
-            )
+            print(row(record), flush=True)
             if arguments.out:
                 with arguments.out.open("a") as file:
                     file.write(json.dumps(asdict(record)) + "\n")
-
-
-def main_on_device(description: str | None, cases: Mapping[str, Case]) -> None:
-    """The whole program of a benchmark that runs on any device."""
-    options = parser(description, cases)
-    options.add_argument("--device", default="cpu")
-    options.add_argument("--system-allocator", action="store_true", help="Do not tune malloc.")
-    arguments = options.parse_args()
-    if not arguments.system_allocator:
-        keep_freed_memory()
-    torch.manual_seed(0)
-    run_cases(arguments, cases)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -116,19 +110,40 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratios(run: Callable[[], object], unit: Callable[[], object], repeats: int) -> list[float]:
-    """Times of `run` in times of `unit`.
-
-    Each run stands between two units, so that a slow spell of the machine hits both.
-    """
+def peak_gib(run: Callable[[], object]) -> float | None:
+    """GPU memory that a run takes above what was there before; None without a GPU."""
+    if not torch.cuda.is_available():
+        run()
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     run()
-    found = []
-    before = timed(unit)
-    for _ in range(repeats):
-        middle, after = timed(run), timed(unit)
-        found.append(2 * middle / (before + after))
-        before = after
-    return found
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def in_turn(
+    runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = math.inf
+) -> dict[str, list[float]]:
+    """Seconds of each run in rounds, there and back, so that a slow spell hits all of them.
+
+    Args:
+        runs: Warm already.
+        repeats: Rounds, if the time allows.
+        seconds: After which no further round begins; the first always does.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    began = time.perf_counter()
+    for turn in range(repeats):
+        if turn and (time.perf_counter() - began) * (turn + 1) / turn > seconds:
+            break
+        for name in list(runs)[:: -1 if turn % 2 else 1]:
+            times[name].append(timed(runs[name]))
+    return times
+
+
+def over(times: Mapping[str, list[float]], name: str, unit: str) -> list[float]:
+    """Times of one run in those of another of the same round."""
+    return [a / b for a, b in zip(times[name], times[unit], strict=True)]
 
 
 def keep_freed_memory() -> None:

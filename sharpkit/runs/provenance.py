@@ -8,21 +8,30 @@ import platform
 import sys
 from contextlib import suppress
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import sharpkit
 from sharpkit.memory import process_status
 
 
 @cache
 def environment() -> str:
     """Versions and machine of this process, as JSON."""
-    packages = {name: version(name) for name in ("sharpkit", "torch", "numpy")}
+    packages = {"sharpkit": own_version(), "torch": version("torch"), "numpy": version("numpy")}
     python = {"python": platform.python_version(), "platform": platform.platform()}
     return json.dumps({**packages, **python, "host": platform.node()})
+
+
+def own_version() -> str:
+    """That of the installed distribution, or that of the source tree where none is installed."""
+    try:
+        return version("sharpkit")
+    except PackageNotFoundError:
+        return sharpkit.__version__
 
 
 @cache
