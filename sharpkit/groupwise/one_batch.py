@@ -64,6 +64,7 @@ class OneBatch(TorchFunctionMode):
 
     Attributes:
         elsewhere: Names that a call took which was not recognised.
+        whole: Names that a call took which has no rows: their gradient is no product of factors.
         decides: Whether Python looked at values, which may decide for all groups at once.
         calls: How many functions were called.
         inputs: Name to the rows A of every call of a probed weight, (groups, rows, in).
@@ -77,6 +78,7 @@ class OneBatch(TorchFunctionMode):
         super().__init__()
         self.point, self.kept = point, {} if kept is None else kept
         self.elsewhere: set[str] = set()
+        self.whole: set[str] = set()
         self.decides = False
         self.calls = 0
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in point.probed}
@@ -110,8 +112,10 @@ class OneBatch(TorchFunctionMode):
         if call is not None and self.holds_examples(call.inputs):
             return self._layer(call)
         rule = None if call is not None else example_rules.RULES.get(func)
+        counted = {name: self.rows.get(name) for name in used}
         out = None if rule is None else rule(self, func, args, kwargs)
         if out is not None:
+            self.whole |= {name for name in used if self.rows.get(name) == counted[name]}
             return out
         if func not in example_rules.QUESTIONS:
             self.elsewhere |= used

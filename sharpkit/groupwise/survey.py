@@ -70,18 +70,24 @@ class Survey:
     Attributes:
         refused: Why it cannot run as one batch; empty if it can.
         rows: Name to rows per example of every weight of linear layers and convolutions.
+        whole: Weights that something else uses as well, or only.
         flops: Of a forward pass in those layers, per example.
         calls: Of operations in a forward pass.
     """
 
     refused: str
     rows: dict[str, int]
+    whole: frozenset[str]
     flops: float
     calls: int
 
     def factored(self, weights: Tensors) -> dict[str, int]:
         """Rows per example of the weights whose gradient for an example is smaller in factors."""
-        return {n: rows for n, rows in self.rows.items() if rows and pays(weights[n], rows)}
+        return {
+            name: rows
+            for name, rows in self.rows.items()
+            if rows and name not in self.whole and pays(weights[name], rows)
+        }
 
     def alone(self, device: torch.device) -> int:
         """Group size from which groups run as fast one by one (see `Device.alone`)."""
@@ -98,6 +104,7 @@ def survey(model: FunctionalModel, weights: Tensors, examples: Examples, size: i
         size: Of a group.
     """
     refused, rows, calls = "", {}, 0
+    whole: frozenset[str] = frozenset()
     if model.habits.loss_sees_weights:
         refused = "the loss depends on the weights themselves"
     if model.habits.needs_grad_mode:
@@ -118,9 +125,9 @@ def survey(model: FunctionalModel, weights: Tensors, examples: Examples, size: i
                 refused = refused or "it looks at values, which decides for all examples at once"
             if batch.elsewhere:
                 refused = refused or f"{min(batch.elsewhere)!r} is used by more than layers"
-            rows, calls = batch.rows, batch.calls
+            rows, calls, whole = batch.rows, batch.calls, frozenset(batch.whole)
     flops = 2.0 * sum(count * weights[name].numel() for name, count in rows.items())
-    return Survey(refused, rows, flops, calls)
+    return Survey(refused, rows, whole, flops, calls)
 
 
 def chunk_that_fills(device: Device, flops: float, calls: int) -> int:

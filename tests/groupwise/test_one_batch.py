@@ -1,0 +1,222 @@
+"""Groups that run as one ordinary batch, beside plain loops in float64."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from cases import CASES
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sharpkit.contract.examples import Examples
+from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.losses import resolve_loss
+from sharpkit.groupwise.batch_passes import BatchPasses, batch_passes
+from sharpkit.groupwise.fallback import Disagreement
+from sharpkit.groupwise.pooling import MaxPool2x2, pooled
+from sharpkit.groupwise.survey import survey
+
+
+class TiedHead(nn.Module):
+    """A language model whose embedding is its last layer as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(60, 40)
+        self.mix = nn.Linear(40, 40)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = torch.tanh(self.mix(self.table(tokens).mean(1)))
+        return F.linear(x, self.table.weight)
+
+
+class Broadcast(nn.Module):
+    """A class token, positions, a scale per channel, a number, norms of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(2, 8, 2, 2)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.positions = nn.Parameter(torch.randn(1, 17, 8))
+        self.scale, self.number = nn.Parameter(torch.rand(8)), nn.Parameter(torch.tensor(0.7))
+        self.norm, self.groups = nn.LayerNorm(8), nn.GroupNorm(2, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.groups(self.patches(x)).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.token.expand(len(x), -1, -1), tokens], 1) + self.positions
+        return self.head(self.norm(tokens * self.scale * self.number).mean(1))
+
+
+class Windows(nn.Module):
+    """Convolutions in one to three dimensions, in groups, with strides, dilation and windows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Conv2d(2, 16, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(16, 16, 3, padding=2, dilation=2, groups=4, bias=False)
+        self.point = nn.Conv2d(16, 24, 1, stride=2)
+        self.line = nn.Conv1d(24, 6, 3, padding=1)
+        self.block = nn.Conv3d(1, 2, (2, 1, 2))
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.deep(F.relu(self.flat(x))), inplace=True)
+        x = torch.tanh(self.line(self.point(x).flatten(2)))
+        return self.head(self.block(x.view(len(x), 1, 6, 2, 2)).flatten(1).relu_())
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(n, 2, 8, 8, dtype=torch.float64)
+
+
+MODELS = {
+    **{case.name: (case.build, lambda n, case=case: case.make()[1][:n]) for case in CASES},
+    "tied_head": (TiedHead, lambda n: torch.randint(0, 60, (n, 5))),
+    "broadcast": (Broadcast, images),
+    "windows": (Windows, images),
+}
+# what is used in ways that only function transforms can follow
+REFUSED = {"transformer", "shared_weights"}
+
+
+def passes_of(name: str, n: int) -> tuple[nn.Module, BatchPasses, Tensor, Tensor]:
+    torch.manual_seed(0)
+    build, inputs = MODELS[name]
+    model = build().double().eval()
+    x = inputs(n)
+    y = torch.randint(0, 3, (n,))
+    f = FunctionalModel(model)
+    weights = {key: f.value(key) for key in f.names}
+    found = survey(f, weights, Examples(x, y))
+    return model, batch_passes(f, resolve_loss("cross_entropy"), weights, found), x, y
+
+
+def moved(passes: BatchPasses, groups: int) -> dict[str, Tensor]:
+    """Weights of each group's own."""
+    return {
+        name: w + 0.1 * torch.randn(groups, *w.shape, dtype=w.dtype)
+        for name, w in passes.weights.items()
+    }
+
+
+def at(model: nn.Module, weights: dict[str, Tensor], group: int) -> nn.Module:
+    """A copy of a model at the weights of one group."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            p.copy_(weights[name][group])
+    return other
+
+
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = F.cross_entropy(model(x), y)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return loss.detach(), dict(zip(dict(model.named_parameters()), grads, strict=True))
+
+
+USABLE = sorted(set(MODELS) - REFUSED)
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_not_recognised_is_refused(name):
+    with pytest.raises(Disagreement, match="used by more than"):
+        passes_of(name, 12)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("thin", [False, True])
+@pytest.mark.parametrize("name", USABLE)
+def test_gradients_of_groups_are_those_of_a_loop(name, thin, size):
+    model, passes, x, y = passes_of(name, 12)
+    groups, factored = 12 // size, frozenset(passes.rows if thin else ())
+    found = passes.gradients(Examples(x, y), groups, factored)
+    dense = passes.packing.parts(found.packs)
+    for i in range(groups):
+        part = slice(i * size, (i + 1) * size)
+        loss, grads = plain(model, x[part], y[part])
+        torch.testing.assert_close(found.terms.mean[i], loss, rtol=1e-12, atol=0.0)
+        for key, g in grads.items():
+            if key in factored:
+                a, d = found.factors[key]
+                mine = (d[i].mT @ a[i]).view(g.shape)
+            else:
+                mine = dense[key][i]
+            torch.testing.assert_close(
+                mine / 2.0 ** found.terms.exponent[i], g, rtol=1e-10, atol=1e-13
+            )
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", USABLE)
+def test_losses_and_gradients_at_weights_of_their_own_are_those_of_a_loop(name, size):
+    model, passes, x, y = passes_of(name, 12)
+    groups = 12 // size
+    own = moved(passes, groups)
+    packs = passes.packing.joined(own)
+    losses, _ = passes.losses(Examples(x, y), groups, packs)
+    found = passes.gradients(Examples(x, y), groups, at=packs)
+    dense = passes.packing.parts(found.packs)
+    for i in range(groups):
+        part = slice(i * size, (i + 1) * size)
+        loss, grads = plain(at(model, own, i), x[part], y[part])
+        torch.testing.assert_close(losses[i], loss, rtol=1e-12, atol=0.0)
+        for key, g in grads.items():
+            torch.testing.assert_close(
+                dense[key][i] / 2.0 ** found.terms.exponent[i], g, rtol=1e-10, atol=1e-13
+            )
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", USABLE)
+def test_perturbations_in_factors_are_those_that_are_multiplied_out(name, size):
+    model, passes, x, y = passes_of(name, 12)
+    groups = 12 // size
+    thin = {
+        key: (
+            torch.randn(groups, 2, w[0].numel(), dtype=w.dtype),
+            0.1 * torch.randn(groups, 2, len(w), dtype=w.dtype),
+        )
+        for key, w in passes.weights.items()
+        if key in passes.rows
+    }
+    own = {key: w.expand(groups, *w.shape) for key, w in passes.weights.items()}
+    packs = passes.packing.joined({key: w for key, w in own.items() if key not in thin})
+    losses, _ = passes.losses(Examples(x, y), groups, packs, thin)
+    own |= {
+        key: passes.weights[key] + (d.mT @ a).view(groups, *passes.weights[key].shape)
+        for key, (a, d) in thin.items()
+    }
+    for i in range(groups):
+        part = slice(i * size, (i + 1) * size)
+        loss, _ = plain(at(model, own, i), x[part], y[part])
+        torch.testing.assert_close(losses[i], loss, rtol=1e-11, atol=0.0)
+
+
+def test_a_weight_that_is_looked_up_as_well_is_not_kept_in_factors():
+    _, passes, _, _ = passes_of("tied_head", 12)
+    assert "mix.weight" in passes.rows
+    assert "table.weight" not in passes.rows
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6, 6), (2, 3, 7, 5), (1, 1, 2, 2)])
+def test_max_pooling_is_torchs_with_ties_and_odd_sizes(shape):
+    for seed in range(10):
+        torch.manual_seed(seed)
+        x = torch.randint(0, 3, shape).double().requires_grad_()
+        expected, found = F.max_pool2d(x, 2), MaxPool2x2.apply(x)
+        grad = torch.randn_like(expected)
+        assert torch.equal(found, expected)
+        assert torch.equal(pooled(x), expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(found, x, grad), torch.autograd.grad(expected, x, grad)
+        )
+
+
+def test_max_pooling_passes_nan_on():
+    x = torch.zeros(1, 1, 2, 2)
+    x[0, 0, 1, 0] = math.nan
+    assert pooled(x).isnan().all()
