@@ -69,6 +69,19 @@ def unfused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
+def fused_attention() -> AbstractContextManager[object]:
+    """Any kernel inside, for first derivatives without transforms: they are faster, and as exact.
+
+    Example:
+        >>> with fused_attention():
+        ...     pass
+    """
+    kernels = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
+    known = [getattr(SDPBackend, name) for name in kernels if hasattr(SDPBackend, name)]
+    context: AbstractContextManager[object] = sdpa_kernel(known)
+    return context
+
+
 def run_eagerly() -> AbstractContextManager[object]:
     """Inside, what `torch.compile` has wrapped runs as plain Python: compiled code keeps weights.
 

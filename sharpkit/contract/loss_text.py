@@ -18,6 +18,7 @@ def loss_name(loss: Loss) -> str:
     """A short name of a loss: as it was given, or that of its class or function.
 
     Example:
+        >>> from torch import nn
         >>> loss_name("mse"), loss_name(nn.HuberLoss(delta=2.0)), loss_name(lambda f, y: f.mean())
         ('mse', 'HuberLoss', 'loss')
     """
@@ -39,6 +40,7 @@ def loss_text(loss: Loss) -> str:
     variables that it closes over. What the code itself calls is not looked into.
 
     Example:
+        >>> from torch import nn
         >>> loss_text("mse")
         'mse'
         >>> texts = [loss_text(nn.CrossEntropyLoss(label_smoothing=s)) for s in (0.0, 0.1, 0.1)]

@@ -13,12 +13,11 @@ import numpy as np
 from torch import nn
 
 from sharpkit.contract.examples import Examples
-from sharpkit.contract.functional import FunctionalModel
-from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_examples
-from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
+from sharpkit.contract.losses import Loss, resolve_loss
+from sharpkit.contract.mean_loss import loss_of
 from sharpkit.contract.modules import unwrapped
-from sharpkit.display import html_of, lines_of
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.sharpness.m_sharpness import SharpnessResult, m_sharpness
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LOSSES_ALIKE = 1.5  # the ratio of training losses from which on a warning is given
-_BATCH = 64
 
 
 class PairedDifference(NamedTuple):
@@ -48,7 +46,13 @@ class PairedDifference(NamedTuple):
     p_value: float
 
 
-@dataclass(frozen=True, repr=False)
+@readable(
+    lambda c: (
+        f"{c.names[0]} − {c.names[1]}, n = {c.results[0].n}, losses {c.losses[0]:.4g} and "
+        f"{c.losses[1]:.4g}, {100 * c.confidence:g} % intervals"
+    )
+)
+@dataclass(frozen=True)
 class ModelComparison:
     """m-sharpness of two models over the same groups; `.frame()` is the table.
 
@@ -92,22 +96,6 @@ class ModelComparison:
                 }
             )
         return pd.DataFrame(rows).drop(columns="value")
-
-    def __repr__(self) -> str:
-        """The table, in a few lines."""
-        return lines_of(self._head(), self.frame())
-
-    def _repr_html_(self) -> str:
-        return html_of(self._head(), self.frame())
-
-    def _head(self) -> str:
-        losses = " and ".join(
-            f"{loss:.4g} ({name})" for loss, name in zip(self.losses, self.names, strict=True)
-        )
-        return (
-            f"ModelComparison: {self.names[0]} − {self.names[1]}, n = {self.results[0].n}, "
-            f"losses {losses}, {100 * self.confidence:g} % intervals"
-        )
 
 
 def compare_models(
@@ -222,7 +210,7 @@ def compare_models(
                 f"at m = {size} the groups weigh differently in the two models, because the "
                 "loss's weights follow from the outputs: they cannot be compared pair by pair"
             )
-    losses = _mean_loss(a, examples, loss_fn), _mean_loss(b, examples, loss_fn)
+    losses = loss_of(a, examples, loss_fn), loss_of(b, examples, loss_fn)
     comparison = ModelComparison(names, results, losses, confidence)
     _warn(a, b, comparison)
     return comparison
@@ -287,20 +275,6 @@ def _as_data(examples: Examples) -> Data:
     if examples.uniform:
         return examples.inputs, examples.labels
     return [(part.inputs, part.labels) for part in examples.chunks(len(examples))]
-
-
-def _mean_loss(model: nn.Module, examples: Examples, loss: MeanLoss) -> float:
-    """The loss of all examples at the weights as they are."""
-    total = counted = 0.0
-    with frozen(model):
-        function = FunctionalModel(model, whole=not loss.exact)
-        with function.evaluating():
-            for batch in examples.chunks(_BATCH):
-                batch = batch.to(function.device, function.dtype)
-                mean, weight = loss.terms(function({}, batch.inputs), batch.labels)
-                total += float(mean.detach().double() * weight)
-                counted += float(weight)
-    return total / counted
 
 
 def _warn(a: nn.Module, b: nn.Module, comparison: ModelComparison) -> None:

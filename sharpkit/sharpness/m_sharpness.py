@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from sharpkit.contract.checks import examine, unused, warn_of_unused
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.contract.holding import frozen
+from sharpkit.contract.holding import frozen, fused_attention
 from sharpkit.contract.loading import Data, load_examples
 from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.groupwise.fallback import (
     Disagreement,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 _CHECKS = 16
 
 
+@readable(lambda r: f"n = {r.n}, {r.parameters} parameters, {r.seconds:.2g} s, engine {r.engine!r}")
 @dataclass(frozen=True)
 class SharpnessResult:
     """m-sharpness on a grid of m and rho.
@@ -254,7 +256,7 @@ def m_sharpness(
             for careful in (False, True):
                 sweep = Sweep(objective, examples, ms, rhos, rule, alone, side, careful=careful)
                 try:
-                    with nullcontext() if side is None else side.held():
+                    with fused_attention(), nullcontext() if side is None else side.held():
                         sweep.compare(probe.examples)
                         return run(sweep)
                 except Doubtful:

@@ -12,6 +12,7 @@ from torch.func import grad_and_value, vmap
 
 from sharpkit.compiling import Compiled
 from sharpkit.contract.examples import Examples, Inputs
+from sharpkit.contract.holding import unfused_attention
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.batch_passes import BatchPasses
 from sharpkit.groupwise.geometry import Factors, Tensors
@@ -171,12 +172,12 @@ class Transformed:
     def __init__(self, objective: Objective, packing: Packing, rows: dict[str, int]) -> None:
         self.objective, self.packing, self.rows = objective, packing, rows
         self._shapes: dict[tuple[int, frozenset[str]], dict[str, list[torch.Size]]] = {}
-        self.held = nullcontext
+        self.held = nullcontext  # each call of a transform swaps weights by itself
 
     def losses_only(self, examples: Examples, groups: int) -> Blocks:
         """As `Passes`."""
         f = self.objective
-        with f.model.evaluating():
+        with unfused_attention(), f.model.evaluating():
             mean, weight = vmap(lambda x, y: f.at(f.weights, x, y))(*grouped(examples, groups))
         loss = mean.double()
         size = len(examples) // groups
@@ -192,7 +193,8 @@ class Transformed:
         def one(inputs: Inputs, labels: Tensor) -> GroupGradient:
             return group_gradient(f.model, f.loss, dense, thin, shapes, inputs, labels)
 
-        found = vmap(one)(*grouped(examples, groups))
+        with unfused_attention():
+            found = vmap(one)(*grouped(examples, groups))
         return Blocks(
             size, {name: w.shape for name, w in thin.items()}, found.mean, found.weight,
             self.packing.joined(found.dense), joined_factors(found), found.exponent,
@@ -213,17 +215,19 @@ class Transformed:
             with low_rank.Calls(layers, rule) as calls:
                 return f.at({**w, **calls.stand_ins}, inputs, labels)[0]
 
-        if not thin:
-            means, _ = vmap(f.at)(self.packing.parts(at), *grouped(examples, groups))
-        else:
-            means = vmap(one)(self.packing.parts(at), thin, *grouped(examples, groups))
+        with unfused_attention():
+            if not thin:
+                means, _ = vmap(f.at)(self.packing.parts(at), *grouped(examples, groups))
+            else:
+                means = vmap(one)(self.packing.parts(at), thin, *grouped(examples, groups))
         return means.double()
 
     def slopes(self, examples: Examples, groups: int, at: Tensors) -> tuple[Tensors, Tensor]:
         """As `Passes`."""
-        gradient, (loss, _) = vmap(grad_and_value(self.objective.at, has_aux=True))(
-            self.packing.parts(at), *grouped(examples, groups)
-        )
+        with unfused_attention():
+            gradient, (loss, _) = vmap(grad_and_value(self.objective.at, has_aux=True))(
+                self.packing.parts(at), *grouped(examples, groups)
+            )
         return self.packing.joined(gradient), loss.double()
 
     def _output_shapes(
