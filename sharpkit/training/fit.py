@@ -9,19 +9,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import check_rows
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_in_order
-from sharpkit.contract.losses import check_class_labels
+from sharpkit.contract.loss_text import loss_text
+from sharpkit.contract.losses import (
+    Loss,
+    MeanLoss,
+    check_class_labels,
+    check_is_mean,
+    check_labels,
+    resolve_loss,
+)
 from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.device import check_device
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.lock import sole_driver
-from sharpkit.training.loop import Training, logits
+from sharpkit.training.loop import Training, classifies, outputs_of
 from sharpkit.training.parallel import Ranks
 from sharpkit.training.run_directory import Row, RunDirectory, examples_fingerprint, fingerprint
 from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
@@ -34,6 +43,12 @@ _COLUMNS = [
 ]  # fmt: skip
 
 
+@readable(
+    lambda r: (
+        f"{type(r.model).__name__} after {len(r.history)} epochs, train_loss "
+        f"{r.history['train_loss'].iloc[-1]:.4g}{'' if r.path is None else f', in {r.path}'}"
+    )
+)
 @dataclass(frozen=True)
 class FitResult:
     """A finished training.
@@ -42,8 +57,8 @@ class FitResult:
         model: The trained model, in eval mode.
         history: One row per epoch: epoch (from 1), lr (of its first step), loss (mean over its
             steps, before each), train_loss, train_accuracy, test_loss, test_accuracy (at its end,
-            in eval mode, without augmentation, on the labels trained on; NaN where not evaluated),
-            seconds.
+            in eval mode, without augmentation, on the labels trained on; NaN where not evaluated,
+            and the accuracies of what is no classification), seconds.
         path: The run directory, or None.
     """
 
@@ -59,6 +74,7 @@ def fit(
     *,
     epochs: int,
     optimizer: OptimizerName = "sgd",
+    loss: Loss = "cross_entropy",
     m: int | None = None,
     rho: float = 0.05,
     adaptive: bool = False,
@@ -79,10 +95,10 @@ def fit(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> FitResult:
-    """Train a classifier in place with SGD or SAM.
+    """Train a model in place with SGD or SAM.
 
     One epoch is the n // batch_size full batches of a random order of the training set; what is
-    left over is left out, each time other examples. The loss is the cross-entropy. Order,
+    left over is left out, each time other examples. Order,
     augmentation, label noise and dropout each come from a stream of their own that the seed and
     the epoch fix, never from torch's global state, which is put back.
 
@@ -96,12 +112,15 @@ def fit(
     that all of them see.
 
     Args:
-        model: Takes the inputs, returns logits (n, classes). All of it is put in training mode.
-        train: Inputs and integer labels: a `Dataset`, a `DataLoader` (its data set in index order,
-            with any batch size), or a pair of tensors. Held in memory on the device.
+        model: Takes the inputs, returns what the loss takes. All of it is put in training mode.
+        train: Inputs and labels: a `Dataset`, a `DataLoader` (its data set in index order, with
+            any batch size), or a pair of tensors. Held in memory on the device.
         test: The same, only to be evaluated.
         epochs: Epochs at most; the schedule spans them.
         optimizer: "sgd" or "sam"; SAM takes its steps with SGD.
+        loss: As for `m_sharpness`: "cross_entropy" of logits (n, classes) with labels (n,), or of
+            tokens (n, positions, vocabulary) with (n, positions); "mse"; a torch loss module; or a
+            callable. With several processes, each of their means counts the same.
         m: SAM's group size: each group of m examples has its own perturbation (see
             `m_sam_gradient`); if m does not divide the batch, its last group is smaller. None for
             the batch, or a process's share of it.
@@ -155,6 +174,7 @@ def fit(
         epochs, optimizer, m, rho, adaptive, batch_size, lr, momentum, weight_decay, schedule,
         augmentation, label_noise, stop_at_loss, seed,
     )  # fmt: skip
+    loss_fn = resolve_loss(loss)
     ranks = Ranks.current()
     if device is not None:
         check_device(device)
@@ -162,7 +182,7 @@ def fit(
     model.to(place)
     examples = load_in_order(train)
     held_out = None if test is None else load_in_order(test)
-    _check(model, examples, held_out, settings, ranks)
+    _check(model, examples, held_out, settings, ranks, loss_fn)
     _check_outputs(settings, keep, evaluate_every, tensorboard, out)
     config = {
         **settings.asdict(),
@@ -172,12 +192,14 @@ def fit(
         "training data": examples_fingerprint(examples),
         "test data": examples_fingerprint(held_out),
         "initial weights": fingerprint(*model.state_dict().values()),
+        # noted where it is another than what every training once had
+        **({} if loss_fn.given == "cross_entropy" else {"loss": loss_text(loss_fn)}),
         **({"provenance": dict(provenance)} if provenance else {}),
     }
     path = None if out is None else Path(out)
     directory = RunDirectory(path, config, writes=ranks.rank == 0)
     with sole_driver(path if ranks.rank == 0 else None), _reproducible(place):
-        training = Training(model, examples, held_out, settings, ranks, directory)
+        training = Training(model, examples, held_out, settings, ranks, directory, loss_fn)
         board = path / "tensorboard" if path and tensorboard and ranks.rank == 0 else None
         training.run(set(keep), evaluate_every, board, progress=progress and ranks.rank == 0)
     return FitResult(model.eval(), _frame(training.history), path)
@@ -191,7 +213,12 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _check(
-    model: nn.Module, train: Examples, test: Examples | None, settings: FitSettings, ranks: Ranks
+    model: nn.Module,
+    train: Examples,
+    test: Examples | None,
+    settings: FitSettings,
+    ranks: Ranks,
+    loss: MeanLoss,
 ) -> None:
     """Raise for a batch size or data that cannot be trained with."""
     size = settings.batch_size
@@ -204,16 +231,31 @@ def _check(
     one = train.slice(0, 1).to(parameter.device, parameter.dtype)
     with frozen(model), torch.no_grad():
         try:
-            outputs = logits(model, one.inputs)
+            outputs = outputs_of(model, one.inputs, loss)
         except (RuntimeError, ValueError, TypeError) as error:
             shapes = [(tuple(t.shape[1:]), t.dtype) for t in pytree.tree_leaves(one.inputs)]
             raise DataError(
                 f"the model does not take the training inputs, (shape, dtype) {shapes}: {error}"
             ) from error
-    check_rows(model, outputs, 1)
+    if loss.exact:
+        check_rows(model, outputs, 1)
+    else:
+        some = train.slice(0, 8).to(parameter.device, parameter.dtype)
+        with frozen(model), torch.no_grad():
+            check_is_mean(loss, outputs_of(model, some.inputs, loss), some.labels)
     for examples in (train, test):
         if examples is not None:
-            check_class_labels(examples.labels, outputs)
+            _check_labels(examples.labels, outputs, loss)
+    if settings.label_noise and not classifies(outputs, one.labels):
+        raise ArgumentError("label_noise needs one class per example: leave it out here")
+
+
+def _check_labels(labels: Tensor, outputs: Any, loss: MeanLoss) -> None:
+    """Raise DataError unless labels fit the outputs of one example; nothing ignored in classes."""
+    if loss.given == "cross_entropy" and labels.ndim == 1:
+        check_class_labels(labels, outputs)
+    elif loss.exact:
+        check_labels(labels, outputs, loss)
 
 
 def _check_outputs(

@@ -1,14 +1,15 @@
-"""The two passes of m-SAM over groups of examples: where each group goes, and the gradient there.
+"""The two passes of m-SAM over a chunk of groups: where each goes, and the gradient there.
 
 Pass one takes the gradient of every group at the shared weights w; pass two the gradient, with
-respect to w, of the mean loss of the groups at w + ε_i with ε_i constant. Both run all groups
-under one vmap; a single group needs none and runs as ordinary autograd.
+respect to w, of the mean loss of the groups at w + ε_i with ε_i constant. There are three ways:
+all groups of a chunk as one ordinary batch, all of them under vmap, or a group alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,170 +19,257 @@ from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
 from sharpkit.contract.recompute import without_checkpointing, without_reentry
-from sharpkit.groupwise import geometry
-from sharpkit.groupwise.geometry import Direction, Factors, Tensors
-from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient, joined_factors
-from sharpkit.groupwise.objective import grouped, plain_gradient
-from sharpkit.training.perturbed_layers import PerturbedLayers
+from sharpkit.groupwise import low_rank
+from sharpkit.groupwise.batch_passes import BatchPasses
+from sharpkit.groupwise.geometry import Tensors
+from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient
+from sharpkit.groupwise.group_terms import group_losses
+from sharpkit.groupwise.objective import grouped, in_layout, plain_gradient
+from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.training.group_ascent import Steps, step_of_one, steps_of_groups
+from sharpkit.training.noise import Noise
 from sharpkit.training.radius import Radii
 from sharpkit.training.statistics import Recorder, Statistics
 
-Shapes = dict[str, list[torch.Size]]
 
-
-@dataclass
-class Objective:
-    """The training loss, its parameters, and how their perturbations are handled.
+@dataclass(frozen=True)
+class Task:
+    """What one step works on.
 
     Attributes:
         model: The model as a function.
         loss: The loss of a batch.
         shared: The values of the parameters to be trained, by name, detached.
-        factored: Linear weights whose gradient stays in factors.
-        shapes: Outputs of every call of the factored layers for one group, by group size.
+        radii: Of their perturbations.
         recorder: Of BatchNorm statistics.
+        examples: The batch.
+        m: Examples per group.
+        scale: Multiplies the loss whose gradient is taken.
     """
 
     model: FunctionalModel
     loss: MeanLoss
     shared: Tensors
-    factored: frozenset[str]
-    shapes: dict[int, Shapes]
+    radii: Radii
     recorder: Recorder
+    examples: Examples
+    m: int
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss
+
+    def weighted(self, weight: Tensor) -> Tensor:
+        """What groups of such weights count in the batch."""
+        return weight / len(self.examples)
 
 
-@dataclass
-class Gradients:
-    """What pass one found: losses and weights (groups,), gradients (groups, *shape) or factors."""
+class Found(NamedTuple):
+    """What both passes over a chunk give; the host has looked at nothing of it."""
 
-    loss: Tensor
-    weight: Tensor
-    tensors: Tensors
-    factors: Factors
-    statistics: Statistics
-
-
-def gradients(objective: Objective, examples: Examples, count: int) -> Gradients:
-    """Pass one: the gradient of `count` groups of consecutive examples, up to a factor each."""
-    if count == 1:
-        return _one_gradient(objective, examples)
-    f, size = objective, len(examples) // count
-    dense = {name: p for name, p in f.shared.items() if name not in f.factored}
-    factored = {name: f.shared[name] for name in f.factored}
-
-    def one(inputs: Inputs, labels: Tensor) -> GroupGradient:
-        return group_gradient(
-            f.model, f.loss, dense, factored, f.shapes.get(size, {}), inputs, labels,
-            f.recorder.over_groups,
-        )  # fmt: skip
-
-    with without_checkpointing():
-        found = vmap(one, randomness="different")(*grouped(examples, count))
-    return Gradients(found.mean, found.weight, found.dense, joined_factors(found), found.noted)
+    loss: Tensor  # at w, (groups,)
+    weight: Tensor  # (groups,)
+    after: Tensor  # the sum of the losses at w + ε_i, as the groups count
+    gradient: Sequence[Tensor | None]  # of that sum, in the order of the parameters; None: unused
+    statistics: Statistics  # of BatchNorm layers, with an axis of groups
+    doubtful: Tensor  # a bool: whether a norm may have left float32 on the way
 
 
-def _one_gradient(objective: Objective, examples: Examples) -> Gradients:
-    """One group of any size, by ordinary autograd."""
-    f = objective
-    with without_reentry(), f.recorder.of_one_group() as statistics:
-        found = plain_gradient(f.model, f.loss, f.shared, examples)
-    tensors = {
-        name: (torch.zeros_like(p) if g is None else g).unsqueeze(0)
-        for (name, p), g in zip(f.shared.items(), found.gradient, strict=True)
-    }
-    batched: Statistics = {
-        name: [(mean.unsqueeze(0), variance.unsqueeze(0)) for mean, variance in calls]
-        for name, calls in statistics.items()
-    }
-    return Gradients(found.mean.unsqueeze(0), found.weight.unsqueeze(0), tensors, {}, batched)
+class Passes(Protocol):
+    """A way to run both passes over `groups` equally large groups of consecutive examples."""
+
+    def __call__(self, examples: Examples, groups: int) -> Found:
+        """Both passes."""
 
 
-@dataclass
-class Perturbation:
-    """ε of every group: tensors (groups, *shape), and for linear weights factors with ε = DᵀA."""
-
-    tensors: Tensors
-    factors: Factors
-
-
-@torch.no_grad()
-def perturbation(objective: Objective, found: Gradients, radii: Radii) -> Perturbation:
-    """ε_i = T² g_i / ‖T g_i‖ for every group, with T = ρ, or ρ|w| where adaptive (see `Radii`)."""
-    scale = radii.scale(objective.shared)
-
-    def scaled(tensors: Tensors) -> Tensors:
-        return tensors if scale is None else {k: t * scale[k] for k, t in tensors.items()}
-
-    def scaled_factors(factors: Factors) -> Factors:
-        return factors if scale is None else {k: (a, d * scale[k]) for k, (a, d) in factors.items()}
-
-    unit: Direction = geometry.steepest(scaled(found.tensors), 2.0, scaled_factors(found.factors))
-    amount = unit.coefficient * (radii.common if scale is None else 1.0)
-    tensors = {name: t * geometry.expand(amount, t) for name, t in scaled(unit.tensors).items()}
-    # half of the amount to each factor: it may leave float32 although the product does not
-    root = amount.sqrt().view(-1, 1, 1)
-    factors = {
-        name: ((a.double() * root).to(a.dtype), (d.double() * root).to(d.dtype))
-        for name, (a, d) in scaled_factors(unit.factors).items()
-    }
-    return Perturbation(tensors, factors)
-
-
-def perturbed_gradient(
-    objective: Objective,
-    examples: Examples,
-    count: int,
-    epsilon: Perturbation,
-    shares: Tensor,
-    scale: Callable[[Tensor], Tensor],
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Pass two: the gradient of the weighted sum of the groups' losses at w + ε_i, ε_i constant.
+class AsOneBatch:
+    """All groups as one ordinary batch, whose layers know whose examples are whose.
 
     Args:
-        objective: The loss.
-        examples: Of the groups, consecutive.
-        count: How many groups.
-        epsilon: Where each goes.
-        shares: What the loss of each counts, (groups,).
-        scale: Of a loss scaler.
-
-    Returns:
-        tuple: The sum, and its gradient in the order of the parameters, None where unused.
+        task: The step.
+        factored: Rows per example of the weights whose perturbations stay in factors.
+        careful: As in `steps_of_groups`.
     """
-    f = objective
-    if count == 1:
-        moved = {name: p + epsilon.tensors[name][0] for name, p in f.shared.items()}
-        with without_reentry(), f.model.assigned(moved) as leaves, torch.enable_grad():
-            mean = f.loss(f.model.outputs(examples.inputs), examples.labels)
-            total = mean * shares[0].to(mean.dtype)
-            found = torch.autograd.grad(scale(total), leaves, allow_unused=True)
-        dense = [None if g is None else g.to_dense() if g.is_sparse else g for g in found]
-        return total.detach(), [
-            None if g is None else f.model.real(name, g)
-            for name, g in zip(f.shared, dense, strict=True)
-        ]
-    with torch.enable_grad(), without_checkpointing():
-        leaves_of = {name: p.detach().requires_grad_() for name, p in f.shared.items()}
-        losses: Tensor = vmap(_at_own_weights(f, leaves_of), randomness="different")(
-            epsilon.tensors, epsilon.factors, *grouped(examples, count)
-        )
-        total = (losses * shares.to(losses.dtype)).sum()
-        found = torch.autograd.grad(scale(total), list(leaves_of.values()), allow_unused=True)
-    return total.detach(), found
 
+    def __init__(self, task: Task, factored: dict[str, int], *, careful: bool) -> None:
+        self.task, self._careful, self._thin = task, careful, frozenset(factored)
+        self._passes = BatchPasses(task.model, task.loss, task.shared, factored)
+        self._leaves = {name: w.detach().requires_grad_() for name, w in task.shared.items()}
+        self._stand_ins = low_rank.stand_ins(task.shared)
+        join = self._passes.packing.joined
+        dense = {name: w for name, w in task.shared.items() if name not in factored}
+        scale = task.radii.scale(dense)
+        self._weights, self._scale = join(dense), None if scale is None else join(scale)
 
-def _at_own_weights(
-    objective: Objective, leaves: Tensors
-) -> Callable[[Tensors, Factors, Inputs, Tensor], Tensor]:
-    f = objective
+    def __call__(self, examples: Examples, groups: int) -> Found:
+        """As `Passes`."""
+        task, noise = self.task, Noise(self.task.model.device)
+        with without_checkpointing():
+            with task.recorder.of_one_batch(groups) as statistics:
+                first = self._passes.gradients(examples, groups, self._thin)
+            terms = first.terms
+            steps = steps_of_groups(
+                self._weights, first.packs, first.factors, terms.exponent, task.radii,
+                self._scale, careful=self._careful,
+            )  # fmt: skip
+            del first
+            noise.replay()
+            shares = task.weighted(terms.weight)
+            after, gradient = self._second_pass(examples, groups, steps, shares)
+        return Found(terms.mean, terms.weight, after, gradient, statistics, steps.doubtful)
 
-    def one(steps: Tensors, thin: Factors, inputs: Inputs, labels: Tensor) -> Tensor:
-        moved = {name: leaves[name] + e for name, e in steps.items()}
-        with PerturbedLayers(leaves, moved, thin) as layers:
-            loss: Tensor = f.model.within(
-                {**moved, **layers.stand_ins},
-                lambda: f.loss(f.model.outputs(inputs), labels),
+    def _second_pass(
+        self, examples: Examples, groups: int, steps: Steps, shares: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        task, leaves = self.task, self._leaves
+        own = self._passes.packing.parts(steps.at, copied=True)
+        values = {**own, **{name: task.shared[name] for name in self._thin}}
+        with torch.enable_grad():
+            tied = at_own_values(leaves, own)
+
+        def moved(name: str) -> Tensor:
+            return leaves[name] if name in self._thin else tied[name]
+
+        point = Point(groups, len(examples) // groups, values, steps.thin, leaves, moved)
+        with torch.enable_grad():
+            with (
+                task.model.assigned(self._stand_ins) as held,
+                OneBatch(dict(zip(leaves, held, strict=True)), point, self._passes.kept) as batch,
+            ):
+                outputs = task.model.outputs(examples.inputs)
+            loss, _ = group_losses(task.loss, outputs, examples.labels, groups)
+            total = (loss * shares).sum()
+            probes = [probe for calls in batch.probes.values() for probe in calls]
+            found = torch.autograd.grad(
+                task.scale(total), [*leaves.values(), *probes], allow_unused=True
             )
-        return loss
+        gradient = dict(zip(leaves, found, strict=False))
+        deltas = iter(found[len(leaves) :])
+        for name, inputs in batch.inputs.items():  # of recurrent layers: rows of every step
+            for a in inputs:
+                d = next(deltas)
+                if d is not None:
+                    part = d.reshape(-1, d.shape[-1]).mT @ a.flatten(0, 1)
+                    before = gradient[name]
+                    gradient[name] = part if before is None else before + part
+        return total.detach(), list(gradient.values())
 
-    return one
+
+def at_own_values(leaves: Tensors, own: Tensors) -> Tensors:
+    """Values of groups (groups, *shape), whose gradients go to shared leaves, as their sum."""
+    outs = _At.apply(  # type: ignore[no-untyped-call]
+        len(own), *(leaves[name] for name in own), *own.values()
+    )
+    return dict(zip(own, outs, strict=True)) if own else {}
+
+
+class _At(torch.autograd.Function):
+    """Values (groups, *shape) of some leaves; all their gradients are added up by one call."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The values."""
+        ctx.set_materialize_grads(False)
+        ctx.shapes = [leaf.shape for leaf in tensors[:count]]
+        return tuple(own.view_as(own) for own in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The sums over groups; None for values that were not used."""
+        used = [g.reshape(len(g), -1) for g in grads if g is not None]
+        sums: list[Tensor] = []
+        if used:
+            joined = used[0] if len(used) == 1 else torch.cat(used, 1)
+            sums = list(torch.split(joined.sum(0), [g.shape[1] for g in used]))
+        parts = iter(sums)
+        found = [
+            None if g is None else next(parts).view(shape)
+            for g, shape in zip(grads, ctx.shapes, strict=True)
+        ]
+        return (None, *found, *[None] * len(grads))
+
+
+class Vectorised:
+    """Each group a call of the model as a function, all of them under vmap."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self._scale = task.radii.scale(task.shared)
+
+    def __call__(self, examples: Examples, groups: int) -> Found:
+        """As `Passes`."""
+        task, noise = self.task, Noise(self.task.model.device)
+
+        def first(inputs: Inputs, labels: Tensor) -> GroupGradient:
+            return group_gradient(
+                task.model, task.loss, task.shared, {}, {}, inputs, labels,
+                task.recorder.over_groups,
+            )  # fmt: skip
+
+        with without_checkpointing():
+            found = vmap(first, randomness="different")(*grouped(examples, groups))
+            steps = steps_of_groups(
+                task.shared, found.dense, {}, found.exponent, task.radii, self._scale, careful=True
+            )
+            noise.replay()
+            shares = task.weighted(found.weight)
+            with torch.enable_grad():
+                leaves = [w.detach().requires_grad_() for w in task.shared.values()]
+                at = at_own_values(dict(zip(task.shared, leaves, strict=True)), steps.at)
+                losses: Tensor = vmap(self._loss, randomness="different")(
+                    at, *grouped(examples, groups)
+                )
+                total = (losses.double() * shares).sum()
+                gradient = torch.autograd.grad(task.scale(total), leaves, allow_unused=True)
+        return Found(
+            found.mean, found.weight, total.detach(), gradient, found.noted, steps.doubtful
+        )
+
+    def _loss(self, at: Tensors, inputs: Inputs, labels: Tensor) -> Tensor:
+        f = self.task
+        return f.model.within(at, lambda: f.loss(f.model.outputs(inputs), labels))
+
+
+class Alone:
+    """A group by itself, by plain autograd with the weights assigned.
+
+    Args:
+        task: The step.
+        layout: Of images and of the weights of convolutions.
+        careful: As in `step_of_one`.
+    """
+
+    def __init__(self, task: Task, layout: torch.memory_format, *, careful: bool) -> None:
+        self.task, self._layout, self._careful = task, layout, careful
+        self._weights: Tensors = in_layout(task.shared, layout)
+        self._scale = task.radii.scale(self._weights)
+
+    def __call__(self, examples: Examples, groups: int = 1) -> Found:
+        """As `Passes`, for a single group."""
+        task, noise = self.task, Noise(self.task.model.device)
+        examples = Examples(in_layout(examples.inputs, self._layout), examples.labels)
+        with without_reentry():
+            with task.recorder.of_one_group() as statistics:
+                first = plain_gradient(
+                    task.model, task.loss, self._weights, examples, layout=self._layout
+                )
+            at, doubtful = step_of_one(
+                self._weights, first.gradient, first.exponent, task.radii, self._scale,
+                careful=self._careful,
+            )  # fmt: skip
+            loss, weight = first.mean, first.weight
+            del first
+            noise.replay()
+            with task.model.assigned(at) as leaves, torch.enable_grad():
+                mean = task.loss(task.model.outputs(examples.inputs), examples.labels)
+                total = mean * task.weighted(weight).to(mean.dtype)
+                found = torch.autograd.grad(task.scale(total), leaves, allow_unused=True)
+        gradient = [
+            None if g is None else task.model.real(name, g.to_dense() if g.is_sparse else g)
+            for name, g in zip(at, found, strict=True)
+        ]
+        return Found(
+            loss.unsqueeze(0), weight.unsqueeze(0), total.detach().double(), gradient,
+            {
+                name: [(mean.unsqueeze(0), variance.unsqueeze(0)) for mean, variance in calls]
+                for name, calls in statistics.items()
+            },
+            doubtful,
+        )  # fmt: skip

@@ -1,12 +1,13 @@
 """How a step of m-SAM is laid out: groups at a time, and which weights are handled how.
 
-Everything follows from sizes and from one forward pass of one group, never from timings, and is
-kept for the following steps on batches of the same shape.
+Everything follows from sizes and from a few forward passes, never from timings, and is kept for the
+following steps on batches of the same shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,72 +20,64 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import check_rows
 from sharpkit.contract.examples import Examples, label_diverse
-from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import unfused_attention
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
-from sharpkit.contract.recompute import without_reentry
+from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.contract.state import Attributes
-from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.memory import activation_bytes, default_memory_budget
-from sharpkit.training.group_passes import Shapes
-from sharpkit.training.noise import Noise
-from sharpkit.training.radius import Radii
+from sharpkit.groupwise.objective import floating_leaves, plain_gradient
+from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
+from sharpkit.training.group_passes import Task
+from sharpkit.training.noise import Draws, Noise
 
 _KEPT_PER_MODEL = 16
 _PROBED = 32  # examples that a loss of unknown kind is tried on
-# a group this large fills a CPU's vector units and cache by itself: side by side, groups only cost
-# the copies that bring their channels together (benchmarks/bench_sam.py)
-_FULL_CPU_GROUP = 16
 _CPU_WORKING_SET = 96 * 2**20
+# examples of a group on a CPU, however small the network: larger ones gain nothing side by side
+_MOST_SIDE_BY_SIDE = 15
+# operations of a forward pass from which a group of two or more examples fills a CPU: WRN-16-4 at
+# m = 4 took 1.04 loops alone and 1.12 side by side, ResNet-20 and a small ViT 1.1 and 1.05
+_CPU_FULL_GROUP = 2e9
+_LAYOUT_TRIED = 8  # examples that a memory layout is tried on
+# relative to the largest entry of a gradient: what rounding may change, if it is amplified
+_AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2}
 
 
 @dataclass
 class Plan:
-    """Groups at a time, and how the parameters are handled (see `group_passes.Objective`)."""
+    """How groups of one size are evaluated, for one model, loss and device."""
 
-    groups: int
-    factored: frozenset[str]
-    shapes: dict[int, Shapes]
+    groups: int  # at a time; 1 where they run as fast alone
+    factored: dict[str, int]  # rows per example of weights whose perturbations stay in factors
+    layout: torch.memory_format  # of groups alone
     outputs: Any  # of one group, without storage
     loss: MeanLoss  # kept, for its identity is in the key
     writes: list[tuple[nn.Module, str]]  # attributes that a forward pass changes
+    loss_sees_weights: bool
+    one_batch: bool  # whether the model may run as one batch; False once it has not
     compared: bool = False  # whether groups side by side were found to be right
     loop_only: bool = False  # found not to be vectorisable
+    careful: bool = False  # found to have gradients whose squares leave float32
 
 
 _PLANS: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
 
 
-def plan_for(
-    function: FunctionalModel,
-    shared: Mapping[str, Tensor],
-    loss: MeanLoss,
-    examples: Examples,
-    m: int,
-    radii: Radii,
-) -> Plan:
-    """The plan for groups like the first; the same object for every step that is alike.
-
-    Args:
-        function: The model.
-        shared: The trained parameters.
-        loss: The loss of a batch.
-        examples: The batch, on the model's device.
-        m: Examples per group.
-        radii: Adaptive parameters are not kept in factors.
-    """
-    kind = function.device.type
-    group = examples.slice(0, m)
+def plan_for(task: Task) -> Plan:
+    """The plan for groups like the first; the same object for every step that is alike."""
+    function, kind = task.model, task.model.device.type
+    group = task.examples.slice(0, task.m)
     key = (
         tuple((tuple(t.shape), t.dtype) for t in pytree.tree_leaves(group.inputs)),
-        tuple((name, tuple(p.shape)) for name, p in shared.items()),
-        radii.adaptive,
+        tuple((name, tuple(p.shape)) for name, p in task.shared.items()),
+        task.radii.adaptive,
         function.device,
         function.dtype,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         tuple(module.training for module in function.model.modules()),
-        loss.given if isinstance(loss.given, str) else id(loss.given),
+        task.loss.given if isinstance(task.loss.given, str) else id(task.loss.given),
     )
     plans = _PLANS.setdefault(function.model, {})
     if key not in plans:
@@ -92,89 +85,137 @@ def plan_for(
             plans.clear()
         noise = Noise(function.device)
         with vmap_friendly(function.model), without_reentry():
-            plans[key] = _plan(function, shared, loss, examples, m, radii)
+            plans[key] = _plan(task, group, noise.replay)
         noise.replay()
         function.reset_buffers()
     return plans[key]
 
 
-def _plan(
-    function: FunctionalModel,
-    shared: Mapping[str, Tensor],
-    loss: MeanLoss,
-    examples: Examples,
-    m: int,
-    radii: Radii,
-) -> Plan:
-    group = examples.slice(0, m)
-    weights = dict(shared)
-    matrices = {k: w for k, w in weights.items() if w.ndim == 2 and k not in radii.adaptive}
-    shapes: Shapes = {name: [] for name in matrices}
-    rows = dict.fromkeys(matrices, 0)
-
-    def rule(name: str, call: int, layer_input: Tensor, out: Tensor) -> Tensor:
-        rows[name] += low_rank.rows(layer_input).shape[0]
-        shapes[name].append(out.shape)
-        return out
-
-    watch = low_rank.Calls(matrices, rule, watch=True)
-    loop_only, attributes = False, Attributes(function.model)
-    try:
-        with torch.no_grad(), watch:
-            outputs = function(weights, group.inputs)
-    except Exception:  # what cannot run at swapped weights still runs at assigned ones
-        loop_only, watch = True, low_rank.Calls({}, rule)
-        with torch.enable_grad(), function.assigned(weights):
-            outputs = function.outputs(group.inputs)
-    writes = attributes.changed()
-    function.habits.attributes, function.habits.remembered = writes, attributes
-    check_rows(function.model, outputs, m)
-    check_labels(examples.labels, outputs, loss.given)
-    loss.check(outputs, group.labels)
-    if not loss.exact:
-        _check_loss(function, weights, loss, examples)
+def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
+    function, weights, loss = task.model, task.shared, task.loss
+    attributes = Attributes(function.model)
+    with torch.enable_grad(), function.assigned(weights):
+        outputs = function.outputs(group.inputs)
+        function.habits.attributes = attributes.changed()
+        function.habits.remembered = attributes
+        check_rows(function.model, outputs, task.m)
+        check_labels(task.examples.labels, outputs, loss.given)
+        loss.check(outputs, group.labels)
+        fixed = pytree.tree_map(_detached, outputs)
+        sees_weights = loss(fixed, group.labels).requires_grad
+        if not loss.exact:
+            _check_loss(task)
     per_group = activation_bytes(function, weights, loss, group)
-    factored = frozenset(
-        name
-        for name, count in rows.items()
-        if count and not loop_only and name not in watch.elsewhere and pays(weights[name], count)
-    )
+    size = min(task.m, 2)  # statistics of a group need two examples
+    with Draws() as draws, without_checkpointing():
+        found = survey(function, weights, group, size)
+    rows = {name: count for name, count in found.rows.items() if name not in task.radii.adaptive}
+    factored = {k: count for k, count in rows.items() if count and pays(weights[k], count * task.m)}
     dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
+    layout = _layout(task, group.slice(0, _LAYOUT_TRIED), replay)
+    groups = _groups_at_a_time(per_group + 3 * dense, task.m, found, function.device)
+    one_batch = not found.refused and not sees_weights and draws.are_of_examples
+    one_batch = one_batch and (groups == 1 or _keeps_groups_apart(task, replay))
     attributes.restore()
     return Plan(
-        _groups_at_a_time(per_group + 3 * dense, m, function.device),
+        groups,
         factored,
-        {m: {name: shapes[name] for name in factored}},
+        layout,
         pytree.tree_map(lambda t: torch.empty_like(t, device="meta"), outputs),
         loss,
-        writes,
-        loop_only=loop_only,
+        function.habits.attributes,
+        sees_weights,
+        one_batch,
     )
 
 
-def _check_loss(
-    function: FunctionalModel, weights: Mapping[str, Tensor], loss: MeanLoss, examples: Examples
-) -> None:
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _check_loss(task: Task) -> None:
     """Raise unless a loss of unknown kind is a mean over examples."""
-    some = examples.select(label_diverse(examples, _PROBED))
-    with torch.enable_grad(), function.assigned(weights):
-        outputs = function.outputs(some.inputs)
-    detached = pytree.tree_map(lambda t: t.detach(), outputs)
-    check_is_mean(loss, detached, some.labels)
+    some = task.examples.select(label_diverse(task.examples, _PROBED))
+    outputs = task.model.outputs(some.inputs)
+    check_is_mean(task.loss, pytree.tree_map(_detached, outputs), some.labels)
 
 
-def _groups_at_a_time(per_group: int, m: int, device: torch.device) -> int:
+def _groups_at_a_time(per_group: int, m: int, found: Survey, device: torch.device) -> int:
     """How many groups of m examples to evaluate together.
 
     Args:
         per_group: Bytes of a group's activations, gradient, perturbation and perturbed weights.
         m: Examples per group.
+        found: What a forward pass costs.
         device: A CPU prefers a working set near its cache.
     """
-    if device.type == "cpu" and m >= _FULL_CPU_GROUP:
+    on_cpu = device.type != "cuda"
+    if m >= found.alone(device):
         return 1
-    memory = default_memory_budget(device) if device.type == "cuda" else _CPU_WORKING_SET
-    return max(1, memory // per_group)
+    if on_cpu:
+        full = m > _MOST_SIDE_BY_SIDE or (m > 1 and m * found.flops >= _CPU_FULL_GROUP)
+        return 1 if full else max(1, _CPU_WORKING_SET // per_group)
+    enough = chunk_that_fills(GPU, found.flops, found.calls)
+    return max(1, min(default_memory_budget(device) // per_group, enough // m))
+
+
+def _keeps_groups_apart(task: Task, replay: Callable[[], None]) -> bool:
+    """Whether the outputs of a group stay what they are if another lies beside it in the batch."""
+    first = torch.arange(task.m)
+    found = []
+    for other in (first + task.m, first):
+        both = task.examples.select(torch.cat([first, other]) % len(task.examples))
+        replay()
+        with (
+            torch.no_grad(),
+            without_checkpointing(),
+            task.model.assigned(task.shared) as own,
+            OneBatch(dict(zip(task.shared, own, strict=True)), Point(2, task.m, task.shared)),
+        ):
+            outputs = task.model.outputs(both.inputs)
+        found.append([t[: task.m] for t in floating_leaves(outputs)])
+    return all(_same(a, b) for a, b in zip(*found, strict=True))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether the same calls on tensors of the same shapes gave the same, but for a few bits."""
+    largest = float(a.abs().nan_to_num().max()) if a.numel() else 0.0
+    within = 32 * torch.finfo(a.dtype).eps * largest
+    return torch.allclose(a, b, rtol=0.0, atol=within, equal_nan=True)
+
+
+def _layout(task: Task, few: Examples, replay: Callable[[], None]) -> torch.memory_format:
+    """Channels-last for images on a CPU, where it is faster, if the model gives the same then."""
+    images = any(isinstance(module, nn.Conv2d) for module in task.model.model.modules())
+    if task.model.device.type != "cpu" or not images:
+        return torch.contiguous_format
+
+    def gradient(layout: torch.memory_format) -> list[Tensor | None]:
+        replay()
+        found = plain_gradient(task.model, task.loss, task.shared, few, layout=layout)
+        return list(found.gradient)
+
+    try:
+        if differ(task, gradient(torch.contiguous_format), gradient(torch.channels_last)):
+            return torch.contiguous_format
+    except Exception:  # a view of what is no longer contiguous; other errors come again
+        return torch.contiguous_format
+    return torch.channels_last
+
+
+def differ(task: Task, a: list[Tensor | None], b: list[Tensor | None]) -> bool:
+    """Whether two gradients differ by more than rounding."""
+    tolerance = _AGREEMENT.get(task.model.dtype, 0.5)
+    if torch.is_autocast_enabled(task.model.device.type):
+        tolerance = 0.5
+    pairs = [
+        (torch.zeros_like(p) if x is None else x, torch.zeros_like(p) if y is None else y)
+        for p, x, y in zip(task.shared.values(), a, b, strict=True)
+    ]
+    largest = max((float(x.abs().amax()) for x, _ in pairs if x.numel()), default=0.0)
+    if not math.isfinite(largest):
+        return False
+    return any(not bool(((x - y).abs() <= tolerance * largest).all()) for x, y in pairs)
 
 
 @contextmanager

@@ -6,153 +6,189 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from sharpkit.contract.examples import Examples
-from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import run_eagerly
-from sharpkit.contract.losses import MeanLoss, check_labels
+from sharpkit.contract.losses import check_labels
 from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
-from sharpkit.groupwise.fallback import Disagreement, Engine, vectorised_or_loop
-from sharpkit.training.group_passes import Objective, gradients, perturbation, perturbed_gradient
-from sharpkit.training.group_plan import Plan, plan_for, vmap_friendly
+from sharpkit.groupwise.fallback import (
+    Disagreement,
+    Engine,
+    first_that_works,
+    vectorised_or_loop,
+)
+from sharpkit.training.group_passes import Alone, AsOneBatch, Found, Passes, Task, Vectorised
+from sharpkit.training.group_plan import Plan, differ, plan_for, vmap_friendly
 from sharpkit.training.noise import Noise
-from sharpkit.training.radius import Radii
-from sharpkit.training.statistics import Averages, Recorder
-
-Result: TypeAlias = tuple[Tensor, list[Tensor | None], Averages]
-
-# relative to the largest entry of a gradient: what rounding may change, if it is amplified
-_AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2}
+from sharpkit.training.statistics import Averages
 
 
-@dataclass
-class Batch:
-    """What one step works on; `scale` multiplies the loss whose gradient is taken."""
+@dataclass(frozen=True)
+class Result:
+    """What a step gives: the mean loss, the gradients (None if unused), BatchNorm's averages."""
 
-    function: FunctionalModel
-    examples: Examples
-    m: int
-    shared: dict[str, Tensor]
-    loss: MeanLoss
-    radii: Radii
-    recorder: Recorder
-    scale: Callable[[Tensor], Tensor] = lambda loss: loss
+    value: Tensor
+    gradient: list[Tensor | None]
+    averages: Averages
+    finite: bool
+    doubtful: bool
 
 
-def run(batch: Batch, engine: Engine) -> Result:
-    """The mean loss, the gradient of every parameter (None if unused) and BatchNorm's averages.
+Way = Callable[[Task, Plan], Passes]
+
+
+def run(task: Task, engine: Engine) -> Result:
+    """The gradient of a batch.
 
     Raises:
         ModelError: If the engine is "vectorized" and the model has an operation that cannot be.
     """
-    with _no_autocast_cache(), batch.recorder.attached(), _group_errors(batch.m), run_eagerly():
-        plan = plan_for(
-            batch.function, batch.shared, batch.loss, batch.examples, batch.m, batch.radii
-        )
-        check_labels(batch.examples.labels, plan.outputs, batch.loss.given)
-        noise, habits = Noise(batch.function.device), batch.function.habits
+    with _no_autocast_cache(), task.recorder.attached(), _group_errors(task.m), run_eagerly():
+        plan = plan_for(task)
+        check_labels(task.examples.labels, plan.outputs, task.loss.given)
+        noise, habits = Noise(task.model.device), task.model.habits
+        habits.loss_sees_weights = plan.loss_sees_weights
         if plan.writes:  # caches and the like: every pass starts from what they were
             habits.attributes = plan.writes
-            habits.remembered = Attributes(batch.function.model)
+            habits.remembered = Attributes(task.model.model)
 
         def again() -> None:
             noise.replay()
-            batch.function.reset_buffers()
+            task.model.reset_buffers()
+
+        def by(way: Way, groups: int) -> Result:
+            """Along a way that has proved right, and once more where a norm needs more care."""
+            if way is not alone and not plan.compared and len(task.examples) >= 2 * task.m:
+                _compare(task, plan, way)
+                again()
+                plan.compared = True
+            result = _chunks(task, plan, way, groups)
+            if result.doubtful and not plan.careful:
+                plan.careful = True
+                again()
+                result = _chunks(task, plan, way, groups)
+            return result
+
+        def as_one_batch() -> Result:
+            result = by(one_batch, plan.groups)
+            if not result.finite:  # a weight was used otherwise than before, or training diverged
+                again()
+                other = by(alone, 1)
+                plan.one_batch = not other.finite
+                result = other
+            return result
+
+        def under_vmap() -> Result:
+            plan.one_batch = plan.compared = False
+            again()
+            return by(vectorised, plan.groups)
 
         def side_by_side() -> Result:
-            if len(batch.examples) >= 2 * batch.m and plan.groups > 1 and not plan.compared:
-                _compare(batch, plan)
-                batch.function.reset_buffers()
-                noise.replay()
-                plan.compared = True
-            return _chunks(batch, plan, plan.groups)
+            if plan.groups == 1:
+                return by(alone, 1)
+            return first_that_works(as_one_batch, under_vmap) if plan.one_batch else under_vmap()
 
-        result, vectorised = vectorised_or_loop(
+        result, was_vectorised = vectorised_or_loop(
             "loop" if plan.loop_only and engine == "auto" else engine,
             side_by_side,
-            lambda: _chunks(batch, plan, 1),
-            batch.function.model,
+            lambda: by(alone, 1),
+            task.model.model,
             again,
         )
-        plan.loop_only |= engine == "auto" and not vectorised
+        plan.loop_only |= engine == "auto" and not was_vectorised
         if habits.remembered is not None:
             habits.remembered.restore()
         return result
 
 
-def _compare(batch: Batch, plan: Plan) -> None:
+def one_batch(task: Task, plan: Plan) -> Passes:
+    """Groups as one batch."""
+    return AsOneBatch(task, plan.factored, careful=plan.careful)
+
+
+def vectorised(task: Task, plan: Plan) -> Passes:
+    """Groups under vmap."""
+    return Vectorised(task)
+
+
+def alone(task: Task, plan: Plan) -> Passes:
+    """Group by group."""
+    return Alone(task, plan.layout, careful=plan.careful)
+
+
+def _compare(task: Task, plan: Plan, way: Way) -> None:
     """Raise Disagreement if two groups side by side differ from one after the other.
 
     Not where the model draws random numbers, which it does in another order then.
     """
-    two = replace(batch, examples=batch.examples.slice(0, 2 * batch.m), scale=lambda loss: loss)
-    value, one, _ = _chunks(two, plan, 1)
-    repeated, again, _ = _chunks(two, plan, 1)
-    if not torch.equal(value, repeated) and _differ(batch, one, again):
+    two = replace(task, examples=task.examples.slice(0, 2 * task.m), scale=lambda loss: loss)
+    one = _chunks(two, plan, alone, 1)
+    repeated = _chunks(two, plan, alone, 1)
+    if not torch.equal(one.value, repeated.value) and differ(two, one.gradient, repeated.gradient):
         return
-    if _differ(batch, one, _chunks(two, plan, 2)[1]):
+    if differ(two, one.gradient, _chunks(two, plan, way, 2).gradient):
         raise Disagreement("the gradient of a group differs")
 
 
-def _differ(batch: Batch, a: list[Tensor | None], b: list[Tensor | None]) -> bool:
-    tolerance = _AGREEMENT.get(batch.function.dtype, 0.5)
-    if torch.is_autocast_enabled(batch.function.device.type):
-        tolerance = 0.5
-    pairs = [
-        (torch.zeros_like(p) if x is None else x, torch.zeros_like(p) if y is None else y)
-        for p, x, y in zip(batch.shared.values(), a, b, strict=True)
-    ]
-    largest = max((float(x.abs().amax()) for x, _ in pairs if x.numel()), default=0.0)
-    if not math.isfinite(largest):
-        return False
-    return any(bool(((x - y).abs() > tolerance * largest).any()) for x, y in pairs)
-
-
-def _chunks(batch: Batch, plan: Plan, groups: int) -> Result:
+def _chunks(task: Task, plan: Plan, way: Way, groups: int) -> Result:
     """Both passes over every chunk of at most `groups` groups; the smaller last group alone."""
-    n, m = len(batch.examples), batch.m
+    n, m, passes = len(task.examples), task.m, way(task, plan)
     whole = n // m * m
     groups = math.ceil(n // m / math.ceil(n // m / groups))  # chunks of nearly equal size
-    starts = [*range(0, whole, groups * m), *([whole] if whole < n else [])]
-    objective = Objective(
-        batch.function, batch.loss, batch.shared, plan.factored, plan.shapes, batch.recorder
-    )
-    value, weight = torch.zeros((2,), dtype=torch.float64, device=batch.function.device)
-    total: list[Tensor | None] = [None for _ in batch.shared]
-    averages = Averages()
-    for start in starts:
+    total, averages = _Total(len(task.shared)), Averages()
+    chunks: list[Found] = []
+    for start in [*range(0, whole, groups * m), *([whole] if whole < n else [])]:
         stop = n if start == whole else min(start + groups * m, whole)
-        examples = batch.examples.slice(start, stop)
+        examples = task.examples.slice(start, stop)
         count = max(1, len(examples) // m)
-        with vmap_friendly(batch.function.model) if count > 1 else nullcontext():
-            noise = Noise(batch.function.device)
-            found = gradients(objective, examples, count)
-            epsilon = perturbation(objective, found, batch.radii)
-            noise.replay()
-            shares = found.weight / n
-            loss, parts = perturbed_gradient(
-                objective, examples, count, epsilon, shares, batch.scale
-            )
-        # a loss that overflows at w + ε must not pass for a step that went well
-        value = value + (found.loss * shares).sum() + 0.0 * loss
-        weight = weight + shares.sum()
+        if count == 1 and way is not alone:
+            way, passes = alone, alone(task, plan)
+        with vmap_friendly(task.model.model) if way is vectorised else nullcontext():
+            found = passes(examples, count)
         averages.add(found.statistics, len(examples) // count, count)
-        total = [_sum(a, b) for a, b in zip(total, _apart(parts), strict=True)]
-    if float(weight) not in (0.0, 1.0):  # the batch weighs more or less than its examples
-        total = [None if g is None else g.div_(weight.to(g.dtype)) for g in total]
-        value = value / weight
-    return value.to(batch.function.dtype), total, averages
+        total.add(found.gradient)
+        chunks.append(found._replace(gradient=[], statistics={}))
+    weights = torch.cat([found.weight for found in chunks])
+    value, weight = torch.dot(torch.cat([found.loss for found in chunks]), weights), weights.sum()
+    # a loss that overflows at w + ε must not pass for a step that went well
+    value = value + 0.0 * torch.stack([found.after for found in chunks]).sum()
+    doubts = torch.stack([found.doubtful for found in chunks]).any()
+    mean, whole_weight, doubtful = torch.stack([value, weight, doubts]).tolist()  # the one wait
+    if whole_weight:
+        value = value / whole_weight
+    gradient = total.tensors
+    if whole_weight not in (0.0, n):  # the batch weighs more or less than its examples
+        torch._foreach_div_([g for g in gradient if g is not None], whole_weight / n)
+    gradient = [
+        g if g is None or g.stride() == w.stride() else torch.empty_like(w).copy_(g)
+        for g, w in zip(gradient, task.shared.values(), strict=True)
+    ]
+    return Result(value.to(task.model.dtype), gradient, averages, math.isfinite(mean), doubtful > 0)
 
 
-def _sum(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total.add_(part)
+class _Total:
+    """The sum of gradients, added up in place; None stays None until there is something."""
+
+    def __init__(self, parameters: int) -> None:
+        self.tensors: list[Tensor | None] = [None] * parameters
+
+    @torch.no_grad()
+    def add(self, more: Sequence[Tensor | None]) -> None:
+        """Add the gradients of a chunk."""
+        pairs = [
+            (a, b) for a, b in zip(self.tensors, more, strict=True)
+            if a is not None and b is not None
+        ]  # fmt: skip
+        if pairs:
+            torch._foreach_add_([a for a, _ in pairs], [b for _, b in pairs])
+        new = [b if a is None else None for a, b in zip(self.tensors, more, strict=True)]
+        if any(b is not None for b in new):
+            self.tensors = [
+                b if a is None else a for a, b in zip(self.tensors, _apart(new), strict=True)
+            ]
 
 
 def _apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Examples
-from sharpkit.contract.losses import cross_entropy
+from sharpkit.contract.losses import MeanLoss
 from sharpkit.contract.modules import call_module, read_outputs
 from sharpkit.contract.parameters import check_finite_weights
-from sharpkit.errors import DivergedError, ModelError
+from sharpkit.errors import DataError, DivergedError, ModelError
 from sharpkit.training.augmentation import Augmenter, noisy_labels
 from sharpkit.training.log import Reporter, reporting
 from sharpkit.training.parallel import Ranks
@@ -41,8 +41,10 @@ class Training:
         settings: FitSettings,
         ranks: Ranks,
         directory: RunDirectory,
+        loss: MeanLoss,
     ) -> None:
         parameter = next(model.parameters())
+        self.loss = loss
         self.device = parameter.device
         self.model, self.settings, self.ranks, self.directory = model, settings, ranks, directory
         noisy = noisy_labels(train.labels, settings.label_noise, settings.seed)
@@ -114,7 +116,8 @@ class Training:
                 inputs = _take(self.train.inputs, chosen)
                 if augment is not None:
                     inputs = augment(inputs, start)
-                loss = step(network, self.optimizer, inputs, self.train.labels[chosen], settings.m)
+                labels = self.train.labels[chosen]
+                loss = step(network, self.optimizer, inputs, labels, settings.m, self.loss)
                 total += loss
                 if (i + 1) % _CHECK_EVERY == 0 or i + 1 == self.steps:
                     mean = float(self.ranks.total(total / (i + 1))) / self.ranks.world
@@ -140,7 +143,7 @@ class Training:
         for name, examples in (("train", self.train), ("test", self.test)):
             loss = accuracy = math.nan
             if wanted and examples is not None:
-                loss, accuracy = _evaluate(self.model, examples, self.ranks)
+                loss, accuracy = _evaluate(self.model, examples, self.ranks, self.loss)
                 if not math.isfinite(loss):
                     raise DivergedError(f"the {name} loss after the epoch is {loss}")
             row |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
@@ -174,45 +177,83 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> Optimizer:
 
 
 def _sgd_step(
-    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, _m: int | None
+    network: nn.Module,
+    optimizer: Any,
+    inputs: Any,
+    labels: Tensor,
+    _m: int | None,
+    loss: MeanLoss,
 ) -> Tensor:
     optimizer.zero_grad()
-    loss = cross_entropy(logits(network, inputs), labels)
-    loss.backward()  # type: ignore[no-untyped-call]
+    value = loss(outputs_of(network, inputs, loss), labels)
+    value.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return loss.detach()
+    return value.detach()
 
 
 def _sam_step(
-    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, m: int | None
+    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, m: int | None, loss: MeanLoss
 ) -> Tensor:
-    loss: Tensor = optimizer.step_batch(network, inputs, labels, m=len(labels) if m is None else m)
-    return loss
+    m = len(labels) if m is None else m
+    value: Tensor = optimizer.step_batch(network, inputs, labels, m=m, loss=loss)
+    return value
 
 
 def _take(inputs: Any, chosen: Tensor) -> Any:
     return pytree.tree_map(lambda t: t.index_select(0, chosen), inputs)
 
 
-def logits(model: nn.Module, inputs: Any) -> Tensor:
+def outputs_of(model: nn.Module, inputs: Any, loss: MeanLoss) -> Any:
     """The outputs, whose every part that could be trained goes into the loss.
 
     Raises:
-        ModelError: If the model returns more than logits, such as auxiliary outputs.
+        ModelError: If the model returns more than logits, such as auxiliary outputs, and the loss
+            is no callable that gets all of it.
     """
-    outputs: Tensor = read_outputs(model, call_module(model, inputs), whole=False)
-    return outputs
+    return read_outputs(model, call_module(model, inputs), whole=not loss.exact)
+
+
+def classifies(outputs: Any, labels: Tensor) -> bool:
+    """Whether outputs are (n, classes) and labels integers (n,), so that accuracies mean something.
+
+    Example:
+        >>> classifies(torch.zeros(4, 3), torch.zeros(4).long())
+        True
+        >>> classifies(torch.zeros(4, 3), torch.zeros(4, 3))
+        False
+    """
+    return (
+        isinstance(outputs, Tensor)
+        and outputs.ndim == 2
+        and outputs.shape[1] > 1
+        and labels.ndim == 1
+        and not labels.is_floating_point()
+    )
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, examples: Examples, ranks: Ranks) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy in eval mode, each process on its share."""
+def _evaluate(
+    model: nn.Module, examples: Examples, ranks: Ranks, loss: MeanLoss
+) -> tuple[float, float]:
+    """Mean loss and accuracy (NaN if it has no meaning) in eval mode, each process on its share."""
     model.eval()
     share = ranks.share(len(examples))
-    sums = torch.zeros(2, dtype=torch.float64, device=examples.labels.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=examples.labels.device)
+    accuracies = True
     for batch in examples.slice(share.start, share.stop).chunks(_EVALUATION_BATCH):
-        outputs = logits(model, batch.inputs)
-        sums[0] += cross_entropy(outputs.double(), batch.labels) * len(batch)
-        sums[1] += (outputs.argmax(1) == batch.labels).sum()
-    loss, accuracy = (ranks.total(sums) / len(examples)).tolist()
-    return loss, accuracy
+        outputs = outputs_of(model, batch.inputs, loss)
+        precise = pytree.tree_map(_in_double, outputs)
+        mean, weight = loss.terms(precise, batch.labels)
+        sums[0] += mean * weight
+        sums[1] += weight
+        accuracies = classifies(outputs, batch.labels)
+        if accuracies:
+            sums[2] += (outputs.argmax(1) == batch.labels).sum()
+    total, counted, right = ranks.total(sums).tolist()
+    if not counted > 0:
+        raise DataError("no label counts in the loss: all are ignored, or weigh 0")
+    return total / counted, right / len(examples) if accuracies else math.nan
+
+
+def _in_double(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Noise:
@@ -29,3 +32,28 @@ class Noise:
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
+
+
+class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """How many random numbers every call draws in two passes, over 3 and then over 2 groups."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._numbers: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run the function, and note how much it drew."""
+        out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            drawn = [t.numel() for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+            self._numbers.append(max(drawn, default=1))
+        return out
+
+    @property
+    def are_of_examples(self) -> bool:
+        """Whether each example has numbers of its own, as with dropout: as many as examples ask."""
+        half, odd = divmod(len(self._numbers), 2)
+        first, second = self._numbers[:half], self._numbers[half:]
+        return not odd and all(2 * a == 3 * b for a, b in zip(first, second, strict=True))

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sharpkit.errors import ArgumentError
@@ -48,13 +49,15 @@ class Radii:
         """The radius of all parameters, if there is one."""
         return next(iter(self.rho.values()))
 
-    def scale(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor | float] | None:
-        """T by name; None if it is the same number for all parameters."""
+    def scale(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """T of some weights by name, in their shapes; None if it is one number for all."""
         if not self.adaptive and len(set(self.rho.values())) == 1:
             return None
         return {
-            name: weights[name].detach().abs() * rho if name in self.adaptive else rho
-            for name, rho in self.rho.items()
+            name: w.detach().abs() * self.rho[name]
+            if name in self.adaptive
+            else torch.full_like(w, self.rho[name])
+            for name, w in weights.items()
         }
 
 

@@ -55,6 +55,7 @@ class Recorder:
         self.layers = layers
         self._recorded: Statistics = {}
         self._before = self._after = False
+        self._groups: int | None = None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -100,6 +101,24 @@ class Recorder:
             for name, layer in self.layers.items():
                 layer.momentum, layer.track_running_stats = momenta[name], False
 
+    @contextmanager
+    def of_one_batch(self, groups: int) -> Iterator[Statistics]:
+        """The same for groups as one batch, whose layers normalise channels of `groups` groups."""
+        kept = {name: dict(layer._buffers) for name, layer in self.layers.items()}
+        self._groups = groups
+        try:
+            with self.of_one_group() as recorded:
+                for layer in self.layers.values():
+                    for kind in ("running_mean", "running_var"):
+                        one = layer._buffers[kind]
+                        assert one is not None
+                        layer._buffers[kind] = one.new_zeros(groups * len(one))
+                yield recorded
+        finally:
+            self._groups = None
+            for name, layer in self.layers.items():
+                layer._buffers.update(kept[name])
+
     def _hooks(self, name: str) -> tuple[Any, Any]:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].detach()
@@ -111,8 +130,10 @@ class Recorder:
         def after(module: _BatchNorm, args: tuple[Tensor, ...], output: Tensor) -> None:
             if self._after:
                 assert module.running_mean is not None and module.running_var is not None
-                pair = module.running_mean.clone(), module.running_var.clone()
-                self._recorded.setdefault(name, []).append(pair)
+                mean, variance = module.running_mean.clone(), module.running_var.clone()
+                if self._groups is not None:
+                    mean, variance = (t.view(self._groups, -1) for t in (mean, variance))
+                self._recorded.setdefault(name, []).append((mean, variance))
 
         return before, after
 

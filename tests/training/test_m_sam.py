@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 
 import pytest
@@ -11,9 +12,19 @@ from cases import CASES
 from sam_reference import close, m_sam_loop
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.training import group_plan, m_sam_gradient, perturbed_layers
+from sharpkit.groupwise import pooling
+from sharpkit.training import (
+    build_architecture,
+    group_passes,
+    group_plan,
+    group_step,
+    m_sam_gradient,
+)
+
+m_sam = importlib.import_module("sharpkit.training.m_sam")
 
 
 def grads(model: nn.Module) -> list[Tensor | None]:
@@ -165,22 +176,22 @@ def test_layers_of_every_kind_equal_the_plain_loop(m):
 
 
 def test_the_second_pass_forms_no_gradient_per_group_for_layers(monkeypatch):
-    calls = []
-    original = perturbed_layers._call
-    monkeypatch.setattr(
-        perturbed_layers, "_call", lambda kind, *args: calls.append(kind) or original(kind, *args)
-    )
+    formed, original = [], group_passes._At
+
+    class Recorded(original):
+        @staticmethod
+        def backward(ctx, *grads):
+            formed.extend(tuple(g.shape) for g in grads if g is not None)
+            return original.backward(ctx, *grads)
+
+    monkeypatch.setattr(group_passes, "_At", Recorded)
     model, x, y = CASES[1].make()
     m_sam_gradient(model.eval(), x, y, m=1, rho=0.2)
     (plan,) = group_plan._PLANS[model].values()
-    assert plan.groups > 1
-    assert plan.factored == {"6.weight", "8.weight"}  # perturbed by factors
-    assert perturbed_layers._GroupConvolution in calls
-    assert perturbed_layers._GroupLinear not in calls
-    calls.clear()
-    model = Oddities().double()
-    m_sam_gradient(model, torch.randn(14, 4, 8, 8).double(), torch.arange(14) % 3, m=2, rho=0.2)
-    assert {perturbed_layers._GroupConvolution, perturbed_layers._GroupLinear} <= set(calls)
+    assert plan.one_batch and plan.groups >= 24
+    assert set(plan.factored) == {"6.weight", "8.weight"}  # perturbed by factors
+    # BatchNorm's weight and bias, of two groups that are compared with a loop, and of all
+    assert formed == [(2, 6), (2, 6), (24, 6), (24, 6)]
 
 
 def test_the_answer_does_not_depend_on_the_chunk(monkeypatch):
@@ -271,6 +282,7 @@ def test_bfloat16_autocast_is_near_the_float32_gradient(m):
     with torch.autocast("cpu", torch.bfloat16):
         m_sam_gradient(model, x, y, m=m, rho=0.1)
     assert all(g.dtype == torch.float32 for g in grads(model))
+    assert plan_of(model).one_batch
     assert close([g.double() for g in grads(model)], expected, 0.1)
 
 
@@ -342,3 +354,300 @@ def test_a_model_without_trainable_parameters_is_refused():
     model, x, y = CASES[0].make()
     with pytest.raises(ArgumentError, match="requires gradients"):
         m_sam_gradient(model.requires_grad_(False), x, y, m=1)
+
+
+# --- groups as one batch --------------------------------------------------------------------------
+
+
+def plan_of(model: nn.Module) -> group_plan.Plan:
+    return list(group_plan._PLANS[model].values())[-1]
+
+
+class Text(nn.Module):
+    """Words, a recurrent layer, and a class token that every example has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.read = nn.Embedding(7, 5), nn.LSTM(5, 6, batch_first=True)
+        self.first = nn.Parameter(torch.randn(1, 1, 5))
+        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.first.expand(len(x), -1, -1), self.words(x)], 1)
+        return self.head(self.norm(self.read(x)[0]).mean(1))
+
+
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_recurrent_layers_and_tokens_run_as_one_batch(m, adaptive):
+    torch.manual_seed(0)
+    model, x, y = Text().double(), torch.randint(0, 7, (12, 4)), torch.arange(12) % 3
+    m_sam_gradient(model, x, y, m=m, rho=0.2, adaptive=adaptive)
+    assert close(grads(model), m_sam_loop(model, x, y, m, 0.2, adaptive), 1e-12)
+    assert plan_of(model).one_batch and plan_of(model).groups > 1
+
+
+def test_perturbations_of_convolutions_may_stay_in_factors():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 32, 3, padding=1), nn.Tanh(), nn.Conv2d(32, 32, 3, stride=2), nn.Flatten(),
+        nn.Linear(128, 3),
+    ).double()  # fmt: skip
+    x, y = torch.randn(6, 2, 5, 5).double(), torch.arange(6) % 3
+    for m in (1, 2):
+        model.zero_grad()
+        m_sam_gradient(model, x, y, m=m, rho=0.2)
+        assert "2.weight" in plan_of(model).factored and plan_of(model).one_batch
+        assert close(grads(model), m_sam_loop(model, x, y, m, 0.2), 1e-12)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_batchnorm_keeps_groups_apart_whether_or_not_it_has_weights(affine):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5, affine=affine), nn.Tanh(), nn.Linear(5, 3)
+    ).double()
+    if affine:
+        model[1].weight.requires_grad_(False)
+    x, y = torch.randn(12, 4).double() * torch.arange(1, 13).view(-1, 1), torch.arange(12) % 3
+    expected = m_sam_loop(nn.Sequential(*model), x, y, 3, 0.2) if not affine else None
+    m_sam_gradient(model, x, y, m=3, rho=0.2)
+    assert plan_of(model).one_batch
+    if affine:
+        found = grads(model)
+        model.zero_grad()
+        m_sam_gradient(model, x, y, m=3, rho=0.2, engine="loop")
+        expected = [torch.zeros(()) if g is None else g for g in grads(model)]
+        assert close(found, expected, 1e-12)
+    else:
+        assert close(grads(model), expected, 1e-12)
+
+
+class Mixing(nn.Module):
+    """Looks at the mean over the batch, ever so little."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share, self.first, self.head = share, nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.head(x - self.share * x.mean(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [1.0, 1e-3])
+def test_examples_that_see_the_batch_see_their_group_alone(share, dtype):
+    torch.manual_seed(0)
+    model, x, y = Mixing(share).to(dtype), torch.randn(12, 4).to(dtype), torch.arange(12) % 3
+    m_sam_gradient(model, x, y, m=3, rho=0.2)
+    assert not plan_of(model).one_batch
+    reference, exact = copy.deepcopy(model).double(), 1e-12 if dtype == torch.float64 else 1e-5
+    expected = m_sam_loop(reference, x.double(), y, 3, 0.2)
+    assert close([g.double() for g in grads(model)], expected, exact)
+
+
+class OneDraw(nn.Module):
+    """Scales a whole batch by one random number, as stochastic depth of a batch does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * (0.5 + torch.rand((1, 1), dtype=x.dtype))
+
+
+def test_a_number_drawn_for_a_batch_is_drawn_for_every_group():
+    torch.manual_seed(0)
+    model, x, y = OneDraw().double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    m_sam_gradient(model, x, y, m=2, rho=0.2)
+    assert not plan_of(model).one_batch
+    model.zero_grad()
+    torch.manual_seed(1)
+    m_sam_gradient(model, x, y, m=2, rho=0.2)
+    torch.manual_seed(1)
+    scales = 0.5 + torch.rand(3, dtype=x.dtype)
+    plain = nn.Linear(4, 3).double()
+    plain.load_state_dict(model.head.state_dict())
+    total = [torch.zeros_like(p) for p in plain.parameters()]
+    for i, scale in enumerate(scales):
+        part = slice(2 * i, 2 * i + 2)
+        found = m_sam_loop(
+            plain, x[part], y[part], 2, 0.2, loss=lambda z, t, s=scale: F.cross_entropy(s * z, t)
+        )
+        total = [a + g / 3 for a, g in zip(total, found, strict=True)]
+    assert close(grads(model), total, 1e-12)
+
+
+def test_a_loss_that_sees_the_weights_sees_those_of_its_group():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, labels) + 1e-3 * model.weight.square().sum()
+
+    m_sam_gradient(model, x, y, m=2, rho=0.2, loss=loss)
+    assert not plan_of(model).one_batch
+    found, total = grads(model), [torch.zeros_like(p) for p in model.parameters()]
+    for part in (slice(0, 2), slice(2, 4), slice(4, 6)):
+        w = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        at = w
+        for _ in range(2):
+            value = F.cross_entropy(F.linear(x[part], *at), y[part]) + 1e-3 * at[0].square().sum()
+            g = torch.autograd.grad(value, at)
+            norm = torch.cat([t.flatten() for t in g]).norm()
+            at = [(p + 0.2 * t / norm).detach().requires_grad_() for p, t in zip(w, g, strict=True)]
+        total = [a + t / 3 for a, t in zip(total, g, strict=True)]
+    assert close(found, total, 1e-12)
+
+
+def test_a_weight_used_otherwise_than_before_gives_no_wrong_number():
+    class Later(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.late = nn.Linear(4, 3), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x) + (x @ self.head.weight.T if self.late else 0.0)
+
+    torch.manual_seed(0)
+    model, x, y = Later().double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    for model.late in (False, True):
+        model.zero_grad()
+        m_sam_gradient(model, x, y, m=2, rho=0.2)
+        assert close(grads(model), m_sam_loop(model, x, y, 2, 0.2), 1e-12)
+        assert plan_of(model).one_batch is not model.late
+
+
+@pytest.mark.parametrize("m", [1, 24])
+@pytest.mark.parametrize("gain", [1e-22, 1e22])
+def test_gradients_whose_squares_leave_float32_keep_their_direction(m, gain):
+    """The gain is behind the loss's slope, which is scaled: a layer takes it away again."""
+
+    class Gain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(40, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) * gain
+
+    torch.manual_seed(0)
+    model, (_, x, y) = Gain(), CASES[0].make()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.div_(gain)
+    m_sam_gradient(model, x.float(), y, m=m, rho=0.1 / gain)
+    expected = m_sam_loop(copy.deepcopy(model).double(), x.float().double(), y, m, 0.1 / gain)
+    found = [g.double() for g in grads(model)]
+    assert close([g / gain for g in found], [g / gain for g in expected], 1e-4)
+    assert plan_of(model).careful
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_large_losses_are_differentiated_as_one_batch(m):
+    model, x, y = CASES[0].make()
+    with torch.no_grad():
+        model[4].weight.mul_(500.0)  # cross-entropies from 1e-30 to several hundreds
+    single = copy.deepcopy(model).float()
+    m_sam_gradient(single, x.float(), y, m=m, rho=1e-3)
+    assert plan_of(single).one_batch
+    expected = m_sam_loop(model, x.float().double(), y, m, 1e-3)
+    assert close([g.double() for g in grads(single)], expected, 2e-3)
+
+
+@pytest.mark.parametrize("m", [1, 4, 16, 24])
+def test_the_same_seed_gives_the_same_bits(m):
+    found = []
+    for _ in range(2):
+        model, x, y = CASES[1].make(torch.float32)
+        torch.manual_seed(7)
+        m_sam_gradient(model.train(), x.float(), y, m=m, rho=0.1)
+        found.append(grads(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do():
+    model, x, y = CASES[1].make(torch.float32)
+    for net in (model.eval(), copy.deepcopy(model).to(memory_format=torch.channels_last)):
+        m_sam_gradient(net, x.float(), y, m=24)
+        assert plan_of(net).layout is torch.channels_last
+        assert all(p.grad.stride() == p.stride() for p in net.parameters())
+
+
+class Calls(TorchDispatchMode):
+    """Counts what a device is given to do, and what has to be known on the host."""
+
+    VIEWS = (
+        "alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split",
+        "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+        "_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided",
+    )  # fmt: skip
+    WAITS = ("_local_scalar_dense", "equal", "allclose", "masked_select", "nonzero", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        self.work += name not in self.VIEWS
+        masked = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        self.waits += name in self.WAITS or masked
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("engine", ["auto", "vectorized", "loop"])
+@pytest.mark.parametrize("m", [1, 12, 24])
+def test_the_host_waits_as_often_for_many_groups_as_for_few(engine, m, monkeypatch):
+    monkeypatch.setattr(group_plan, "_groups_at_a_time", lambda *a: 1 if m == 24 else 2)
+    waits = []
+    for repeats in (4, 8):
+        model, x, y = CASES[1].make(torch.float32)
+        x, y = x.float().repeat(repeats, 1, 1, 1), y.repeat(repeats)
+        m_sam_gradient(model, x, y, m=m, engine=engine)
+        with Calls() as calls:
+            m_sam_gradient(model, x, y, m=m, engine=engine)
+        waits.append(calls.waits)
+    assert waits[0] == waits[1]
+
+
+def plain_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(1568, 128), nn.ReLU(), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+def resnet20() -> nn.Module:
+    return build_architecture("resnet20", (3, 32, 32), 10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "most"),
+    [(plain_cnn, (1, 28, 28), 7), (resnet20, (3, 32, 32), 8)],
+    ids=["CNN", "ResNet-20"],
+)
+def test_a_step_gives_a_gpu_few_calls(make, shape, most, monkeypatch):
+    """All groups of a batch in one chunk, in calls of a plain gradient; a GPU waits for calls."""
+    monkeypatch.setattr(pooling, "is_plain", lambda *a, **k: False)  # which only a CPU does
+    monkeypatch.setattr(group_plan, "_groups_at_a_time", lambda *a: 32)
+    torch.manual_seed(0)
+    model, x, y = make().eval(), torch.randn(32, *shape), torch.arange(32) % 10
+    m_sam_gradient(model, x, y, m=1)
+    assert plan_of(model).one_batch
+    model.zero_grad()
+    run, counted = group_step.run, Calls()
+
+    def counting(*args):
+        with counted:
+            return run(*args)
+
+    monkeypatch.setattr(m_sam, "run", counting)
+    m_sam_gradient(model, x, y, m=1)
+    with Calls() as plain:
+        torch.autograd.grad(F.cross_entropy(model(x), y), list(model.parameters()))
+    assert counted.work <= most * plain.work

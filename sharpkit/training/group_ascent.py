@@ -1,0 +1,130 @@
+"""SAM's perturbation for groups, ε_i = T² g_i / ‖T g_i‖₂ (see `radius`), on the device alone.
+
+Squares of float32 gradients are added up in float32 where that is faster. Whether one may have left
+its range is noted and looked at once a step, which is then repeated with care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sharpkit.groupwise import geometry
+from sharpkit.groupwise.geometry import Factors, Tensors
+from sharpkit.training.radius import Radii
+
+# as in `geometry`: outside, squares of entries that matter may leave float32
+_SAFE_NORMS = (1e-12, 1e15)
+_LARGE = 2**16  # entries whose squares one sum in float32 cannot hold well
+
+
+class Steps(NamedTuple):
+    """Where groups go."""
+
+    at: Tensors  # w + ε, (groups, ...) as the gradients were given
+    thin: Factors  # further perturbations DᵀA
+    doubtful: Tensor  # a bool: whether a norm may be wrong
+
+
+@torch.no_grad()
+def steps_of_groups(
+    weights: Tensors,
+    gradients: Tensors,
+    factors: Factors,
+    exponent: Tensor,
+    radii: Radii,
+    scale: Tensors | None,
+    *,
+    careful: bool,
+) -> Steps:
+    """ε of every group, added to the weights.
+
+    Args:
+        weights: w, parameters or packs of them, (...).
+        gradients: Of every group, of any scale, (groups, ...).
+        factors: Of further parameters, which are not adaptive.
+        exponent: +inf where a gradient is 0 for certain, (groups,).
+        radii: Of the parameters.
+        scale: T of the weights, (...); None if it is the same number for all parameters.
+        careful: Scale the gradients before their squares are added up.
+    """
+    amounts = {name: radii.rho[name] for name in factors}
+    if scale is not None:
+        gradients = {name: g * scale[name] for name, g in gradients.items()}
+        factors = {name: (a, d * amounts[name]) for name, (a, d) in factors.items()}
+    unit = geometry.steepest(gradients, 2.0, factors, careful=careful)
+    amount = unit.coefficient * (radii.common if scale is None else 1.0)
+    at, thin = {}, {}
+    for name, g in unit.tensors.items():
+        each = geometry.expand(amount, g)
+        each = each if scale is None else each * scale[name]
+        at[name] = torch.addcmul(weights[name], g, each)
+    for name, (a, d) in unit.factors.items():
+        each = geometry.expand(amount, d)
+        thin[name] = (a, d * (each if scale is None else each * amounts[name]))
+    doubtful = unit.doubtful
+    if doubtful is None:
+        doubtful = torch.zeros_like(exponent, dtype=torch.bool)
+    return Steps(at, thin, (doubtful & (exponent < torch.inf)).any())
+
+
+@torch.no_grad()
+def step_of_one(
+    weights: Tensors,
+    gradients: Sequence[Tensor | None],
+    exponent: Tensor,
+    radii: Radii,
+    scale: Tensors | None,
+    *,
+    careful: bool,
+) -> tuple[Tensors, Tensor]:
+    """The same for a single group, in as few calls as parameters allow.
+
+    Args:
+        weights: w, (*shape).
+        gradients: In the order of the weights, None where there is none.
+        exponent: +inf where the gradient is 0 for certain, a scalar.
+        radii: Of the parameters.
+        scale: T of the weights; None if it is the same number for all parameters.
+        careful: As above.
+
+    Returns:
+        tuple: w + ε, and whether the norm may be wrong.
+    """
+    used = {n: g for n, g in zip(weights, gradients, strict=True) if g is not None}
+    if careful or not used:
+        steps = steps_of_groups(
+            weights, {name: g.unsqueeze(0) for name, g in used.items()}, {},
+            exponent.unsqueeze(0), radii, scale, careful=True,
+        ) if used else None  # fmt: skip
+        moved = {} if steps is None else {name: t[0] for name, t in steps.at.items()}
+        return {**weights, **moved}, torch.zeros_like(exponent, dtype=torch.bool)
+    ascent = list(used.values())
+    factors = None if scale is None else [scale[name] for name in used]
+    if factors is not None:
+        ascent = list(torch._foreach_mul(ascent, factors))
+    length = _norm(ascent)
+    low, high = _SAFE_NORMS
+    doubtful = ((length < low) | (length > high)) & (exponent < torch.inf)
+    amount = torch.where(length > 0, 1.0 / length, length)  # NaN stays NaN
+    if scale is None:
+        amount = amount * radii.common
+    ascent = list(torch._foreach_mul(ascent, amount.to(ascent[0].dtype)))
+    if factors is not None:
+        torch._foreach_mul_(ascent, factors)
+    torch._foreach_add_(ascent, [weights[name] for name in used])
+    return {**weights, **dict(zip(used, ascent, strict=True))}, doubtful
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """Over all tensors together; float64, the squares of each in its own precision."""
+    small = [t for t in tensors if t.numel() <= _LARGE and t.dtype == torch.float32]
+    large = [t for t in tensors if t.numel() > _LARGE or t.dtype != torch.float32]
+    parts = list(torch._foreach_norm(small, 2)) if small else []
+    parts = [torch.stack(parts).double()] if parts else []
+    parts += [geometry.norm({"": t.unsqueeze(0)}) for t in large]
+    total: Tensor = torch.linalg.vector_norm(torch.cat(parts))
+    return total
