@@ -117,9 +117,9 @@ class MSharpness:
             raise ArgumentError(f"m = {max(ms)} is larger than n = {self.n} examples")
         if isinstance(self.seed, str) and self.seed != "run":
             raise ArgumentError(f'seed = {self.seed!r}: expected a whole number, None or "run"')
-        patterns = (self.parameters,) if isinstance(self.parameters, str) else self.parameters or ()
+        patterns = self.parameters if isinstance(self.parameters, tuple) else (self.parameters,)
         for pattern in patterns:
-            if not isinstance(pattern, str):
+            if not isinstance(pattern, str | None):
                 raise ArgumentError(
                     f"parameters: found {type(pattern).__name__}, expected names or patterns, "
                     "which fit more than one model"

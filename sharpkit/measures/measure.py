@@ -33,9 +33,10 @@ class Measure(Protocol):
     """A number, or several named by their setting, for a model and its training data.
 
     Any function with this signature is a measure. Its name is its attribute `name`, else its class
-    or function name; its configuration is what `dataclasses.asdict` gives, else empty. With a true
-    attribute `needs_initial` it is also given the network before training, as keyword `initial`;
-    with `needs_metrics` what the zoo recorded of the model, as keyword `metrics`.
+    or function name; its configuration is what its method `configuration()` or else
+    `dataclasses.asdict` gives, else empty. With a true attribute `needs_initial` it is also given
+    the network before training, as keyword `initial`; with `needs_metrics` what the zoo recorded of
+    the model, as keyword `metrics`.
     """
 
     def __call__(
@@ -69,7 +70,9 @@ def describe(measure: Measure) -> tuple[str, dict[str, Any]]:
     """
     name = getattr(measure, "name", None) or getattr(measure, "__name__", None)
     config: dict[str, Any] = {}
-    if dataclasses.is_dataclass(measure) and not isinstance(measure, type):
+    if hasattr(measure, "configuration"):
+        config = measure.configuration()
+    elif dataclasses.is_dataclass(measure) and not isinstance(measure, type):
         config = pytree.tree_map(plain, dataclasses.asdict(measure))
     if not isinstance(name, str):
         raise ArgumentError(f"{measure!r} has no name: set the attribute `name`")

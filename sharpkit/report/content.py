@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sharpkit.evaluation import CombinedPredictor, combined_predictor
 from sharpkit.evaluation._grid import Grid, read_configs, read_measure
-from sharpkit.evaluation._weighted import LOWER_IS_BETTER
+from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
 from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score
 from sharpkit.evaluation.regression import LEAST_COMBINED
-from sharpkit.report import figures
-from sharpkit.report.labels import (
-    STATISTICS,
-    decimal,
-    finite,
-    given,
-    measure_label,
-    number,
-    records,
-    scale,
-)
+from sharpkit.evaluation.statistics import STATISTICS, TABLE
+from sharpkit.report import figures, notes
+from sharpkit.report.labels import decimal, measure_label, number, records, titled
+from sharpkit.report.models import ModelsTable, models_table, percent_gap
+from sharpkit.report.noise import noise_bands
+from sharpkit.report.ranking import Ranking, ranking_table
+from sharpkit.report.scatter import columns_of, in_order, scatter_data
 from sharpkit.runs.evaluate import complete_measures
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_RANKED = (
-    "cmi_pgdl",
-    "cmi_jiang",
-    "kendall_tau",
-    "granulated_kendall",
-    "r_squared",
-    "sign_error",
-    "sign_error_90",
-)
+SECTIONS = {
+    "ranking": "Ranking",
+    "m": "Score against m",
+    "models": "Models and measures",
+    "scatter": "Measure and gap",
+    "sets": "Conditioning sets",
+    "correlations": "Correlations",
+}
 
 
 @dataclass(frozen=True)
@@ -59,105 +54,200 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One number of the ranking table."""
+class Results:
+    """What a run has of one task.
 
-    text: str
-    interval: str
-    order: float | None
-    title: str = ""
+    Attributes:
+        keys: Measure and setting of each column of the values.
+        values: One row per model that has some.
+        errors: Standard errors of the values, alike.
+        failures: Model, measure, error.
+        configs: Its model_configs.
+        table: Its rows of the evaluation; None if there are none.
+        setting: Number of examples and seed, in words.
+        unrated: Why no task of the run has rows of the evaluation; empty if one has.
+    """
+
+    keys: pd.DataFrame
+    values: pd.DataFrame
+    errors: pd.DataFrame
+    failures: pd.DataFrame
+    configs: Mapping[str, Any]
+    table: pd.DataFrame | None
+    setting: str
+    unrated: str
 
 
 @dataclass(frozen=True)
 class TaskContent:
-    """Everything about one task."""
+    """Everything about one task; `sections` says what of it is shown, and in which order."""
 
     name: str
-    models: int
+    facts: Mapping[str, str]
     hyperparameters: Mapping[str, Sequence[str]]
-    gaps: str
-    columns: Sequence[str]
-    lower_is_better: Sequence[bool]
-    rows: Sequence[tuple[str, int, Sequence[Cell]]]
-    choices: Mapping[str, Choice]
-    correlations: str
+    notes: Sequence[str]
+    sections: Mapping[str, str]
+    models: ModelsTable
     scatter: Mapping[str, Any]
-    combined: Mapping[str, Any] | None
-    not_combined: Sequence[str]
+    ranking: Ranking | None = None
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    correlations: str = ""
+    combined: Mapping[str, Any] | None = None
+    not_combined: Sequence[str] = ()
 
 
-def task_content(
-    name: str,
-    table: pd.DataFrame,
-    keys: pd.DataFrame,
-    values: pd.DataFrame,
-    configs: Mapping[str, Any],
-    *,
-    resamples: int,
-    seed: int,
-) -> TaskContent:
+def task_content(name: str, results: Results, *, resamples: int, seed: int) -> TaskContent:
     """What the page shows of one task.
 
     Args:
         name: Of the task.
-        table: Its rows of the evaluation.
-        keys: Measure and setting of each column of the values.
-        values: One row per model.
-        configs: Its model_configs.
+        results: Of the task.
         resamples: Of the combined predictor's intervals.
-        seed: Of the same.
+        seed: Of the same, and of the noise bands.
     """
-    grid = read_configs(configs)
-    labels = [measure_label(key) for key in records(keys)]
-    values = values.set_axis(labels, axis=1)
-    settings = [column for column in keys.columns if column in table]
-    table = table.assign(label=[measure_label(k) for k in records(table[settings])])
-    by = "cmi_pgdl" if np.isfinite(table["cmi_pgdl"]).any() else "kendall_tau"
-    table = table.sort_values(by, ascending=False, na_position="last", kind="stable")
-    ranked = values[list(table["label"])]
-    usable = [s for s in STATISTICS if s in table and table[s].notna().any()]
-    choices = {
-        "ranking": _choice("ranking", "Statistic", usable, lambda s: figures.ranking(table, s)),
-        "sets": _conditioning(ranked, grid),
+    grid = read_configs(results.configs)
+    labels = [measure_label(key) for key in records(results.keys)]
+    values, errors = (f.set_axis(labels, axis=1) for f in (results.values, results.errors))
+    columns = columns_of(values, grid)
+    comparable = np.isfinite(columns) & np.isfinite(grid.gap)[:, None]
+    most = int(comparable.sum(0).max(initial=0))
+    varying = [grid.names[h] for h in grid.varying()]
+    setting = f"{len(grid)} models, {results.setting}"
+    found: dict[str, Any] = {"ranking": None, "choices": {}, "correlations": ""}
+    order = _sharpness_first(results.keys)
+    table = results.table
+    if table is not None:
+        settings = [column for column in results.keys.columns if column in table]
+        table = table.assign(label=[measure_label(k) for k in records(table[settings])])
+        # a measure that failed throughout stands among the models and the failures
+        table = _best_first(table[table["label"].isin(labels)])
+        found = _rated(table, values, grid, setting, seed)
+        found["combined"], found["not_combined"] = _combined(
+            values[list(table["label"])], results.configs, resamples, seed
+        )
+    scatter = scatter_data(values, table, grid, results.configs)
+    shown = {
+        "ranking": found["ranking"] is not None,
+        "m": "m" in found["choices"],
+        "models": True,
+        "scatter": bool(scatter["measures"]),
+        "sets": "sets" in found["choices"],
+        "correlations": bool(found["correlations"]),
     }
-    if "m" in table and table["m"].nunique() > 1:
-        choices["m"] = _choice("m", "Statistic", usable, lambda s: figures.against_m(table, s))
-    combined, not_combined = _combined(ranked, configs, resamples, seed)
+    # of few models their own numbers come first, of many the measures'
+    few = most < LEAST_CERTAIN
+    sequence = ("models", "scatter", "ranking", "m") if few else ("ranking", "m", "scatter")
+    sections = [s for s in (*sequence, "sets", "correlations", "models") if shown[s]]
     return TaskContent(
         name=name,
-        models=len(grid),
-        hyperparameters=dict(zip(grid.names, grid.levels, strict=True)),
-        gaps=_gaps(grid),
-        columns=[STATISTICS[s] for s in _RANKED] + ["p, Holm"],
-        lower_is_better=[s in LOWER_IS_BETTER for s in _RANKED] + [True],
-        rows=[(r["label"], int(r["models"]), _cells(r)) for r in records(table)],
-        choices=choices,
-        correlations=figures.correlations(ranked),
-        scatter=_scatter(ranked, table, grid),
-        combined=combined,
-        not_combined=not_combined,
+        facts={
+            "Models": str(len(grid)),
+            "Measures": str(len(labels)),
+            "Gap": _gaps(grid, results.configs),
+            "Examples": results.setting,
+        },
+        hyperparameters={
+            name: in_order(levels) for name, levels in zip(grid.names, grid.levels, strict=True)
+        },
+        notes=[
+            *notes.of_failures(results.failures, list(map(str, values.index)), grid),
+            *notes.of_few(most, len(varying)),
+            *([f"No statistics: {results.unrated}."] if results.unrated and most >= LEAST else []),
+            *notes.of_order(values, errors, results.keys, in_grid=bool(grid.names)),
+        ],
+        sections={s: SECTIONS[s] for s in dict.fromkeys(sections)},
+        models=models_table(
+            values.iloc[:, order],
+            errors.iloc[:, order],
+            [str(results.keys["measure"].iloc[k]) for k in order],
+            results.failures,
+            grid,
+            results.configs,
+        ),
+        scatter=scatter,
+        **found,
     )
 
 
+def _rated(
+    table: pd.DataFrame, values: pd.DataFrame, grid: Grid, setting: str, seed: int
+) -> dict[str, Any]:
+    """All that rests on the evaluation."""
+    ranked = values[list(table["label"])]
+    usable = [s for s in STATISTICS if s in table and np.isfinite(table[s]).any()]
+    bands = noise_bands(columns_of(ranked, grid), grid, table, usable, seed)
+    table = table.join(bands[[c for c in bands if c not in table]])
+    choices = {}
+    if usable:
+        choices["ranking"] = _choice(
+            "ranking", "Statistic", usable, lambda s: figures.ranking(table, s, setting)
+        )
+        if "m" in table and table["m"].nunique() > 1:
+            with_m = table[table["m"].notna()]
+            drawable = [s for s in usable if np.isfinite(with_m[s]).any()]
+            choices["m"] = _choice(
+                "m", "Statistic", drawable, lambda s: figures.against_m(table, s, setting)
+            )
+    sets = _conditioning(ranked, grid)
+    if sets is not None:
+        choices["sets"] = sets
+    informative = ranked.loc[:, ranked.nunique() > 1]
+    correlations = ""
+    if informative.shape[1] > 1 and len(informative) >= LEAST:
+        correlations = figures.correlations(informative)
+    return {
+        "ranking": ranking_table(table) if usable else None,
+        "choices": choices,
+        "correlations": correlations,
+    }
+
+
+def _best_first(table: pd.DataFrame) -> pd.DataFrame:
+    """By the score where there is one, by Kendall's tau otherwise."""
+    by = "cmi_pgdl" if np.isfinite(table["cmi_pgdl"]).any() else "kendall_tau"
+    return table.sort_values(by, ascending=False, na_position="last", kind="stable").reset_index(
+        drop=True
+    )
+
+
+def _sharpness_first(keys: pd.DataFrame) -> list[int]:
+    """The columns, those of a sharpness before the others."""
+    if "m" not in keys:
+        return list(range(len(keys)))
+    return [int(k) for k in np.argsort(keys["m"].isna().to_numpy(), kind="stable")]
+
+
 def _choice(name: str, label: str, keys: Sequence[str], draw: Callable[[str], str]) -> Choice:
-    return Choice(name, label, {k: STATISTICS[k] for k in keys}, {k: draw(k) for k in keys})
+    first = [k for k in ("cmi_pgdl", "kendall_tau") if k in keys][:1]
+    ordered = [*first, *(k for k in keys if k not in first)]
+    return Choice(name, label, {k: titled(k) for k in ordered}, {k: draw(k) for k in ordered})
 
 
-def _conditioning(values: pd.DataFrame, grid: Grid) -> Choice:
-    titles = {"pgdl": "PGDL", "jiang": "Jiang et al."}
+def _conditioning(values: pd.DataFrame, grid: Grid) -> Choice | None:
+    """Scores by conditioning set; None if no hyperparameter varies or nothing is defined."""
+    if not grid.varying():
+        return None
     drawn = {}
     for definition in DEFINITIONS:
         scores: dict[str, Mapping[tuple[str, ...], float]] = {}
         for label in values:
             column, present = read_measure(values[label], grid)
-            present &= ~np.isnan(column)
+            present &= ~np.isnan(column) & ~np.isnan(grid.gap)
             score = pgdl_score if definition == "pgdl" else jiang_score
+            if present.sum() < LEAST:
+                continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the evaluation has told
                 found = score(column[present], grid.take(present)).conditioning_sets
             scores[str(label)] = _unordered(found)
-        drawn[definition] = figures.conditioning_sets(scores, "%")
-    return Choice("sets", "Definition", titles, drawn)
+        known = {k for row in scores.values() for k, v in row.items() if np.isfinite(v)}
+        if known - {()}:  # given something
+            shown = {
+                label: {k: v for k, v in row.items() if k in known} for label, row in scores.items()
+            }
+            drawn[definition] = figures.conditioning_sets(shown, "%")
+    titles = {name: TABLE[f"cmi_{name}"].label for name in drawn}
+    return Choice("sets", "Definition", titles, drawn) if drawn else None
 
 
 def _unordered(sets: Mapping[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
@@ -190,79 +280,25 @@ def _shown(found: CombinedPredictor) -> dict[str, Any]:
         "measures": len(found.coefficients),
         "models": found.r_squared.models,
         "statistics": [
-            (STATISTICS[s.statistic], decimal(s.value), decimal(s.low), decimal(s.high))
+            (TABLE[s.statistic].label, decimal(s.value), _ends(s.low, s.high))
             for s in (found.r_squared, found.kendall_tau)
         ],
         "heaviest": [name for name, _ in heaviest],
     }
 
 
-def _cells(row: Mapping[str, Any]) -> list[Cell]:
-    cells = []
-    for statistic in _RANKED:
-        value, low, high = (
-            row[statistic + end] * scale(statistic) for end in ("", "_low", "_high")
-        )
-        interval = f"{decimal(low)} to {decimal(high)}" if given(low) else ""
-        worst = row.get(f"{statistic}_set")
-        title = f"minimum given {worst}" if worst else ""
-        order = float(value) if np.isfinite(value) else None
-        cells.append(Cell(decimal(value), interval, order, title))
-    p = row["p_value_holm"]
-    return [*cells, Cell(number(p, 2), "", float(p) if np.isfinite(p) else None)]
+def _ends(low: float, high: float) -> str:
+    known = np.isfinite(low) and np.isfinite(high)
+    return f"{decimal(low)} to {decimal(high)}" if known else "no interval"
 
 
-def _scatter(values: pd.DataFrame, table: pd.DataFrame, grid: Grid) -> dict[str, Any]:
-    """Everything of which the page draws the scatter plot itself."""
-    found = [read_measure(values[label], grid)[0] for label in values]
-    notes = {
-        row["label"]: "Kendall’s τ {}, R² on held-out models {}".format(
-            *(_with_interval(row, s) for s in ("kendall_tau", "r_squared"))
-        )
-        for row in records(table)
-    }
-    return {
-        "models": list(grid.ids),
-        "gaps": [finite(g) for g in grid.gap],
-        "hyperparameters": [
-            {
-                "name": name,
-                "levels": _in_order(levels),
-                "values": [levels[code] if code >= 0 else None for code in grid.codes[:, h]],
-            }
-            for h, (name, levels) in enumerate(zip(grid.names, grid.levels, strict=True))
-        ],
-        "measures": [
-            {
-                "label": str(label),
-                "note": notes.get(label, ""),
-                "values": [finite(value) for value in column],
-            }
-            for label, column in zip(values, found, strict=True)
-        ],
-        "colours": figures.COLOURS,
-    }
-
-
-def _with_interval(row: Mapping[str, Any], statistic: str) -> str:
-    value, low, high = (decimal(row[statistic + end]) for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})"
-
-
-def _in_order(levels: Sequence[str]) -> list[str]:
-    """Numbers by size, words by the alphabet."""
-    try:
-        return sorted(levels, key=float)
-    except ValueError:
-        return sorted(levels)
-
-
-def _gaps(grid: Grid) -> str:
-    gaps = 100 * grid.gap[np.isfinite(grid.gap)]
+def _gaps(grid: Grid, configs: Mapping[str, Any]) -> str:
+    percent = percent_gap(configs)
+    gaps = (100 if percent else 1) * grid.gap[np.isfinite(grid.gap)]
+    unit = " %" if percent else ""
     if len(gaps) == 0:
         return "unknown"
-    spread = number(float(gaps.std(ddof=1)), 3) if len(gaps) > 1 else "–"
-    return (
-        f"{number(float(gaps.min()), 3)} to {number(float(gaps.max()), 3)} %, "
-        f"standard deviation {spread} %"
-    )
+    if len(gaps) == 1:
+        return number(float(gaps[0]), 3) + unit
+    low, high, spread = (number(float(v), 3) for v in (gaps.min(), gaps.max(), gaps.std(ddof=1)))
+    return f"{low} to {high}{unit}, standard deviation {spread}{unit}"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import plotly.graph_objects as go
 
-from sharpkit.evaluation._weighted import LOWER_IS_BETTER
-from sharpkit.report.labels import STATISTICS, decimal, finite, number, plain, scale
+from sharpkit.evaluation.statistics import TABLE
+from sharpkit.report.labels import decimal, factor, finite, number, plain, titled
+from sharpkit.report.noise import ENDS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,28 +18,36 @@ if TYPE_CHECKING:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555", "#b8a800")
 _FONT = {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13}
 _GRID = {"gridcolor": "#e3e6ea", "zerolinecolor": "#aab2bb", "linecolor": "#aab2bb"}
+_NOISE = {"color": "#8a94a0", "fill": "rgba(120, 130, 142, 0.22)"}
 _BEST = 25  # measures in the ranking figure
 _ROW = 19  # pixels of a row with a label
 
 
-def ranking(table: pd.DataFrame, statistic: str) -> str:
-    """The best measures by a statistic, with their intervals.
+def ranking(table: pd.DataFrame, statistic: str, setting: str) -> str:
+    """The best measures by a statistic, with their intervals and what noise has.
 
     Args:
-        table: Of one task, with a column label.
+        table: Of one task, with a column label and the columns of `noise_bands`.
         statistic: Its column.
+        setting: Number of models, n and seed, in words.
     """
-    lower = statistic in LOWER_IS_BETTER
-    rows = table.dropna(subset=[statistic]).sort_values(statistic, ascending=lower).head(_BEST)
+    lower = TABLE[statistic].lower_is_better
+    rows = table[np.isfinite(table[statistic])].sort_values(statistic, ascending=lower).head(_BEST)
     rows = rows.iloc[::-1]  # the first row of the axis is at the bottom
-    value, low, high = (
-        scale(statistic) * rows[statistic + end].to_numpy() for end in ("", "_low", "_high")
-    )
+    value, low, high = _ends(rows, statistic, ("", "_low", "_high"))
+    places = list(range(len(rows)))
     labels = [plain(label) for label in rows["label"]]
-    text = [f"{decimal(a)} to {decimal(b)}" for a, b in zip(low, high, strict=True)]
-    trace = go.Scatter(
+    has = np.isfinite(low) & np.isfinite(high)
+    text = [
+        f"{decimal(a)} to {decimal(b)}" if c else "no interval"
+        for a, b, c in zip(low, high, has, strict=True)
+    ]
+    figure = go.Figure(layout=_layout(height=130 + _ROW * len(rows), kind="rows"))
+    _add_noise_rows(figure, rows, statistic)
+    figure.add_scatter(
         x=value.tolist(),
-        y=list(range(len(rows))),
+        y=places,
+        name="measure with 95 % interval" if has.any() else "measure",
         mode="markers",
         marker={"size": 8, "color": COLOURS[0]},
         error_x={
@@ -52,50 +61,39 @@ def ranking(table: pd.DataFrame, statistic: str) -> str:
         customdata=list(zip(labels, text, strict=True)),
         hovertemplate="<b>%{customdata[0]}</b><br>%{x:.2f} (%{customdata[1]})<extra></extra>",
     )
-    figure = go.Figure(trace, _layout(height=90 + _ROW * len(rows)))
-    figure.update_xaxes(title=STATISTICS[statistic], zeroline=True)
+    figure.update_xaxes(title=f"{titled(statistic)}<br><sup>{plain(setting)}</sup>", zeroline=True)
     figure.update_yaxes(
+        title={"text": "measure", "standoff": 12},
         tickmode="array",
-        tickvals=list(range(len(rows))),
+        tickvals=places,
         ticktext=labels,
+        range=[-0.6, len(rows) - 0.4],
         automargin=True,
         zeroline=False,
     )
     return _json(figure)
 
 
-def against_m(table: pd.DataFrame, statistic: str) -> str:
+def against_m(table: pd.DataFrame, statistic: str, setting: str) -> str:
     """A statistic of m-sharpness against m, one line with its band per radius.
 
     Args:
-        table: Of one task; its rows that have an m.
+        table: Of one task, with the columns of `noise_bands`; its rows that have an m.
         statistic: Its column.
+        setting: Number of models, n and seed, in words.
     """
     rows = table[table["m"].notna()].sort_values("m")
     by = ["measure", "rho"] if "rho" in rows else ["measure"]
-    figure = go.Figure(layout=_layout(height=420))
+    figure = go.Figure(layout=_layout(height=440))
+    _add_noise_band(figure, rows, statistic)
     for k, (key, line) in enumerate(rows.groupby(by, dropna=False, sort=False)):
         colour = COLOURS[k % len(COLOURS)]
-        m = line["m"].tolist()
-        value, low, high = (
-            scale(statistic) * line[statistic + end].to_numpy() for end in ("", "_low", "_high")
-        )
+        value, low, high = _ends(line, statistic, ("", "_low", "_high"))
         name = plain(key[0]) + (f", ρ = {number(key[1])}" if len(by) == 2 else "")
+        _add_band(figure, line["m"].to_numpy(), low, high, colour, legendgroup=str(k))
         figure.add_scatter(
-            x=m + m[::-1],
-            y=[*high.tolist(), *low[::-1].tolist()],
-            mode="lines",
-            fill="toself",
-            fillcolor=colour,
-            opacity=0.12,
-            line={"width": 0},
-            hoverinfo="skip",
-            showlegend=False,
-            legendgroup=str(k),
-        )
-        figure.add_scatter(
-            x=m,
-            y=value.tolist(),
+            x=line["m"].tolist(),
+            y=[finite(v) for v in value],
             name=name,
             legendgroup=str(k),
             mode="lines+markers",
@@ -104,14 +102,122 @@ def against_m(table: pd.DataFrame, statistic: str) -> str:
         )
     ticks = sorted(rows["m"].unique().tolist())
     figure.update_xaxes(
-        title="m, examples per group",
+        title=f"m, examples per group<br><sup>{plain(setting)}</sup>",
         type="log",
         tickmode="array",
         tickvals=ticks,
         ticktext=[number(m) for m in ticks],
     )
-    figure.update_yaxes(title=STATISTICS[statistic], zeroline=True)
+    figure.update_yaxes(title=titled(statistic), zeroline=True, automargin=True)
     return _json(figure)
+
+
+def _ends(rows: pd.DataFrame, statistic: str, ends: Sequence[str]) -> list[np.ndarray]:
+    return [
+        factor(statistic) * rows[statistic + end].to_numpy(dtype=np.float64, na_value=np.nan)
+        for end in ends
+    ]
+
+
+def _noise_name(statistic: str) -> str:
+    """What the grey of a figure is; a mutual information's begins at 0."""
+    low = "0" if TABLE[statistic].conditioning_set else "5 %"
+    return f"what noise scores: mean, {low} to 95 %"
+
+
+def _add_noise_rows(figure: go.Figure, rows: pd.DataFrame, statistic: str) -> None:
+    """A grey bar per row, with a tick at the mean."""
+    low, mean, high = _ends(rows, statistic, ENDS)
+    known = np.flatnonzero(np.isfinite(low) & np.isfinite(high))
+    if known.size == 0:
+        return
+    figure.add_bar(
+        x=(high - low)[known].tolist(),
+        base=low[known].tolist(),
+        y=known.tolist(),
+        orientation="h",
+        width=0.8,
+        marker={"color": _NOISE["fill"], "line": {"width": 0}},
+        name=_noise_name(statistic),
+        legendgroup="noise",
+        hoverinfo="skip",
+    )
+    figure.add_scatter(
+        x=mean[known].tolist(),
+        y=known.tolist(),
+        mode="markers",
+        marker={
+            "symbol": "line-ns-open",
+            "size": 12,
+            "color": _NOISE["color"],
+            "line": {"width": 1.5},
+        },
+        legendgroup="noise",
+        showlegend=False,
+        hovertemplate="noise: %{x:.2f} on average<extra></extra>",
+    )
+
+
+def _add_noise_band(figure: go.Figure, rows: pd.DataFrame, statistic: str) -> None:
+    """At each m the widest of the lines' bands, and the mean of their means."""
+    low, mean, high = (
+        rows.assign(end=end).groupby("m")["end"] for end in _ends(rows, statistic, ENDS)
+    )
+    lowest, highest, middle = low.min(), high.max(), mean.mean()
+    known = lowest.notna() & highest.notna()
+    if not known.any():
+        return
+    m = lowest.index[known].to_numpy()
+    _add_band(
+        figure,
+        m,
+        lowest[known].to_numpy(),
+        highest[known].to_numpy(),
+        _NOISE["fill"],
+        opacity=1.0,
+        legendgroup="noise",
+        name=_noise_name(statistic),
+    )
+    figure.add_scatter(
+        x=m.tolist(),
+        y=middle[known].tolist(),
+        mode="lines",
+        line={"color": _NOISE["color"], "width": 1.5, "dash": "dot"},
+        legendgroup="noise",
+        showlegend=False,
+        hovertemplate="noise at m = %{x}: %{y:.2f} on average<extra></extra>",
+    )
+
+
+def _add_band(
+    figure: go.Figure,
+    x: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    colour: str,
+    *,
+    legendgroup: str,
+    name: str = "",
+    opacity: float = 0.14,
+) -> None:
+    """The area between two lines, where both are known."""
+    known = np.isfinite(low) & np.isfinite(high)
+    if not known.any():
+        return
+    x, low, high = x[known], low[known], high[known]
+    figure.add_scatter(
+        x=[*x.tolist(), *x[::-1].tolist()],
+        y=[*high.tolist(), *low[::-1].tolist()],
+        mode="lines",
+        fill="toself",
+        fillcolor=colour,
+        opacity=opacity,
+        line={"width": 0},
+        hoverinfo="skip",
+        name=name,
+        showlegend=bool(name),
+        legendgroup=legendgroup,
+    )
 
 
 def conditioning_sets(scores: Mapping[str, Mapping[tuple[str, ...], float]], title: str) -> str:
@@ -128,6 +234,7 @@ def conditioning_sets(scores: Mapping[str, Mapping[tuple[str, ...], float]], tit
         z,
         columns,
         [plain(label) for label in scores],
+        titles=("conditioning set", "measure"),
         colorscale="YlGnBu",
         zmin=0,
         colorbar=title,
@@ -149,6 +256,7 @@ def correlations(values: pd.DataFrame) -> str:
         [[finite(v) for v in row] for row in matrix.to_numpy()],
         labels,
         labels,
+        titles=("measure", "measure"),
         colorscale="RdBu_r",
         zmin=-1,
         zmax=1,
@@ -162,6 +270,7 @@ def _heat_map(
     columns: Sequence[str],
     rows: Sequence[str],
     *,
+    titles: tuple[str, str],
     colorbar: str,
     hover: str,
     **options: Any,
@@ -179,8 +288,12 @@ def _heat_map(
         **options,
     )
     longest = max(map(len, columns), default=0)
-    figure = go.Figure(trace, _layout(height=80 + 6 * min(longest, 40) + _ROW * len(rows)))
+    figure = go.Figure(
+        trace, _layout(height=120 + 6 * min(longest, 40) + _ROW * len(rows), kind="map")
+    )
+    figure.update_layout(margin_b=16)
     figure.update_xaxes(
+        title={"text": titles[0], "standoff": 12},
         side="top",
         tickangle=-60,
         automargin=True,
@@ -190,6 +303,7 @@ def _heat_map(
         tickfont={"size": 11 if len(columns) <= 40 else 8},
     )
     figure.update_yaxes(
+        title={"text": titles[1], "standoff": 12},
         autorange="reversed",
         automargin=True,
         type="category",
@@ -212,15 +326,17 @@ def _by_similarity(matrix: np.ndarray) -> list[int]:
     return [int(k) for k in leaves_list(linkage(squareform(distance, checks=False), "average"))]
 
 
-def _layout(height: int) -> go.Layout:
+def _layout(height: int, kind: str = "") -> go.Layout:
+    """The common look; of its kind depends what the page changes on a narrow screen."""
     return go.Layout(
         template="none",
+        meta={"kind": kind},
         height=height,
         autosize=True,
         font=_FONT,
         paper_bgcolor="#fff",
         plot_bgcolor="#fff",
-        margin={"l": 60, "r": 16, "t": 32, "b": 48},
+        margin={"l": 60, "r": 16, "t": 40, "b": 62},
         xaxis=_GRID,
         yaxis=_GRID,
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.0, "x": 0},

@@ -5,22 +5,45 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.evaluation.labels import LABELS
+from sharpkit.evaluation.statistics import TABLE
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def scale(statistic: str) -> float:
-    """What a statistic of the table is multiplied with: mutual information is shown in per cent."""
-    return 100.0 if statistic.startswith("cmi") else 1.0
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table.
+
+    Attributes:
+        text: What it shows.
+        small: Below it, in small type.
+        order: By which it is sorted; None comes last.
+        title: Shown when it is pointed at.
+    """
+
+    text: str
+    small: str = ""
+    order: float | None = None
+    title: str = ""
 
 
-STATISTICS = {
-    name: f"{label} (%)" if scale(name) == 100 else label for name, label in LABELS.items()
-}
+def factor(statistic: str) -> float:
+    """What a statistic of the table is multiplied with where it is shown."""
+    return 100.0 if TABLE[statistic].percent else 1.0
+
+
+def titled(statistic: str) -> str:
+    """A statistic and its unit.
+
+    Example:
+        >>> titled("cmi_pgdl"), titled("kendall_tau")
+        ('mutual information, PGDL (%)', 'Kendall’s τ')
+    """
+    return TABLE[statistic].label + (" (%)" if TABLE[statistic].percent else "")
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -48,7 +71,7 @@ def measure_label(key: Mapping[str, Any]) -> str:
 
 def given(value: Any) -> bool:
     """Whether a setting has a value."""
-    return value is not None and not (isinstance(value, float) and math.isnan(value))
+    return value is not None and value == value  # NaN is not itself
 
 
 def finite(value: float) -> float | None:

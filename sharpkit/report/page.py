@@ -6,13 +6,16 @@ import base64
 import hashlib
 import json
 import shlex
+import warnings
+from collections.abc import Mapping
 from contextlib import closing
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.errors import ArgumentError
+from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.evaluation.arguments import check_resampling
 from sharpkit.files import atomic_path
 from sharpkit.report.labels import number
 from sharpkit.runs import Scores, evaluate
@@ -21,6 +24,8 @@ from sharpkit.runs.evaluate import measure_values
 if TYPE_CHECKING:
     import pandas as pd
     from markupsafe import Markup
+
+    from sharpkit.report.content import Results
 
 _NEEDED = ("plotly", "jinja2")
 
@@ -35,9 +40,11 @@ def write_report(
 ) -> Path:
     """Write the results of a run as one self-contained, interactive HTML page.
 
-    The ranking of the measures with intervals, score against m, each measure against the gap
-    coloured by any hyperparameter, mutual information by conditioning set, correlations between
-    measures, the measures combined, failures, and what it takes to reproduce the run.
+    The ranking of the measures with intervals, score against m, each with what a measure without
+    information scores; the table of models and measures; each measure against the gap, coloured by
+    any hyperparameter; mutual information by conditioning set, correlations between measures, the
+    measures combined, failures, and what it takes to reproduce the run. What a run does not have is
+    left out, and below twelve models the table of models stands first.
 
     Args:
         run: Directory of a run.
@@ -51,7 +58,6 @@ def write_report(
 
     Raises:
         RunError: If the directory holds no run.
-        ScoreError: If the run has too few results to evaluate.
         ArgumentError: If plotly or jinja2 is not installed, or an argument is out of range.
 
     Example:
@@ -70,21 +76,13 @@ def write_report(
     run = Path(run)
     path = Path(out) if out is not None else run / "report.html"
     with closing(Scores.open(run)) as scores:
-        table = evaluate(scores, resamples=resamples, seed=seed, test_size=test_size)
-        text = _render(run, scores, table, resamples, seed, test_size)
+        text = _render(run, scores, resamples, seed, test_size)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
-def _render(
-    run: Path,
-    scores: Scores,
-    table: pd.DataFrame,
-    resamples: int,
-    seed: int,
-    test_size: int | None,
-) -> str:
+def _render(run: Path, scores: Scores, resamples: int, seed: int, test_size: int | None) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
@@ -92,18 +90,10 @@ def _render(
     from sharpkit.report.content import task_content
     from sharpkit.report.reproduce import environments, score_command, versions
 
+    check_resampling(resamples)
+    results = _results(scores, resamples, seed, test_size)
     tasks = [
-        task_content(
-            name,
-            table[table["task"] == name],
-            keys,
-            values,
-            scores.model_configs[name],
-            resamples=resamples,
-            seed=seed,
-        )
-        for name, (keys, values) in measure_values(scores).items()
-        if (table["task"] == name).any()
+        task_content(name, found, resamples=resamples, seed=seed) for name, found in results.items()
     ]
     provenance = scores.provenance()
     command = ["sharpkit", "report", str(run), "--resamples", str(resamples), "--seed", str(seed)]
@@ -138,6 +128,59 @@ def _render(
         script=Markup(script),
         policy=" ".join(_hash(text) for text in (plotly, script)),
     )
+
+
+def _results(
+    scores: Scores, resamples: int, seed: int, test_size: int | None
+) -> dict[str, Results]:
+    """What the run has of each task."""
+    import pandas as pd
+
+    from sharpkit.report.content import Results
+
+    frame, failures = scores.frame(), scores.failures
+    table, unrated = None, ""
+    try:
+        table = evaluate(scores, resamples=resamples, seed=seed, test_size=test_size)
+    except ScoreError as error:  # the page says it, and shows what there is
+        unrated = str(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the evaluation has told
+        tables = {} if frame.empty else measure_values(scores)
+    nothing = pd.DataFrame({"measure": []}), pd.DataFrame()
+    results = {}
+    for name, configs in scores.model_configs.items():
+        keys, values = tables.get(name, nothing)
+        rows = None if table is None else table[table["task"] == name]
+        results[name] = Results(
+            keys=keys,
+            values=values,
+            errors=_std_errors(frame[frame["task"] == name], keys, values),
+            failures=failures[failures["task"] == name],
+            configs=configs,
+            table=None if rows is None or rows.empty else rows,
+            setting=_setting(scores.config),
+            unrated=unrated,
+        )
+    return results
+
+
+def _std_errors(results: pd.DataFrame, keys: pd.DataFrame, values: pd.DataFrame) -> pd.DataFrame:
+    """Standard errors in the shape of the values."""
+    if values.empty:
+        return values
+    columns = results.merge(keys.assign(column=keys.index), on=list(keys.columns))
+    errors = columns.assign(std_error=columns["std_error"].astype(float)).pivot(
+        index="model", columns="column", values="std_error"
+    )
+    return errors.reindex(index=values.index, columns=values.columns)
+
+
+def _setting(config: Mapping[str, Any]) -> str:
+    """Which examples the measures saw."""
+    n = config.get("n")
+    examples = "all training examples" if n is None else f"n = {n} training examples"
+    return f"{examples}, seed {config.get('seed')}"
 
 
 def _file(name: str) -> str:

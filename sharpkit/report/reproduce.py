@@ -32,7 +32,10 @@ def score_command(config: Mapping[str, Any], run: Path) -> str | None:
     try:
         folders = {_parent(path) for path in config["tasks"].values()}
         measures = dict(config["measures"])
-        options = _m_sharpness_options(measures.pop("m_sharpness", None))
+        own = [name for name in measures if name.startswith("m_sharpness")]
+        if len(own) > 1:
+            return None
+        options = _m_sharpness_options(measures.pop(own[0]) if own else None)
     except (KeyError, TypeError, ValueError):
         return None
     if len(folders) != 1 or options is None or config.get("precision", "full") != "full":
@@ -40,7 +43,7 @@ def score_command(config: Mapping[str, Any], run: Path) -> str | None:
     standard = dict(describe(measure) for measure in standard_measures(recorded=True))
     if any(_json(standard.get(name)) != _json(own) for name, own in measures.items()):
         return None
-    names = list(config["measures"])
+    names = ["m_sharpness" if name in own else name for name in config["measures"]]
     words = ["sharpkit", "score", _zoo_name(folders.pop())]
     words += ["--out", str(run), "--measures", ",".join(names)]
     for task in config["tasks"]:

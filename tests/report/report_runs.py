@@ -1,14 +1,15 @@
-"""A small run whose every name tries to break the page."""
+"""Small runs: one whose every name tries to break the page, and users' own models."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sharpkit.measures import MSharpness, make_measure
-from sharpkit.runs import score_zoo
+from sharpkit.runs import score_models, score_zoo
 from sharpkit.zoo import ZooWriter, build_model, load_zoo
 
 TASK = "</script><script>window.hacked = 'task'</script>"
@@ -29,7 +30,7 @@ class Failing:
     name = "failing"
 
     def __call__(self, model: torch.nn.Module, data: object, *, seed: int) -> float:
-        total = float(sum(p.sum() for p in model.parameters()))
+        total = float(sum(p.detach().sum() for p in model.parameters()))
         if total < 0:
             raise ValueError(ERROR)
         return total
@@ -74,4 +75,48 @@ def hostile_run(path: Path) -> Path:
     ]
     run = path / "run"
     score_zoo({TASK: task}, measures, out=run, progress=False).close()
+    return run
+
+
+def own_run(path: Path) -> Path:
+    """Five networks without hyperparameters, scored by m-sharpness and two more."""
+    models = {f"model {name}": _dense(seed) for seed, name in enumerate("abcde")}
+    measures = [
+        MSharpness(m=[1, 4], rho=0.1),
+        make_measure("training_loss"),
+        make_measure("frobenius_norms"),
+    ]
+    return _scored(models, measures, path / "run")
+
+
+def two_run(path: Path) -> Path:
+    """Two networks, of which one cannot be loaded."""
+    models = {"whole": _dense(0), "broken": _lost}
+    return _scored(models, [MSharpness(m=1, rho=0.1)], path / "run")
+
+
+def lost_run(path: Path) -> Path:
+    """A network that cannot be loaded."""
+    return _scored({"broken": _lost}, [MSharpness(m=1, rho=0.1)], path / "run")
+
+
+def _dense(seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
+
+
+def _lost() -> torch.nn.Module:
+    raise FileNotFoundError("no such checkpoint: broken.pt")
+
+
+def _scored(models: dict[str, Any], measures: list[Any], run: Path) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    train, test = (
+        (
+            torch.randn(24, 5, generator=generator),
+            torch.randint(0, 3, (24,), generator=generator),
+        )
+        for _ in range(2)
+    )
+    score_models(models, measures, train, test, out=run, progress=False).close()
     return run

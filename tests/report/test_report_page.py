@@ -14,12 +14,23 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner
-from report_runs import DEPTH, ERROR, MEASURE, TASK, VALUES, WIDTH, hostile_run
+from report_runs import (
+    DEPTH,
+    ERROR,
+    MEASURE,
+    TASK,
+    VALUES,
+    WIDTH,
+    hostile_run,
+    lost_run,
+    own_run,
+    two_run,
+)
 from zoos import write_small_zoo
 
 import sharpkit.report.page
 from sharpkit.cli import main
-from sharpkit.errors import ArgumentError, RunError, ScoreError
+from sharpkit.errors import ArgumentError, RunError
 from sharpkit.measures import MSharpness, make_measure
 from sharpkit.measures.measure import describe
 from sharpkit.report import write_report
@@ -138,8 +149,10 @@ def test_the_ranking_has_every_row_of_the_evaluation(run: Path, page: Page) -> N
     assert {(int(m), float(rho)) for m, rho in rows} == {
         (m, rho) for m in (1, 4, 24) for rho in (0.05, 0.1)
     }
-    lines = page.json("m-0-kendall_tau")["data"][1::2]
+    figure = page.json("m-0-kendall_tau")
+    lines = [line for line in figure["data"] if line.get("mode") == "lines+markers"]
     assert [line["name"] for line in lines] == ["m_sharpness, ρ = 0.05", "m_sharpness, ρ = 0.1"]
+    assert "8 models, all training examples, seed 0" in figure["layout"]["xaxis"]["title"]["text"]
     first = table[table["rho"] == 0.05].sort_values("m")["kendall_tau"]
     assert lines[0]["y"] == pytest.approx(first.tolist())
 
@@ -148,7 +161,7 @@ def test_the_scatter_has_every_model_and_no_value_for_failures(run: Path, page: 
     data, scores = page.json("scatter-0-data"), Scores.open(run)
     frame, failures = scores.frame(), scores.failures
     assert data["models"] == [str(2 * i + 3) for i in range(8)]
-    assert data["gaps"] == pytest.approx([0.09 + 0.03 * i for i in range(8)])
+    assert data["gaps"] == pytest.approx([9 + 3 * i for i in range(8)])  # per cent
     failing = next(m for m in data["measures"] if m["label"] == "failing")
     values = frame[frame["measure"] == "failing"].set_index("model")["value"]
     for name, value in zip(data["models"], failing["values"], strict=True):
@@ -230,16 +243,10 @@ def test_the_command_line_writes_the_page_of_several_tasks(zoo: Path, tmp_path: 
     assert [p.name for p in out.parent.iterdir()] == ["all.html"]
 
 
-def test_what_cannot_be_reported_is_refused(zoo: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_cannot_be_reported_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
     with pytest.raises(RunError, match="not a run directory"):
         write_report(tmp_path)
-    run = tmp_path / "run"
-    score_zoo(
-        load_zoo(zoo), make_measure("output_margin"), out=run, limit=2, progress=False
-    ).close()
-    with pytest.raises(ScoreError, match="3 models or more"):
-        write_report(run)
-    assert not (run / "report.html").exists()
+    run = two_run(tmp_path)
     monkeypatch.setattr(sharpkit.report.page, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"plotly and jinja2: pip install 'sharpkit\[report\]'"):
         write_report(run)
@@ -257,3 +264,78 @@ def test_numbers_that_are_not_finite_are_left_blank(tmp_path: Path, zoo: Path) -
     page = Page(write_report(run, resamples=9).read_text(encoding="utf-8"))
     assert "NaN" not in "".join(text for a, text in page.scripts if a)
     assert "–" in page.whole_text
+
+
+def written(run: Path) -> Page:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Page(write_report(run, resamples=20).read_text(encoding="utf-8"))
+
+
+def table_of(path: Path, name: str) -> list[list[str]]:
+    """The cells of a table, the name of the row first."""
+    text = path.read_text(encoding="utf-8")
+    body = re.search(rf'<table class="{name} sortable">.*?<tbody>(.*?)</tbody>', text, re.DOTALL)
+    assert body is not None
+    rows = re.findall(r"<tr>(.*?)</tr>", body[1], re.DOTALL)
+    plain = [re.sub(r"<small>.*?</small>", "", row) for row in rows]
+    return [
+        [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL)]
+        for row in plain
+    ]
+
+
+def test_own_models_open_on_their_table_the_flattest_first(tmp_path: Path) -> None:
+    run = own_run(tmp_path)
+    page = written(run)
+    ids = [a["id"] for tag, a in page.tags if tag == "section"]
+    assert ids == [
+        *(f"{s}-0-section" for s in ("models", "scatter", "ranking", "m", "correlations")),
+        "reproduce",
+    ]
+    scores = Scores.open(run)
+    frame, facts = scores.frame(), scores.metrics().set_index("model")
+    sharpest = frame[frame["m"] == 1].set_index("model")["value"].sort_values()
+    rows = table_of(run / "report.html", "models")
+    assert [row[0] for row in rows] == list(sharpest.index)
+    for row, (name, value) in zip(rows, sharpest.items(), strict=True):
+        gap = 100 * facts["generalization_gap"][name]
+        assert float(row[1].replace("−", "-")) == pytest.approx(gap, abs=0.005)
+        assert float(row[2].replace("−", "-")) == pytest.approx(value, rel=5e-4)
+
+
+def test_own_models_are_told_that_they_are_few_and_see_nothing_infinite(tmp_path: Path) -> None:
+    page = written(own_run(tmp_path))
+    text = page.whole_text
+    assert "Only 5 models, 10 pairs: too few for intervals" in text
+    assert "once in 120 times" in text
+    assert "No hyperparameter varies" in text
+    assert "Across architectures the order by sharpness may reverse" in text
+    assert "No interval (fewer than 12 models)" in text
+    assert "Conditioning sets" not in text
+    assert "Infinity" not in "".join(text for a, text in page.scripts if a)
+    figures = [str(a["id"]) for a, _ in page.scripts if "id" in a]
+    assert "ranking-0-kendall_tau" in figures
+    assert "ranking-0-cmi_pgdl" not in figures
+    assert page.json("scatter-0-data")["hyperparameters"] == []
+
+
+def test_a_model_that_failed_is_told_first_and_has_no_number(tmp_path: Path) -> None:
+    run = two_run(tmp_path)
+    page = written(run)
+    text = page.whole_text
+    assert text.index("1 of 2 models could not be scored: broken (FileNotFoundError") < text.index(
+        "1 model has a value and a gap: too few for any statistic"
+    )
+    rows = table_of(run / "report.html", "models")
+    assert [row[0] for row in rows] == ["whole", "broken"]
+    assert rows[1][1:3] == ["–", "failed"]
+    ids = [a["id"] for tag, a in page.tags if tag == "section"]
+    assert ids == ["models-0-section", "failures", "reproduce"]
+
+
+@pytest.mark.filterwarnings("ignore:nothing could be scored:UserWarning")
+def test_a_run_in_which_everything_failed_says_so_first(tmp_path: Path) -> None:
+    text = written(lost_run(tmp_path)).whole_text
+    said = text.index("No model could be scored: broken (FileNotFoundError: no such checkpoint")
+    assert said < text.index("Models and measures", text.index("Reproduce"))

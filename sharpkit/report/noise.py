@@ -1,0 +1,85 @@
+"""What each statistic is of a measure that knows nothing of the gap: the bands in the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sharpkit.evaluation._grid import Floats, Grid
+from sharpkit.evaluation.arguments import LEAST
+from sharpkit.evaluation.chance import chance_statistics, shuffles
+from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_SHUFFLES = 400  # the 5th percentile of so many is known to about one per cent of them
+ENDS = ("_noise_low", "_noise_mean", "_noise_high")
+
+
+def noise_bands(
+    values: Floats, grid: Grid, table: pd.DataFrame, statistics: Sequence[str], seed: int
+) -> pd.DataFrame:
+    """Per statistic the mean, 5th and 95th percentile of shuffled measures.
+
+    Those of a mutual information are in the table: its null keeps what the hyperparameters explain,
+    and its lower end is 0. All others are shuffled among all models, as for their p-values.
+
+    Args:
+        values: Of the measures (models, measures); NaN where there is none.
+        grid: The models.
+        table: One row per measure, of `evaluate`.
+        statistics: Which.
+        seed: Of the shuffles.
+
+    Returns:
+        DataFrame: Index of the table; statistic + _noise_low, _noise_mean, _noise_high.
+    """
+    import pandas as pd
+
+    found = np.full((len(table), len(statistics), 3), np.nan)
+    usable = np.isfinite(values) & np.isfinite(grid.gap)[:, None]
+    shuffled = [name for name in statistics if not TABLE[name].conditioning_set]
+    signs = table["direction"].astype("Float64").fillna(np.nan).to_numpy(dtype=np.float64)
+    for models in np.unique(usable, axis=1).T:
+        if models.sum() < LEAST:
+            continue
+        members = np.flatnonzero((usable == models[:, None]).all(0))
+        some, columns = grid.take(models), values[np.ix_(models, members)]
+        orders = shuffles(np.zeros(len(some), dtype=np.int64), _SHUFFLES, seed)
+        for errors in (False, True):
+            names = [name for name in shuffled if (name in SIGN_ERRORS) is errors]
+            # a measure without a direction has no sign-errors
+            known = members[np.isfinite(signs[members])] if errors else members
+            if not names or known.size == 0:
+                continue
+            kept = columns[:, np.isin(members, known)]
+            directed = kept * signs[known] if errors else kept
+            for name, (_, chance) in chance_statistics(directed, some, orders, names).items():
+                found[known, statistics.index(name)] = _band(chance, TABLE[name].no_relation)
+    columns = [name + end for name in statistics for end in ENDS]
+    bands = pd.DataFrame(found.reshape(len(table), -1), index=table.index, columns=columns)
+    for name in statistics:
+        if TABLE[name].conditioning_set:
+            bands[f"{name}_noise_mean"] = table[f"{name}_null_mean"]
+            bands[f"{name}_noise_high"] = table[f"{name}_null_95"]
+            bands[f"{name}_noise_low"] = np.where(table[f"{name}_null_95"].notna(), 0.0, np.nan)
+    return bands
+
+
+def _band(chance: Floats, expected: float | None) -> Floats:
+    """5th percentile, mean and 95th percentile (measures, 3) of shuffles (shuffles, measures).
+
+    The mean is the expected one where that is known.
+    """
+    band = np.full((chance.shape[1], 3), np.nan)
+    known = np.isfinite(chance).all(0)
+    if known.any():
+        low, high = np.quantile(chance[:, known], (0.05, 0.95), axis=0)
+        mean = chance[:, known].mean(0)
+        if expected is not None:
+            mean = np.full_like(mean, expected)
+        band[known] = np.stack([low, mean, high], axis=1)
+    return band
