@@ -17,10 +17,11 @@ from sharpkit.data import load_dataset
 from sharpkit.evaluation import conditional_mutual_information
 from sharpkit.measures import MSharpness
 from sharpkit.report import write_report
-from sharpkit.runs import Scores, combine, evaluate, score_models, score_zoo
+from sharpkit.runs import Scores, combine, evaluate, score_models, score_zoo, selection_regret
 from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.runs.figure3 import Figure3, figure3
 from sharpkit.sharpness import SharpnessResult, m_sharpness
+from sharpkit.sharpness.comparison import ModelComparison, compare_models
 from sharpkit.training import SAM, FitResult, build_architecture, fit, m_sam_gradient
 from sharpkit.zoo import (
     ModelEntry,
@@ -45,6 +46,7 @@ __all__ = [
     "GaussNewtonOperator",
     "HessianOperator",
     "MSharpness",
+    "ModelComparison",
     "ModelEntry",
     "Scores",
     "SharpnessResult",
@@ -55,6 +57,7 @@ __all__ = [
     "ZooWriter",
     "build_architecture",
     "combine",
+    "compare_models",
     "conditional_mutual_information",
     "embedded_zoo",
     "evaluate",
@@ -73,6 +76,7 @@ __all__ = [
     "precision",
     "score_models",
     "score_zoo",
+    "selection_regret",
     "spectral_density",
     "top_eigenvalues",
     "trace",
@@ -81,3 +85,8 @@ __all__ = [
     "write_zoo",
     "zoo_info",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names alone; submodules such as `sharpkit.evaluation` can be imported as well."""
+    return sorted([*__all__, "__version__"])

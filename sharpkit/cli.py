@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sharpkit.errors import SharpkitError
+from sharpkit.evaluation import STATISTICS
 
 if TYPE_CHECKING:
     from sharpkit.measures import Measure, MSharpness
@@ -44,6 +46,9 @@ class _Group(click.Group):
         warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
         except (SharpkitError, OSError, sqlite3.Error) as error:
             if ctx.params.get("debug"):
                 raise
@@ -77,6 +82,17 @@ _ADDRESS = click.option(
 )
 _TEST_SIZE = click.option(
     "--test-size", type=int, help="Examples behind each test accuracy, to weight the sign-errors."
+)
+
+
+_BUILD = click.option(
+    "--build", help='"module:callable" that builds the model of checkpoints from elsewhere.'
+)
+_LOSS = click.option(
+    "--loss",
+    default="cross_entropy",
+    show_default=True,
+    help='"cross_entropy", "mse", or module:callable for (outputs, labels) -> mean loss.',
 )
 
 
@@ -199,8 +215,14 @@ def train_zoo_command(
 
 
 @main.command()
-@click.argument("path")
+@click.argument("path", required=False)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--checkpoint", multiple=True, help="Instead of PATH; may be repeated.")
+@_BUILD
+@click.option(
+    "--data", help="For --checkpoint with --build: .npz with x_train, y_train, x_test, y_test."
+)
+@_LOSS
 @click.option("--m", default="1,4,16,64,256", show_default=True, type=_Numbers(int))
 @click.option("--rho", default="0.05", show_default=True, type=_Numbers(float))
 @click.option("--ascent", default="one_step", type=click.Choice(["one_step", "pgd", "apgd"]))
@@ -229,9 +251,15 @@ def train_zoo_command(
 @click.option("--timeout", type=float, help="Seconds that one model may take per measure.")
 @click.option("--memory", type=float, help="GiB that one model may take.")
 @_ADDRESS
+@click.pass_context
 def score(
-    path: str,
+    context: click.Context,
+    path: str | None,
     out: Path,
+    checkpoint: Sequence[str],
+    build: str | None,
+    data: str | None,
+    loss: str,
     m: list[int],
     rho: list[float],
     ascent: Any,
@@ -249,10 +277,12 @@ def score(
     memory: float | None,
     address: str | None,
 ) -> None:
-    """Compute m-sharpness, or other measures, of every model of the zoo at PATH.
+    """Compute m-sharpness, or other measures, of every model of a zoo, or of checkpoints.
 
     PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
-    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit.
+    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit. In its place,
+    --checkpoint takes weight files (.safetensors, or tensors saved by torch) with --build and
+    --data, or runs of `sharpkit train`, which need neither; they are scored in one process.
 
     Results are saved one by one in --out; the same command resumes a stopped run. A model that
     fails, hangs or crashes does not stop the others; the exit code is then 1.
@@ -260,10 +290,22 @@ def score(
     \b
     Example:
       sharpkit score public_data --task task1_v4 --out runs/task1 --m 1,16,256 --rho 0.05 --n 2000
+      sharpkit score --checkpoint sgd.pt --checkpoint sam.pt --build nets:resnet20 \\
+          --data cifar.npz --out runs/own
     """
     from sharpkit.measures import MSharpness
     from sharpkit.runs import score_zoo
 
+    if (path is None) == (not checkpoint):
+        raise click.UsageError("give either the PATH of a zoo, or --checkpoint")
+    m_sharpness = MSharpness(m=m, rho=rho, ascent=ascent, adaptive=adaptive, loss=_loss(loss))
+    if path is None:
+        _refuse_options_of_zoos(context)
+        scores = _score_checkpoints(
+            checkpoint, build, data, names, m_sharpness, out, n, seed, _device(device)
+        )
+        _finish_score(scores, out)
+        return
     chosen = _load(path)
     unknown = set(tasks) - set(chosen)
     if unknown:
@@ -273,10 +315,9 @@ def score(
         raise click.BadParameter(
             f"--m {max(m)} is larger than --n {n}: a group has m of n examples"
         )
-    m_sharpness = MSharpness(m=m, rho=rho, ascent=ascent, adaptive=adaptive)
     scores = score_zoo(
         selected,
-        _measures(names, m_sharpness, selected),
+        _measures(names, m_sharpness, _unsuitable(selected) if names == "all" else set()),
         out=out,
         n=n,
         limit=limit,
@@ -289,10 +330,111 @@ def score(
         memory=None if memory is None else int(memory * 2**30),
         address=address,
     )
+    _finish_score(scores, out)
+
+
+def _finish_score(scores: Scores, out: Path) -> None:
     table = scores.frame()
     table.to_csv(out / "scores.csv", index=False)
     click.echo(f"{table['model'].nunique()} models scored: {out / 'scores.csv'}")
     _report_failures(scores)
+
+
+def _score_checkpoints(
+    checkpoints: Sequence[str],
+    build: str | None,
+    data: str | None,
+    names: str,
+    m_sharpness: MSharpness,
+    out: Path,
+    n: int | None,
+    seed: int,
+    device: str,
+) -> Scores:
+    from sharpkit.runs import score_models
+
+    models, train = _checkpoint_models(checkpoints, build, data)
+    images = len(train[0][0].shape) == 3
+    left_out = {"training_steps"} if images else {"training_steps", "augmentation_inconsistency"}
+    return score_models(
+        models,
+        _measures(names, m_sharpness, left_out),
+        train,
+        _test_data(checkpoints, data),
+        loss=m_sharpness.loss,
+        out=out,
+        n=n,
+        seed=seed,
+        device=device,
+    )
+
+
+def _refuse_options_of_zoos(context: click.Context) -> None:
+    """An option that would have no effect is an error."""
+    for name in ("tasks", "limit", "backend", "workers", "threads", "timeout", "memory", "address"):
+        source = context.get_parameter_source(name)
+        if source is click.core.ParameterSource.COMMANDLINE:
+            option = "task" if name == "tasks" else name
+            raise click.UsageError(f"--{option} is for zoos: leave it out with --checkpoint")
+
+
+@main.command()
+@click.argument("models", nargs=-1, required=True)
+@_BUILD
+@click.option("--data", help="An .npz file with x_train and y_train, for --build.")
+@_LOSS
+@click.option("--m", default="1,4,16,64,256", show_default=True, type=_Numbers(int))
+@click.option("--rho", default="0.05", show_default=True, type=_Numbers(float))
+@click.option("--ascent", default="one_step", type=click.Choice(["one_step", "pgd", "apgd"]))
+@click.option("--adaptive", is_flag=True, help="Perturbations in units of |w|.")
+@click.option("--n", type=int, help="Training examples used; all by default.")
+@click.option("--seed", default=0, show_default=True, help="Of the order of the examples.")
+@_DEVICE
+@click.option("--out", type=click.Path(path_type=Path), help="Write the table as CSV as well.")
+def sharpness(
+    models: Sequence[str],
+    build: str | None,
+    data: str | None,
+    loss: str,
+    n: int | None,
+    device: str,
+    out: Path | None,
+    **settings: Any,
+) -> None:
+    """The m-sharpness of one model or several; of two, their paired difference as well.
+
+    MODELS are weight files (.safetensors, or tensors saved by torch) with --build and --data, or
+    runs of `sharpkit train`, which need neither.
+
+    \b
+    Example:
+      sharpkit sharpness runs/sam16 --m 1,16,128 --rho 0.05
+      sharpkit sharpness sgd.pt sam.pt --build nets:resnet20 --data cifar.npz --m 1 --rho 0.05,0.1
+    """
+    import pandas as pd
+
+    from sharpkit import compare_models, m_sharpness
+
+    loaded, train = _checkpoint_models(models, build, data)
+    options = {**settings, "n": n, "loss": _loss(loss)}
+    networks = {name: load().to(_device(device)) for name, load in loaded.items()}
+    compared = None
+    if len(networks) == 2:
+        (one, first), (other, second) = networks.items()
+        compared = compare_models(first, second, train, names=(one, other), **options)
+        results = list(compared.results)
+    else:
+        results = [m_sharpness(model, train, **options) for model in networks.values()]
+    columns = ["m", "rho", "value", "std_error", "groups", "n"]
+    frames = [result.frame()[columns] for result in results]
+    for name, frame in zip(networks, frames, strict=True):
+        frame.insert(0, "model", name)
+    table = pd.concat(frames, ignore_index=True)
+    click.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    if compared is not None:
+        click.echo(f"\n{compared}")
+    if out is not None:
+        table.to_csv(out, index=False)
 
 
 @main.command()
@@ -320,26 +462,37 @@ def export(run: Path, out: Path) -> None:
 @_RESAMPLES
 @click.option("--seed", default=0, show_default=True)
 @_TEST_SIZE
-def evaluate(run: Path, resamples: int, seed: int, test_size: int | None) -> None:
+@click.option(
+    "--target", help="A recorded column to predict instead of the gap, such as test_loss."
+)
+def evaluate(
+    run: Path, resamples: int, seed: int, test_size: int | None, target: str | None
+) -> None:
     """Score the measures of RUN by how well they predict the generalization gap.
 
-    Writes RUN/evaluation.csv and, for several measures, combined.csv: what they predict together.
+    Prints each score beside what noise scores. Writes RUN/evaluation.csv and, for several measures,
+    combined.csv: what they predict together; evaluation_columns.csv says what the columns mean.
+    With --target it writes RUN/evaluation_TARGET.csv and regret_TARGET.csv: what is lost by picking
+    the model that a measure thinks best.
 
     \b
     Example:
       sharpkit evaluate runs/task1
     """
+    from sharpkit.evaluation.legend import write_with_legend
     from sharpkit.runs import Scores, combine
+    from sharpkit.runs.summary import summary
 
+    if target is not None:
+        _evaluate_target(run, target, resamples, seed, test_size)
+        return
     table = _evaluate(run, resamples, seed, test_size)
-    table.to_csv(run / "evaluation.csv", index=False)
-    shown = ["task", "measure", "m", "rho", "form", "models", "cmi_pgdl", "cmi_jiang"]
-    shown += ["kendall_tau", "granulated_kendall", "r_squared", "sign_error", "p_value"]
-    shown = [c for c in shown if c in table and table[c].notna().any()]
-    click.echo(table[shown].to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    write_with_legend(table, run / "evaluation.csv")
     together = combine(Scores.open(run), resamples=resamples, seed=seed)
     if len(together):
-        together.to_csv(run / "combined.csv", index=False)
+        write_with_legend(together, run / "combined.csv")
+    click.echo(summary(table))
+    if len(together):
         click.echo("\nAll measures together, on held-out models:")
         click.echo(together.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     click.echo(run / "evaluation.csv")
@@ -350,21 +503,29 @@ def evaluate(run: Path, resamples: int, seed: int, test_size: int | None) -> Non
 @_RESAMPLES
 @click.option("--seed", default=0, show_default=True)
 @_TEST_SIZE
-@click.option("--statistic", default="cmi_pgdl", show_default=True, help="What is plotted.")
+@click.option(
+    "--statistic",
+    default="cmi_pgdl",
+    show_default=True,
+    type=click.Choice(STATISTICS),
+    help="What is plotted.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/predictive_power.png")
 def plot(
     run: Path, resamples: int, seed: int, test_size: int | None, statistic: str, out: Path | None
 ) -> None:
     """Plot the score against m (the paper's Figure 3, right), with its numbers as CSV beside it.
 
+    The grey band is what noise scores: a point in it is no evidence.
+
     \b
     Example:
       sharpkit plot runs/task1 --out figure3_right.png
     """
     from sharpkit.plot import predictive_power
+    from sharpkit.plot.canvas import picture_path
 
-    path = out or run / "predictive_power.png"
-    path = path if path.suffix else path.with_suffix(".png")
+    path = picture_path(out or run / "predictive_power.png")
     table = _evaluate(run, resamples, seed, test_size)
     predictive_power(table, path, statistic=statistic)
     click.echo(f"{path} and {path.with_suffix('.csv')}")
@@ -495,7 +656,7 @@ def _checkpoint_models(
     names = {Path(c).stem: c for c in checkpoints}
     if len(names) < len(checkpoints):
         names = {c: c for c in checkpoints}
-    if build is None and data is None and (Path(checkpoints[0]).parent / "config.json").is_file():
+    if build is None and data is None and _of_training(checkpoints[0]):
         first = checkpoints[0]
         for other in checkpoints[1:]:
             if not same_examples(first, other):
@@ -507,8 +668,8 @@ def _checkpoint_models(
         return {name: partial(load_trained, c) for name, c in names.items()}, train
     if build is None or data is None:
         raise click.UsageError(
-            "--checkpoint needs --build module:callable and --data FILE.npz, unless it is from "
-            "`sharpkit train`"
+            f"{checkpoints[0]} is not from `sharpkit train`, so it needs --build module:callable "
+            "and --data FILE.npz"
         )
     models = {name: partial(load_checkpoint, c, build) for name, c in names.items()}
     return models, load_arrays(data)
@@ -653,6 +814,28 @@ def figure3_command(
     _exit_if_any(result.failures)
 
 
+def _of_training(checkpoint: str) -> bool:
+    """Whether a weight file or directory is of `sharpkit train`."""
+    path = Path(checkpoint)
+    return ((path if path.is_dir() else path.parent) / "config.json").is_file()
+
+
+def _test_data(checkpoints: Sequence[str], data: str | None) -> Any:
+    from sharpkit.runs.checkpoints import load_arrays
+    from sharpkit.runs.trained import trained_data
+
+    return trained_data(checkpoints[0])[1] if data is None else load_arrays(data, "test")
+
+
+def _loss(name: str) -> Any:
+    """A loss by its name, or a callable as "module:callable"."""
+    if ":" not in name:
+        return name
+    from sharpkit.importing import import_callable
+
+    return import_callable(name)
+
+
 def _load(path: str) -> Zoo:
     if path == "embedded":
         from sharpkit.zoo.embedded import embedded_zoo
@@ -663,13 +846,12 @@ def _load(path: str) -> Zoo:
     return load_zoo(path)
 
 
-def _measures(names: str, m_sharpness: MSharpness, tasks: Mapping[str, Task]) -> list[Measure]:
+def _measures(names: str, m_sharpness: MSharpness, left_out: Set[str]) -> list[Measure]:
     from sharpkit.measures import standard_measures
 
     known = {measure.name: measure for measure in standard_measures(recorded=True)}  # type: ignore[attr-defined]
-    known[m_sharpness.name] = m_sharpness
+    known["m_sharpness"] = m_sharpness  # under whichever name its options give it
     if names == "all":
-        left_out = _unsuitable(tasks)
         return [measure for name, measure in known.items() if name not in left_out]
     wanted = names.split(",")
     unknown = [name for name in wanted if name not in known]
@@ -697,6 +879,24 @@ def _device(name: str) -> str:
 
     check_device(name)
     return name
+
+
+def _evaluate_target(
+    run: Path, target: str, resamples: int, seed: int, test_size: int | None
+) -> None:
+    from sharpkit.evaluation.legend import write_with_legend
+    from sharpkit.runs import Scores, evaluate, selection_regret
+    from sharpkit.runs.summary import summary
+
+    scores = Scores.open(run)
+    table = evaluate(scores, target=target, resamples=resamples, seed=seed, test_size=test_size)
+    regret = selection_regret(scores, target=target)
+    write_with_legend(table, run / f"evaluation_{target}.csv")
+    regret.to_csv(run / f"regret_{target}.csv", index=False)
+    click.echo(summary(table))
+    click.echo(f"\n{target} lost by picking the model that a measure thinks best:")
+    click.echo(regret.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    click.echo(run / f"evaluation_{target}.csv")
 
 
 def _evaluate(run: Path, resamples: int, seed: int, test_size: int | None) -> Any:

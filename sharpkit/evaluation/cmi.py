@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation._cells import CellMap, program_minimum
 from sharpkit.evaluation._grid import (
@@ -45,6 +46,12 @@ if TYPE_CHECKING:
 DEFINITIONS = ("pgdl", "jiang")
 
 
+@readable(
+    lambda r: (
+        f"{r.score:.4g} by {r.definition!r}, {r.models} models, at "
+        f"{'no set' if r.argmin is None else set_name(r.argmin)}"
+    )
+)
 @dataclass(frozen=True)
 class CMIResult:
     """Score of a measure, and the score given each conditioning set.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation._grid import Configs, Floats, Ints, listed, read_configs, read_measure
 from sharpkit.evaluation.arguments import LEAST, check_resampling
@@ -72,6 +73,7 @@ def r_squared(measure: ArrayLike | Any, gap: ArrayLike | Any) -> float:
     return float(1 - (held_out @ held_out) / ((dy @ dy) / (1 - 1 / n) ** 2))
 
 
+@readable(lambda c: f"{len(c.coefficients)} measures, penalty {c.penalty:.4g}")
 @dataclass(frozen=True)
 class CombinedPredictor:
     """How well several measures together predict the gap of held-out models.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation._grid import Configs, Floats, Grid, Ints, Measure, read_comparable
 
@@ -77,6 +78,7 @@ class SignErrorSummary:
     environments: int
 
 
+@readable(lambda e: f"{e.pairs_used} of {e.pairs} pairs of models count")
 @dataclass(frozen=True)
 class SignError:
     """Distribution of the sign-error over environments.

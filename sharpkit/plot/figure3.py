@@ -43,7 +43,7 @@ def figure3(
         statistic: What the right panel shows.
 
     Returns:
-        matplotlib.figure.Figure: The figure.
+        matplotlib.figure.Figure: The figure, which is `pyplot.gcf()` too.
 
     Raises:
         ArgumentError: No panel is given.
@@ -57,16 +57,16 @@ def figure3(
         >>> figure3(predictive_power=table).subfigs[0].axes[0].get_xlabel()
         'm'
     """
-    from matplotlib.figure import Figure
+    from sharpkit.plot.canvas import new_figure
 
     given = {"left": densities, "middle": test_error, "right": predictive_power}
     names = [name for name, content in given.items() if content is not None]
     if not names:
         raise ArgumentError("there is no panel to draw")
     rows = 1 if densities is None else len({epoch for _, epoch in densities})
-    height = max(4.6, 1.9 * rows)
+    height = max(5.0, 1.9 * rows)
     widths = [_WIDTHS[name] for name in names]
-    figure = Figure(figsize=(sum(widths), height), layout="constrained")
+    figure = new_figure(sum(widths), height)
     parts = figure.subfigures(1, len(names), width_ratios=widths, squeeze=False)[0]
     for name, part in zip(names, parts, strict=True):
         if name == "left":
@@ -76,9 +76,6 @@ def figure3(
         else:
             axis = part.subplots()
             draw_predictive_power(axis, predictive_power, statistic)  # type: ignore[arg-type]
-            axis.set_title(
-                "Predictive power of m-sharpness\n95 % bootstrap over models", fontsize=10
-            )
     return figure
 
 
@@ -130,7 +127,8 @@ def draw_test_error(axis: Axes, table: pd.DataFrame) -> None:
     over = f" over {int(seeds[-1])} seeds" if seeds else ""
     axis.set_title(f"Test error of m-SAM\nmean and standard error{over}", fontsize=10)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=9)
+    # below the axis, where no data are
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
 
 
 def _draw_spectra(
@@ -147,13 +145,11 @@ def _draw_spectra(
             density = densities.get((optimizer, epoch))
             if density is None:
                 axis.set_title(f"{_NAMES[optimizer]}, epoch {epoch}\nno result", fontsize=9)
+                axis.set_axis_off()
                 continue
             draw_density(axis, _title(optimizer, epoch, spectra), density)
             drawn.append((axis, density))
         limit_densities([a for a, _ in drawn], [d for _, d in drawn], True)
-        row[0].set_ylabel("density")
-        for axis in row:
-            axis.set_xlabel("eigenvalue λ" if row is axes[-1] else "")
 
 
 def _title(optimizer: str, epoch: int, spectra: pd.DataFrame | None) -> str:

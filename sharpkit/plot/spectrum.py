@@ -11,6 +11,7 @@ import numpy as np
 from sharpkit.errors import ArgumentError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -25,6 +26,7 @@ def spectrum(
     out: str | Path | None = None,
     *,
     share_axes: bool | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
     """Spectral densities on a log axis, side by side, with λmax and λmax/λ5 in the titles.
 
@@ -36,12 +38,14 @@ def spectrum(
         out: Where to save the picture (and, beside it, its numbers as .csv); None to not save.
         share_axes: The same axes in every panel, so that they can be compared; None for yes if
             the spectra are of similar width (within a factor of 10).
+        ax: Where to draw a single density; None for a figure of its own.
 
     Returns:
-        matplotlib.figure.Figure: The figure.
+        matplotlib.figure.Figure: The figure, which is `pyplot.gcf()` too.
 
     Raises:
-        ArgumentError: If there is nothing to plot, or the densities differ in spacing.
+        ArgumentError: If there is nothing to plot, the densities differ in spacing, `ax` is given
+            for several, or the picture's ending is unknown.
 
     Source:
         Foret et al., ICLR 2021, Figure 3, left; Ghorbani et al., ICML 2019.
@@ -54,8 +58,9 @@ def spectrum(
         a model
         λmax = 10, λmax/λ5 = 1.67
     """
-    from matplotlib.figure import Figure
+    from sharpkit.plot.canvas import new_figure, picture_path, save
 
+    path = None if out is None else picture_path(out)
     panels = dict(densities) if isinstance(densities, Mapping) else {"": densities}
     if not panels:
         raise ArgumentError("there are no densities to plot")
@@ -63,19 +68,25 @@ def spectrum(
         share_axes = _similar(list(panels.values()))
     if share_axes and len({d.spacing for d in panels.values()}) > 1:
         raise ArgumentError("the densities are on different kinds of grid: use share_axes=False")
-    columns = min(len(panels), _COLUMNS)
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(0.8 + 3.6 * columns, 3.4 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=share_axes, sharey=share_axes)
-    for axis, (title, density) in zip(axes.flat, panels.items(), strict=False):
+    if ax is not None:
+        if len(panels) > 1:
+            raise ArgumentError(f"ax is one axis for {len(panels)} densities: give one density")
+        axes = [ax]
+    else:
+        columns = min(len(panels), _COLUMNS)
+        rows = -(-len(panels) // columns)
+        grid = new_figure(0.8 + 3.6 * columns, 3.4 * rows).subplots(
+            rows, columns, squeeze=False, sharex=share_axes, sharey=share_axes
+        )
+        axes = list(grid.flat)
+    for axis, (title, density) in zip(axes, panels.items(), strict=False):
         draw_density(axis, f"{title}\n{headline(density)}" if title else headline(density), density)
-    for axis in axes.flat[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    for row in axes:
-        row[0].set_ylabel("density")
-    limit_densities(list(axes.flat[: len(panels)]), list(panels.values()), share_axes)
-    if out is not None:
-        _save(figure, Path(out), panels)
+    limit_densities(axes[: len(panels)], list(panels.values()), share_axes)
+    figure: Figure = axes[0].figure.figure  # the whole one, also of a part
+    if path is not None:
+        save(figure, path, _numbers(panels))
     return figure
 
 
@@ -119,6 +130,8 @@ def draw_density(axis: Axes, title: str, density: SpectralDensity) -> None:
     elif density.spacing == "symlog":
         axis.set_xscale("symlog", linthresh=density.threshold)
     axis.set_xlabel("eigenvalue λ")
+    axis.set_ylabel("density")
+    axis.tick_params(labelbottom=True, labelleft=True)  # on shared axes too
     axis.set_title(title, fontsize=9)
     axis.grid(alpha=0.25)
 
@@ -132,11 +145,8 @@ def limit_densities(axes: list[Axes], densities: list[SpectralDensity], shared: 
             axis.set_ylim(highest * 10.0**-_DECADES, highest * 3)
 
 
-def _save(figure: Figure, path: Path, panels: dict[str, SpectralDensity]) -> None:
+def _numbers(panels: Mapping[str, SpectralDensity]) -> pd.DataFrame:
     import pandas as pd
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
     frames = [density.frame().assign(model=title) for title, density in panels.items()]
-    table = pd.concat(frames)[["model", "eigenvalue", "density", "std_error"]]
-    table.to_csv(path.with_suffix(".csv"), index=False)
+    return pd.concat(frames)[["model", "eigenvalue", "density", "std_error"]]

@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from sharpkit.errors import ScoreError
 from sharpkit.evaluation import combined_predictor, evaluate_measures
+from sharpkit.evaluation.arguments import LEAST
 from sharpkit.evaluation.regression import LEAST_COMBINED
-from sharpkit.evaluation.resampling import LEAST
+from sharpkit.runs.directions import column_direction
 from sharpkit.runs.score import Scores
+from sharpkit.runs.targets import Target, larger_is_worse, target_values, with_target
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def evaluate(
-    scores: Scores, *, resamples: int = 1000, seed: int = 0, test_size: int | None = None
+    scores: Scores,
+    *,
+    target: Target | None = None,
+    larger_is_better: bool | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    test_size: int | None = None,
 ) -> pd.DataFrame:
     """How well every measure of a run predicts the generalization gap, with intervals.
 
     Args:
         scores: Of a run.
+        target: What is to be predicted instead of the gap: a column of `scores.metrics()`, such as
+            "test_loss"; or values by model (by task and model, of a run of several tasks), such as
+            accuracies under corruption. The table then has a column `target`.
+        larger_is_better: Whether models with a large target are the good ones, so that a measure
+            that should be large where the gap is should be small there; statistics keep their sign
+            otherwise. None for accuracies by their names only.
         resamples: Bootstrap resamples over models; the permutations are ten times as many.
         seed: Of both.
         test_size: Examples behind each test accuracy, which decide how much a pair of models
             counts in the sign-errors; None if all count the same.
 
     Returns:
-        pandas.DataFrame: One row per task, measure and setting (m, rho): models used,
+        pandas.DataFrame: One row per task, measure and setting (m, rho): models used and left out,
         conditional mutual information by both definitions (with the conditioning set that attains
-        it), Kendall's tau in both variants, granulated Kendall, Pearson, Spearman, held-out R² and
-        sign-errors, with 95 % intervals, and permutation p-values. See
-        `sharpkit.evaluation.evaluate_measures` for the columns.
+        it, and the mean, 95th percentile and p-value of what noise scores), Kendall's tau in both
+        variants, granulated Kendall, Pearson, Spearman, held-out R² and sign-errors, with 95 %
+        intervals, and permutation p-values in the measure's direction. See
+        `sharpkit.evaluation.evaluate_measures` for the columns; `n` and `seed` are those of the
+        run. A measure without values for three models, or one that failed on all, has a row of NaN
+        whose `interval_note` says why; so has `cmi_pgdl` where fewer than two hyperparameters are
+        known, which it needs.
 
     Raises:
-        ScoreError: If the run has no result yet.
+        ScoreError: If the run has no result yet, everything failed, or no measure has values for
+            three models.
 
     Example:
         >>> import sharpkit as sk
@@ -47,22 +69,40 @@ def evaluate(
     import pandas as pd
 
     tables = []
+    targets = None if target is None else target_values(scores, target)
+    flip = target is not None and (
+        not larger_is_worse(target) if larger_is_better is None else larger_is_better
+    )
     for task, (keys, values) in measure_values(scores).items():
         configs = scores.model_configs[task]
+        if targets is not None:
+            configs = with_target(configs, targets[task])
         _warn_of_missing(task, values, keys, list(configs))
-        enough = values.columns[values.notna().sum() >= LEAST]
-        if enough.empty:
-            continue
-        keys, values = keys.loc[enough].reset_index(drop=True), values[enough]
-        table = evaluate_measures(
-            values, configs, resamples=resamples, seed=seed, test_size=test_size
-        )
-        table = pd.concat([keys, table.reset_index(drop=True)], axis=1)
-        table.insert(0, "task", task)
-        tables.append(table)
-    if not tables:
+        if values.notna().sum().max() >= LEAST:
+            rows = _evaluated(
+                task,
+                values,
+                configs,
+                directions_of(keys, scores, flip=flip),
+                resamples,
+                seed,
+                test_size,
+            )
+        else:
+            rows = pd.DataFrame({"models": values.notna().sum()})
+            rows["interval_note"] = f"all: fewer than {LEAST} models"
+        tables.append(pd.concat([keys, rows.reset_index(drop=True)], axis=1).assign(task=task))
+    table = pd.concat([*tables, _failed_throughout(scores, tables)], ignore_index=True)
+    if "p_value" not in table:
         raise ScoreError(f"no measure has values for {LEAST} models or more: nothing to evaluate")
-    return pd.concat(tables, ignore_index=True)
+    settings = [c for c in measure_settings(scores) if c in table]
+    config = scores.config
+    seen = {"n": np.nan if config.get("n") is None else config["n"], "seed": config.get("seed")}
+    if target is not None:
+        table.insert(0, "target", target if isinstance(target, str) else "given")
+    table = table.assign(**{name: v for name, v in seen.items() if name not in settings})
+    first = list(dict.fromkeys(["task", *settings, "n", "seed"]))
+    return table[[*first, *(c for c in table if c not in first)]]
 
 
 def combine(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> pd.DataFrame:
@@ -111,8 +151,6 @@ def combine(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> pd.DataF
 
 def complete_measures(values: pd.DataFrame) -> pd.DataFrame:
     """The columns that have a finite number for every scored model."""
-    import numpy as np
-
     finite = np.flatnonzero(np.isfinite(values.to_numpy(dtype=np.float64)).all(axis=0))
     return values.iloc[:, finite.tolist()]
 
@@ -132,8 +170,10 @@ def measure_values(scores: Scores) -> dict[str, tuple[pd.DataFrame, pd.DataFrame
     """
     results = scores.frame()
     if results.empty:
-        raise ScoreError("the run has no results yet: nothing to evaluate")
-    settings = [c for c in results.columns if c not in ("task", "model", "value", "std_error")]
+        raise ScoreError(
+            _all_failed(scores.failures) or "the run has no results yet: nothing to evaluate"
+        )
+    settings = measure_settings(scores)
     tables = {}
     for task in scores.model_configs:
         rows = results[results["task"] == task]
@@ -144,6 +184,79 @@ def measure_values(scores: Scores) -> dict[str, tuple[pd.DataFrame, pd.DataFrame
         columns = rows.merge(keys.assign(column=keys.index), on=settings)
         tables[task] = keys, columns.pivot(index="model", columns="column", values="value")
     return tables
+
+
+def measure_settings(scores: Scores) -> list[str]:
+    """The columns of a run's results that say what a value is of: measure, m, rho, ..."""
+    columns = scores.frame().columns
+    return [c for c in columns if c not in ("task", "model", "value", "std_error")]
+
+
+def _evaluated(
+    task: str,
+    values: pd.DataFrame,
+    configs: dict[str, Any],
+    directions: dict[Hashable, int | None],
+    resamples: int,
+    seed: int,
+    test_size: int | None,
+) -> pd.DataFrame:
+    """The statistics of a task; the competition's score is NaN where it would be infinite."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* make no pair to condition on")
+        table = evaluate_measures(
+            values,
+            configs,
+            resamples=resamples,
+            seed=seed,
+            test_size=test_size,
+            directions=directions,
+        )
+    infinite = np.isinf(table["cmi_pgdl"])
+    if infinite.any():
+        warnings.warn(
+            f"task {task}: cmi_pgdl is not defined with fewer than two hyperparameters; look at "
+            "kendall_tau",
+            stacklevel=3,
+        )
+    return table.assign(cmi_pgdl=table["cmi_pgdl"].mask(infinite))
+
+
+def directions_of(
+    keys: pd.DataFrame, scores: Scores, *, flip: bool = False
+) -> dict[Hashable, int | None]:
+    """Column of the values -> direction of its measure; the opposite one if `flip`."""
+    noted = scores.directions
+    forms = keys["form"] if "form" in keys else [None] * len(keys)
+    pairs = zip(keys["measure"], forms, strict=True)
+    found = (column_direction(noted, measure, form) for measure, form in pairs)
+    return {k: -d if flip and d is not None else d for k, d in enumerate(found)}
+
+
+def _all_failed(failures: pd.DataFrame) -> str:
+    """How a run without a single result failed; empty if nothing has failed."""
+    if failures.empty:
+        return ""
+    first = failures.iloc[0]
+    return (
+        f"all {len(failures)} measurements failed, so there is nothing to evaluate; the first, "
+        f"{first['measure']} of model {first['model']}: {first['error']}"
+    )
+
+
+def _failed_throughout(scores: Scores, tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """A row for each task and measure without a single value, with its first error."""
+    import pandas as pd
+
+    there = {
+        (task, name) for t in tables for task, name in zip(t["task"], t["measure"], strict=True)
+    }
+    rows = []
+    for (task, measure), failed in scores.failures.groupby(["task", "measure"], sort=False):
+        if (task, measure) not in there:
+            note = f"all: failed on all {len(failed)} models: {failed['error'].iloc[0]}"
+            rows.append({"task": task, "measure": measure, "models": 0, "interval_note": note})
+    return pd.DataFrame(rows)
 
 
 def _warn_of_missing(

@@ -6,6 +6,7 @@ import copy
 import itertools
 import shutil
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -20,14 +21,17 @@ from tqdm import tqdm
 from sharpkit.contract.loading import load_examples
 from sharpkit.contract.rules import measuring_rules
 from sharpkit.device import check_device
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError, SharpkitError
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, describe
+from sharpkit.progress import progress_bar
+from sharpkit.runs.directions import stated_directions
 from sharpkit.runs.fingerprint import digest_of_settings
 from sharpkit.runs.items import Scorer, WorkItem, hash_data, pending
 from sharpkit.runs.shared_data import share
 from sharpkit.runs.store import Key, Outcome, Store
-from sharpkit.workers import Backend, Failure, check_limits, run_items
+from sharpkit.workers import Backend, Failure, check_limits, default_backend, run_items
 from sharpkit.zoo import Task
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ _SCRATCH_NAME = ".data"
 _COMMON = ("n", "seed", "device", "threads", "rules", "precision")
 
 
+@readable(lambda s: s._head())
 class Scores:
     """The scores of a run: what every measure gave for every model.
 
@@ -71,7 +76,8 @@ class Scores:
         Returns:
             pandas.DataFrame: One row per task and model: task, model, a column for each metric that
             is known (train_acc, test_acc, train_loss, test_loss, ...; NaN where a model lacks it),
-            and generalization_gap = train_acc − test_acc.
+            and generalization_gap = train_acc − test_acc; of models without accuracies, in its
+            place, loss_gap = test_loss − train_loss.
 
         Example:
             >>> import sharpkit as sk
@@ -89,6 +95,8 @@ class Scores:
             for model, entry in configs.items()
         ]
         frame = pd.DataFrame(rows, columns=None if rows else ["task", "model"])
+        if "train_acc" not in frame and {"train_loss", "test_loss"} <= set(frame.columns):
+            return frame.assign(loss_gap=frame["test_loss"] - frame["train_loss"])
         accuracies = frame.reindex(columns=["train_acc", "test_acc"]).astype(float)
         return frame.assign(generalization_gap=accuracies["train_acc"] - accuracies["test_acc"])
 
@@ -132,6 +140,20 @@ class Scores:
         """What the run computes: measures, n, seed, device, threads, rules, precision, tasks."""
         return self._store.config
 
+    @property
+    def directions(self) -> dict[str, Any]:
+        """Measure -> what its large values should mean: 1 a large gap, -1 a small one, or None.
+
+        Of a measure whose values differ in this, a dict of these by `form`. Measures of a run by
+        an earlier version are absent.
+        """
+        return self._store.directions
+
+    def _head(self) -> str:
+        frame, failed = self.frame(), len(self.failures)
+        models, measures = (frame[name].nunique() for name in ("model", "measure"))
+        return f"{models} models, {measures} measures, {len(frame)} values, {failed} failures"
+
     def close(self) -> None:
         """Close the store."""
         self._store.close()
@@ -146,7 +168,7 @@ def score_zoo(
     limit: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    backend: Backend = "inline",
+    backend: Backend | None = None,
     workers: int | None = None,
     threads: int | None = None,
     timeout: float | None = None,
@@ -168,10 +190,12 @@ def score_zoo(
         limit: Only the first models of each task; the rest can follow later.
         seed: Of the subset and of the measures' random choices.
         device: Where the models run, such as "cpu" or "cuda".
-        backend: "inline", in this process; "processes", in worker processes of this machine (a
-            script then needs `if __name__ == "__main__":`); "ray", on a Ray cluster. All give the
-            same bits.
-        workers: Models at a time; None for one per GPU, or per `threads` cores.
+        backend: "inline", in this process, one model at a time; "processes", in worker processes
+            of this machine (a script then needs `if __name__ == "__main__":`); "ray", on a Ray
+            cluster. All give the same bits. None for "processes" with several `workers`, else
+            "inline".
+        workers: Models at a time; None for one per GPU, or per `threads` cores, of a backend that
+            has workers.
         threads: CPU threads per model, fixed for the run because rounding follows from them; None
             for those of the run or, if it is new, 1 for workers and torch's number for "inline".
         timeout: Seconds that one measure of one model may take; needs workers.
@@ -202,7 +226,13 @@ def score_zoo(
     tasks = {zoo.name: zoo} if isinstance(zoo, Task) else dict(zoo)
     named = named_measures(measures)
     check_request(named, n, limit)
+    backend = backend or default_backend(workers or 1)
     check_limits(backend, workers, threads, timeout, memory)
+    if backend == "inline" and (workers or 1) > 1:
+        raise ArgumentError(
+            f'workers = {workers}, but backend "inline" has only this process: leave out backend, '
+            'or give "processes" or "ray"'
+        )
     if backend != "ray":  # its workers may have a GPU that this process lacks
         check_device(device)
     run = None if out is None else Path(out)
@@ -211,14 +241,11 @@ def score_zoo(
         locations = {name: task.location for name, task in tasks.items()}
         config = run_config(named, n, seed, device, threads, locations)
         store = Store(None if run is None else run / STORE_NAME, config)
+        store.set_directions(stated_directions(named))
         keys = pending(store, tasks, named, limit, progress=progress)
         total = sum(min(len(task), limit or len(task)) for task in tasks.values()) * len(named)
-        with tqdm(
-            total=total,
-            initial=total - len(keys),
-            desc="score",
-            unit="model",
-            disable=None if progress else True,
+        with progress_bar(
+            total=total, initial=total - len(keys), desc="score", unit="model", progress=progress
         ) as bar:
             items = _Items(store, tasks, config, backend, scratch, bar)
             results = run_items(
@@ -238,7 +265,9 @@ def score_zoo(
                         Outcome(error=result.message) if isinstance(result, Failure) else result
                     )
                     items.record(item[:3], outcome)
-    return Scores(store)
+    scores = Scores(store)
+    warn_if_all_failed(scores)
+    return scores
 
 
 class _Items:
@@ -352,12 +381,16 @@ def settings_hashes(config: Mapping[str, Any]) -> dict[str, str]:
 def named_measures(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
     """The measures by name; ArgumentError if there is none, or two have the same name."""
     several = measures if isinstance(measures, Sequence) else [measures]
-    named = {describe(measure)[0]: measure for measure in several}
-    if not named:
+    names = [describe(measure)[0] for measure in several]
+    if not names:
         raise ArgumentError("no measure is given")
-    if len(named) != len(several):
-        raise ArgumentError("two measures have the same name: give one of them another `name`")
-    return named
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ArgumentError(
+            f"two measures have the same name, {twice[0]!r}: give one of them another `name`, such "
+            f"as MSharpness(..., name={twice[0] + '_2'!r}) or make_measure(..., name=...)"
+        )
+    return dict(zip(names, several, strict=True))
 
 
 def check_request(measures: Mapping[str, Measure], n: int | None, limit: int | None = None) -> None:
@@ -370,6 +403,18 @@ def check_request(measures: Mapping[str, Measure], n: int | None, limit: int | N
         largest = max(m) if isinstance(m, Sequence) else m
         if n is not None and largest > n:
             raise ArgumentError(f"{name}: m = {largest} is larger than n = {n} examples")
+
+
+def warn_if_all_failed(scores: Scores) -> None:
+    """Say first that there is nothing, where a table would only be empty."""
+    failures = scores.failures
+    if len(failures) and scores.frame().empty:
+        first = failures.iloc[0]
+        warnings.warn(
+            f"nothing could be scored: all {len(failures)} attempts failed, the first "
+            f"({first.model}, {first.measure}) with: {first.error}. `.failures` has all",
+            stacklevel=3,
+        )
 
 
 def recorded_threads(run: Path | None) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,14 +22,17 @@ from tqdm import tqdm
 from sharpkit.contract.examples import Examples, add_to_digest
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_examples, load_in_order
-from sharpkit.contract.parameters import check_finite_weights
+from sharpkit.contract.loss_text import loss_text
+from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.precision import current_precision
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.evaluation._grid import normal_id
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, evaluate_measure
-from sharpkit.measures.passes import setup, single_terms, weighted_mean
+from sharpkit.progress import progress_bar
+from sharpkit.runs.directions import stated_directions
+from sharpkit.runs.model_metrics import accuracy_and_loss
 from sharpkit.runs.provenance import (
     device_name,
     dtype_name,
@@ -44,6 +48,7 @@ from sharpkit.runs.score import (
     recorded_threads,
     run_config,
     settings_hashes,
+    warn_if_all_failed,
 )
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
@@ -52,7 +57,8 @@ from sharpkit.workers.threads import limited_threads
 Model: TypeAlias = "nn.Module | Callable[[], nn.Module]"
 
 _TASK = "models"
-_UNKNOWN = {"train_acc": float("nan"), "test_acc": float("nan")}
+_UNKNOWN = {"train_acc": math.nan, "test_acc": math.nan}
+_UNKNOWN_LOSSES = {"train_loss": math.nan, "test_loss": math.nan}  # where there is no accuracy
 
 
 def score_models(
@@ -61,6 +67,7 @@ def score_models(
     train: Data,
     test: Data,
     *,
+    loss: Loss = "cross_entropy",
     hyperparameters: Mapping[str, Mapping[str, Any]] | None = None,
     initial: Mapping[str, Model] | None = None,
     out: str | Path | None = None,
@@ -69,7 +76,7 @@ def score_models(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> Scores:
-    """Every measure, and the accuracies, of classifiers that are plain PyTorch modules.
+    """Every measure, and accuracies and losses, of models that are plain PyTorch modules.
 
     The counterpart of `score_zoo` for models that are not in a zoo; `evaluate`, `combine` and
     `write_report` take the result as they take that of a zoo. Models are scored one after the
@@ -84,12 +91,16 @@ def score_models(
     Args:
         models: Name -> module, or a function without arguments that returns one. A function is
             called when its turn comes and its module is released afterwards, so that only one is
-            in memory. Modules return logits of shape (n, classes).
-        measures: One or several, each a callable `(model, data, *, seed)`.
-        train: Training examples: a pair (inputs, labels), a `Dataset` or a `DataLoader`, with
-            integer labels of shape (n,). Without random augmentation: the accuracies would be those
-            of augmented images, and a later start would take them for other data.
+            in memory.
+        measures: One or several, each a callable `(model, data, *, seed)`. Those with a loss have
+            it as an option of their own, such as `MSharpness(..., loss="mse")`.
+        train: Training examples: a pair (inputs, labels), a `Dataset` or a `DataLoader`. Without
+            random augmentation: the accuracies would be those of augmented images, and a later
+            start would take them for other data.
         test: Test examples, in the same forms.
+        loss: What `.metrics()` computes beside the accuracies: as for `m_sharpness`, such as "mse"
+            for a regression, or "cross_entropy" for outputs (n, positions, vocabulary) with labels
+            (n, positions). Accuracies are those of outputs (n, classes) with integer labels (n,).
         hyperparameters: Model -> hyperparameter -> its value (a number, text or bool), the same
             hyperparameters for all; None if none were varied on purpose.
         initial: Model -> the network before training, for measures that compare with it.
@@ -102,8 +113,11 @@ def score_models(
 
     Returns:
         Scores: `.frame()`, `.metrics()`, `.failures`, `.provenance()`. The task is called "models".
-        Its `.metrics()` are train_acc, test_acc, train_loss and test_loss (mean cross-entropy); the
-        accuracies of a model that fails are NaN, and the evaluation leaves it out.
+        Its `.metrics()` are train_acc, test_acc, train_loss, test_loss and generalization_gap, the
+        difference of the accuracies; or, where accuracies have no meaning (regression, tokens),
+        train_loss, test_loss and loss_gap = test_loss − train_loss, which the evaluation then takes
+        as the gap. Those of a model that fails are NaN, and the evaluation leaves it out. If all
+        fail, a warning says with what.
 
     Raises:
         ArgumentError: If there are no models, two names are the same to the evaluation (which
@@ -130,6 +144,7 @@ def score_models(
         ['train_acc', 'test_acc', 'train_loss', 'test_loss', 'generalization_gap']
     """
     named = named_measures(measures)
+    loss_fn = resolve_loss(loss)
     _check_models(models, initial)
     hparams = _hyperparameters(models, hyperparameters)
     check_request(named, n)
@@ -138,13 +153,16 @@ def score_models(
     check_request(named, n or len(whole))
     measured = whole
     if n is not None:
-        measured = load_examples((whole.inputs, whole.labels), n=n, seed=seed)
+        measured = load_examples(_as_data(whole), n=n, seed=seed)
     run = None if out is None else Path(out)
     with sole_driver(run):
         threads = recorded_threads(run) or torch.get_num_threads()
         # in no file: only Python can start this run
         config = run_config(named, n, seed, device, threads, {_TASK: None})
+        if loss_text(loss_fn) != "cross_entropy":  # which runs have not always noted
+            config["loss"] = loss_text(loss_fn)
         store = Store(None if run is None else run / STORE_NAME, config)
+        store.set_directions(stated_directions(named))
         scorer = _Scorer(
             store=store,
             done={key: (weights, data) for key, weights, _, data in store.done()},
@@ -152,6 +170,7 @@ def score_models(
             whole=whole,
             test=unseen,
             measured=_as_data(measured),
+            loss=loss_fn,
             hashes=(_hash_examples(whole), _hash_examples(unseen)),
             settings=settings_hashes(config),
             configs=_model_configs(store, hparams),
@@ -160,17 +179,17 @@ def score_models(
         )
         with (
             limited_threads(threads),
-            tqdm(
-                total=len(models) * len(named),
-                desc="score",
-                unit="model",
-                disable=None if progress else True,
+            progress_bar(
+                total=len(models) * len(named), desc="score", unit="model", progress=progress
             ) as bar,
         ):
             for name, model in models.items():
                 scorer.score(name, model, None if initial is None else initial[name], bar)
                 gc.collect()  # modules may refer to themselves, and the next needs the memory
-    return Scores(store)
+        scorer.settle()
+    scores = Scores(store)
+    warn_if_all_failed(scores)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -183,6 +202,7 @@ class _Scorer:
     whole: Examples
     test: Examples
     measured: Data
+    loss: MeanLoss
     hashes: tuple[str, str]  # of training and test data
     settings: Mapping[str, str]
     configs: dict[str, dict[str, Any]]
@@ -211,12 +231,23 @@ class _Scorer:
         """Accuracies and losses, unless they are known for this model and these data."""
         computed_from = _joined(weights, *self.hashes)
         if self.configs[name].get("computed_from") != computed_from:
-            train_acc, train_loss = _accuracy_and_loss(model, self.whole)
-            test_acc, test_loss = _accuracy_and_loss(model, self.test)
-            metrics = {"train_acc": train_acc, "test_acc": test_acc}
-            metrics |= {"train_loss": train_loss, "test_loss": test_loss}
+            found = [accuracy_and_loss(model, e, self.loss) for e in (self.whole, self.test)]
+            metrics: dict[str, float] = {}
+            if all("acc" in part for part in found):
+                metrics |= {"train_acc": found[0]["acc"], "test_acc": found[1]["acc"]}
+            metrics |= {"train_loss": found[0]["loss"], "test_loss": found[1]["loss"]}
             self.configs[name] |= {"metrics": metrics, "computed_from": computed_from}
             self.store.add_task(_TASK, self.configs)
+
+    def settle(self) -> None:
+        """Note for models that failed what the others have: no accuracies where there are none."""
+        known = [c["metrics"] for c in self.configs.values() if c.get("computed_from")]
+        if not known or any("train_acc" in metrics for metrics in known):
+            return
+        for config in self.configs.values():
+            if not config.get("computed_from"):
+                config["metrics"] = dict(_UNKNOWN_LOSSES)
+        self.store.add_task(_TASK, self.configs)
 
     def _measure(
         self, name: str, measure: str, model: nn.Module, weights: str, initial: Model | None
@@ -285,23 +316,13 @@ def _ready(source: Model, device: str) -> Iterator[nn.Module]:
             model.to(home)
 
 
-def _accuracy_and_loss(model: nn.Module, examples: Examples) -> tuple[float, float]:
-    """Share of examples classified rightly, and mean cross-entropy.
-
-    Raises:
-        ModelError: If a weight or an output is NaN or infinite.
-        DataError: If the outputs do not fit the labels.
-    """
-    check_finite_weights(model)
-    with frozen(model) as found:
-        run = setup(model, (examples.inputs, examples.labels), found)
-        outputs = run.logits()
-    right = (outputs.argmax(1) == run.labels).double().mean()
-    return float(right), weighted_mean(*single_terms("cross_entropy")(outputs, run.labels)).value
-
-
 def _as_data(examples: Examples) -> Data:
-    """What measures are given: a data set as in `score_zoo`, a pair if inputs are a structure."""
+    """What measures are given: a data set as in `score_zoo`, a pair if inputs are a structure.
+
+    Examples of several shapes are a list of batches.
+    """
+    if not examples.uniform:
+        return [(part.inputs, part.labels) for part in examples.chunks(len(examples))]
     if isinstance(examples.inputs, Tensor):
         return TensorDataset(examples.inputs, examples.labels)
     return examples.inputs, examples.labels
@@ -405,10 +426,12 @@ def _model_configs(store: Store, hparams: Mapping[str, Any]) -> dict[str, dict[s
 
 def _hash_examples(examples: Examples) -> str:
     """SHA-256 of the examples in their order."""
-    leaves, structure = pytree.tree_flatten(examples.inputs)
-    whole = hashlib.sha256(str(structure).encode())
-    for leaf in [*leaves, examples.labels]:
-        add_to_digest(whole, leaf)
+    whole = hashlib.sha256()
+    for part in examples.chunks(len(examples)):
+        leaves, structure = pytree.tree_flatten(part.inputs)
+        whole.update(str(structure).encode())
+        for leaf in [*leaves, part.labels]:
+            add_to_digest(whole, leaf)
     return whole.hexdigest()
 
 

@@ -28,6 +28,7 @@ from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.quadrature import spectral_density
 from sharpkit.device import check_device
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path
 from sharpkit.lock import sole_driver
@@ -41,6 +42,7 @@ _CONFIG, _SUMMARY, _MODELS = "config.json", "summary.json", "models"
 _RANKS = 5
 
 
+@readable(lambda s: f"{len(s.densities)} models, {len(s.failures)} failed")
 @dataclass(frozen=True)
 class Spectra:
     """What `spectrum` found.
@@ -279,7 +281,9 @@ def _write(
     share_axes: bool | None,
 ) -> None:
     import pandas as pd
+    from matplotlib import pyplot
 
+    from sharpkit.plot.canvas import DPI
     from sharpkit.plot.spectrum import spectrum as draw
 
     _replace(
@@ -294,8 +298,10 @@ def _write(
         table = pd.concat([frame.assign(model=name) for name, frame in tables.items()])
         table.insert(0, "model", table.pop("model"))
         _replace(root / file, table.to_csv(index=False))
+    figure = draw(densities, share_axes=share_axes)
     with atomic_path(root / "spectrum.png") as temporary:
-        draw(densities, share_axes=share_axes).savefig(temporary, dpi=160, format="png")
+        figure.savefig(temporary, dpi=DPI, format="png")
+    pyplot.close(figure)
 
 
 def _save(path: Path, density: SpectralDensity, numbers: dict[str, Any], weights: str) -> None:

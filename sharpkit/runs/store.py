@@ -99,6 +99,12 @@ class Store:
         value: dict[str, Any] = self._meta("config") or {}
         return value
 
+    @property
+    def directions(self) -> dict[str, Any]:
+        """What was noted by `set_directions`."""
+        value: dict[str, Any] = self._meta("directions") or {}
+        return value
+
     # --- writing -----------------------------------------------------------------------------
 
     def add_task(self, task: str, model_configs: Mapping[str, Any]) -> None:
@@ -155,6 +161,12 @@ class Store:
                     outcome.environment,
                 ),
             )
+
+    def set_directions(self, directions: Mapping[str, Any]) -> None:
+        """Note what large values of the measures should mean: measure -> 1, -1, None or by form."""
+        with self._transaction() as db:
+            known = self.directions | dict(directions)
+            db.execute("INSERT OR REPLACE INTO meta VALUES ('directions', ?)", (json.dumps(known),))
 
     def restamp(self, stamps: Mapping[Key, str]) -> None:
         """Note that the files of work items have other times, but the same contents."""

@@ -225,7 +225,8 @@ def _check(grid: Mapping[str, Sequence[Any]], train: TensorDataset, test: Tensor
         kinds = [t.dtype for t in data.tensors]
         if kinds != [torch.float32, torch.int64] or len(shapes[0]) != 4 or not shapes[0][0]:
             raise DataError(
-                f"{name} data: expected float32 (n, c, h, w) and int64 (n,), got {shapes}, {kinds}"
+                f"{name} data: expected images float32 (n, c, h, w) and labels int64 (n,), got "
+                f"{shapes}, {kinds}; images without channels become so by x[:, None]"
             )
 
 

@@ -9,8 +9,7 @@ from evaluation_zoos import simulated
 
 from sharpkit.evaluation import STATISTICS
 from sharpkit.evaluation._weighted import weighted_statistics
-from sharpkit.evaluation.labels import LABELS
-from sharpkit.evaluation.statistics import LOWER_IS_BETTER, RANGES, SIGN_ERRORS, TABLE
+from sharpkit.evaluation.statistics import LABELS, LOWER_IS_BETTER, RANGES, SIGN_ERRORS, TABLE
 
 
 def test_every_statistic_is_described_once() -> None:

@@ -1,5 +1,6 @@
 """The figure of spectral densities."""
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -62,3 +63,27 @@ def test_spectra_of_very_different_width_get_axes_of_their_own():
     wide, narrow = (spectral_density(c * MATRIX, steps=10) for c in (1.0, 0.01))
     left, right = spectrum({"a": wide, "b": narrow}).axes
     assert left.get_xlim() != right.get_xlim()
+
+
+def test_every_panel_has_labels_and_ticks():
+    density = spectral_density(MATRIX, steps=3)
+    figure = spectrum({str(i): density for i in range(5)})
+    figure.canvas.draw()
+    for axis in figure.axes[:5]:
+        assert (axis.get_xlabel(), axis.get_ylabel()) == ("eigenvalue λ", "density")
+        assert any(label.get_visible() for label in axis.get_xticklabels())
+        assert any(label.get_visible() for label in axis.get_yticklabels())
+
+
+def test_one_density_is_drawn_into_a_given_axis():
+    own, axis = plt.subplots()
+    density = spectral_density(MATRIX, steps=10)
+    assert spectrum(density, ax=axis) is own
+    assert axis.get_title() == "λmax = 8, λmax/λ5 = 8"
+    with pytest.raises(ArgumentError, match="one axis for 2 densities"):
+        spectrum({"a": density, "b": density}, ax=axis)
+
+
+def test_an_unknown_ending_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match=r"no picture ends in \.xyz"):
+        spectrum(spectral_density(MATRIX, steps=3), tmp_path / "s.xyz")

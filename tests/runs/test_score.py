@@ -332,7 +332,7 @@ def test_evaluate_names_models_without_a_value(zoo_path):
     assert (table["models"] == 6).all()
 
 
-def test_evaluate_leaves_out_a_measure_with_too_few_values(zoo_path):
+def test_evaluate_says_which_measure_has_too_few_values(zoo_path):
     def rarely(model, data, *, seed):
         if sum(p.numel() for p in model.parameters()) > 40:
             raise ValueError("too large")
@@ -341,7 +341,11 @@ def test_evaluate_leaves_out_a_measure_with_too_few_values(zoo_path):
     scores = sk.score_zoo(sk.load_zoo(zoo_path)["first"], [MEASURE, rarely], progress=False)
     with pytest.warns(UserWarning, match="rarely has no value for 6 of 8.*leave too few"):
         table = sk.evaluate(scores, resamples=5)
-    assert set(table["measure"]) == {"m_sharpness"}
+    rows = table.set_index("measure")
+    assert set(rows.index) == {"m_sharpness", "rarely"}
+    assert rows.loc["rarely", "interval_note"] == "all: fewer than 3 models"
+    assert np.isnan(rows.loc["rarely", "kendall_tau"])
+    assert rows.loc["m_sharpness", "kendall_tau"].notna().all()
     lonely = sk.score_zoo(sk.load_zoo(zoo_path)["first"], rarely, progress=False)
     with (
         pytest.warns(UserWarning, match="leave too few"),
@@ -364,7 +368,7 @@ def test_evaluate_refuses_a_run_without_results(zoo_path):
     scores = sk.score_zoo(
         sk.load_zoo(zoo_path)["first"], sk.MSharpness(m=64, rho=0.1), progress=False
     )
-    with pytest.raises(ScoreError, match="no results"):
+    with pytest.raises(ScoreError, match="all 8 measurements failed"):
         sk.evaluate(scores)
 
 

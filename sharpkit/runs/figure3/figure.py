@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from sharpkit.contract.rules import measuring_rules, refuse_other_rules
 from sharpkit.curvature.density import SpectralDensity
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError
+from sharpkit.evaluation.legend import write_with_legend
 from sharpkit.files import atomic_path
 from sharpkit.lock import sole_driver
 from sharpkit.measures import MSharpness
@@ -42,6 +44,7 @@ PANELS = ("left", "middle", "right")
 _MEASURED = {"left": "spectra", "right": "scores"}  # panels with measurements, and their folders
 
 
+@readable(lambda f: f"{f.picture}, {len(f.failures)} failed")
 @dataclass(frozen=True)
 class Figure3:
     """What `figure3` made; a panel that was not asked for is None.
@@ -83,10 +86,10 @@ def figure3(
     - right: how well m-sharpness predicts the generalization gap over a zoo, against m.
 
     Everything is kept in `out`: figure3.png, spectra.csv, density.csv, test_error.csv,
-    trainings.csv, predictive_power.csv, every training in trainings/, every spectrum in spectra/,
-    the scores in scores/. The same call goes on where it stopped, epoch by epoch, and skips what is
-    done. A training that diverges or fails is recorded and the rest goes on. The number of workers
-    changes no number.
+    trainings.csv, predictive_power.csv (with the meaning of its columns beside it),
+    every training in trainings/, every spectrum in spectra/, the scores in scores/. The same call
+    goes on where it stopped, epoch by epoch, and skips what is done. A training that diverges or
+    fails is recorded and the rest goes on. The number of workers changes no number.
 
     Args:
         preset: "mini" (20 minutes on two cores), "fashion" and "cifar10" (hours on a CPU), "paper"
@@ -251,7 +254,8 @@ def _predictive_power(driver: _Driver, plan: Plan, root: Path) -> pd.DataFrame:
     )
     for row in scores.failures.itertuples():
         driver.failures[f"{row.task} model {row.model}"] = str(row.error)
-    table = _written(evaluate(scores), root / "predictive_power.csv")
+    table = evaluate(scores)
+    write_with_legend(table, root / "predictive_power.csv")
     scores.close()
     return table
 
@@ -297,11 +301,15 @@ def _draw(
     test_error: pd.DataFrame | None,
     power: pd.DataFrame | None,
 ) -> Path:
+    from matplotlib import pyplot
+
+    from sharpkit.plot.canvas import DPI
     from sharpkit.plot.figure3 import figure3 as draw
 
     figure = draw(
         densities=densities, spectra=spectra, test_error=test_error, predictive_power=power
     )
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=160, format="png")
+        figure.savefig(temporary, dpi=DPI, format="png")
+    pyplot.close(figure)
     return path

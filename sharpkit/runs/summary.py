@@ -1,0 +1,95 @@
+"""The table of an evaluation as text: each score beside what noise scores."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sharpkit.evaluation.statistics import TABLE, Statistic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_KEYS = ("task", "measure", "m", "rho", "form", "models")
+_PLAIN = ("granulated_kendall", "r_squared", "sign_error")
+_NO_INTERVAL = "-"
+
+
+def summary(table: pd.DataFrame) -> str:
+    """The main columns of `evaluate` as text, and below them what is not defined, and why.
+
+    Example:
+        >>> import pandas as pd
+        >>> row = {"task": "t", "measure": "s", "models": 96, "cmi_pgdl": 0.0084}
+        >>> row |= {"cmi_pgdl_low": 0.0, "cmi_pgdl_high": 0.0248, "cmi_pgdl_null_mean": 0.0042}
+        >>> row |= {"cmi_pgdl_p_value": 0.09, "cmi_pgdl_adjusted": 0.0042}
+        >>> print(summary(pd.DataFrame([row])))
+        task t
+        measure models cmi_pgdl (%)     interval noise    p adjusted
+              s     96         0.84 0.00 to 2.48  0.42 0.09     0.42
+        noise: what a measure scores on average that knows only the hyperparameters
+    """
+    import pandas as pd
+
+    there = [name for name in table if table[name].notna().any()]
+    one_task = table["task"].nunique() == 1
+    keys = [name for name in _KEYS if name in there and not (name == "task" and one_task)]
+    shown = [(name, [_plain(value) for value in table[name]]) for name in keys]
+    information = [name for name in ("cmi_pgdl", "cmi_jiang") if name in there][:1]
+    for name in [*information, *(name for name in ("kendall_tau",) if name in there)]:
+        shown += _with_noise(table, TABLE[name])
+    shown += [(name, [_number(v, 3) for v in table[name]]) for name in _PLAIN if name in there]
+    text = pd.DataFrame(dict(enumerate(column for _, column in shown)))
+    lines = [f"task {table['task'].iloc[0]}"] if one_task else []
+    lines.append(text.to_string(index=False, header=[head for head, _ in shown]))
+    return "\n".join(lines + _remarks(table))
+
+
+def _with_noise(table: pd.DataFrame, statistic: Statistic) -> list[tuple[str, list[str]]]:
+    """The statistic, its interval, and null mean, p-value and adjusted score where it has them."""
+    name, unit = statistic.name, 100.0 if statistic.percent else 1.0
+    title = f"{name} (%)" if statistic.percent else name
+    found = [(title, [_number(unit * v, 2) for v in table[name]])]
+    if f"{name}_low" in table:
+        ends = zip(unit * table[f"{name}_low"], unit * table[f"{name}_high"], strict=True)
+        found.append(("interval", [_interval(low, high) for low, high in ends]))
+    p_value = f"{name}_p_value" if statistic.conditioning_set else "p_value"
+    for column, head in (
+        (f"{name}_null_mean", "noise"),
+        (p_value, "p"),
+        (f"{name}_adjusted", "adjusted"),
+    ):
+        if column in table and table[column].notna().any():
+            numbers = table[column]
+            texts = [_p(v) if head == "p" else _number(unit * v, 2) for v in numbers]
+            found.append((head, texts))
+    return found
+
+
+def _remarks(table: pd.DataFrame) -> list[str]:
+    """Statistics that no row has, and each reason for a missing interval once."""
+    lines = []
+    if "interval_note" in table:
+        notes = table["interval_note"].dropna()
+        parts = {part for note in notes for part in str(note).split("; ") if part}
+        lines += [f"no interval, {part}" for part in sorted(parts)]
+    if len(table) and "cmi_pgdl_null_mean" in table and table["cmi_pgdl_null_mean"].notna().any():
+        lines.append("noise: what a measure scores on average that knows only the hyperparameters")
+    return lines
+
+
+def _plain(value: object) -> str:
+    if value is None or value != value:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if value == value else "-"
+
+
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value == value else "-"
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{low:.2f} to {high:.2f}" if low == low and high == high else _NO_INTERVAL
