@@ -191,7 +191,7 @@ def test_unusable_grids_are_refused(tmp_path, grid, message):
 
 def test_unusable_data_is_refused(tmp_path):
     flat = TensorDataset(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64))
-    with pytest.raises(DataError, match="train data: expected float32"):
+    with pytest.raises(DataError, match="train data: expected images float32"):
         train_zoo(GRID, flat, TEST, tmp_path)
 
 
