@@ -26,9 +26,9 @@ def k_variance_margin(model: nn.Module, data: Data, *, seed: int = 0) -> dict[st
     be matched to the other (the k-variance); classes with one example are left out of it. Two
     layers are measured:
 
-        shallow  h is what the second linear or convolutional layer receives
-        deep     h is what the last convolution receives, the last linear layer where there are
-                 fewer than two convolutions
+    - shallow: h is what the second linear or convolutional layer receives;
+    - deep: h is what the last convolution receives, the last linear layer where there are fewer
+      than two convolutions.
 
     Invariant under rescaling layers and permuting units, and for networks without biases under
     scaling weights or inputs. Cost: 2 G, and an assignment problem per class, k³ at worst.

@@ -26,11 +26,11 @@ def weight_spectrum(
 
     With λ the eigenvalues of W_lᵀW_l, those of all cells of a kernel together, means over layers of
 
-        log_norm           log₁₀ Σ λ
-        log_spectral_norm  log₁₀ max λ
-        mp_softrank        λ⁺ / max λ, λ⁺ the upper edge of the Marchenko-Pastur law that fits best
-        rand_distance      Jensen-Shannon distance between the sorted λ and those of W_l with its
-                           entries shuffled, each divided by its sum
+    - log_norm: log₁₀ Σ λ;
+    - log_spectral_norm: log₁₀ max λ;
+    - mp_softrank: λ⁺ / max λ, λ⁺ the upper edge of the Marchenko-Pastur law that fits best;
+    - rand_distance: Jensen-Shannon distance between the sorted λ and those of W_l with its entries
+      shuffled, each divided by its sum.
 
     A random matrix has mp_softrank near 1 and rand_distance near 0; training moves both. The law is
     fitted through its width σ to a kernel density of the eigenvalues, scaled to mean 1. Weights are
