@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,19 +37,24 @@ class Chunk:
     product: Product | None
 
 
-def recorded(start: int, stop: int, examples: Examples, linear: Linearised, keep: bool) -> Chunk:
-    """A chunk of these examples.
+def recorded(start: int, stop: int, examples: Examples, product: Product | None) -> Chunk:
+    """A chunk of these examples; its loss and weight are read later, with those of all others."""
+    return Chunk(start, stop, math.nan, math.nan, checksum(examples), product)
+
+
+def read_losses(chunks: Sequence[Chunk], linears: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Fill in means and weights, which are on the device: the host waits for them once.
 
     Raises:
-        ModelError: If their loss is not finite.
+        ModelError: If a loss is not finite.
     """
-    mean = float(linear.mean)
-    if not math.isfinite(mean):
-        raise ModelError(
-            f"the loss of examples {start} to {stop - 1} is {mean}: expected a finite number"
-        )
-    product = linear.product if keep else None
-    return Chunk(start, stop, mean, float(linear.weight), checksum(examples), product)
+    for chunk, mean, weight in zip(chunks, *_read(zip(*linears, strict=True)), strict=True):
+        chunk.mean, chunk.weight = mean, weight
+        if not math.isfinite(mean):
+            raise ModelError(
+                f"the loss of examples {chunk.start} to {chunk.stop - 1} is {mean}: expected a "
+                "finite number"
+            )
 
 
 def check_unchanged(chunk: Chunk, examples: Examples) -> None:
@@ -61,12 +66,23 @@ def check_unchanged(chunk: Chunk, examples: Examples) -> None:
         )
 
 
-def check_repeated(chunk: Chunk, mean: Tensor) -> None:
+def check_repeated(chunks: Sequence[Chunk], means: Sequence[Tensor]) -> None:
     """Raise ModelError if a chunk's loss is another than when it was recorded first."""
-    rounding = 1e3 * torch.finfo(mean.dtype).eps
-    if not math.isclose(float(mean), chunk.mean, rel_tol=rounding, abs_tol=rounding):
-        raise ModelError(
-            f"at the same weights the loss of examples {chunk.start} to {chunk.stop - 1} is "
-            f"{float(mean):.6g}, it was {chunk.mean:.6g}: the model computes something else than "
-            "when the operator was made (its mode or its attributes have changed)"
-        )
+    if not means:
+        return
+    rounding = 1e3 * torch.finfo(means[0].dtype).eps
+    for chunk, mean in zip(chunks, *_read([means]), strict=True):
+        if not math.isclose(mean, chunk.mean, rel_tol=rounding, abs_tol=rounding):
+            raise ModelError(
+                f"at the same weights the loss of examples {chunk.start} to {chunk.stop - 1} is "
+                f"{mean:.6g}, it was {chunk.mean:.6g}: the model computes something else than "
+                "when the operator was made (its mode or its attributes have changed)"
+            )
+
+
+def _read(columns: Iterable[Sequence[Tensor]]) -> list[list[float]]:
+    """Scalars of a device, in one transfer."""
+    found: list[list[float]] = torch.stack(
+        [torch.stack([t.double() for t in column]) for column in columns]
+    ).tolist()
+    return found

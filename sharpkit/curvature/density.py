@@ -19,6 +19,7 @@ from sharpkit.curvature.grids import (
     make_scale,
     smooth,
 )
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -31,6 +32,14 @@ if TYPE_CHECKING:
 DEFAULT_POINTS = 2048
 
 
+@readable(
+    lambda d: (
+        f"{d.size} eigenvalues from {d.nodes.min():.4g} to {d.nodes.max():.4g}, "
+        f"{d.nodes.shape[0]} probes of {d.nodes.shape[1]} steps, trace {d.trace:.4g} ± "
+        f"{d.trace_std_error:.2g}, mass {d.mass:.4g} on a {d.spacing!r} grid, {len(d.grid)} points"
+    ),
+    table=False,
+)
 @dataclass(frozen=True)
 class SpectralDensity:
     """The distribution of a matrix's P eigenvalues, estimated from k probes.

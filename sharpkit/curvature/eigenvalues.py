@@ -34,6 +34,7 @@ from sharpkit.curvature.linear_map import (
     random_rows,
 )
 from sharpkit.curvature.memory import require_memory
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -48,6 +49,12 @@ _LOOK = 5  # products between looks at the residuals, or a tenth of the basis if
 _CHECK_STEPS = 12  # products spent on looking for further copies of a repeated eigenvalue
 
 
+@readable(
+    lambda e: (
+        f"{len(e.values)} eigenvalues of a matrix of {e.vectors.shape[0]} rows, "
+        f"{'converged' if e.converged else 'NOT converged'}, {e.products} products"
+    )
+)
 @dataclass(frozen=True)
 class Eigenpairs:
     """Eigenvalues in the order asked for, with what vouches for them.

@@ -43,6 +43,7 @@ class FisherOperator(PulledBackOperator):
         seed: As for `HessianOperator`.
         chunk: As for `HessianOperator`.
         memory_budget: As for `HessianOperator`.
+        compile: As for `HessianOperator`.
         progress: As for `HessianOperator`.
 
     Raises:
@@ -77,6 +78,7 @@ class FisherOperator(PulledBackOperator):
         seed: int | None = None,
         chunk: int | Literal["auto"] = "auto",
         memory_budget: int | None = None,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         if kind not in ("true", "empirical"):
@@ -91,6 +93,7 @@ class FisherOperator(PulledBackOperator):
             seed=seed,
             chunk=chunk,
             memory_budget=memory_budget,
+            compile=compile,
             progress=progress,
         )
 

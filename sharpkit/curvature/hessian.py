@@ -43,6 +43,10 @@ class HessianOperator(CurvatureOperator):
         chunk: Examples per chunk; "auto" follows from sizes. The result changes by rounding only.
         memory_budget: Bytes for kept graphs; None for half of the free memory, at most 4 GiB on
             a CPU; 0 keeps none.
+        compile: Compile the products with `torch.compile`'s compiler (inductor). It takes a minute
+            for a deep network, once per shape of chunks, and pays where many products follow;
+            products are the same but for rounding. With a warning it has no effect where there
+            is no compiler, or the model cannot be traced.
         progress: Show a progress bar on a terminal if recording takes longer than two seconds.
 
     Raises:

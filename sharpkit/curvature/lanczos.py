@@ -29,12 +29,14 @@ from sharpkit.curvature.linear_map import (
     random_rows,
 )
 from sharpkit.curvature.memory import require_memory
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+@readable(lambda t: f"{t.diagonal.shape[0]} start vectors, {t.diagonal.shape[1]} steps")
 @dataclass(frozen=True)
 class Tridiagonal:
     """The tridiagonal matrices of k start vectors, and the bases that belong to them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,14 +25,17 @@ from sharpkit.curvature.chunks import (
     Linearised,
     check_repeated,
     check_unchanged,
+    read_losses,
     recorded,
 )
+from sharpkit.curvature.compiled import CompiledProducts, try_compile
 from sharpkit.curvature.memory import gigabytes, require_memory
 from sharpkit.curvature.plain_rules import plain_rules
 from sharpkit.curvature.plan import Plan, graph_bytes, make_plan
 from sharpkit.curvature.problem import Problem, make_problem, refuse_training_mode
 from sharpkit.curvature.rules import fast_rules
-from sharpkit.curvature.second_derivatives import Mode, Moved, Product, choose_mode
+from sharpkit.curvature.second_derivatives import Mode, Moved, Product, Tensors, choose_mode
+from sharpkit.curvature.together import can_go_together, products_together
 from sharpkit.errors import ArgumentError, DataError, ModelError
 
 
@@ -65,6 +69,7 @@ class CurvatureOperator(ABC):
         precision: "full", or "tf32" if made inside `precision("tf32")`; that of every product.
         mode: How second derivatives are computed: "reverse", "plain reverse" (without this
             package's rules for convolutions), or "forward" over reverse, which keeps no graph.
+        compiled: Whether products run as compiled code.
         n: Number of examples.
         chunks: Number of chunks.
         kept_chunks: How many of them are kept.
@@ -85,6 +90,7 @@ class CurvatureOperator(ABC):
         seed: int | None = None,
         chunk: int | Literal["auto"] = "auto",
         memory_budget: int | None = None,
+        compile: bool = False,
         progress: bool = True,
     ) -> None:
         refuse_training_mode(model)
@@ -96,12 +102,16 @@ class CurvatureOperator(ABC):
         with frozen(model) as found:
             self._problem = make_problem(model, data, loss, parameters, n, seed, found)
             self._check(self._problem)
-            self._problem.run(lambda: self._construct(chunk, memory_budget, progress))
+            self._problem.run(lambda: self._construct(chunk, memory_budget, compile, progress))
             self._problem.probe.confirm()
         self._warn()
 
     def _construct(
-        self, chunk: int | Literal["auto"], memory_budget: int | None, progress: bool
+        self,
+        chunk: int | Literal["auto"],
+        memory_budget: int | None,
+        compile: bool,
+        progress: bool,
     ) -> None:
         """Choose mode and chunks, and go over the data once, at the operator's weights."""
         problem = self._problem
@@ -115,7 +125,32 @@ class CurvatureOperator(ABC):
             chunk,
             0 if forward else memory_budget,
         )
+        self._choose_products(compile)
         self._record(progress)
+
+    def _choose_products(self, compile: bool) -> None:
+        """How vectors are multiplied: compiled, several at once, or one by one."""
+        self._compiled: CompiledProducts | None = None
+        self._why_eager = ""
+        few = self._problem.few(2)
+        if compile and self.mode == "forward":
+            self._why_eager = f"they take forward over reverse mode ({self._why_forward})"
+        elif compile:
+            first = self._problem.on_device(self._problem.examples.slice(*self._plan.bounds[0]))
+            me = weakref.proxy(self)  # no cycle: the graphs are freed with the operator
+            self._compiled, self._why_eager = try_compile(
+                self._problem, lambda chunk: me._linearise(chunk), first
+            )
+        together = self._plan.together if self._compiled is None else 1
+        if together > 1 and self.mode != "forward":
+            works = can_go_together(self._problem, self._product(few, self.mode))
+            together = together if works else 1
+        self._together = together
+
+    @property
+    def compiled(self) -> bool:
+        """Whether products run as compiled code."""
+        return self._compiled is not None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -197,10 +232,9 @@ class CurvatureOperator(ABC):
             raise ArgumentError(
                 f"expected vectors of shape ({self.shape[0]}, k), got {tuple(vectors.shape)}"
             )
-        rows = vectors.detach().to(self.device, self.dtype).T
-        inputs = [list(map(_aligned, self.split(row.contiguous()).values())) for row in rows]
+        rows = vectors.detach().to(self.device, self.dtype).T.contiguous()
         out = torch.zeros(rows.shape, dtype=self.dtype, device=self.device)
-        outputs = [list(self.split(row).values()) for row in out]
+        inputs, outputs = (self._blocks(matrix) for matrix in (rows, out))
         restoring = self.kept_chunks < self.chunks
         with precision(self.precision), self._problem.still(restoring):
             self._problem.run(lambda: self._add_products(inputs, outputs))
@@ -288,41 +322,70 @@ class CurvatureOperator(ABC):
 
     def _linearise(self, chunk: Examples, mode: Mode | None = None) -> Linearised:
         mode = mode or self.mode
-        with fast_rules() if mode == "reverse" else nullcontext(), plain_rules():
+        with plain_rules(), fast_rules() if mode == "reverse" else nullcontext():
             return self._forward(chunk) if mode == "forward" else self._reverse(chunk)
 
     def _record_some(self, examples: Examples) -> Linearised:
         return self._linearise(self._problem.on_device(examples))
 
-    def _add_products(
-        self, inputs: Sequence[Sequence[Tensor]], outputs: Sequence[Sequence[Tensor]]
-    ) -> None:
-        for chunk in self._chunks:
-            product = chunk.product or self._recorded_again(chunk).product
-            for vector, total in zip(inputs, outputs, strict=True):
-                _add(total, product(vector), self._share(chunk.weight))
+    def _blocks(self, rows: Tensor) -> list[list[Tensor]]:
+        """Rows (k, P) as views, one per parameter, of the vectors that are multiplied at once."""
+        if self._together == 1:
+            return [list(self.split(row).values()) for row in rows]
+        shapes = self.parameters.values()
+        sizes = [shape.numel() for shape in shapes]
+        return [
+            [
+                part.view(len(block), *shape)
+                for part, shape in zip(torch.split(block, sizes, 1), shapes, strict=True)
+            ]
+            for block in torch.split(rows, self._together)
+        ]
 
-    def _recorded_again(self, chunk: Chunk) -> Linearised:
+    def _add_products(self, inputs: Sequence[Tensors], outputs: Sequence[Tensors]) -> None:
+        again: list[Chunk] = []
+        means: list[Tensor] = []
+        inputs = [list(map(_aligned, vector)) for vector in inputs]
+        for chunk in self._chunks:
+            product = chunk.product
+            if product is None:
+                mean, product = self._recorded_again(chunk)
+                again.append(chunk)
+                means.append(mean)
+            for vector, total in zip(inputs, outputs, strict=True):
+                _add(total, self._multiply(product, vector), self._share(chunk.weight))
+        check_repeated(again, means)
+
+    def _multiply(self, product: Product, vectors: Tensors) -> Sequence[Tensor | None]:
+        if self._together == 1:
+            return product(vectors)
+        return products_together(self._problem, product, vectors)
+
+    def _recorded_again(self, chunk: Chunk) -> tuple[Tensor, Product]:
         examples = self._problem.examples.slice(chunk.start, chunk.stop)
         check_unchanged(chunk, examples)
+        if self._compiled is not None:
+            return self._compiled(self._problem.on_device(examples))[:2]
         linear = self._record_some(examples)
-        check_repeated(chunk, linear.mean)
-        return linear
+        return linear.mean, linear.product
 
     def _record(self, progress: bool) -> None:
         """Go over the data once: the loss, the gradient, and the graphs that are kept."""
         self._chunks: list[Chunk] = []
-        self.kept_bytes = self._plan.keep_bytes
+        self.kept_bytes = 0
         self.gradient = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         parts = list(self.split(self.gradient).values())
         used: set[int] = set()
+        losses: list[tuple[Tensor, Tensor]] = []
         for start, stop in self._progress(progress):
             examples = self._problem.examples.slice(start, stop)
             linear = self._record_some(examples)
-            keep = len(self._chunks) < self._plan.keep
-            self._chunks.append(recorded(start, stop, examples, linear, keep))
+            product = self._kept(examples, linear)
+            self._chunks.append(recorded(start, stop, examples, product))
             used.update(i for i, g in enumerate(linear.gradient) if g is not None)
-            _add(parts, linear.gradient, self._chunks[-1].weight)
+            _add(parts, _times(linear.gradient, linear.weight), 1.0)
+            losses.append((linear.mean, linear.weight))
+        read_losses(self._chunks, losses)
         self._total = sum(chunk.weight for chunk in self._chunks)
         if not self._total > 0:
             raise DataError("no label counts: the weights of the loss are 0 for all examples")
@@ -335,6 +398,18 @@ class CurvatureOperator(ABC):
                 "the loss does not depend on any selected parameter "
                 "(a forward under no_grad, or a detach?)"
             )
+
+    def _kept(self, examples: Examples, linear: Linearised) -> Product | None:
+        """A chunk's product, if it is kept."""
+        if self._compiled is None:
+            keep = len(self._chunks) < self._plan.keep
+            self.kept_bytes = self._plan.keep_bytes
+            return linear.product if keep else None
+        _, product, size = self._compiled(self._problem.on_device(examples))
+        if self.kept_bytes + size > self._plan.budget:
+            return None
+        self.kept_bytes += size
+        return product
 
     def _progress(self, progress: bool) -> Iterator[tuple[int, int]]:
         yield from tqdm(
@@ -353,6 +428,8 @@ class CurvatureOperator(ABC):
                 f"{self._why_forward}",
                 stacklevel=3,
             )
+        if self._why_eager:
+            warnings.warn(f"compile=True has no effect: {self._why_eager}", stacklevel=3)
         if self.unused:
             warnings.warn(
                 f"the loss does not depend on {', '.join(self.unused)}: "
@@ -365,6 +442,11 @@ def _aligned(part: Tensor) -> Tensor:
     """Pairs of reals are viewed as complex numbers only if they begin at an even place."""
     pairs = part.ndim > 0 and part.shape[-1] == 2
     return part.clone() if pairs and part.storage_offset() % 2 else part
+
+
+def _times(gradient: Sequence[Tensor | None], weight: Tensor) -> list[Tensor | None]:
+    """Each gradient that is there times a number on the device, which the host need not know."""
+    return [None if g is None else g * weight.to(g.dtype) for g in gradient]
 
 
 def _add(totals: Sequence[Tensor], terms: Sequence[Tensor | None], weight: float) -> None:

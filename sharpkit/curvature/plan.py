@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Examples
 from sharpkit.curvature.memory import default_budget, require_memory, saved_bytes
+from sharpkit.curvature.together import vectors_together
+from sharpkit.memory import available_memory
 
 # bytes of kept graph per chunk that run fastest (benchmarks/bench_curvature.py); with more, the
 # C library returns freed memory to the system, which clears it again in every product
@@ -27,11 +29,21 @@ _CPU_FEW_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class Plan:
-    """Chunks of nearly equal size, the first `keep` of which stay in memory."""
+    """Chunks of nearly equal size, the first `keep` of which stay in memory.
+
+    Attributes:
+        bounds: Where each chunk starts and stops.
+        keep: How many of them are kept.
+        keep_bytes: What they take.
+        budget: What they may take.
+        together: Vectors in one backward pass.
+    """
 
     bounds: list[tuple[int, int]]
     keep: int
     keep_bytes: int
+    budget: int
+    together: int
 
 
 def graph_bytes(
@@ -88,7 +100,8 @@ def make_plan(
     require_memory(
         keep * size, device, f"keeping {keep} of {count} chunks", "pass a smaller memory_budget"
     )
-    return Plan(bounds, keep, keep * size)
+    together = vectors_together(size, weights, available_memory(device))
+    return Plan(bounds, keep, keep * size, budget, together)
 
 
 def _evenly(start: int, stop: int, most: int) -> list[tuple[int, int]]:

@@ -6,10 +6,12 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 
 from sharpkit.contract.checks import Probe, close, examine
@@ -106,9 +108,10 @@ class Problem:
         return [None if g is None else self.function.real(name, g) for name, g in named]
 
     def on_device(self, examples: Examples) -> Examples:
-        """Copies of examples on the model's device, in its dtype: graphs keep them."""
+        """Copies of uniform examples on the model's device, in its dtype: graphs keep them."""
         moved = examples.to(self.function.device, self.function.dtype)
-        return moved.select(torch.arange(len(moved)))
+        copied = partial(torch.clone, memory_format=torch.contiguous_format)
+        return Examples(pytree.tree_map(copied, moved.inputs), copied(moved.labels))
 
     def few(self, k: int) -> Examples:
         """At most k examples of one shape, with labels as different as there are."""

@@ -523,7 +523,8 @@ def test_convolution_rules_have_the_native_derivatives(function, shape, weight, 
         with fast_rules():
             return function(*args, **options)
 
-    assert torch.equal(call(*tensors), function(*tensors, **options))
+    # another layout adds up in another order: some 40 terms of size 1
+    assert torch.allclose(call(*tensors), function(*tensors, **options), rtol=0, atol=1e-13)
     assert torch.autograd.gradcheck(call, tensors)
     assert torch.autograd.gradgradcheck(call, tensors)
 
