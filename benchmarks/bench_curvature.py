@@ -126,7 +126,7 @@ def product(name: str, model, data, batch) -> Callable[[torch.Tensor], torch.Ten
     if name.startswith("curvlinops"):
         operator = curvlinops_operator(model, loader)
         if name in COMPILED:
-            operator._mp = torch.compile(operator._mp)  # its function of one batch
+            operator._mp = traced_and_compiled(operator._mp)
         return lambda v: operator @ v
     if name == "hessian-eigenthings":
         return eigenthings(model, loader).matvec
@@ -154,6 +154,25 @@ def curvlinops_operator(model, loader):
         loader,
         check_deterministic=False,
     )
+
+
+def traced_and_compiled(function: Callable[..., object]) -> Callable[..., object]:
+    """A peer's function of one batch, as one graph per shape.
+
+    `torch.compile` of the function itself breaks at its first `vmap`, and compiles nothing.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    known: dict[object, Callable[..., object]] = {}
+
+    @torch.no_grad()
+    def run(*args: torch.Tensor) -> object:
+        key = tuple(t.shape for t in args)
+        if key not in known:
+            known[key] = torch.compile(make_fx(function)(*args), fullgraph=True)
+        return known[key](*args)
+
+    return run
 
 
 def eigenthings(model, loader):
