@@ -269,7 +269,7 @@ def peers_of(model: nn.Module, data: tuple[torch.Tensor, torch.Tensor], batch: i
     def compiled_peer() -> Callable[[torch.Tensor], torch.Tensor]:
         loader = bench_curvature.batches(data, batch)
         peer = bench_curvature.curvlinops_operator(model, loader)
-        peer._mp = torch.compile(peer._mp)  # its function of one batch
+        peer._mp = bench_curvature.traced_and_compiled(peer._mp)  # its function of one batch
         return lambda v: peer @ v
 
     found: Products = {

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
@@ -17,7 +16,8 @@ from sharpkit.contract.losses import MeanLoss
 from sharpkit.groupwise import low_rank, unfolded
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Factors, Tensors
-from sharpkit.groupwise.group_terms import GroupTerms, group_losses, group_slopes, is_numbers
+from sharpkit.groupwise.group_terms import GroupTerms, group_losses, group_slopes
+from sharpkit.groupwise.objective import floating_leaves
 from sharpkit.groupwise.one_batch import OneBatch, Point
 from sharpkit.groupwise.packing import Packing
 from sharpkit.groupwise.survey import Survey
@@ -79,7 +79,7 @@ class BatchPasses:
             outputs = self.model.outputs(examples.inputs)
         terms = group_slopes(self.loss, outputs, examples.labels, groups)
         probes = [probe for calls in batch.probes.values() for probe in calls]
-        ends = [leaf for leaf in pytree.tree_leaves(outputs) if is_numbers(leaf)]
+        ends = floating_leaves(outputs)
         pairs = [(e, s) for e, s in zip(ends, terms.slopes, strict=True) if e.requires_grad]
         found = torch.autograd.grad(
             [e for e, _ in pairs], [*leaves.values(), *probes], [s for _, s in pairs],

@@ -17,7 +17,7 @@ from sharpkit.contract.losses import MeanLoss
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Factors, Tensors
-from sharpkit.groupwise.objective import power, scale_exponent
+from sharpkit.groupwise.objective import is_numbers, power, scale_exponent
 
 
 class GroupGradient(NamedTuple):
@@ -109,11 +109,7 @@ def joined_factors(found: GroupGradient) -> Factors:
 def loss_slopes(loss: MeanLoss, outputs: Any, labels: Tensor) -> list[Tensor]:
     """The derivatives of the mean loss by every tensor of real numbers in the outputs."""
     leaves, spec = pytree.tree_flatten(outputs)
-    where = [
-        i
-        for i, leaf in enumerate(leaves)
-        if isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
-    ]
+    where = [i for i, leaf in enumerate(leaves) if is_numbers(leaf)]
 
     def mean(ends: list[Tensor]) -> Tensor:
         filled = list(leaves)

@@ -11,7 +11,7 @@ from torch.func import vjp, vmap
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.losses import MeanLoss
-from sharpkit.groupwise.objective import power, scale_exponent
+from sharpkit.groupwise.objective import is_numbers, power, scale_exponent
 
 
 class GroupTerms(NamedTuple):
@@ -66,11 +66,6 @@ def group_slopes(loss: MeanLoss, outputs: Any, labels: Tensor, groups: int) -> G
         found = vmap(one, axes)([grouped[i] for i in where], _grouped(labels, groups), rest)
     mean, weight, exponent, slopes = found
     return GroupTerms(mean, weight, exponent, [s.flatten(0, 1) for s in slopes])
-
-
-def is_numbers(leaf: Any) -> bool:
-    """Whether a part of an output can be differentiated by."""
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def _grouped(tensor: Any, groups: int) -> Any:

@@ -184,10 +184,12 @@ def in_layout(tensors: Any, layout: torch.memory_format) -> Any:
 
 def floating_leaves(outputs: Any) -> list[Tensor]:
     """The tensors of real or complex numbers in an output of any structure."""
-    leaves = pytree.tree_leaves(outputs)
-    return [
-        t for t in leaves if isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
-    ]
+    return [t for t in pytree.tree_leaves(outputs) if is_numbers(t)]
+
+
+def is_numbers(leaf: Any) -> bool:
+    """Whether a part of an output can be differentiated by."""
+    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
 def scale_exponent(slopes: Iterable[Tensor], mean: Tensor, always: bool = False) -> Tensor:
