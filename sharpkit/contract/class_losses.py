@@ -25,7 +25,13 @@ IGNORED = -100  # the label of a position without one
 
 def class_formula(module: nn.Module, axis: int = 1) -> Formula:
     """The formula of CrossEntropyLoss or NLLLoss with classes on an axis, or else on the last."""
-    return Formula(partial(_terms, module, axis), partial(_check, module, axis))
+    plain = module.weight is None and not isinstance(module, nn.NLLLoss) and not _smoothing(module)
+    return Formula(
+        partial(_terms, module, axis),
+        partial(_check, module, axis),
+        module.ignore_index,  # type: ignore[arg-type]
+        partial(_whole_terms, axis) if plain else None,
+    )
 
 
 def multi_margin_formula(module: nn.Module) -> Formula:
@@ -67,6 +73,14 @@ def _terms(module: Any, axis: int, outputs: Any, labels: Tensor) -> Terms:
         weights = weights * _class_weights(module, logits, torch.float64)[labels]
     losses = _weighted_losses(module, logits, labels, weights.to(logits.dtype))
     return mean_and_weight(losses.masked_fill(ignored, 0.0), weights.sum())
+
+
+def _whole_terms(axis: int, outputs: Any, labels: Tensor) -> Terms:
+    logits = _classes_last(outputs, labels, axis)
+    losses = surprise(logits, labels.long())
+    mean = losses.mean(dtype=torch.promote_types(losses.dtype, torch.float32))
+    weight = torch.full((), losses.numel(), dtype=torch.float64, device=losses.device)
+    return mean.to(logits.dtype), weight
 
 
 def _smoothing(module: Any) -> float:

@@ -101,6 +101,9 @@ class Examples:
 
     def chunks(self, size: int) -> Iterator[Examples]:
         """Consecutive examples of one shape, at most `size` at a time, without a copy."""
+        if self.uniform and 0 < len(self) <= size:
+            yield self
+            return
         for start, stop in self.bounds(size):
             yield self.slice(start, stop)
 

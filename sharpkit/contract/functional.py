@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -92,6 +92,11 @@ class FunctionalModel:
         """The names of all parameters, shared ones once."""
         return list(self._own)
 
+    @property
+    def has_complex(self) -> bool:
+        """Whether any parameter is complex."""
+        return bool(self._complex)
+
     def real(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter, or its gradient, in the form in which it is measured."""
         return torch.view_as_real(tensor.resolve_conj()) if name in self._complex else tensor
@@ -166,11 +171,12 @@ class FunctionalModel:
                 self._buffers[name].copy_(self._first_buffers[name])
         if habits.writes_inputs:
             inputs = pytree.tree_map(torch.clone, inputs)
-        alone = any(len(t) == 1 for t in pytree.tree_leaves(inputs)[:1] if t.ndim)
-        with (
-            PlainEmbeddings() if habits.looks_up else nullcontext(),
-            contiguous_gradients(self._norms if alone else []),
-        ):
+        with ExitStack() as stack:
+            if habits.looks_up:
+                stack.enter_context(PlainEmbeddings())
+            # of a batch of one
+            if self._norms and any(len(t) == 1 for t in pytree.tree_leaves(inputs)[:1] if t.ndim):
+                stack.enter_context(contiguous_gradients(self._norms))
             output = call_module(self.model, inputs)
         return read_outputs(self.model, output, whole=self.whole)
 

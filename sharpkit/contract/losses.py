@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -61,6 +61,25 @@ class MeanLoss:
     def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
         """The mean alone."""
         return self.terms(outputs, labels)[0]
+
+    def where_all_count(self, labels: Iterable[Tensor]) -> MeanLoss:
+        """The same loss by fewer calls, if none of these labels is one that it ignores.
+
+        Example:
+            >>> loss = resolve_loss("cross_entropy").where_all_count([torch.tensor([0, 1])])
+            >>> loss.terms(torch.zeros(2, 2), torch.tensor([0, 1]))
+            (tensor(0.6931), tensor(2., dtype=torch.float64))
+        """
+        f = self.formula
+        if f.whole_terms is None or not all(
+            len(part)
+            and not part.is_floating_point()
+            and bool((part != f.ignored).all())
+            and part[0].numel()
+            for part in labels
+        ):
+            return self
+        return replace(self, formula=replace(f, terms=f.whole_terms))
 
     def check(self, outputs: Any, labels: Tensor) -> None:
         """Raise DataError or ModelError unless outputs and labels of a batch fit each other."""

@@ -24,6 +24,9 @@ class Formula:
 
     terms: Callable[[Any, Tensor], Terms]
     check: Callable[[Any, Tensor], None]
+    # the terms, by fewer calls, where no label is this one, which they ignore
+    ignored: int = 0
+    whole_terms: Callable[[Any, Tensor], Terms] | None = None
 
 
 def count(tensor: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ nothing is ever divided by a weight and a weight of exactly 0 simply stays 0.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # name -> A (groups, rows, in), D (g
 
 # outside this range squares of float32 entries that matter to the norm may leave float32, or the
 # product of its reciprocal with rho
-_SAFE_NORMS = (1e-12, 1e15)
+SAFE_NORMS = (1e-12, 1e15)
+_LARGE = 2**16  # entries whose squares one sum in float32 cannot hold well
 _BLOCK = 1024  # entries whose squares are added up in float32: an error of some 1e-7
 
 
@@ -49,6 +51,27 @@ def _row_norm(tensor: Tensor, p: float) -> Tensor:
         rows = torch.cat([torch.linalg.vector_norm(blocks, dim=2), rows[:, whole:]], 1)
     result: Tensor = torch.linalg.vector_norm(rows, ord=p, dim=1, dtype=torch.float64)
     return result
+
+
+def length_of_one(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm over all tensors of a single group, in as few calls as they allow; float64."""
+    small = [t for t in tensors if t.numel() <= _LARGE and t.dtype == torch.float32]
+    parts = [torch.stack(torch._foreach_norm(small, 2)).double()] if small else []
+    parts += [
+        norm({"": _in_memory_order(t).unsqueeze(0)})
+        for t in tensors
+        if t.numel() > _LARGE or t.dtype != torch.float32
+    ]
+    if not parts:
+        return torch.zeros((), dtype=torch.float64)
+    total: Tensor = torch.linalg.vector_norm(parts[0] if len(parts) == 1 else torch.cat(parts))
+    return total
+
+
+def _in_memory_order(t: Tensor) -> Tensor:
+    if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return t.permute(0, 2, 3, 1)
+    return t
 
 
 def largest(tensors: Tensors) -> Tensor:
@@ -106,10 +129,9 @@ def steepest(
         factors = factors or {}
         if careful:
             gradient, factors = normalised(gradient, factors)
-        length = _length(gradient, factors)
-        low, high = _SAFE_NORMS
-        doubtful = None if careful else (length < low) | (length > high)
-        return Direction(gradient, _reciprocal(length), factors, doubtful)
+        found = of_length(_length(gradient, factors))
+        doubtful = None if careful else found.doubtful
+        return Direction(gradient, found.coefficient, factors, doubtful)
     if p == torch.inf:
         top = largest(gradient)
         unit = torch.where(torch.isfinite(top), (top > 0).double(), torch.nan)
@@ -120,6 +142,12 @@ def steepest(
     q = p / (p - 1.0)
     powers = {name: g.sign() * g.abs() ** (q - 1.0) for name, g in gradient.items()}
     return Direction(powers, _reciprocal(norm(powers, p)))
+
+
+def of_length(length: Tensor) -> Direction:
+    """The coefficient of gradients of given 2-norms, taken without care, (groups,)."""
+    low, high = SAFE_NORMS
+    return Direction({}, _reciprocal(length), {}, (length < low) | (length > high))
 
 
 def _reciprocal(length: Tensor) -> Tensor:

@@ -50,12 +50,16 @@ class Objective:
 
     def losses(self, weights: Tensors, examples: Examples) -> tuple[Tensor, Tensor]:
         """The same for any number of examples, in batches, with the weights assigned; float64."""
+        inputs = in_layout(examples.inputs, self.layout)
+        with self.model.assigned(in_layout(weights, self.layout)):
+            return self.at_leaves(Examples(inputs, examples.labels))
+
+    def at_leaves(self, examples: Examples) -> tuple[Tensor, Tensor]:
+        """The same at the weights that the module holds, with images in the layout to be used."""
         parts = []
-        weights = in_layout(weights, self.layout)
-        with self.model.evaluating(), self.model.assigned(weights):
+        with self.model.evaluating():
             for e in examples.chunks(self.batch):
-                inputs = in_layout(e.inputs, self.layout)
-                mean, weight = self.loss.terms(self.model.outputs(inputs), e.labels)
+                mean, weight = self.loss.terms(self.model.outputs(e.inputs), e.labels)
                 parts.append((mean.detach().double(), weight.double()))
         if len(parts) == 1:
             return parts[0]
@@ -103,24 +107,47 @@ def plain_gradient(
         batch: Examples at a time; None for all.
         layout: Of images and of the weights of convolutions.
     """
+    with model.assigned(in_layout(weights, layout)) as leaves:
+        inputs = in_layout(examples.inputs, layout)
+        found = leaf_gradient(model, loss, leaves, Examples(inputs, examples.labels), batch)
+    found.gradient = [
+        None if g is None else model.real(name, g)
+        for name, g in zip(weights, found.gradient, strict=True)
+    ]
+    return found
+
+
+def leaf_gradient(
+    model: FunctionalModel,
+    loss: MeanLoss,
+    leaves: Sequence[Tensor],
+    examples: Examples,
+    batch: int | None = None,
+    *,
+    scaled: bool = True,
+) -> PlainGradient:
+    """The same by the parameters that the module holds, with images in the layout to be used.
+
+    With `scaled=False` the exponent is 0, which takes fewer calls.
+    """
     count = len(examples)
     means: list[Tensor] = []
     shares: list[Tensor] = []
     total: list[Tensor | None] = []
     exponent: Tensor | None = None
-    with model.assigned(in_layout(weights, layout)) as leaves, torch.enable_grad():
+    if not scaled:
+        exponent = torch.zeros((), dtype=torch.float64, device=model.device)
+    with torch.enable_grad():
         for part in examples.chunks(batch or count):
-            out = model.outputs(in_layout(part.inputs, layout))
+            out = model.outputs(part.inputs)
             mean, weight = loss.terms(out, part.labels)
+            share = None if len(part) == count else (weight / count).to(mean.dtype)
             # the first batch sets the scale of all: what is smaller by far does not matter
-            if exponent is None:
-                exponent = _exponent(model, out, mean)
             found: Sequence[Tensor | None] = [None] * len(leaves)
-            if mean.requires_grad:
-                factor = power(exponent, mean.dtype)
-                if len(part) < count:
-                    factor = factor * (weight / count).to(mean.dtype)
-                found = torch.autograd.grad(mean, leaves, factor, allow_unused=True)
+            if scaled:
+                found, exponent = _pulled_back(model, out, mean, leaves, len(part), share, exponent)
+            elif mean.requires_grad:
+                found = torch.autograd.grad(mean, leaves, share, allow_unused=True)
             total = _added(total, found) if means else list(found)
             means.append(mean.detach().double())
             shares.append(weight.detach().double())
@@ -132,21 +159,45 @@ def plain_gradient(
         mean = (torch.stack(means) * torch.stack(shares)).sum() / divisor
         exponent = torch.where(torch.isfinite(exponent), exponent, 0.0)
         torch._foreach_mul_([g for g in total if g is not None], count / divisor)
-    gradient = [
-        None if g is None else model.real(name, g.to_dense() if g.is_sparse else g)
-        for name, g in zip(weights, total, strict=True)
-    ]
+    gradient = [g.to_dense() if g is not None and g.is_sparse else g for g in total]
     return PlainGradient(mean, weight, gradient, exponent)
 
 
-def _exponent(model: FunctionalModel, outputs: Any, mean: Tensor) -> Tensor:
+def _pulled_back(
+    model: FunctionalModel,
+    outputs: Any,
+    mean: Tensor,
+    leaves: Sequence[Tensor],
+    count: int,
+    share: Tensor | None,
+    exponent: Tensor | None,
+) -> tuple[Sequence[Tensor | None], Tensor]:
+    """The gradient of a mean over `count` examples, times 2^exponent and a share.
+
+    Without an exponent, one is chosen by the slopes of the loss, and returned.
+    """
+    always = model.habits.loss_sees_weights
+    if not mean.requires_grad:
+        return [None] * len(leaves), scale_exponent((), mean) if exponent is None else exponent
     ends = [t for t in floating_leaves(outputs) if t.requires_grad]
     slopes: Sequence[Tensor | None] = ()
-    if mean.requires_grad and ends:
+    if len(ends) == 1 and not always:  # several outputs may depend on each other
+        lift = math.ceil(math.log2(count))  # a mean's divisor must not take slopes out of range
+        top = torch.full_like(mean, 2.0**lift)
+        (slope,) = torch.autograd.grad(mean, ends, top, allow_unused=True)
+        if slope is not None:
+            own = scale_exponent((slope,), mean) if exponent is None else exponent - lift
+            factor = power(own, mean.dtype)
+            slope = slope * (factor if share is None else factor * share)
+            found = torch.autograd.grad(ends, leaves, slope, allow_unused=True)
+            return found, own + lift if exponent is None else exponent
+    elif ends and exponent is None:
         slopes = torch.autograd.grad(mean, ends, retain_graph=True, allow_unused=True)
-    return scale_exponent(
-        (s for s in slopes if s is not None), mean, model.habits.loss_sees_weights
-    )
+    if exponent is None:
+        exponent = scale_exponent((s for s in slopes if s is not None), mean, always)
+    factor = power(exponent, mean.dtype)
+    factor = factor if share is None else factor * share
+    return torch.autograd.grad(mean, leaves, factor, allow_unused=True), exponent
 
 
 def _added(total: list[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -197,11 +248,14 @@ def scale_exponent(slopes: Iterable[Tensor], mean: Tensor, always: bool = False)
 
     It is +inf where all slopes are 0, unless the gradient has other sources (`always`).
     """
-    tops = [s.abs().amax().double() for s in slopes if s.numel()]
-    top = torch.stack(tops).amax() if tops else torch.zeros_like(mean, dtype=torch.float64)
+    tops = [torch.linalg.vector_norm(s, torch.inf).double() for s in slopes if s.numel()]
+    if not tops:
+        top = torch.zeros_like(mean, dtype=torch.float64)
+    else:
+        top = tops[0] if len(tops) == 1 else torch.stack(tops).amax()
     most = float(math.frexp(torch.finfo(mean.dtype).max)[1] - 2)
     exponent = (-torch.floor(torch.log2(top))).clamp(-most, most)
-    usable = (top > 0) & torch.isfinite(top)
+    usable = (top > 0) & (top < torch.inf)
     return torch.where(usable, exponent, 0.0 if always else torch.inf)
 
 

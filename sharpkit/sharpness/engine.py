@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import partial
 
 import torch
@@ -24,6 +25,7 @@ from sharpkit.errors import ModelError
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Direction, Tensors
+from sharpkit.groupwise.in_place import InPlace, Moved
 from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.objective import Objective
 from sharpkit.sharpness.ascent import (
@@ -39,6 +41,16 @@ from sharpkit.sharpness.passes import Alone, Passes
 # relative to the largest entry; a rule that is lost changes much more
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 _UNSEEN = 64  # chunks whose results are not looked at
+# 2-norm of a gradient below which slopes may be too small for the way through the network
+_UNSCALED = 1e-8
+
+
+class Care(IntEnum):
+    """How much care gradients are taken with: one more than the last, where that was doubtful."""
+
+    NONE = 0  # as they are, which only weights that move in place do
+    SCALED = 1  # times a power of two that takes the slopes of the loss to 1
+    ALL = 2  # and their squares added up likewise (see `geometry.steepest`)
 
 
 class Doubtful(Exception):
@@ -84,10 +96,11 @@ class Sweep:
         ascent: How the inner maximum is found.
         alone: How one group is evaluated.
         side: How many are, side by side; None to take all one after the other.
-        careful: Take norms of gradients with care (see `geometry.steepest`).
+        care: That gradients are taken with.
 
     Attributes:
         levels: What was measured.
+        in_place: How groups are evaluated if a loop by hand is the fastest way.
     """
 
     def __init__(
@@ -100,15 +113,18 @@ class Sweep:
         alone: Alone,
         side: Passes | None,
         *,
-        careful: bool = False,
+        care: Care = Care.SCALED,
     ) -> None:
         self.objective, self.examples, self.rhos, self.ascent = objective, examples, rhos, ascent
-        self.alone, self.side, self.careful = alone, side, careful
+        self.alone, self.side, self.care = alone, side, care
+        self.careful = care == Care.ALL
         self.block = math.gcd(*ms)
         self.weights = alone.packing.joined(objective.weights)
         self.scale = {k: w.abs() for k, w in self.weights.items()} if ascent.adaptive else None
         self.factored = self._factored_at(self.block)
         self.levels = [Level(m, self._factored_at(m)) for m in ms]
+        self.in_place = self._moves_in_place()
+        self._moved: list[Moved] = []  # by single groups, in their order
         self._chunks = 0
         # what was found and not looked at yet: where groups start, their losses, and sizes,
         self._losses: list[tuple[int, Tensor, int]] = []
@@ -118,9 +134,21 @@ class Sweep:
 
     def extend(self, start: int, stop: int, advance: Callable[[int], object]) -> None:
         """Measure the groups that examples start to stop complete; all of them at the end."""
-        step = max(self.block, self.objective.chunk // self.block * self.block)
+        if self.in_place is not None:
+            with self.in_place.held():
+                self._by_chunks(self.block, start, stop, advance)
+        else:
+            step = max(self.block, self.objective.chunk // self.block * self.block)
+            self._by_chunks(step, start, stop, advance)
+
+    def _by_chunks(
+        self, step: int, start: int, stop: int, advance: Callable[[int], object]
+    ) -> None:
         for a in range(start, stop, step):
-            self._chunk(a, min(a + step, stop))
+            if self.in_place is None:
+                self._chunk(a, min(a + step, stop))
+            else:
+                self._group(self.in_place, a, min(a + step, stop))
             self._chunks += 1
             if self._chunks % _UNSEEN == 1:
                 self._look()
@@ -175,6 +203,44 @@ class Sweep:
         if self.side is None or groups == 1 or size >= self.objective.alone:
             return self.alone
         return self.side
+
+    def _moves_in_place(self) -> InPlace | None:
+        """A single m whose groups are all alone goes the way of a loop by hand."""
+        f, ascent = self.objective, self.ascent
+        alone = self.side is None or self.block >= f.alone
+        plain = ascent.kind == "one_step" and ascent.p == 2.0 and not self.careful
+        known = f.model.dtype in (torch.float32, torch.float64) and not f.model.has_complex
+        if len(self.levels) > 1 or not (alone and plain and known):
+            return None
+        weights = f.weights.items()
+        scale = {k: w.abs() for k, w in weights} if ascent.adaptive else None
+        return InPlace(f, scale, scaled=self.care > Care.NONE)
+
+    def _group(self, in_place: InPlace, start: int, stop: int) -> None:
+        found = in_place.group(self._examples(start, stop), self.rhos)
+        self._moved.append(found)
+        self._losses.append((start, found.loss.unsqueeze(0), stop - start))
+        self.levels[0].sizes.append(stop - start)
+
+    def _gather(self) -> None:
+        """What single groups gave, as levels hold it."""
+        if not self._moved:
+            return
+        (level,) = self.levels
+        loss, weight, length, exponent = (
+            torch.stack([getattr(found, name) for found in self._moved])
+            for name in ("loss", "weight", "length", "exponent")
+        )
+        after = torch.stack([torch.stack(found.after) for found in self._moved], 1)
+        direction = geometry.of_length(length)
+        self._note(direction, exponent < torch.inf)
+        if self.care == Care.NONE:
+            self._doubts.append((length < _UNSCALED).any())
+        stays = direction.coefficient == 0
+        level.increases.append((after - loss).masked_fill(stays, 0.0))
+        level.weights.append(weight)
+        level.zero_gradients.append(stays.sum())
+        self._moved = []
 
     def _chunk(self, start: int, stop: int) -> None:
         whole = start + (stop - start) // self.block * self.block
@@ -303,6 +369,7 @@ class Sweep:
             Disagreement: If a loss is finite only when its group is evaluated alone.
             ModelError: If a loss or gradient is not finite.
         """
+        self._gather()
         if not self._losses:
             return
         device = self._losses[0][1].device

@@ -33,7 +33,7 @@ from sharpkit.groupwise.fallback import (
 from sharpkit.groupwise.objective import Objective
 from sharpkit.groupwise.packing import Packing
 from sharpkit.sharpness.ascent import Ascent
-from sharpkit.sharpness.engine import Doubtful, Level, Sweep
+from sharpkit.sharpness.engine import Care, Doubtful, Level, Sweep
 from sharpkit.sharpness.passes import Alone, Passes
 from sharpkit.sharpness.plan import plan_of, transformed
 
@@ -227,6 +227,8 @@ def m_sharpness(
         examples = load_examples(data, n=n, seed=seed)
         if max(ms) > len(examples):
             raise ArgumentError(f"m = {max(ms)} is larger than n = {len(examples)} examples")
+        parts = examples.chunks(len(examples))
+        loss_fn = loss_fn.where_all_count(part.labels for part in parts)
         probe = examine(function, loss_fn, examples, found)
         warn_of_unused(unused(function, loss_fn, weights, probe.examples), weights)
         plan = plan_of(
@@ -253,8 +255,10 @@ def m_sharpness(
         def measured(objective: Objective, side: Passes | None) -> Sweep:
             packing = Packing(weights) if side is None else side.packing
             alone = Alone(objective, packing)
-            for careful in (False, True):
-                sweep = Sweep(objective, examples, ms, rhos, rule, alone, side, careful=careful)
+            for care in Care:
+                sweep = Sweep(objective, examples, ms, rhos, rule, alone, side, care=care)
+                if care == Care.NONE and sweep.in_place is None:
+                    continue
                 try:
                     with fused_attention(), nullcontext() if side is None else side.held():
                         sweep.compare(probe.examples)

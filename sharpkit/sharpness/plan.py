@@ -34,6 +34,8 @@ from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 # the calls that evaluate them (benchmarks/bench_speed.py)
 _CPU_ACTIVATIONS = 40 * 2**20
 _CPU_CHUNKS = (32, 128)  # at least and at most, where memory allows it
+_CPU_BATCH = 64  # examples of a group alone, at least: the fastest of every network measured
+_GPU_BATCHES = 4  # how many times what fills a GPU a group alone takes at a time
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Plan:
     def objective(self, chunk: int, *, loop: bool = False) -> Objective:
         """What is measured, in chunks of as many examples; group by group if `loop`."""
         return Objective(
-            self.function, self.loss, self.weights, chunk, min(self.batch, max(chunk, 1)),
+            self.function, self.loss, self.weights, chunk,
+            max(1, self.batch * chunk // self.chunk),
             1 if loop else self.survey.alone(self.function.device), self.layout,
         )  # fmt: skip
 
@@ -111,13 +114,19 @@ def plan_of(
         groups = math.ceil(chunk / math.gcd(*ms)) + math.ceil(chunk / min(ms))
         return chunk * per_example + groups * per_group
 
-    size = chunk
-    if size == "auto":
+    if chunk == "auto":
         budget = default_memory_budget(device) if memory_budget is None else memory_budget
         size = _chunk(found, bytes_of, per_example, budget, device)
-    elif not (isinstance(size, int) and size >= 1):
+        batch = _batch(found, per_example, budget, device)
+    elif isinstance(chunk, int) and chunk >= 1:
+        size = batch = chunk
+    else:
         raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
-    return Plan(function, loss, weights, size, size, layout, found, bytes_of(size))
+    memory = bytes_of(size)
+    if math.gcd(*ms) >= found.alone(device):
+        own = sum(w.nbytes for w in weights.values())
+        memory = min(batch, max(ms)) * per_example + 3 * own  # home, moved, gradient
+    return Plan(function, loss, weights, size, batch, layout, found, memory)
 
 
 def _layout(function: FunctionalModel, few: Examples) -> torch.memory_format:
@@ -195,3 +204,13 @@ def _chunk(
     while 2 * chunk <= most and bytes_of(2 * chunk) <= budget:
         chunk *= 2
     return chunk
+
+
+def _batch(found: Survey, per_example: int, budget: int, device: torch.device) -> int:
+    """Examples at a time of a group alone."""
+    if device.type == "cuda":
+        most = _GPU_BATCHES * chunk_that_fills(GPU, found.flops, found.calls)
+    else:
+        fit = 2 * _CPU_BATCH * per_example <= _CPU_ACTIVATIONS
+        most = 2 * _CPU_BATCH if fit else _CPU_BATCH
+    return max(1, min(most, budget // max(1, per_example)))

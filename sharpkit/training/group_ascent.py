@@ -16,10 +16,6 @@ from sharpkit.groupwise import geometry
 from sharpkit.groupwise.geometry import Factors, Tensors
 from sharpkit.training.radius import Radii
 
-# as in `geometry`: outside, squares of entries that matter may leave float32
-_SAFE_NORMS = (1e-12, 1e15)
-_LARGE = 2**16  # entries whose squares one sum in float32 cannot hold well
-
 
 class Steps(NamedTuple):
     """Where groups go."""
@@ -106,8 +102,8 @@ def step_of_one(
     factors = None if scale is None else [scale[name] for name in used]
     if factors is not None:
         ascent = list(torch._foreach_mul(ascent, factors))
-    length = _norm(ascent)
-    low, high = _SAFE_NORMS
+    length = geometry.length_of_one(ascent)
+    low, high = geometry.SAFE_NORMS
     doubtful = ((length < low) | (length > high)) & (exponent < torch.inf)
     amount = torch.where(length > 0, 1.0 / length, length)  # NaN stays NaN
     if scale is None:
@@ -117,14 +113,3 @@ def step_of_one(
         torch._foreach_mul_(ascent, factors)
     torch._foreach_add_(ascent, [weights[name] for name in used])
     return {**weights, **dict(zip(used, ascent, strict=True))}, doubtful
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """Over all tensors together; float64, the squares of each in its own precision."""
-    small = [t for t in tensors if t.numel() <= _LARGE and t.dtype == torch.float32]
-    large = [t for t in tensors if t.numel() > _LARGE or t.dtype != torch.float32]
-    parts = list(torch._foreach_norm(small, 2)) if small else []
-    parts = [torch.stack(parts).double()] if parts else []
-    parts += [geometry.norm({"": t.unsqueeze(0)}) for t in large]
-    total: Tensor = torch.linalg.vector_norm(torch.cat(parts))
-    return total
