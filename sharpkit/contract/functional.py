@@ -14,7 +14,13 @@ from torch.utils import _pytree as pytree
 from sharpkit.contract.batch_of_one import contiguous_gradients, norms
 from sharpkit.contract.embeddings import PlainEmbeddings, renormalised
 from sharpkit.contract.examples import Inputs
-from sharpkit.contract.modules import call_module, read_outputs, unwrapped
+from sharpkit.contract.modules import (
+    call_module,
+    full_name,
+    own_tensors,
+    read_outputs,
+    unwrapped,
+)
 from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
 
@@ -74,7 +80,7 @@ class FunctionalModel:
         scaled = renormalised(self.model)
         self._scaled = {n: scaled[id(p)] for n, p in self._own.items() if id(p) in scaled}
         # copies, so that a module that counts its calls in a buffer counts on the copy
-        self._buffers = {n: b.detach().clone() for n, b in self._own_buffers.items()}
+        self._buffers = _copies(self._own_buffers)
         self._complex = frozenset(n for n, p in self._own.items() if p.is_complex())
         self._first_buffers: dict[str, Tensor] = {}
         self._aliases = _aliases(self.model)
@@ -190,7 +196,7 @@ class FunctionalModel:
 
     def reset_buffers(self) -> None:
         """Start again from the module's own buffers."""
-        self._buffers = {n: b.detach().clone() for n, b in self._own_buffers.items()}
+        self._buffers = _copies(self._own_buffers)
 
     def buffers(self) -> dict[str, Tensor]:
         """Copies of the buffers as forward passes have left them."""
@@ -221,10 +227,18 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     aliases = {}
     for prefix, module in model.named_modules():
-        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        for name, tensor in own:
-            full = f"{prefix}.{name}" if prefix else name
+        for key, tensor in own_tensors(module):
+            full = full_name(prefix, key)
             known = first.setdefault(id(tensor), full)
             if known != full:
                 aliases[full] = known
     return aliases
+
+
+@torch.no_grad()
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, by one call for all of a kind: on a GPU a call takes longer than its work."""
+    copies = {name: torch.empty_like(t) for name, t in tensors.items()}
+    if copies:
+        torch._foreach_copy_(list(copies.values()), list(tensors.values()))
+    return copies

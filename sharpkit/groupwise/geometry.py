@@ -21,6 +21,8 @@ Factors = dict[str, tuple[Tensor, Tensor]]  # name -> A (groups, rows, in), D (g
 # outside this range squares of float32 entries that matter to the norm may leave float32, or the
 # product of its reciprocal with rho
 SAFE_NORMS = (1e-12, 1e15)
+# below, slopes of the loss that were not scaled may be too small for the way through a network
+LEAST_UNSCALED = 1e-8
 _LARGE = 2**16  # entries whose squares one sum in float32 cannot hold well
 _BLOCK = 1024  # entries whose squares are added up in float32: an error of some 1e-7
 

@@ -41,8 +41,6 @@ from sharpkit.sharpness.passes import Alone, Passes
 # relative to the largest entry; a rule that is lost changes much more
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
 _UNSEEN = 64  # chunks whose results are not looked at
-# 2-norm of a gradient below which slopes may be too small for the way through the network
-_UNSCALED = 1e-8
 
 
 class Care(IntEnum):
@@ -235,7 +233,7 @@ class Sweep:
         direction = geometry.of_length(length)
         self._note(direction, exponent < torch.inf)
         if self.care == Care.NONE:
-            self._doubts.append((length < _UNSCALED).any())
+            self._doubts.append((length < geometry.LEAST_UNSCALED).any())
         stays = direction.coefficient == 0
         level.increases.append((after - loss).masked_fill(stays, 0.0))
         level.weights.append(weight)

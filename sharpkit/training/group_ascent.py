@@ -76,6 +76,7 @@ def step_of_one(
     scale: Tensors | None,
     *,
     careful: bool,
+    scaled: bool = True,
 ) -> tuple[Tensors, Tensor]:
     """The same for a single group, in as few calls as parameters allow.
 
@@ -86,6 +87,7 @@ def step_of_one(
         radii: Of the parameters.
         scale: T of the weights; None if it is the same number for all parameters.
         careful: As above.
+        scaled: Whether the gradient is times a power of two.
 
     Returns:
         tuple: w + ε, and whether the norm may be wrong.
@@ -104,6 +106,7 @@ def step_of_one(
         ascent = list(torch._foreach_mul(ascent, factors))
     length = geometry.length_of_one(ascent)
     low, high = geometry.SAFE_NORMS
+    low = low if scaled else geometry.LEAST_UNSCALED
     doubtful = ((length < low) | (length > high)) & (exponent < torch.inf)
     amount = torch.where(length > 0, 1.0 / length, length)  # NaN stays NaN
     if scale is None:

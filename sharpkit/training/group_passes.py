@@ -240,6 +240,8 @@ class Alone:
         self.task, self._layout, self._careful = task, layout, careful
         self._weights: Tensors = in_layout(task.shared, layout)
         self._scale = task.radii.scale(self._weights)
+        wide = task.model.dtype in (torch.float32, torch.float64)
+        self._scaled = careful or not wide or torch.is_autocast_enabled(task.model.device.type)
 
     def __call__(self, examples: Examples, groups: int = 1) -> Found:
         """As `Passes`, for a single group."""
@@ -248,11 +250,12 @@ class Alone:
         with without_reentry():
             with task.recorder.of_one_group() as statistics:
                 first = plain_gradient(
-                    task.model, task.loss, self._weights, examples, layout=self._layout
-                )
+                    task.model, task.loss, self._weights, examples, layout=self._layout,
+                    scaled=self._scaled,
+                )  # fmt: skip
             at, doubtful = step_of_one(
                 self._weights, first.gradient, first.exponent, task.radii, self._scale,
-                careful=self._careful,
+                careful=self._careful, scaled=self._scaled,
             )  # fmt: skip
             loss, weight = first.mean, first.weight
             del first
@@ -267,9 +270,5 @@ class Alone:
         ]
         return Found(
             loss.unsqueeze(0), weight.unsqueeze(0), total.detach().double(), gradient,
-            {
-                name: [(mean.unsqueeze(0), variance.unsqueeze(0)) for mean, variance in calls]
-                for name, calls in statistics.items()
-            },
-            doubtful,
+            statistics, doubtful,
         )  # fmt: skip

@@ -121,6 +121,7 @@ def accumulate(
     function = FunctionalModel(network, whole=not loss_fn.exact)
     shared = {name: function.value(name) for name in radii.rho}
     examples = _examples(inputs, labels).to(function.device, function.dtype)
+    loss_fn = loss_fn.where_all_count([examples.labels])
     if scaler is not None:
         scaler.scale(torch.zeros((), device=function.device))  # its state is made at first use
     task = Task(

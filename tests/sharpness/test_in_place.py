@@ -19,7 +19,7 @@ measured = partial(sharpkit.m_sharpness, engine="loop", seed=None, progress=Fals
 
 
 class Shared(nn.Module):
-    """A layer used twice, a sparse embedding, a parameter that is not used and one of no dimension."""
+    """A layer used twice, a sparse embedding, an unused parameter and one of no dimension."""
 
     def __init__(self) -> None:
         super().__init__()
