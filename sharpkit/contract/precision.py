@@ -148,6 +148,21 @@ _get_setting: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
 _set_setting: Any = getattr(torch._C, "_set_fp32_precision_setter", None)
 
 
+def may_use_tf32(device: torch.device) -> bool:
+    """Whether products of float32 numbers on a device may keep 10 bits only, as flags are now.
+
+    Example:
+        >>> may_use_tf32(torch.device("cpu"))
+        False
+    """
+    if device.type != "cuda":
+        return False
+    if _get_setting is not None:
+        return any(_get_setting("cuda", op) == "tf32" for op in ("matmul", "conv", "rnn"))
+    allowed: bool = torch._C._get_cublas_allow_tf32() or torch._C._get_cudnn_allow_tf32()
+    return allowed
+
+
 class _Switch(NamedTuple):
     """A flag of which only one interface is, and which is off while measuring."""
 

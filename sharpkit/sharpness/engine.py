@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.contract.examples import Examples
+from sharpkit.contract.precision import may_use_tf32
 from sharpkit.errors import ModelError
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.fallback import Disagreement
@@ -40,6 +41,7 @@ from sharpkit.sharpness.passes import Alone, Passes
 
 # relative to the largest entry; a rule that is lost changes much more
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
+_COARSE = 0.3  # of half precision, and of TF32
 _UNSEEN = 64  # chunks whose results are not looked at
 
 
@@ -172,7 +174,8 @@ class Sweep:
         one = self.alone.gradients(examples, count)
         known = {name: torch.isfinite(t) for name, t in one.tensors.items()}
         tops = [torch.where(known[k], t.abs(), 0.0).amax() for k, t in one.tensors.items()]
-        allowed = _AGREEMENT.get(self.objective.model.dtype, 0.3) * torch.stack(tops).amax()
+        agreement = self._agreement()
+        allowed = agreement * torch.stack(tops).amax()
         shift = torch.where(torch.isfinite(one.exponent), one.exponent - side.exponent, 0.0)
         for name, t in one.tensors.items():
             other = side.tensors[name] * geometry.expand(torch.exp2(shift), t)
@@ -182,9 +185,13 @@ class Sweep:
         at = {name: w.expand(count, *w.shape) for name, w in self.weights.items()}
         with self.objective.model.evaluating():
             losses = self.side.losses(examples, count, at)
-        close = torch.isclose(losses, one.loss, _AGREEMENT.get(self.objective.model.dtype, 0.3))
+        close = torch.isclose(losses, one.loss, agreement)
         if not bool((close | ~torch.isfinite(one.loss)).all()):
             raise Disagreement("losses differ from those of one group after the other")
+
+    def _agreement(self) -> float:
+        f = self.objective.model
+        return _COARSE if may_use_tf32(f.device) else _AGREEMENT.get(f.dtype, _COARSE)
 
     def _factored_at(self, m: int) -> frozenset[str]:
         # groups that are evaluated alone, or span chunks, are few: theirs are multiplied out
