@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from sharpkit.groupwise import windows
 from sharpkit.groupwise.layer_calls import Geometry
 
 Optional: TypeAlias = Tensor | None
@@ -89,7 +90,9 @@ class GroupConvolution(torch.autograd.Function):
         if need_x and need_weight and not own and not apart:
             return _both(grad, x, value, geometry, need_bias, ctx.axes[1] == 2, groups)
         grad_x = grad_weight = grad_bias = None
-        if need_x and own:
+        if need_x and own and windows.pays(x, value.shape[1:], geometry, groups, backward=True):
+            grad_x = windows.input_gradient(grad, x, value, geometry)
+        elif need_x and own:
             wide = channels_of_groups(grad, groups)
             found = _backward(
                 wide, channels_of_groups(x, groups), value.flatten(0, 1),
@@ -98,8 +101,10 @@ class GroupConvolution(torch.autograd.Function):
             grad_x = examples_of_groups(found, groups)
         elif need_x:
             grad_x = _backward(grad, x, value, geometry, 1, (True, False))[0]
-        if need_weight and apart:
-            shape = value.shape[1:] if own else value.shape
+        shape = value.shape[1:] if own else value.shape
+        if need_weight and apart and windows.pays(x, shape, geometry, groups, backward=True):
+            grad_weight = windows.weight_gradient(grad, x, shape, geometry, groups)
+        elif need_weight and apart:
             blank = value.new_empty((groups * shape[0], *shape[1:]))  # only its shape is used
             found = _backward(
                 channels_of_groups(grad, groups), channels_of_groups(x, groups), blank,
@@ -198,6 +203,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Optional, geometry: Geometry) -
         each = bias.repeat_interleave(len(x) // len(bias), 0)
         return out.add_(each.view(*each.shape, *[1] * (x.ndim - 2)))
     groups = len(weight)
+    if windows.pays(x, weight.shape[1:], geometry, groups, backward=False):
+        return windows.convolved(x, weight, bias, geometry)
     if bias is not None:
         bias = bias.repeat(groups) if bias.ndim == 1 else bias.flatten()
     wide = _convolve(channels_of_groups(x, groups), weight.flatten(0, 1), bias, geometry, groups)

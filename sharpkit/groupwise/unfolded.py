@@ -11,9 +11,9 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sharpkit.groupwise.layer_calls import LayerCall
+from sharpkit.groupwise.windows import positions, rows_of_windows
 
 
 def rows_per_example(call: LayerCall) -> int:
@@ -29,12 +29,7 @@ def output_shape(call: LayerCall) -> list[int]:
     """The shape of a call's output."""
     if call.geometry is None:
         return [*call.inputs.shape[:-1], call.weight.shape[0]]
-    sizes = [
-        (size + 2 * padding - dilation * (window - 1) - 1) // stride + 1
-        for size, window, stride, padding, dilation in zip(
-            call.inputs.shape[2:], call.weight.shape[2:], *call.geometry[:3], strict=True
-        )
-    ]
+    sizes = positions(call.inputs.shape, call.weight.shape, call.geometry)
     return [len(call.inputs), call.weight.shape[0], *sizes]
 
 
@@ -43,13 +38,7 @@ def rows_of(call: LayerCall, groups: int) -> Tensor:
     x = call.inputs
     if call.geometry is None:
         return x.reshape(groups, -1, x.shape[-1])
-    stride, padding, dilation, _ = call.geometry
-    window = call.weight.shape[2:]
-    if math.prod(window) == 1 and set(padding) == {0}:
-        windows = x[:, :, :: stride[0], :: stride[1]].flatten(2)
-    else:
-        windows = F.unfold(x, window, dilation, padding, stride)  # (n, in, positions)
-    return windows.mT.reshape(groups, -1, windows.shape[1])
+    return rows_of_windows(x, call.weight.shape[2:], call.geometry, groups)
 
 
 def delta_rows(grad: Tensor, groups: int, *, convolution: bool) -> Tensor:
