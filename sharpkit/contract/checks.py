@@ -24,10 +24,10 @@ from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
 from sharpkit.contract.modules import call_module
 from sharpkit.contract.parameters import some
-from sharpkit.contract.state import Found, same_values
+from sharpkit.contract.state import Found, differing
 from sharpkit.errors import ModelError, SharpkitError
 
-_PROBED, _PROBED_LOSS = 12, 32  # examples; more for a loss whose form is not known
+_PROBED, _PROBED_LOSS = 8, 32  # examples; more for a loss whose form is not known
 # relative to the largest output: what different batch sizes may change by rounding
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 _HALF = 0.1
@@ -38,8 +38,36 @@ class Probe:
     """A few examples and the outputs that the model had for them when it was examined."""
 
     function: FunctionalModel
+    loss: MeanLoss
     examples: Examples
     outputs: Any
+
+    def try_swapping(self) -> str:
+        """Why the model cannot run at swapped weights as it does at those assigned; noted, too.
+
+        To be called before function transforms are used; empty if all is well.
+        """
+        function, few = self.function, self.examples
+        moved = _moved(function)
+
+        def both() -> tuple[Any, Tensor]:
+            with function.evaluating():
+                out = function.outputs(few.inputs)
+                return out, self.loss(out, few.labels)
+
+        with function.assigned(moved), torch.no_grad():
+            assigned = both()
+        try:
+            swapped = function.within(moved, both)
+        except Exception as error:
+            function.habits.not_functional = _one_line(error)
+        else:
+            if not close(assigned, swapped):
+                function.habits.not_functional = (
+                    "the model or the loss reaches weights by references of its own (a list, a "
+                    "closure)"
+                )
+        return function.habits.not_functional
 
     def confirm(self) -> None:
         """Raise ModelError if the model gives other outputs now than it did at first."""
@@ -87,26 +115,26 @@ def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found
         check_is_mean(loss, outputs, probe.labels)
     few = probe.slice(0, 2)
     first = pytree.tree_map(lambda t: t[: len(few)], outputs)
-    _check_swapping(function, loss, few, first)
-    return Probe(function, few, first)
+    function.habits.loss_sees_weights = _sees_weights(function, loss, few, first)
+    return Probe(function, loss, few, first)
 
 
 def close(a: Any, b: Any) -> bool:
     """Whether outputs agree up to rounding; what is not finite is reported elsewhere."""
     pairs = zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True)
-    return all(_close(x, y) for x, y in pairs if isinstance(x, Tensor))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:
+    tensors = [(x, y) for x, y in pairs if isinstance(x, Tensor)]
+    if any(x.shape != y.shape for x, y in tensors):
         return False
+    flags = [_close(x, y) for x, y in tensors if x.numel()]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
+
+
+def _close(a: Tensor, b: Tensor) -> Tensor:
     if not (a.is_floating_point() or a.is_complex()):
-        return bool((a == b).all())
-    if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
-        return True
+        return (a == b).all()
     tolerance = _TOLERANCES.get(a.dtype.to_real(), _HALF)
-    largest = float(a.abs().max()) if a.numel() else 0.0
-    return a.numel() == 0 or bool((a - b).abs().max() <= tolerance * max(largest, 1e-30))
+    near = (a - b).abs().amax() <= tolerance * a.abs().amax().clamp(min=1e-30)
+    return near | ~(torch.isfinite(a).all() & torch.isfinite(b).all())
 
 
 def _probe(function: FunctionalModel, examples: Examples, count: int) -> Examples:
@@ -179,13 +207,12 @@ def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any
                 f"{shapes}: {_one_line(error)}"
             ) from error
     habits.looks_up |= watch.replaced
-    habits.writes_inputs = not all(
-        same_values(a, b)
-        for a, b in zip(pytree.tree_leaves(inputs), pytree.tree_leaves(probe.inputs), strict=True)
-    )
+    leaves = zip(pytree.tree_leaves(inputs), pytree.tree_leaves(probe.inputs), strict=True)
+    habits.writes_inputs = bool(differing(list(leaves)))
     habits.attributes, habits.remembered = found.attributes.changed(), found.attributes
     after = function.buffers()
-    written = [name for name, b in buffers.items() if not same_values(b, after[name])]
+    names = list(buffers)
+    written = [names[i] for i in differing([(buffers[name], after[name]) for name in names])]
     if written:
         function.keep_buffers(written, buffers)
     return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, outputs)
@@ -237,44 +264,25 @@ def _check_independent(function: FunctionalModel, probe: Examples, outputs: Any)
     )
 
 
-def _check_swapping(function: FunctionalModel, loss: MeanLoss, few: Examples, outputs: Any) -> None:
-    """Find out whether the model sees weights that are swapped, as it sees those assigned."""
-    habits = function.habits
-    names = [name for name in function.names if function.value(name).is_floating_point()]
-    moved = {name: _elsewhere(function.value(name)) for name in names}
-
-    def both() -> tuple[Any, Tensor]:
-        with function.evaluating():
-            out = function.outputs(few.inputs)
-            return out, loss(out, few.labels)
-
-    with function.assigned(moved), torch.no_grad():
-        assigned = both()
-        fixed = loss(outputs, few.labels)
+def _sees_weights(function: FunctionalModel, loss: MeanLoss, few: Examples, outputs: Any) -> bool:
+    """Whether a loss gives something else at other weights, for the same outputs."""
+    if loss.exact:
+        return False
     found = loss(outputs, few.labels).detach()
+    with function.assigned(_moved(function)), torch.no_grad():
+        elsewhere = loss(outputs, few.labels)
     rounding = 100 * torch.finfo(found.dtype).eps
-    habits.loss_sees_weights = not torch.allclose(found, fixed, rounding, 0.0, equal_nan=True)
-    try:
-        swapped = function.within(moved, both)
-    except Exception as error:
-        habits.not_functional = _one_line(error)
-        return
-    if not close(assigned, swapped):
-        habits.not_functional = (
-            "the model or the loss reaches weights by references of its own (a list, a closure)"
-        )
+    return not torch.allclose(found, elsewhere, rounding, 0.0, equal_nan=True)
 
 
-def unused(
-    function: FunctionalModel, loss: MeanLoss, weights: Mapping[str, Tensor], few: Examples
-) -> list[str]:
-    """The names of the weights that the loss of these examples has no derivative by."""
-    with function.assigned(weights) as leaves, torch.enable_grad():
-        value = loss(function.outputs(few.inputs), few.labels)
-        if not value.requires_grad:
-            return list(weights)
-        found = torch.autograd.grad(value, leaves, allow_unused=True)
-    return [name for name, g in zip(weights, found, strict=True) if g is None]
+def _moved(function: FunctionalModel) -> dict[str, Tensor]:
+    """Other values of all weights, of their own size and without a pattern in common."""
+    weights = {name: function.value(name) for name in function.names}
+    return {
+        name: w + 0.1 * w.flatten().roll(1).view_as(w) + 0.01
+        for name, w in weights.items()
+        if w.is_floating_point()
+    }
 
 
 def warn_of_unused(names: Sequence[str], weights: Mapping[str, Tensor]) -> None:
@@ -292,11 +300,6 @@ def warn_of_unused(names: Sequence[str], weights: Mapping[str, Tensor]) -> None:
         warnings.warn(
             f"the loss does not depend on {some(names)} (of a few examples tried)", stacklevel=4
         )
-
-
-def _elsewhere(weight: Tensor) -> Tensor:
-    """Other values of a weight, of its own size and without a pattern in common."""
-    return weight + 0.1 * weight.flatten().roll(1).view_as(weight) + 0.01
 
 
 def reason(error: BaseException, model: nn.Module) -> str:

@@ -126,14 +126,18 @@ def some(names: Iterable[str]) -> str:
 
 def check_finite_weights(model: nn.Module) -> None:
     """Raise ModelError that names the first parameter or buffer with NaN or infinite entries."""
-    for kind, tensors in (
-        ("parameter", model.named_parameters()),
-        ("buffer", model.named_buffers()),
-    ):
-        for name, tensor in tensors:
-            real = tensor.is_floating_point() or tensor.is_complex()
-            if real and not bool(torch.isfinite(tensor).all()):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise ModelError(
-                    f"{kind} {name!r} has {bad} NaN or infinite entries of {tensor.numel()}"
-                )
+    tensors: list[tuple[str, str, Tensor]] = []
+    tensors += (("parameter", name, p) for name, p in model.named_parameters())
+    tensors += (("buffer", name, b) for name, b in model.named_buffers())
+    real = [t for t in tensors if t[2].is_floating_point() or t[2].is_complex()]
+    flags: dict[torch.device, list[Tensor]] = {}
+    for _, _, tensor in real:
+        flags.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    if all(bool(torch.stack(found).all()) for found in flags.values()):  # a wait for each device
+        return
+    for kind, name, tensor in real:
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise ModelError(
+                f"{kind} {name!r} has {bad} NaN or infinite entries of {tensor.numel()}"
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,42 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     return bool(torch.all((a == b) | (torch.isnan(a) & torch.isnan(b))))
 
 
+_SMALL = 2**20  # entries up to which tensors are compared side by side in one copy
+
+
+def differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
+    """Indices of the pairs of tensors that hold other values, by one look at each device.
+
+    Example:
+        >>> differing([(torch.zeros(2), torch.zeros(2)), (torch.zeros(1), torch.ones(1))])
+        [1]
+    """
+    found: list[int] = []
+    together: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    large: list[list[int]] = []
+    for i, (a, b) in enumerate(pairs):
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            found.append(i)
+        elif a.numel() > _SMALL:
+            large.append([i])
+        else:
+            together.setdefault((a.dtype, a.device), []).append(i)
+    flags: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
+    for some in [*together.values(), *large]:
+        a, b = (_beside([pairs[i][k].detach() for i in some]) for k in (0, 1))
+        flags.setdefault(a.device, []).append((some, (a != b).any()))
+    for of_device in flags.values():
+        raised = torch.stack([flag for _, flag in of_device]).tolist()
+        for (some, _), differs in zip(of_device, raised, strict=True):
+            if differs:  # or holds NaN
+                found += [i for i in some if not same_values(*(t.detach() for t in pairs[i]))]
+    return sorted(found)
+
+
+def _beside(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat([t.reshape(-1) for t in tensors])
+
+
 class Found:
     """A model as it was found, to be compared with and put back.
 
@@ -150,7 +186,8 @@ class Found:
 
     def changed_parameters(self) -> list[str]:
         """The names of parameters that hold other values now."""
-        return [name for name, p, copy, *_ in self._parameters if not same_values(p.detach(), copy)]
+        changed = differing([(p, copy) for _, p, copy, *_ in self._parameters])
+        return [self._parameters[i][0] for i in changed]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -159,17 +196,17 @@ class Found:
             self._model.train(self._modes[0][1])
         for module, mode in self._modes:
             module.training = mode
-        for _, parameter, copy, flag, gradient in self._parameters:
-            if not same_values(parameter.detach(), copy):
-                parameter.data.copy_(copy)
+        for i in differing([(p, copy) for _, p, copy, *_ in self._parameters]):
+            self._parameters[i][1].data.copy_(self._parameters[i][2])
+        for _, parameter, _, flag, gradient in self._parameters:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
             parameter.grad = gradient
-        for name, buffer, copy in self._buffers:
+        for name, buffer, _ in self._buffers:
             path, _, key = name.rpartition(".")
             owner = self._model.get_submodule(path)
             if owner._buffers.get(key) is not buffer:
                 owner._buffers[key] = buffer
-            if not same_values(buffer, copy):
-                buffer.copy_(copy)
+        for i in differing([(buffer, copy) for _, buffer, copy in self._buffers]):
+            self._buffers[i][1].copy_(self._buffers[i][2])
         self.attributes.restore()

@@ -152,7 +152,7 @@ def make_problem(
     examples = _load_twice(data, n, seed)
     probe = examine(function, loss_fn, examples, found)
     outside = left_out(model, names)
-    if function.habits.not_functional:
+    if probe.try_swapping():
         function = _copy_of(function, loss_fn, examples, probe)
         own = dict(function.model.named_parameters())
         for name, parameter in own.items():

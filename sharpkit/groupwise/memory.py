@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +20,22 @@ from sharpkit.memory import allowed_memory
 _CPU_MEMORY_BUDGET = 4 * 2**30
 
 
-def activation_bytes(
-    model: FunctionalModel, weights: Tensors, loss: MeanLoss, one: Examples
-) -> int:
-    """Bytes that the gradient pass keeps per example: what autograd saves for one example."""
+class Tried(NamedTuple):
+    """What one gradient of a few examples tells."""
+
+    bytes: int  # that it keeps for each example
+    unused: list[str]  # weights that the loss does not depend on
+
+
+def try_gradient(model: FunctionalModel, loss: MeanLoss, weights: Tensors, few: Examples) -> Tried:
+    """What autograd saves for an example, and the weights that have no derivative.
+
+    Args:
+        model: The model.
+        loss: The loss.
+        weights: What is differentiated by.
+        few: One example or more, on the model's device.
+    """
     own = {w.untyped_storage().data_ptr() for w in weights.values()}
     saved: dict[int, int] = {}
 
@@ -32,17 +45,25 @@ def activation_bytes(
             saved[t.data_ptr()] = max(saved.get(t.data_ptr(), 0), t.nbytes)
         return t.detach()  # the tensor itself may own the graph that it is saved in: a leak
 
-    with torch.enable_grad(), model.assigned(weights):
+    def value() -> Tensor:
+        return loss(model.outputs(few.inputs), few.labels)
+
+    with torch.enable_grad(), model.assigned(weights) as leaves:
         try:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                loss(model.outputs(one.inputs), one.labels)
+                mean = value()
+            count = sum(saved.values())
         except SharpkitError:
             raise
         except Exception:  # function transforms inside the model allow no hooks
             with ResultSizes() as sizes:
-                loss(model.outputs(one.inputs), one.labels)
-            return int(sizes.bytes)
-    return sum(saved.values())
+                mean = value()
+            count = int(sizes.bytes)
+        found: Sequence[Tensor | None] = [None] * len(leaves)
+        if mean.requires_grad:
+            found = torch.autograd.grad(mean, leaves, allow_unused=True)
+    unused = [name for name, g in zip(weights, found, strict=True) if g is None]
+    return Tried(math.ceil(count / len(few)), unused)
 
 
 class ResultSizes(TorchFunctionMode):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -94,7 +94,14 @@ class Survey:
         return (GPU if device.type == "cuda" else CPU).alone(self.flops, self.calls)
 
 
-def survey(model: FunctionalModel, weights: Tensors, examples: Examples, size: int = 1) -> Survey:
+def survey(
+    model: FunctionalModel,
+    weights: Tensors,
+    examples: Examples,
+    size: int = 1,
+    *,
+    smallest: int = 1,
+) -> Survey:
     """Run a model as one batch of a few examples, and note how it uses the weights.
 
     Args:
@@ -102,8 +109,10 @@ def survey(model: FunctionalModel, weights: Tensors, examples: Examples, size: i
         weights: Those that differ from group to group.
         examples: A few, on the model's device.
         size: Of a group.
+        smallest: Of the groups to come. If they run alone, it is not found out whether the model
+            can run as one batch.
     """
-    refused, rows, calls = "", {}, 0
+    refused, rows, flops, calls = "", {}, 0.0, 0
     whole: frozenset[str] = frozenset()
     if model.habits.loss_sees_weights:
         refused = "the loss depends on the weights themselves"
@@ -126,7 +135,10 @@ def survey(model: FunctionalModel, weights: Tensors, examples: Examples, size: i
             if batch.elsewhere:
                 refused = refused or f"{min(batch.elsewhere)!r} is used by more than layers"
             rows, calls, whole = batch.rows, batch.calls, frozenset(batch.whole)
-    flops = 2.0 * sum(count * weights[name].numel() for name, count in rows.items())
+            flops = 2.0 * sum(n * weights[name].numel() for name, n in rows.items())
+            found = Survey(refused, rows, whole, flops, calls)
+            if smallest >= found.alone(model.device):
+                return replace(found, refused=refused or "groups run faster one by one")
     return Survey(refused, rows, whole, flops, calls)
 
 

@@ -177,17 +177,22 @@ class Sweep:
         agreement = self._agreement()
         allowed = agreement * torch.stack(tops).amax()
         shift = torch.where(torch.isfinite(one.exponent), one.exponent - side.exponent, 0.0)
+        far = []
         for name, t in one.tensors.items():
             other = side.tensors[name] * geometry.expand(torch.exp2(shift), t)
             # what is not finite in either way is reported when it is measured
-            if bool((known[name] & ~((t - other).abs() <= allowed)).any()):
-                raise Disagreement("gradients differ from those of one group after the other")
+            far.append((known[name] & ~((t - other).abs() <= allowed)).any())
         at = {name: w.expand(count, *w.shape) for name, w in self.weights.items()}
         with self.objective.model.evaluating():
             losses = self.side.losses(examples, count, at)
         close = torch.isclose(losses, one.loss, agreement)
-        if not bool((close | ~torch.isfinite(one.loss)).all()):
-            raise Disagreement("losses differ from those of one group after the other")
+        apart = ~(close | ~torch.isfinite(one.loss)).all()
+        for kind, differ in zip(
+            ("gradients", "losses"), torch.stack([torch.stack(far).any(), apart]).tolist(),
+            strict=True,
+        ):  # fmt: skip
+            if differ:
+                raise Disagreement(f"{kind} differ from those of one group after the other")
 
     def _agreement(self) -> float:
         f = self.objective.model

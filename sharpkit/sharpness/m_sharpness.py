@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sharpkit.contract.checks import examine, unused, warn_of_unused
+from sharpkit.contract.checks import examine, warn_of_unused
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import frozen, fused_attention
 from sharpkit.contract.loading import Data, load_examples
@@ -230,11 +230,11 @@ def m_sharpness(
         parts = examples.chunks(len(examples))
         loss_fn = loss_fn.where_all_count(part.labels for part in parts)
         probe = examine(function, loss_fn, examples, found)
-        warn_of_unused(unused(function, loss_fn, weights, probe.examples), weights)
         plan = plan_of(
-            function, loss_fn, weights, probe.examples, ms, chunk, memory_budget,
+            function, loss_fn, weights, probe, ms, chunk, memory_budget,
             allows_factors=rule.allows_factors,
         )  # fmt: skip
+        warn_of_unused(plan.unused, weights)
         stops = _stops(len(examples), ms, tolerance)
 
         def run(sweep: Sweep) -> Sweep:
@@ -274,7 +274,7 @@ def m_sharpness(
                 return measured(objective, None)
             return first_that_works(
                 lambda: measured(objective, plan.one_batch(compile=compile)),
-                lambda: measured(objective, transformed(objective, probe.examples, rule)),
+                lambda: measured(objective, transformed(objective, probe, rule)),
             )
 
         def measure(size: int) -> tuple[Sweep, bool]:

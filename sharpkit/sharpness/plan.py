@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.checks import close
+from sharpkit.contract.checks import Probe, close
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
@@ -23,7 +23,7 @@ from sharpkit.groupwise.batch_passes import batch_passes
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Tensors
 from sharpkit.groupwise.low_rank import pays
-from sharpkit.groupwise.memory import activation_bytes, default_memory_budget
+from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import Objective, in_layout
 from sharpkit.groupwise.packing import Packing
 from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
@@ -43,7 +43,7 @@ class Plan:
     """How examples are cut (see `Objective`), for one model, loss and device.
 
     `memory` counts the bytes of a chunk: activations, and gradients and perturbed weights of its
-    groups.
+    groups. `unused` names the weights that the loss does not depend on.
     """
 
     function: FunctionalModel
@@ -54,6 +54,7 @@ class Plan:
     layout: torch.memory_format
     survey: Survey
     memory: int
+    unused: list[str]
 
     def objective(self, chunk: int, *, loop: bool = False) -> Objective:
         """What is measured, in chunks of as many examples; group by group if `loop`."""
@@ -77,7 +78,7 @@ def plan_of(
     function: FunctionalModel,
     loss: MeanLoss,
     weights: Tensors,
-    few: Examples,
+    probe: Probe,
     ms: Sequence[int],
     chunk: int | Literal["auto"],
     memory_budget: int | None,
@@ -90,7 +91,7 @@ def plan_of(
         function: The model.
         loss: The loss.
         weights: The perturbed parameters.
-        few: Two or more examples, on the model's device.
+        probe: What the model was examined with.
         ms: Group sizes.
         chunk: Examples at a time, if that was asked for.
         memory_budget: Bytes for a chunk; None for the default.
@@ -100,9 +101,9 @@ def plan_of(
         ArgumentError: If not even one example fits the budget.
     """
     device = function.device
-    layout = _layout(function, few)
-    found = survey(function, weights, few)
-    per_example = activation_bytes(function, weights, loss, few.slice(0, 1))
+    layout = _layout(function, probe)
+    found = survey(function, weights, probe.examples, smallest=math.gcd(*ms))
+    per_example, unused = try_gradient(function, loss, weights, probe.examples)
     factored = found.factored(weights) if allows_factors else {}
     per_group = sum(
         w.nbytes if name not in factored else factored[name] * (len(w) + w[0].numel()) * w.itemsize
@@ -126,33 +127,35 @@ def plan_of(
     if math.gcd(*ms) >= found.alone(device):
         own = sum(w.nbytes for w in weights.values())
         memory = min(batch, max(ms)) * per_example + 3 * own  # home, moved, gradient
-    return Plan(function, loss, weights, size, batch, layout, found, memory)
+    return Plan(function, loss, weights, size, batch, layout, found, memory, unused)
 
 
-def _layout(function: FunctionalModel, few: Examples) -> torch.memory_format:
+def _layout(function: FunctionalModel, probe: Probe) -> torch.memory_format:
     """Channels-last for images on a CPU, where it is the faster one, if the model takes it."""
+    few = probe.examples
     images = few.uniform and any(isinstance(m, nn.Conv2d) for m in function.model.modules())
     if function.device.type != "cpu" or not images:
         return torch.contiguous_format
     with function.evaluating(), function.assigned({}):
-        plain = function.outputs(few.inputs)
         try:
             other = function.outputs(in_layout(few.inputs, torch.channels_last))
         except Exception:  # a view of what is no longer contiguous
             return torch.contiguous_format
-    return torch.channels_last if close(plain, other) else torch.contiguous_format
+    return torch.channels_last if close(probe.outputs, other) else torch.contiguous_format
 
 
-def transformed(objective: Objective, few: Examples, rule: Ascent) -> Transformed:
+def transformed(objective: Objective, probe: Probe, rule: Ascent) -> Transformed:
     """Groups under vmap.
 
     Raises:
         Disagreement: If the model cannot run at swapped weights.
     """
     f = objective
-    if f.model.habits.not_functional:
-        raise Disagreement(f.model.habits.not_functional)
-    rows = factored_weights(f.model, f.weights, few.slice(0, 1)) if rule.allows_factors else {}
+    reason = probe.try_swapping()
+    if reason:
+        raise Disagreement(reason)
+    few = probe.examples.slice(0, 1)
+    rows = factored_weights(f.model, f.weights, few) if rule.allows_factors else {}
     return Transformed(objective, Packing(f.weights, frozenset(rows)), rows)
 
 

@@ -26,7 +26,7 @@ from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.contract.state import Attributes
 from sharpkit.groupwise.low_rank import pays
-from sharpkit.groupwise.memory import activation_bytes, default_memory_budget
+from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import floating_leaves, plain_gradient
 from sharpkit.groupwise.one_batch import OneBatch, Point
 from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
@@ -106,7 +106,7 @@ def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
         sees_weights = loss(fixed, group.labels).requires_grad
         if not loss.exact:
             _check_loss(task)
-    per_group = activation_bytes(function, weights, loss, group)
+    per_group = task.m * try_gradient(function, loss, weights, group).bytes
     size = min(task.m, 2)  # statistics of a group need two examples
     with Draws() as draws, without_checkpointing():
         found = survey(function, weights, group, size)

@@ -61,3 +61,18 @@ def test_the_host_waits_as_often_for_few_examples_as_for_many(name, m):
         for n in (64, 256)
     ]
     assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("m", [1, 64])
+def test_the_host_waits_as_often_for_many_parameters_as_for_few(m):
+    def deep(layers: int) -> nn.Module:
+        blocks = [
+            nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(layers)
+        ]
+        return nn.Sequential(*blocks, nn.Linear(8, 3))
+
+    x, y = torch.randn(128, 8), torch.arange(128) % 3
+    waits = [
+        counted(lambda n=n: measure(deep(n), x, y, m=m)).synchronising.total() for n in (2, 12)
+    ]
+    assert waits[0] == waits[1] <= 20
