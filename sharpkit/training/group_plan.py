@@ -113,7 +113,9 @@ def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
     rows = {name: count for name, count in found.rows.items() if name not in task.radii.adaptive}
     factored = {k: count for k, count in rows.items() if count and pays(weights[k], count * task.m)}
     dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
-    layout = _layout(task, group.slice(0, _LAYOUT_TRIED), replay)
+    layout = torch.contiguous_format
+    if _prefers_channels_last(task, found):
+        layout = _layout(task, group.slice(0, _LAYOUT_TRIED), replay)
     groups = _groups_at_a_time(per_group + 3 * dense, task.m, found, function.device)
     one_batch = not found.refused and not sees_weights and draws.are_of_examples
     one_batch = one_batch and (groups == 1 or _keeps_groups_apart(task, replay))
@@ -188,11 +190,16 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=within, equal_nan=True)
 
 
+def _prefers_channels_last(task: Task, found: Survey) -> bool:
+    """Whether images are faster in channels-last: on a CPU, and where a GPU is busy with TF32."""
+    device = task.model.device
+    if not any(isinstance(module, nn.Conv2d) for module in task.model.model.modules()):
+        return False
+    return device.type == "cpu" or (may_use_tf32(device) and task.m >= found.alone(device))
+
+
 def _layout(task: Task, few: Examples, replay: Callable[[], None]) -> torch.memory_format:
-    """Channels-last for images on a CPU, where it is faster, if the model gives the same then."""
-    images = any(isinstance(module, nn.Conv2d) for module in task.model.model.modules())
-    if task.model.device.type != "cpu" or not images:
-        return torch.contiguous_format
+    """Channels-last, if the model gives the same then."""
 
     def gradient(layout: torch.memory_format) -> list[Tensor | None]:
         replay()
