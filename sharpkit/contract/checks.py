@@ -24,13 +24,14 @@ from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
 from sharpkit.contract.modules import call_module
 from sharpkit.contract.parameters import some
+from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.state import Found, differing
 from sharpkit.errors import ModelError, SharpkitError
 
 _PROBED, _PROBED_LOSS = 8, 32  # examples; more for a loss whose form is not known
 # relative to the largest output: what different batch sizes may change by rounding
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
-_HALF = 0.1
+_HALF = 0.1  # of half precision, and of TF32
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def _close(a: Tensor, b: Tensor) -> Tensor:
     if not (a.is_floating_point() or a.is_complex()):
         return (a == b).all()
     tolerance = _TOLERANCES.get(a.dtype.to_real(), _HALF)
+    if a.dtype.to_real() == torch.float32 and may_use_tf32(a.device):
+        tolerance = _HALF
     near = (a - b).abs().amax() <= tolerance * a.abs().amax().clamp(min=1e-30)
     return near | ~(torch.isfinite(a).all() & torch.isfinite(b).all())
 

@@ -58,9 +58,10 @@ class Device:
 # two cores of an AMD EPYC: 50 GFLOP/s in convolutions of 16 to 64 channels, 5 us a call
 # (benchmarks/bench_speed.py)
 CPU = Device(flops=5e10, call=5e-6, fill=40.0, least=8)
-# an H200 without TF32: 30 TFLOP/s, 8 us a call; a network whose pass takes eight times its launches
-# ran as fast one group at a time in the first measurements (benchmarks/README.md)
-GPU = Device(flops=3e13, call=8e-6, fill=8.0, least=2)
+# an H100 or H200 without TF32: 30 TFLOP/s, 8 us a call. Groups alone cost the launches of a loop:
+# side by side a CNN took 0.4 of its time at m = 64 and 2.9 at 256, ResNet-20 0.5 and 1.5, WRN-28-10
+# 0.75 at 4 and 1.26 at 16 (benchmarks/results)
+GPU = Device(flops=3e13, call=8e-6, fill=1.0, least=8)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 _CPU_ACTIVATIONS = 40 * 2**20
 _CPU_CHUNKS = (32, 128)  # at least and at most, where memory allows it
 _CPU_BATCH = 64  # examples of a group alone, at least: the fastest of every network measured
-_GPU_BATCHES = 4  # how many times what fills a GPU a group alone takes at a time
+_GPU_BATCH = 128  # the same, and how many times what fills a GPU
+_GPU_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,7 @@ def _chunk(
 def _batch(found: Survey, per_example: int, budget: int, device: torch.device) -> int:
     """Examples at a time of a group alone."""
     if device.type == "cuda":
-        most = _GPU_BATCHES * chunk_that_fills(GPU, found.flops, found.calls)
+        most = max(_GPU_BATCH, _GPU_BATCHES * chunk_that_fills(GPU, found.flops, found.calls))
     else:
         fit = 2 * _CPU_BATCH * per_example <= _CPU_ACTIVATIONS
         most = 2 * _CPU_BATCH if fit else _CPU_BATCH
