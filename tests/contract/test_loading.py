@@ -8,8 +8,7 @@ from collections import OrderedDict, UserDict
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import (

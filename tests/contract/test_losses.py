@@ -15,8 +15,7 @@ from functools import partial
 import mpmath
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.func import grad, jvp, linearize, vjp, vmap
 from torch.nn import functional as F

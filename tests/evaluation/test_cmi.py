@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from evaluation_zoos import recorded, slow_jiang, slow_pgdl, zoo
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import conditional_mutual_information as cmi

@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 from evaluation_zoos import recorded, slow_tau, zoo
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import granulated_kendall, kendall_tau, pearson, spearman

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES, Case
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 

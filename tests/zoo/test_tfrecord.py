@@ -5,8 +5,7 @@ import struct
 import google_crc32c
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from sharpkit.errors import DataError, ZooFormatError
 from sharpkit.zoo.protos import message_class

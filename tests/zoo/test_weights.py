@@ -7,8 +7,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from sharpkit.errors import ModelError, ZooFormatError
 from sharpkit.zoo import build_model, load_weights, read_weights, weights, write_weights
