@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, groupby, pairwise
 from typing import Any, TypeAlias
 
@@ -139,6 +139,10 @@ class Examples:
             return t.to(device, dtype) if t.is_floating_point() else t.to(device)
 
         return self._with([tuple(map(move, part)) for part in self._parts])
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Examples:
+        """The same labels with every tensor of the inputs changed, example by example."""
+        return self._with([(*map(change, part[:-1]), part[-1]) for part in self._parts])
 
     def _with(self, parts: list[_Part]) -> Examples:
         examples = Examples.__new__(Examples)

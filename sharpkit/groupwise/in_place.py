@@ -12,7 +12,12 @@ from torch import Tensor
 from sharpkit.contract.examples import Examples
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.objective import Objective, in_layout, leaf_gradient
+from sharpkit.groupwise.objective import (
+    Objective,
+    examples_in_layout,
+    in_layout,
+    leaf_gradient,
+)
 
 _LEAST = 1e-30  # a length of 0 must not divide; what is near it is doubtful
 
@@ -59,7 +64,7 @@ class InPlace:
     def group(self, examples: Examples, rhos: Sequence[float]) -> Moved:
         """One group; its examples are on the model's device."""
         f = self.objective
-        examples = Examples(in_layout(examples.inputs, f.layout), examples.labels)
+        examples = examples_in_layout(examples, f.layout)
         found = leaf_gradient(f.model, f.loss, self._leaves, examples, f.batch, scaled=self._scaled)
         used = [i for i, g in enumerate(found.gradient) if g is not None]
         gradient = [g for g in found.gradient if g is not None]

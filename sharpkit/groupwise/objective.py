@@ -50,9 +50,8 @@ class Objective:
 
     def losses(self, weights: Tensors, examples: Examples) -> tuple[Tensor, Tensor]:
         """The same for any number of examples, in batches, with the weights assigned; float64."""
-        inputs = in_layout(examples.inputs, self.layout)
         with self.model.assigned(in_layout(weights, self.layout)):
-            return self.at_leaves(Examples(inputs, examples.labels))
+            return self.at_leaves(examples_in_layout(examples, self.layout))
 
     def at_leaves(self, examples: Examples) -> tuple[Tensor, Tensor]:
         """The same at the weights that the module holds, with images in the layout to be used."""
@@ -110,8 +109,7 @@ def plain_gradient(
         scaled: As in `leaf_gradient`.
     """
     with model.assigned(in_layout(weights, layout)) as leaves:
-        inputs = in_layout(examples.inputs, layout)
-        part = Examples(inputs, examples.labels)
+        part = examples_in_layout(examples, layout)
         found = leaf_gradient(model, loss, leaves, part, batch, scaled=scaled)
     found.gradient = [
         None if g is None else model.real(name, g)
@@ -234,6 +232,13 @@ def in_layout(tensors: Any, layout: torch.memory_format) -> Any:
     if isinstance(tensors, dict):
         return {name: in_layout(t, layout) for name, t in tensors.items()}
     return pytree.tree_map(moved, tensors)
+
+
+def examples_in_layout(examples: Examples, layout: torch.memory_format) -> Examples:
+    """Examples whose images are in a layout; the same values."""
+    if layout == torch.contiguous_format:
+        return examples
+    return examples.changed(lambda t: in_layout(t, layout))
 
 
 def floating_leaves(outputs: Any) -> list[Tensor]:

@@ -24,7 +24,12 @@ from sharpkit.groupwise.batch_passes import BatchPasses
 from sharpkit.groupwise.geometry import Tensors
 from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient
 from sharpkit.groupwise.group_terms import group_losses
-from sharpkit.groupwise.objective import grouped, in_layout, plain_gradient
+from sharpkit.groupwise.objective import (
+    examples_in_layout,
+    grouped,
+    in_layout,
+    plain_gradient,
+)
 from sharpkit.groupwise.one_batch import OneBatch, Point
 from sharpkit.training.group_ascent import Steps, step_of_one, steps_of_groups
 from sharpkit.training.noise import Noise
@@ -246,7 +251,7 @@ class Alone:
     def __call__(self, examples: Examples, groups: int = 1) -> Found:
         """As `Passes`, for a single group."""
         task, noise = self.task, Noise(self.task.model.device)
-        examples = Examples(in_layout(examples.inputs, self._layout), examples.labels)
+        examples = examples_in_layout(examples, self._layout)
         with without_reentry():
             with task.recorder.of_one_group() as statistics:
                 first = plain_gradient(
