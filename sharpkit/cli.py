@@ -250,6 +250,11 @@ def train_zoo_command(
 @click.option("--threads", type=int, help="CPU threads per model; those of the run, or 1.")
 @click.option("--timeout", type=float, help="Seconds that one model may take per measure.")
 @click.option("--memory", type=float, help="GiB that one model may take.")
+@click.option(
+    "--test-metrics",
+    is_flag=True,
+    help="Also calibration, and accuracy on blurred, noisy, pale and shifted test images.",
+)
 @_ADDRESS
 @click.pass_context
 def score(
@@ -275,6 +280,7 @@ def score(
     threads: int | None,
     timeout: float | None,
     memory: float | None,
+    test_metrics: bool,
     address: str | None,
 ) -> None:
     """Compute m-sharpness, or other measures, of every model of a zoo, or of checkpoints.
@@ -302,7 +308,7 @@ def score(
     if path is None:
         _refuse_options_of_zoos(context)
         scores = _score_checkpoints(
-            checkpoint, build, data, names, m_sharpness, out, n, seed, _device(device)
+            checkpoint, build, data, names, m_sharpness, out, n, seed, _device(device), test_metrics
         )
         _finish_score(scores, out)
         return
@@ -329,14 +335,13 @@ def score(
         timeout=timeout,
         memory=None if memory is None else int(memory * 2**30),
         address=address,
+        test_metrics=test_metrics,
     )
     _finish_score(scores, out)
 
 
 def _finish_score(scores: Scores, out: Path) -> None:
-    table = scores.frame()
-    table.to_csv(out / "scores.csv", index=False)
-    click.echo(f"{table['model'].nunique()} models scored: {out / 'scores.csv'}")
+    click.echo(f"{scores.frame()['model'].nunique()} models scored: {out / 'scores.csv'}")
     _report_failures(scores)
 
 
@@ -350,12 +355,18 @@ def _score_checkpoints(
     n: int | None,
     seed: int,
     device: str,
+    test_metrics: bool,
 ) -> Scores:
+    from sharpkit.measures.catalog import OF_IMAGES
     from sharpkit.runs import score_models
 
     models, train = _checkpoint_models(checkpoints, build, data)
-    images = len(train[0][0].shape) == 3
-    left_out = {"training_steps"} if images else {"training_steps", "augmentation_inconsistency"}
+    left_out = {"training_steps"}
+    if names == "all":
+        if len(train[0][0].shape) != 3:
+            left_out |= OF_IMAGES
+        if not _first_has_attention(models):
+            left_out.add("geodesic_sharpness")
     return score_models(
         models,
         _measures(names, m_sharpness, left_out),
@@ -366,7 +377,18 @@ def _score_checkpoints(
         n=n,
         seed=seed,
         device=device,
+        test_metrics=test_metrics,
     )
+
+
+def _first_has_attention(models: Mapping[str, Any]) -> bool:
+    """Whether the first model that can be loaded has attention."""
+    from sharpkit.measures.attention_geometry import has_attention
+
+    for load in models.values():
+        with suppress(Exception):  # whatever the user's function raises is told when it is scored
+            return has_attention(load())
+    return False
 
 
 def _refuse_options_of_zoos(context: click.Context) -> None:
@@ -849,7 +871,8 @@ def _load(path: str) -> Zoo:
 def _measures(names: str, m_sharpness: MSharpness, left_out: Set[str]) -> list[Measure]:
     from sharpkit.measures import standard_measures
 
-    known = {measure.name: measure for measure in standard_measures(recorded=True)}  # type: ignore[attr-defined]
+    every = standard_measures(attention=True, recorded=True)
+    known = {measure.name: measure for measure in every}  # type: ignore[attr-defined]
     known["m_sharpness"] = m_sharpness  # under whichever name its options give it
     if names == "all":
         return [measure for name, measure in known.items() if name not in left_out]
@@ -862,15 +885,19 @@ def _measures(names: str, m_sharpness: MSharpness, left_out: Set[str]) -> list[M
 
 def _unsuitable(tasks: Mapping[str, Task]) -> set[str]:
     """Measures that no model of these tasks can have, judged by the first of each."""
+    from sharpkit.measures.attention_geometry import has_attention
+    from sharpkit.measures.catalog import OF_IMAGES
     from sharpkit.measures.recorded import KINDS
 
-    images = recorded = False
+    images = recorded = attention = False
     for task in tasks.values():
         for entry in list(task.values())[:1]:
             with suppress(SharpkitError):  # told when the model is scored
                 images |= len(entry.config.get("input_shape", ())) == 3
                 recorded |= not set(KINDS).isdisjoint(entry.metrics)
-    suitable = {"augmentation_inconsistency": images, "training_steps": recorded}
+                attention |= has_attention(entry.build())
+    suitable = dict.fromkeys(OF_IMAGES, images)
+    suitable |= {"training_steps": recorded, "geodesic_sharpness": attention}
     return {name for name, fits in suitable.items() if not fits}
 
 

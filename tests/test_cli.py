@@ -203,3 +203,15 @@ def test_spectrum_of_checkpoints(tmp_path, monkeypatch):
     assert "epoch0" in text
     assert "epoch1" in text
     assert "needs --build" in run(*arguments, code=2)
+
+
+def test_all_measures_leave_out_what_no_model_has(zoo_path):
+    from sharpkit.cli import _load, _measures, _unsuitable
+    from sharpkit.measures import MSharpness
+
+    left_out = _unsuitable(_load(zoo_path))
+    assert "geodesic_sharpness" in left_out  # no attention in a zoo of CNNs
+    names = {m.name for m in _measures("all", MSharpness(m=1, rho=0.1), left_out)}
+    assert not names & left_out and "perturbation_response" in names
+    # asked for by name, it is there
+    assert [m.name for m in _measures("geodesic_sharpness", MSharpness(m=1, rho=0.1), left_out)]

@@ -134,3 +134,38 @@ def test_another_target_is_evaluated_with_its_regret(tmp_path):
     regret = pd.read_csv(out / "regret_test_acc.csv")
     assert regret["regret"].between(0, 1).all() and len(regret) == 2
     assert "expected one of train_acc" in run("evaluate", out, "--target", "f1", code=1)
+
+
+class Attention(torch.nn.Module):
+    """A classifier of sequences (n, 4, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = torch.nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+def test_all_measures_know_attention_where_a_model_has_it(here, monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        sk.runs, "score_models", lambda models, measures, *a, **k: given.update({"m": measures})
+    )
+    monkeypatch.setattr("sharpkit.cli._finish_score", lambda *a: None)
+    torch.save(Attention().state_dict(), "attention.pt")
+    (here / "their_nets.py").write_text("from test_cli_own_models import Attention as build\n")
+    common = ("--data", "data.npz", "--out", "run", "--measures", "all", "--m", "1")
+    for name, build, there in (("attention", "their_nets", True), ("net0", "my_nets", False)):
+        run("score", "--checkpoint", f"{name}.pt", "--build", f"{build}:build", *common)
+        names = {m.name for m in given["m"]}
+        assert ("geodesic_sharpness" in names) == there
+        assert not names & {"augmented_margin", "augmentation_inconsistency", "training_steps"}
+
+
+def test_test_metrics_of_own_checkpoints_are_targets(here):
+    files = [p for k in (0, 1) for p in ("--checkpoint", f"net{k}.pt")]
+    run("score", *files, *FILES, "--out", "run", "--m", 1, "--test-metrics")
+    metrics = sk.Scores.open(here / "run").metrics()
+    assert metrics[["test_ece", "test_nll", "test_brier"]].notna().all(axis=None)

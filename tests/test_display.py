@@ -12,6 +12,7 @@ from torch import nn
 import sharpkit as sk
 from sharpkit.display import ROWS
 from sharpkit.evaluation import combined_predictor, sign_error
+from sharpkit.files import atomic_path
 from sharpkit.progress import progress_bar
 
 DATA = torch.randn(300, 4, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 3
@@ -87,10 +88,39 @@ def test_only_public_names_are_listed():
 
 
 @pytest.mark.filterwarnings("ignore:IProgress not found")
-def test_a_notebook_has_a_bar_and_a_file_has_none(monkeypatch):
-    assert progress_bar(progress=True, total=2).disable  # no terminal here
+def test_a_notebook_has_a_bar(monkeypatch):
     shell = SimpleNamespace(kernel=object())
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     with progress_bar(progress=True, total=2) as bar:
         assert not bar.disable
     assert progress_bar(progress=False, total=2).disable
+
+
+def test_a_log_has_a_line_for_what_takes_long_and_none_for_what_does_not(monkeypatch, capsys):
+    with progress_bar(progress=True, total=2) as bar:
+        bar.update(2)
+    with progress_bar(progress=False, total=2) as bar:
+        bar.update(2)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sharpkit.progress._SECONDS", 0.0)
+    with progress_bar(progress=True, total=2, desc="score") as bar:
+        bar.update()
+        bar.update()
+    lines = capsys.readouterr().err
+    assert "\r" not in lines
+    assert [line.split("|")[0] for line in lines.splitlines()][1:3] == [
+        "score:  50%",
+        "score: 100%",
+    ]
+
+
+def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):
+    blocked = tmp_path / "folder"
+    blocked.mkdir()
+    with pytest.raises(OSError) as caught, atomic_path(blocked) as temporary:
+        (temporary / "missing").write_text("")  # some other file: its own name is kept
+    assert caught.value.filename == str(temporary / "missing")
+    with pytest.raises(FileNotFoundError) as caught, atomic_path(tmp_path / "a.html") as temporary:
+        temporary.read_text()
+    assert caught.value.filename == str(tmp_path / "a.html")
+    assert list(tmp_path.iterdir()) == [blocked]

@@ -35,6 +35,7 @@ from sharpkit.measures.measure import Estimate, Measure
 from sharpkit.measures.norms import depth, frobenius_norms, parameter_count
 from sharpkit.measures.pac_bayes import noise_scale, pac_bayes, pac_bayes_magnitude
 from sharpkit.measures.path_norms import path_norm
+from sharpkit.measures.perturbation_response import gi_score, pal_score, perturbation_response
 from sharpkit.measures.perturbed_margins import augmented_margin, mixup_margin
 from sharpkit.measures.recorded import TrainingSteps
 from sharpkit.measures.relative_flatness import relative_flatness
@@ -78,6 +79,7 @@ __all__ = [
     "fit_power_law",
     "frobenius_norms",
     "geodesic_sharpness",
+    "gi_score",
     "gradient_noise",
     "heavy_tail_exponent",
     "hidden_layer_margin",
@@ -93,8 +95,10 @@ __all__ = [
     "output_margin",
     "pac_bayes",
     "pac_bayes_magnitude",
+    "pal_score",
     "parameter_count",
     "path_norm",
+    "perturbation_response",
     "relative_flatness",
     "representation_variance",
     "sharpness_radius",

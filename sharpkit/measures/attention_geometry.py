@@ -31,6 +31,16 @@ class PairLayout:
     by_columns: bool = False
 
 
+def has_attention(model: nn.Module) -> bool:
+    """Whether a model has attention whose pairs are known: `nn.MultiheadAttention`.
+
+    Example:
+        >>> has_attention(nn.TransformerEncoderLayer(8, 2)), has_attention(nn.Linear(2, 2))
+        (True, False)
+    """
+    return any(isinstance(module, nn.MultiheadAttention) for module in model.modules())
+
+
 def attention_pairs(model: nn.Module) -> Iterator[PairLayout]:
     """Two layouts per `nn.MultiheadAttention`: queries with keys, values with outputs.
 

@@ -27,6 +27,7 @@ from sharpkit.measures import (
     norms,
     pac_bayes,
     path_norms,
+    perturbation_response,
     perturbed_margins,
     relative_flatness,
     representations,
@@ -85,6 +86,12 @@ _DIRECTIONS: dict[Callable[..., Any], Direction] = {
     robustness.mixup_error: 1,
     robustness.augmentation_inconsistency: 1,
     clusters_and_mixup.davies_bouldin_mixup: 1,
+    perturbation_response.perturbation_response: {
+        "gi_same": 1,
+        "gi_other": 1,
+        "pal_same": -1,
+        "pal_other": -1,
+    },
     heavy_tails.heavy_tail_exponent: 1,
     weight_spectra.weight_spectrum: {
         "log_norm": 1,
@@ -103,7 +110,7 @@ _DIRECTIONS: dict[Callable[..., Any], Direction] = {
 _FUNCTIONS = {
     function.__name__: function for function in _DIRECTIONS if not isinstance(function, type)
 }
-_OF_IMAGES = {"augmentation_inconsistency", "augmented_margin"}
+OF_IMAGES = {"augmentation_inconsistency", "augmented_margin"}
 _GIVEN = ("model", "data", "initial", "seed")  # not options
 
 
@@ -292,7 +299,7 @@ def standard_measures(
     }
     chosen: list[Measure] = [MSharpness(m=m, rho=rho)]
     for function in _FUNCTIONS:
-        if (images or function not in _OF_IMAGES) and (
+        if (images or function not in OF_IMAGES) and (
             attention or function != "geodesic_sharpness"
         ):
             chosen.extend(special.get(function) or [make_measure(function)])

@@ -14,6 +14,7 @@ from sharpkit.evaluation.arguments import LEAST
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.runs.directions import column_direction
 from sharpkit.runs.score import Scores
+from sharpkit.runs.store import TEST_METRICS
 from sharpkit.runs.targets import Target, larger_is_worse, target_values, with_target
 
 if TYPE_CHECKING:
@@ -253,7 +254,7 @@ def _failed_throughout(scores: Scores, tables: list[pd.DataFrame]) -> pd.DataFra
     }
     rows = []
     for (task, measure), failed in scores.failures.groupby(["task", "measure"], sort=False):
-        if (task, measure) not in there:
+        if (task, measure) not in there and measure != TEST_METRICS:
             note = f"all: failed on all {len(failed)} models: {failed['error'].iloc[0]}"
             rows.append({"task": task, "measure": measure, "models": 0, "interval_note": note})
     return pd.DataFrame(rows)

@@ -91,9 +91,13 @@ class Scorer:
 
 
 def model_files(entry: ModelEntry, measure: Measure) -> tuple[Path, ...]:
-    """The files that a measure of a model depends on."""
-    files = (entry.path / "config.json", entry.weights_path())
-    return (*files, entry.weights_path("initial")) if _needs_initial(measure) else files
+    """The files that a measure of a model depends on, beside the training data."""
+    files = [entry.path / "config.json", entry.weights_path()]
+    if getattr(measure, "needs_initial", False):
+        files.append(entry.weights_path("initial"))
+    if getattr(measure, "needs_test_data", False):
+        files += entry.task.shards("test")
+    return tuple(files)
 
 
 def pending(
@@ -191,7 +195,3 @@ def _digest_if_there(task: Task, files: Iterable[Path], stamp: str) -> str:
 @lru_cache(maxsize=2)  # several measures of a model come one after the other
 def _digest_of_copies(files: tuple[Path, ...], stamp: str) -> str:
     return digest(files)
-
-
-def _needs_initial(measure: Measure) -> bool:
-    return bool(getattr(measure, "needs_initial", False))

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.utils.data import TensorDataset
@@ -21,16 +22,18 @@ from tqdm import tqdm
 from sharpkit.contract.loading import load_examples
 from sharpkit.contract.rules import measuring_rules
 from sharpkit.device import check_device
-from sharpkit.display import readable
+from sharpkit.display import html_of, lines_of
 from sharpkit.errors import ArgumentError, RunError, SharpkitError
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, describe
 from sharpkit.progress import progress_bar
 from sharpkit.runs.directions import stated_directions
 from sharpkit.runs.fingerprint import digest_of_settings
+from sharpkit.runs.held_out import HeldOut
 from sharpkit.runs.items import Scorer, WorkItem, hash_data, pending
 from sharpkit.runs.shared_data import share
-from sharpkit.runs.store import Key, Outcome, Store
+from sharpkit.runs.store import TEST_METRICS, Key, Outcome, Store
+from sharpkit.runs.tables import write_scores
 from sharpkit.workers import Backend, Failure, check_limits, default_backend, run_items
 from sharpkit.zoo import Task
 
@@ -39,11 +42,11 @@ if TYPE_CHECKING:
 
 STORE_NAME = "results.sqlite"
 _SCRATCH_NAME = ".data"
+_Split = Literal["train", "test"]
 # settings that determine the values of every measure
 _COMMON = ("n", "seed", "device", "threads", "rules", "precision")
 
 
-@readable(lambda s: s._head())
 class Scores:
     """The scores of a run: what every measure gave for every model.
 
@@ -75,7 +78,8 @@ class Scores:
 
         Returns:
             pandas.DataFrame: One row per task and model: task, model, a column for each metric that
-            is known (train_acc, test_acc, train_loss, test_loss, ...; NaN where a model lacks it),
+            is known (train_acc, test_acc, train_loss, test_loss, ..., and those of `test_metrics`;
+            NaN where a model lacks it),
             and generalization_gap = train_acc − test_acc; of models without accuracies, in its
             place, loss_gap = test_loss − train_loss.
 
@@ -94,6 +98,8 @@ class Scores:
             for task, configs in self.model_configs.items()
             for model, entry in configs.items()
         ]
+        computed = self._store.test_metrics()
+        rows = [row | computed.get((row["task"], row["model"]), {}) for row in rows]
         frame = pd.DataFrame(rows, columns=None if rows else ["task", "model"])
         if "train_acc" not in frame and {"train_loss", "test_loss"} <= set(frame.columns):
             return frame.assign(loss_gap=frame["test_loss"] - frame["train_loss"])
@@ -149,10 +155,19 @@ class Scores:
         """
         return self._store.directions
 
+    def __repr__(self) -> str:
+        if self._store.closed:
+            return f"Scores: {self._store.path or 'in memory'}, closed"
+        return lines_of(self._head(), self.frame())
+
+    def _repr_html_(self) -> str:
+        return repr(self) if self._store.closed else html_of(self._head(), self.frame())
+
     def _head(self) -> str:
         frame, failed = self.frame(), len(self.failures)
         models, measures = (frame[name].nunique() for name in ("model", "measure"))
-        return f"{models} models, {measures} measures, {len(frame)} values, {failed} failures"
+        counts = f"{models} models, {measures} measures, {len(frame)} values, {failed} failures"
+        return f"Scores: {counts}"
 
     def close(self) -> None:
         """Close the store."""
@@ -174,6 +189,7 @@ def score_zoo(
     timeout: float | None = None,
     memory: int | None = None,
     address: str | None = None,
+    test_metrics: bool = False,
     progress: bool = True,
 ) -> Scores:
     """Every measure on every model of a zoo; each result is saved as soon as it is there.
@@ -202,6 +218,10 @@ def score_zoo(
         memory: Bytes that a worker may allocate for it on its device; None for an equal share of
             what is free.
         address: Of the Ray cluster, such as "auto"; None starts one on this machine.
+        test_metrics: Also compute calibration (ECE, negative log-likelihood, Brier score) and the
+            accuracy on corrupted images from the test data of the zoo, as columns of `.metrics()`
+            that `evaluate(..., target="test_acc_blur")` takes; see `held_out_metrics`. A later
+            start may ask for them.
         progress: Show a bar with the time left.
 
     Returns:
@@ -242,31 +262,41 @@ def score_zoo(
         config = run_config(named, n, seed, device, threads, locations)
         store = Store(None if run is None else run / STORE_NAME, config)
         store.set_directions(stated_directions(named))
-        keys = pending(store, tasks, named, limit, progress=progress)
-        total = sum(min(len(task), limit or len(task)) for task in tasks.values()) * len(named)
-        with progress_bar(
-            total=total, initial=total - len(keys), desc="score", unit="model", progress=progress
-        ) as bar:
-            items = _Items(store, tasks, config, backend, scratch, bar)
-            results = run_items(
-                Scorer(tasks, named, seed),
-                items.of(keys),
-                backend=backend,
-                workers=workers,
-                threads=threads,
-                timeout=timeout,
-                memory=memory,
-                device=str(device),
-                address=address,
-            )
-            with closing(results):  # workers end at once if this process is interrupted
-                for item, result in results:
-                    outcome = (
-                        Outcome(error=result.message) if isinstance(result, Failure) else result
-                    )
-                    items.record(item[:3], outcome)
+        run_them = partial(
+            run_items,
+            backend=backend,
+            workers=workers,
+            threads=threads,
+            timeout=timeout,
+            memory=memory,
+            device=str(device),
+            address=address,
+        )
+        rounds: list[tuple[Mapping[str, Measure], _Split]] = [(named, "train")]
+        if test_metrics:
+            rounds.append(({TEST_METRICS: HeldOut()}, "test"))
+        for called, split in rounds:
+            keys = pending(store, tasks, called, limit, progress=progress)
+            total = sum(min(len(task), limit or len(task)) for task in tasks.values()) * len(called)
+            with progress_bar(
+                total=total,
+                initial=total - len(keys),
+                desc="score" if split == "train" else "test data",
+                unit="model",
+                progress=progress,
+            ) as bar:
+                items = _Items(store, tasks, config, backend, scratch, bar, split)
+                results = run_them(Scorer(tasks, called, seed), items.of(keys))
+                with closing(results):  # workers end at once if this process is interrupted
+                    for item, result in results:
+                        outcome = (
+                            Outcome(error=result.message) if isinstance(result, Failure) else result
+                        )
+                        items.record(item[:3], outcome)
     scores = Scores(store)
     warn_if_all_failed(scores)
+    if run is not None:
+        write_scores(scores.frame(), run)
     return scores
 
 
@@ -281,12 +311,14 @@ class _Items:
         backend: Backend,
         scratch: Path,
         bar: tqdm[Any],
+        split: _Split,
     ) -> None:
         self._store, self._tasks, self._config = store, tasks, config
-        self._backend, self._scratch, self._bar = backend, scratch, bar
+        self._backend, self._scratch, self._bar, self._split = backend, scratch, bar, split
         self._data_hashes: dict[str, str] = {}
         self._left: Counter[str] = Counter()
-        self._settings = settings_hashes(config)
+        measures = {**config["measures"], TEST_METRICS: {}}
+        self._settings = settings_hashes({**config, "measures": measures})
 
     def of(self, keys: Sequence[Key]) -> Iterator[WorkItem]:
         """The items of some keys, task by task; a task is opened when its turn comes."""
@@ -319,9 +351,11 @@ class _Items:
         self._bar.update()
 
     def _open(self, name: str) -> TensorDataset:
-        """The subset that all models of a task are measured on."""
+        """The subset that all models of a task are measured on, or all of its test data."""
         task = self._tasks[name]
         task.model_configs  # noqa: B018  (raises if they cannot be read)
+        if self._split == "test":  # whose files are among those of each item
+            return copy.copy(task).dataset("test")
         self._data_hashes[name] = hash_data(self._store, name, task)
         if self._backend != "inline":
             task = copy.copy(task)  # a task keeps its data; here it is not needed again
@@ -331,7 +365,7 @@ class _Items:
         return TensorDataset(examples.inputs, examples.labels)
 
     def _folder(self, task: str) -> Path:
-        return self._scratch / str(list(self._tasks).index(task))
+        return self._scratch / f"{self._split}-{list(self._tasks).index(task)}"
 
 
 @contextmanager
@@ -384,6 +418,8 @@ def named_measures(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
     names = [describe(measure)[0] for measure in several]
     if not names:
         raise ArgumentError("no measure is given")
+    if TEST_METRICS in names:
+        raise ArgumentError(f"{TEST_METRICS!r} is no name for a measure: runs use it themselves")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise ArgumentError(

@@ -32,6 +32,7 @@ from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, evaluate_measure
 from sharpkit.progress import progress_bar
 from sharpkit.runs.directions import stated_directions
+from sharpkit.runs.held_out import held_out_metrics
 from sharpkit.runs.model_metrics import accuracy_and_loss
 from sharpkit.runs.provenance import (
     device_name,
@@ -51,6 +52,7 @@ from sharpkit.runs.score import (
     warn_if_all_failed,
 )
 from sharpkit.runs.store import Key, Outcome, Store
+from sharpkit.runs.tables import write_scores
 from sharpkit.workers import error_message
 from sharpkit.workers.threads import limited_threads
 
@@ -74,6 +76,7 @@ def score_models(
     n: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    test_metrics: bool = False,
     progress: bool = True,
 ) -> Scores:
     """Every measure, and accuracies and losses, of models that are plain PyTorch modules.
@@ -109,6 +112,8 @@ def score_models(
             None for all, in their own order. The accuracies are always those of all examples.
         seed: Of the subset and of the measures' random choices.
         device: Where the models run, such as "cpu" or "cuda".
+        test_metrics: Also compute calibration and the accuracy on corrupted images of the test
+            data, see `held_out_metrics`; a model that is no classifier then fails.
         progress: Show a bar with the time left.
 
     Returns:
@@ -176,6 +181,7 @@ def score_models(
             configs=_model_configs(store, hparams),
             seed=seed,
             device=str(device),
+            test_metrics=test_metrics,
         )
         with (
             limited_threads(threads),
@@ -189,6 +195,8 @@ def score_models(
         scorer.settle()
     scores = Scores(store)
     warn_if_all_failed(scores)
+    if run is not None:
+        write_scores(scores.frame(), run)
     return scores
 
 
@@ -208,6 +216,7 @@ class _Scorer:
     configs: dict[str, dict[str, Any]]
     seed: int
     device: str
+    test_metrics: bool
 
     def score(self, name: str, source: Model, initial: Model | None, bar: tqdm[Any]) -> None:
         """All measures of one model; whatever it does, nothing is raised."""
@@ -229,13 +238,16 @@ class _Scorer:
 
     def _note_metrics(self, name: str, model: nn.Module, weights: str) -> None:
         """Accuracies and losses, unless they are known for this model and these data."""
-        computed_from = _joined(weights, *self.hashes)
+        further = (f"test_metrics {self.seed}",) if self.test_metrics else ()
+        computed_from = _joined(weights, *self.hashes, *further)
         if self.configs[name].get("computed_from") != computed_from:
             found = [accuracy_and_loss(model, e, self.loss) for e in (self.whole, self.test)]
             metrics: dict[str, float] = {}
             if all("acc" in part for part in found):
                 metrics |= {"train_acc": found[0]["acc"], "test_acc": found[1]["acc"]}
             metrics |= {"train_loss": found[0]["loss"], "test_loss": found[1]["loss"]}
+            if self.test_metrics:
+                metrics |= held_out_metrics(model, _as_data(self.test), seed=self.seed)
             self.configs[name] |= {"metrics": metrics, "computed_from": computed_from}
             self.store.add_task(_TASK, self.configs)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Key = tuple[str, str, str]  # task, model, measure
+TEST_METRICS = "test_metrics"  # stands for a measure whose values are columns of the metrics
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Store:
     """
 
     def __init__(self, path: Path | None, config: Mapping[str, Any] | None = None) -> None:
-        self.path = path
+        self.path, self.closed = path, False
         try:
             if config is None:
                 self._db = _open_to_read(path)
@@ -90,8 +91,9 @@ class Store:
             ) from error
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; nothing can be read any more."""
         self._db.close()
+        self.closed = True
 
     @property
     def config(self) -> dict[str, Any]:
@@ -205,7 +207,9 @@ class Store:
 
         rows = self._db.execute(
             "SELECT task, model, measure, setting, value, std_error FROM results "
-            "ORDER BY measure, setting"  # the order of completion must not show in the columns,
+            # the order of completion must not show in the columns,
+            "WHERE measure != ? ORDER BY measure, setting",
+            (TEST_METRICS,),
         ).fetchall()
         settings = {row[3]: parse_setting(row[3]) for row in rows}
         columns = dict.fromkeys(key for columns in settings.values() for key in columns)
@@ -227,6 +231,17 @@ class Store:
         by = frame.assign(model=frame["model"].map(_numeric_last))
         order = by.sort_values(["task", "measure", "model", *columns], kind="stable").index
         return frame.loc[order].reset_index(drop=True)
+
+    def test_metrics(self) -> dict[tuple[str, str], dict[str, float]]:
+        """(task, model) -> what was computed on the test data, column -> value."""
+        found: dict[tuple[str, str], dict[str, float]] = {}
+        rows = self._db.execute(
+            "SELECT task, model, setting, value FROM results WHERE measure = ? ORDER BY rowid",
+            (TEST_METRICS,),
+        )
+        for task, model, column, value in rows:
+            found.setdefault((task, model), {})[column] = value
+        return found
 
     def failures(self) -> pd.DataFrame:
         """One row per failed work item: task, model, measure, error."""

@@ -21,11 +21,11 @@ def summary(table: pd.DataFrame) -> str:
         >>> import pandas as pd
         >>> row = {"task": "t", "measure": "s", "models": 96, "cmi_pgdl": 0.0084}
         >>> row |= {"cmi_pgdl_low": 0.0, "cmi_pgdl_high": 0.0248, "cmi_pgdl_null_mean": 0.0042}
-        >>> row |= {"cmi_pgdl_p_value": 0.09, "cmi_pgdl_adjusted": 0.0042}
+        >>> row |= {"cmi_pgdl_p_value": 0.09, "cmi_pgdl_adjusted": 0.0042, "cmi_jiang": 0.031}
         >>> print(summary(pd.DataFrame([row])))
         task t
-        measure models cmi_pgdl (%)     interval noise    p adjusted
-              s     96         0.84 0.00 to 2.48  0.42 0.09     0.42
+        measure models cmi_pgdl (%)     interval noise    p adjusted cmi_jiang (%)
+              s     96         0.84 0.00 to 2.48  0.42 0.09     0.42          3.10
         noise: what a measure scores on average that knows only the hyperparameters
     """
     import pandas as pd
@@ -34,9 +34,12 @@ def summary(table: pd.DataFrame) -> str:
     one_task = table["task"].nunique() == 1
     keys = [name for name in _KEYS if name in there and not (name == "task" and one_task)]
     shown = [(name, [_plain(value) for value in table[name]]) for name in keys]
-    information = [name for name in ("cmi_pgdl", "cmi_jiang") if name in there][:1]
-    for name in [*information, *(name for name in ("kendall_tau",) if name in there)]:
-        shown += _with_noise(table, TABLE[name])
+    for name in ("cmi_pgdl", "cmi_jiang", "kendall_tau"):
+        if name in there:
+            found = _with_noise(table, TABLE[name])
+            if name == "cmi_jiang" and "cmi_pgdl" in there:  # the second definition, in brief
+                found = [part for part in found if part[0] not in ("interval", "adjusted")]
+            shown += found
     shown += [(name, [_number(v, 3) for v in table[name]]) for name in _PLAIN if name in there]
     text = pd.DataFrame(dict(enumerate(column for _, column in shown)))
     lines = [f"task {table['task'].iloc[0]}"] if one_task else []

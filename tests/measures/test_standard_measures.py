@@ -36,6 +36,7 @@ NEED_REAL_INPUTS = {
     "constrained_margin",
     "davies_bouldin_mixup",
     "mixup_margin",
+    "perturbation_response",
     *NEED_IMAGES,
 }
 REFUSED = {  # (measure, case) for which the number would have no meaning

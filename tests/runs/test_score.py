@@ -430,3 +430,24 @@ def test_a_subset_is_the_same_for_every_model_and_depends_on_the_seed(zoo_path):
     sk.score_zoo(task, spy, n=7, seed=5, limit=1, progress=False)
     assert not torch.equal(seen[0], seen[-1])
     assert np.isin(seen[-1].numpy(), task.dataset("train").tensors[0].numpy()).all()
+
+
+def test_a_closed_run_still_prints(tmp_path):
+    scores = sk.score_zoo(
+        sk.embedded_zoo(), sk.MSharpness(m=1, rho=0.1), n=8, limit=1, out=tmp_path
+    )
+    assert repr(scores).startswith("Scores: 1 models, 1 measures, 1 values, 0 failures")
+    scores.close()
+    assert repr(scores) == f"Scores: {tmp_path / 'results.sqlite'}, closed"
+    assert "closed" in scores._repr_html_()
+
+
+def test_a_run_directory_has_its_values_as_a_table_with_a_legend(tmp_path):
+    measures = [sk.MSharpness(m=[1, 2], rho=0.1), sk.measures.make_measure("training_loss")]
+    scores = sk.score_zoo(sk.embedded_zoo(), measures, n=8, limit=2, out=tmp_path)
+    table = pd.read_csv(tmp_path / "scores.csv", dtype={"model": str})
+    pd.testing.assert_series_equal(table["value"], scores.frame()["value"])  # every digit
+    assert "1,0.1," in (tmp_path / "scores.csv").read_text()  # m is a whole number
+    legend = pd.read_csv(tmp_path / "scores_columns.csv")
+    assert legend["column"].tolist() == list(table.columns)
+    assert legend["meaning"].notna().all()

@@ -395,3 +395,14 @@ def test_models_may_be_a_module_dict() -> None:
 def test_data_that_cannot_be_read_are_refused_at_once(models):
     with pytest.raises(DataError, match="NaN"):
         score(models, test=(torch.full((2, 5), torch.nan), torch.zeros(2, dtype=torch.long)))
+
+
+def test_a_run_directory_has_its_values_as_a_table_with_a_legend(tmp_path):
+    torch.manual_seed(0)
+    data = torch.randn(12, 4), torch.arange(12) % 3
+    scores = sk.score_models(
+        {"a": nn.Linear(4, 3)}, sk.MSharpness(m=1, rho=0.1), data, data, out=tmp_path
+    )
+    table = pd.read_csv(tmp_path / "scores.csv")
+    assert table["value"].item() == scores.frame()["value"].item()
+    assert (tmp_path / "scores_columns.csv").is_file()
