@@ -30,9 +30,9 @@ from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 
-# activations of a chunk that run fastest on a CPU: they stay in its cache, and are enough work for
-# the calls that evaluate them (benchmarks/bench_speed.py)
-_CPU_ACTIVATIONS = 40 * 2**20
+# activations of a chunk up to which a larger one was faster on a CPU: enough work for the calls
+# that evaluate it, and no more than its caches bear (benchmarks/bench_speed.py)
+_CPU_ACTIVATIONS = 96 * 2**20
 _CPU_CHUNKS = (32, 128)  # at least and at most, where memory allows it
 _CPU_BATCH = 64  # examples of a group alone, at least: the fastest of every network measured
 _GPU_BATCH = 128  # the same, and how many times what fills a GPU
