@@ -39,31 +39,40 @@ class Direction:
 
 def norm(tensors: Tensors, p: float = 2.0) -> Tensor:
     """The p-norm over all parameters together, accumulated in float64; shape (groups,)."""
-    parts = [_row_norm(t, p) for t in tensors.values()]
+    if p == 2.0:
+        rows = torch.cat([part for t in tensors.values() for part in _lengths(t)], 1)
+        whole: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+        return whole
+    parts = [
+        torch.linalg.vector_norm(t.reshape(len(t), -1), ord=p, dim=1, dtype=torch.float64)
+        for t in tensors.values()
+    ]
     total: Tensor = torch.linalg.vector_norm(torch.stack(parts), ord=p, dim=0)
     return total
 
 
-def _row_norm(tensor: Tensor, p: float) -> Tensor:
-    """Blocks in the tensor's own dtype, which is far faster, and their norms in float64."""
+def _lengths(tensor: Tensor) -> list[Tensor]:
+    """2-norms of parts of every group, (groups, parts): few enough to add up in float64.
+
+    Blocks are added up in float32, which is far faster.
+    """
     rows = tensor.reshape(len(tensor), -1)
-    if p == 2.0 and rows.dtype == torch.float32 and rows.shape[1] > _BLOCK:
-        whole = rows.shape[1] // _BLOCK * _BLOCK
-        blocks = rows[:, :whole].reshape(len(rows), -1, _BLOCK)
-        rows = torch.cat([torch.linalg.vector_norm(blocks, dim=2), rows[:, whole:]], 1)
-    result: Tensor = torch.linalg.vector_norm(rows, ord=p, dim=1, dtype=torch.float64)
-    return result
+    if rows.dtype != torch.float32:
+        return [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).unsqueeze(1)]
+    whole = rows.shape[1] // _BLOCK * _BLOCK
+    if not whole:
+        return [rows]
+    blocks = torch.linalg.vector_norm(rows[:, :whole].reshape(len(rows), -1, _BLOCK), dim=2)
+    return [blocks, rows[:, whole:]] if whole < rows.shape[1] else [blocks]
 
 
 def length_of_one(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm over all tensors of a single group, in as few calls as they allow; float64."""
     small = [t for t in tensors if t.numel() <= _LARGE and t.dtype == torch.float32]
     parts = [torch.stack(torch._foreach_norm(small, 2)).double()] if small else []
-    parts += [
-        norm({"": _in_memory_order(t).unsqueeze(0)})
-        for t in tensors
-        if t.numel() > _LARGE or t.dtype != torch.float32
-    ]
+    for t in tensors:
+        if t.dtype != torch.float32 or t.numel() > _LARGE:
+            parts += [part[0].double() for part in _lengths(_in_memory_order(t).unsqueeze(0))]
     if not parts:
         return torch.zeros((), dtype=torch.float64)
     total: Tensor = torch.linalg.vector_norm(parts[0] if len(parts) == 1 else torch.cat(parts))
@@ -153,13 +162,15 @@ def of_length(length: Tensor) -> Direction:
 
 
 def _reciprocal(length: Tensor) -> Tensor:
-    known = length < torch.inf  # not for NaN
-    return (1.0 / length).masked_fill(length == 0, 0.0).masked_fill(~known, torch.nan)
+    inverse = length.reciprocal().add(length * 0.0)  # NaN where the length is infinite
+    return inverse.masked_fill(length == 0, 0.0)
 
 
 def _length(gradient: Tensors, factors: Factors) -> Tensor:
-    squares = [_row_norm(t, 2.0).square() for t in gradient.values()]
-    squares += [low_rank.squared_norm(a, d) for a, d in factors.values()]
+    if not factors:
+        return norm(gradient)
+    squares = [low_rank.squared_norm(a, d) for a, d in factors.values()]
+    squares += [norm(gradient).square()] if gradient else []
     return torch.stack(squares).sum(0).sqrt()
 
 

@@ -269,7 +269,7 @@ def scale_exponent(slopes: Iterable[Tensor], mean: Tensor, always: bool = False)
 
 def power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
     """2^exponent; 1 where there is nothing to scale."""
-    return torch.exp2(torch.where(torch.isfinite(exponent), exponent, 0.0)).to(dtype)
+    return torch.exp2(exponent.nan_to_num(0.0, 0.0, 0.0)).to(dtype)
 
 
 def grouped(examples: Examples, groups: int) -> tuple[Inputs, Tensor]:

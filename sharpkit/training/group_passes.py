@@ -7,7 +7,8 @@ all groups of a chunk as one ordinary batch, all of them under vmap, or a group 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -28,7 +29,7 @@ from sharpkit.groupwise.objective import (
     examples_in_layout,
     grouped,
     in_layout,
-    plain_gradient,
+    leaf_gradient,
 )
 from sharpkit.groupwise.one_batch import OneBatch, Point
 from sharpkit.training.group_ascent import Steps, step_of_one, steps_of_groups
@@ -247,33 +248,56 @@ class Alone:
         self._scale = task.radii.scale(self._weights)
         wide = task.model.dtype in (torch.float32, torch.float64)
         self._scaled = careful or not wide or torch.is_autocast_enabled(task.model.device.type)
+        self._leaves: list[Tensor] | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, the module holds the weights: nothing is swapped for each group."""
+        with self.task.model.assigned(self._weights) as leaves:
+            self._leaves = leaves
+            try:
+                yield
+            finally:
+                self._leaves = None
 
     def __call__(self, examples: Examples, groups: int = 1) -> Found:
         """As `Passes`, for a single group."""
-        task, noise = self.task, Noise(self.task.model.device)
-        examples = examples_in_layout(examples, self._layout)
+        with nullcontext() if self._leaves is not None else self.held():
+            assert self._leaves is not None
+            return self._group(examples_in_layout(examples, self._layout), self._leaves)
+
+    def _group(self, examples: Examples, leaves: list[Tensor]) -> Found:
+        task, model = self.task, self.task.model
+        noise = Noise(model.device)
         with without_reentry():
             with task.recorder.of_one_group() as statistics:
-                first = plain_gradient(
-                    task.model, task.loss, self._weights, examples, layout=self._layout,
-                    scaled=self._scaled,
-                )  # fmt: skip
+                first = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
             at, doubtful = step_of_one(
-                self._weights, first.gradient, first.exponent, task.radii, self._scale,
-                careful=self._careful, scaled=self._scaled,
+                self._weights, self._real(first.gradient), first.exponent, task.radii,
+                self._scale, careful=self._careful, scaled=self._scaled,
             )  # fmt: skip
             loss, weight = first.mean, first.weight
             del first
             noise.replay()
-            with task.model.assigned(at) as leaves, torch.enable_grad():
-                mean = task.loss(task.model.outputs(examples.inputs), examples.labels)
+            self._move(leaves, at)
+            with torch.enable_grad():
+                mean = task.loss(model.outputs(examples.inputs), examples.labels)
                 total = mean * task.weighted(weight).to(mean.dtype)
                 found = torch.autograd.grad(task.scale(total), leaves, allow_unused=True)
-        gradient = [
-            None if g is None else task.model.real(name, g.to_dense() if g.is_sparse else g)
-            for name, g in zip(at, found, strict=True)
-        ]
+            self._move(leaves, self._weights)
+        dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
         return Found(
-            loss.unsqueeze(0), weight.unsqueeze(0), total.detach().double(), gradient,
+            loss.unsqueeze(0), weight.unsqueeze(0), total.detach().double(), self._real(dense),
             statistics, doubtful,
         )  # fmt: skip
+
+    def _move(self, leaves: list[Tensor], to: Tensors) -> None:
+        for leaf, (name, value) in zip(leaves, to.items(), strict=True):
+            leaf.data = self.task.model.native(name, value)
+
+    def _real(self, gradient: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        model = self.task.model
+        return [
+            None if g is None else model.real(name, g)
+            for name, g in zip(self._weights, gradient, strict=True)
+        ]

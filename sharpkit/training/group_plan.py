@@ -35,7 +35,7 @@ from sharpkit.training.noise import Draws, Noise
 
 _KEPT_PER_MODEL = 16
 _PROBED = 32  # examples that a loss of unknown kind is tried on
-_CPU_WORKING_SET = 96 * 2**20
+_CPU_WORKING_SET = 384 * 2**20
 # examples of a group on a CPU, however small the network: larger ones gain nothing side by side
 _MOST_SIDE_BY_SIDE = 15
 # operations of a forward pass from which a group of two or more examples fills a CPU: WRN-16-4 at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,17 +142,20 @@ def _chunks(task: Task, plan: Plan, way: Way, groups: int) -> Result:
     groups = math.ceil(n // m / math.ceil(n // m / groups))  # chunks of nearly equal size
     total, averages = _Total(len(task.shared)), Averages()
     chunks: list[Found] = []
-    for start in [*range(0, whole, groups * m), *([whole] if whole < n else [])]:
-        stop = n if start == whole else min(start + groups * m, whole)
-        examples = task.examples.slice(start, stop)
-        count = max(1, len(examples) // m)
-        if count == 1 and way is not alone:
-            way, passes = alone, alone(task, plan)
-        with vmap_friendly(task.model.model) if way is vectorised else nullcontext():
-            found = passes(examples, count)
-        averages.add(found.statistics, len(examples) // count, count)
-        total.add(found.gradient)
-        chunks.append(found._replace(gradient=[], statistics={}))
+    with ExitStack() as stack:
+        if isinstance(passes, Alone):
+            stack.enter_context(passes.held())
+        for start in [*range(0, whole, groups * m), *([whole] if whole < n else [])]:
+            stop = n if start == whole else min(start + groups * m, whole)
+            examples = task.examples.slice(start, stop)
+            count = max(1, len(examples) // m)
+            if count == 1 and way is not alone:
+                way, passes = alone, alone(task, plan)
+            with vmap_friendly(task.model.model) if way is vectorised else nullcontext():
+                found = passes(examples, count)
+            averages.add(found.statistics, len(examples) // count, count)
+            total.add(found.gradient)
+            chunks.append(found._replace(gradient=[], statistics={}))
     weights = torch.cat([found.weight for found in chunks])
     value, weight = torch.dot(torch.cat([found.loss for found in chunks]), weights), weights.sum()
     # a loss that overflows at w + ε must not pass for a step that went well

@@ -13,8 +13,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.optim import Optimizer
 
 from sharpkit.contract.examples import Examples, add_to_digest
 from sharpkit.errors import RunError
-from sharpkit.files import atomic_path
+from sharpkit.files import atomic_path, disk_errors
 from sharpkit.settings import changes
 
 _FORMAT = 1
@@ -137,7 +136,7 @@ class RunDirectory:
 
     def _write(self, name: str, content: bytes) -> None:
         path = self._directory / name
-        with _disk_errors(path), atomic_path(path) as temporary:
+        with disk_errors(path), atomic_path(path) as temporary:
             temporary.write_bytes(content)
 
 
@@ -198,14 +197,3 @@ def _check_ours(path: Path) -> None:
         there = None
     if not isinstance(there, dict) or "initial weights" not in there:
         raise RunError(f"{path}: is not of sharpkit.fit; choose another directory")
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error.strerror or error}). What was saved before is "
-            "intact: free space or permissions, then run the same again to go on"
-        ) from error

@@ -122,7 +122,32 @@ def test_your_own_network(data, tmp_path, monkeypatch):
         "def build():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))\n"
     )
     run(*arguments(data, "run", arch="own_networks:build", epochs=1))
-    assert isinstance(load_trained("run")[1], torch.nn.Linear)
+    network = load_trained("run", "own_networks:build")
+    assert isinstance(network[1], torch.nn.Linear)
+    measured = ("sharpness", "run", "--m", 4, "--rho", 0.1, "--build", "own_networks:build")
+    expected = sk.m_sharpness(network, trained_data("run")[0], m=4, rho=0.1, progress=False)
+    assert f"{expected.value:.4g}" in run(*measured)
+
+
+def test_code_that_a_run_names_is_not_run(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(*arguments(data, "run", epochs=1))
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["provenance"]["architecture"] = "planted_code:build"
+    path.write_text(json.dumps(config))
+    (tmp_path / "planted_code.py").write_text("open('was_run', 'w')\n")
+    quick = ("--m", 4, "--rho", 0.1)
+    refused = "code that a file names is not run"
+    with pytest.raises(RunError, match=refused):
+        load_trained("run")
+    assert refused in run("sharpness", "run", *quick, code=1)
+    assert refused in run("score", "--checkpoint", "run", "--out", "scores", *quick, code=1)
+    text = run("spectrum", "--checkpoint", "run", "--out", "spectra", "--steps", 2, code=1)
+    assert refused in text
+    assert not (tmp_path / "was_run").exists()
+    run("sharpness", "run", *quick, "--build", "planted_code:build", code=1)  # what the user types
+    assert (tmp_path / "was_run").exists()
 
 
 @pytest.mark.parametrize(
@@ -162,3 +187,8 @@ def test_a_directory_that_is_no_run_of_train(tmp_path):
     (tmp_path / "config.json").write_text('{"provenance": {"data": "x"}}')
     with pytest.raises(RunError, match="does not name architecture"):
         trained_data(tmp_path)
+    names = {"architecture": 5, "input_shape": [1, 8, 8], "classes": 3, "data": "x", "root": None}
+    config = {"provenance": names, "label_noise": 0, "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="its architecture is 5, expected text"):
+        load_trained(tmp_path)
