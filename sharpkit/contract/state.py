@@ -146,11 +146,12 @@ def differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     flags: dict[torch.device, list[tuple[list[int], Tensor]]] = {}
     for some in [*together.values(), *large]:
         a, b = (_beside([pairs[i][k].detach() for i in some]) for k in (0, 1))
-        flags.setdefault(a.device, []).append((some, (a != b).any()))
+        other = (a != b) & ((a == a) | (b == b))  # NaN is the same as NaN
+        flags.setdefault(a.device, []).append((some, other.any()))
     for of_device in flags.values():
         raised = torch.stack([flag for _, flag in of_device]).tolist()
         for (some, _), differs in zip(of_device, raised, strict=True):
-            if differs:  # or holds NaN
+            if differs:
                 found += [i for i in some if not same_values(*(t.detach() for t in pairs[i]))]
     return sorted(found)
 
