@@ -6,7 +6,7 @@ import os
 import sqlite3
 import sys
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ import click
 
 from sharpkit.errors import SharpkitError
 from sharpkit.evaluation import STATISTICS
+from sharpkit.files import write_csv
+from sharpkit.safe_text import printable
 
 if TYPE_CHECKING:
     from sharpkit.measures import Measure, MSharpness
@@ -43,7 +45,7 @@ class _Group(click.Group):
     """Prints one line that tells what to do instead of a traceback; --debug shows it."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        warnings.showwarning = lambda message, *_, **__: click.echo(f"warning: {message}", err=True)
+        warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}", err=True)
         try:
             return super().invoke(ctx)
         except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
@@ -52,11 +54,16 @@ class _Group(click.Group):
         except (SharpkitError, OSError, sqlite3.Error) as error:
             if ctx.params.get("debug"):
                 raise
-            click.echo(f"error: {error}", err=True)
+            _say(f"error: {error}", err=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("\nstopped: finished results are saved; the same command goes on", err=True)
+            _say("\nstopped: finished results are saved; the same command goes on", err=True)
             sys.exit(130)
+
+
+def _say(text: object, *, err: bool = False) -> None:
+    """Print a line; what names and messages from files might tell the terminal is spelled out."""
+    click.echo(printable(str(text), keep="\n"), err=err)
 
 
 _RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -86,7 +93,9 @@ _TEST_SIZE = click.option(
 
 
 _BUILD = click.option(
-    "--build", help='"module:callable" that builds the model of checkpoints from elsewhere.'
+    "--build",
+    help='"module:callable" that builds the model of checkpoints from elsewhere, or of a run of '
+    "`sharpkit train` with an --arch of your own.",
 )
 _LOSS = click.option(
     "--loss",
@@ -133,10 +142,10 @@ def info(path: str, deep: bool, csv: Path | None) -> None:
     # given the path, it reports also what keeps the zoo from loading
     table = zoo_info(_load(path) if path == "embedded" else path, deep=deep)
     if csv is not None:
-        table.to_csv(csv, index=False)
-    click.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
+        write_csv(table, csv)
+    _say(table.to_string(index=False, float_format=lambda v: f"{v:.4f}"))
     bad = int(table["problem"].astype(bool).sum())
-    click.echo(f"{len(table)} rows, {bad} with problems")
+    _say(f"{len(table)} rows, {bad} with problems")
     if bad:
         sys.exit(1)
 
@@ -153,7 +162,7 @@ def fetch(name: str, to: Path | None) -> None:
     """
     from sharpkit.zoo import fetch_zoo
 
-    click.echo(fetch_zoo(name, to))
+    _say(fetch_zoo(name, to))
 
 
 @zoo.command("train")
@@ -207,7 +216,7 @@ def train_zoo_command(
         address=address,
         device=_device(device),
     )
-    click.echo(
+    _say(
         f"{report.path}: {len(report.trained)} models trained, {len(report.skipped)} were there, "
         f"{len(report.failed)} failed"
     )
@@ -315,7 +324,7 @@ def score(
     chosen = _load(path)
     unknown = set(tasks) - set(chosen)
     if unknown:
-        raise click.BadParameter(f"no task {sorted(unknown)[0]!r}: {path} has {', '.join(chosen)}")
+        raise click.BadParameter(f"no task {sorted(unknown)[0]!r}: {path} has {_listed(chosen)}")
     selected = {name: task for name, task in chosen.items() if not tasks or name in tasks}
     if n is not None and max(m) > n and {"m_sharpness", "all"} & set(names.split(",")):
         raise click.BadParameter(
@@ -341,7 +350,7 @@ def score(
 
 
 def _finish_score(scores: Scores, out: Path) -> None:
-    click.echo(f"{scores.frame()['model'].nunique()} models scored: {out / 'scores.csv'}")
+    _say(f"{scores.frame()['model'].nunique()} models scored: {out / 'scores.csv'}")
     _report_failures(scores)
 
 
@@ -452,11 +461,11 @@ def sharpness(
     for name, frame in zip(networks, frames, strict=True):
         frame.insert(0, "model", name)
     table = pd.concat(frames, ignore_index=True)
-    click.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    _say(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     if compared is not None:
-        click.echo(f"\n{compared}")
+        _say(f"\n{compared}")
     if out is not None:
-        table.to_csv(out, index=False)
+        write_csv(table, out)
 
 
 @main.command()
@@ -476,7 +485,7 @@ def export(run: Path, out: Path) -> None:
     """
     from sharpkit.runs import Scores
 
-    click.echo(Scores.open(run).export(out))
+    _say(Scores.open(run).export(out))
 
 
 @main.command()
@@ -513,11 +522,11 @@ def evaluate(
     together = combine(Scores.open(run), resamples=resamples, seed=seed)
     if len(together):
         write_with_legend(together, run / "combined.csv")
-    click.echo(summary(table))
+    _say(summary(table))
     if len(together):
-        click.echo("\nAll measures together, on held-out models:")
-        click.echo(together.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
-    click.echo(run / "evaluation.csv")
+        _say("\nAll measures together, on held-out models:")
+        _say(together.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    _say(run / "evaluation.csv")
 
 
 @main.command()
@@ -550,7 +559,7 @@ def plot(
     path = picture_path(out or run / "predictive_power.png")
     table = _evaluate(run, resamples, seed, test_size)
     predictive_power(table, path, statistic=statistic)
-    click.echo(f"{path} and {path.with_suffix('.csv')}")
+    _say(f"{path} and {path.with_suffix('.csv')}")
 
 
 @main.command()
@@ -572,7 +581,7 @@ def report(run: Path, resamples: int, seed: int, test_size: int | None, out: Pat
     """
     from sharpkit.report import write_report
 
-    click.echo(write_report(run, out, resamples=resamples, seed=seed, test_size=test_size))
+    _say(write_report(run, out, resamples=resamples, seed=seed, test_size=test_size))
 
 
 @main.command()
@@ -582,7 +591,7 @@ def report(run: Path, resamples: int, seed: int, test_size: int | None, out: Pat
 @click.option("--model", "ids", multiple=True, help="A model of the zoo; may be repeated.")
 @click.option("--weights", default="final", type=click.Choice(["final", "initial"]))
 @click.option("--checkpoint", multiple=True, help="A weight file; may be repeated.")
-@click.option("--build", help='"module:callable" that builds the model of the checkpoints.')
+@_BUILD
 @click.option(
     "--data",
     help="An .npz file with x_train and y_train, for --checkpoint with --build; images of bytes "
@@ -642,8 +651,8 @@ def spectrum(
         grid=grid,
         device=device,
     )
-    click.echo(spectra.frame().to_string(index=False, float_format=lambda v: f"{v:.4g}"))
-    click.echo(out / "spectrum.png")
+    _say(spectra.frame().to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    _say(out / "spectrum.png")
     _exit_if_any(spectra.failures)
 
 
@@ -654,15 +663,15 @@ def _zoo_models(
 
     chosen = _load(path)
     if task is None and len(chosen) > 1:
-        raise click.UsageError(f"{path} has several tasks, give --task: {', '.join(chosen)}")
+        raise click.UsageError(f"{path} has several tasks, give --task: {_listed(chosen)}")
     name = task or next(iter(chosen))
     if name not in chosen:
-        raise click.BadParameter(f"no task {name!r}: {path} has {', '.join(chosen)}")
+        raise click.BadParameter(f"no task {name!r}: {path} has {_listed(chosen)}")
     entries = chosen[name]
     unknown = set(ids) - set(entries)
     if unknown or not ids:
         wrong = f"no model {sorted(unknown)[0]!r} in" if unknown else "give --model, one or more of"
-        raise click.UsageError(f"{wrong} {name}: {', '.join(entries)}")
+        raise click.UsageError(f"{wrong} {printable(name)}: {_listed(entries)}")
     models = {f"model {i}": partial(entries[i].load, weights) for i in ids}
     return models, entries.dataset("train")
 
@@ -678,7 +687,7 @@ def _checkpoint_models(
     names = {Path(c).stem: c for c in checkpoints}
     if len(names) < len(checkpoints):
         names = {c: c for c in checkpoints}
-    if build is None and data is None and _of_training(checkpoints[0]):
+    if data is None and _of_training(checkpoints[0]):
         first = checkpoints[0]
         for other in checkpoints[1:]:
             if not same_examples(first, other):
@@ -687,7 +696,7 @@ def _checkpoint_models(
                     "or labels: measure them one by one, or give --build and --data"
                 )
         train, _ = trained_data(first)
-        return {name: partial(load_trained, c) for name, c in names.items()}, train
+        return {name: partial(load_trained, c, build) for name, c in names.items()}, train
     if build is None or data is None:
         raise click.UsageError(
             f"{checkpoints[0]} is not from `sharpkit train`, so it needs --build module:callable "
@@ -781,7 +790,7 @@ def train(
             return
     last = result.history.iloc[-1]
     accuracies = ", ".join(f"{100 * last[f'{s}_accuracy']:.2f} % {s}" for s in ("train", "test"))
-    click.echo(f"{out / 'model.safetensors'}: accuracy {accuracies}")
+    _say(f"{out / 'model.safetensors'}: accuracy {accuracies}")
 
 
 @main.command("figure3")
@@ -792,6 +801,7 @@ def train(
 @click.option("--panels", default="left,middle,right", show_default=True, help="Some of them.")
 @_DATA
 @click.option("--zoo", "zoo_path", help="Another zoo for the right panel.")
+@click.option("--build", help="The file's architecture once more, if it is a module:callable.")
 @click.option("--workers", default=1, show_default=True, help="Work items at a time.")
 @_BACKEND
 @_ADDRESS
@@ -802,6 +812,7 @@ def figure3_command(
     panels: str,
     data: str | None,
     zoo_path: str | None,
+    build: str | None,
     workers: int,
     backend: Any,
     address: str | None,
@@ -827,12 +838,13 @@ def figure3_command(
         panels=panels.split(","),
         data=data,
         zoo=zoo_path,
+        build=build,
         workers=workers,
         backend=backend,
         address=address,
         device=_device(device),
     )
-    click.echo(f"{result.picture} and tables beside it")
+    _say(f"{result.picture} and tables beside it")
     _exit_if_any(result.failures)
 
 
@@ -901,6 +913,10 @@ def _unsuitable(tasks: Mapping[str, Task]) -> set[str]:
     return {name for name, fits in suitable.items() if not fits}
 
 
+def _listed(names: Iterable[str]) -> str:
+    return printable(", ".join(names))
+
+
 def _device(name: str) -> str:
     from sharpkit.device import check_device
 
@@ -919,11 +935,11 @@ def _evaluate_target(
     table = evaluate(scores, target=target, resamples=resamples, seed=seed, test_size=test_size)
     regret = selection_regret(scores, target=target)
     write_with_legend(table, run / f"evaluation_{target}.csv")
-    regret.to_csv(run / f"regret_{target}.csv", index=False)
-    click.echo(summary(table))
-    click.echo(f"\n{target} lost by picking the model that a measure thinks best:")
-    click.echo(regret.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
-    click.echo(run / f"evaluation_{target}.csv")
+    write_csv(regret, run / f"regret_{target}.csv")
+    _say(summary(table))
+    _say(f"\n{target} lost by picking the model that a measure thinks best:")
+    _say(regret.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    _say(run / f"evaluation_{target}.csv")
 
 
 def _evaluate(run: Path, resamples: int, seed: int, test_size: int | None) -> Any:
@@ -934,7 +950,7 @@ def _evaluate(run: Path, resamples: int, seed: int, test_size: int | None) -> An
 
 def _exit_if_any(failures: Mapping[str, str]) -> None:
     for name, reason in failures.items():
-        click.echo(f"failed: {name}: {reason}", err=True)
+        _say(f"failed: {name}: {reason}", err=True)
     if failures:
         sys.exit(1)
 
@@ -942,7 +958,7 @@ def _exit_if_any(failures: Mapping[str, str]) -> None:
 def _report_failures(scores: Scores) -> None:
     failures = scores.failures
     for row in failures.itertuples():
-        click.echo(f"failed: {row.task} model {row.model}, {row.measure}: {row.error}", err=True)
+        _say(f"failed: {row.task} model {row.model}, {row.measure}: {row.error}", err=True)
     if len(failures):
-        click.echo(f"error: {len(failures)} models failed; the others are scored", err=True)
+        _say(f"error: {len(failures)} models failed; the others are scored", err=True)
         sys.exit(1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sharpkit.errors import RunError
+from sharpkit.files import remove_leftovers
 
 LOCK_NAME = ".lock"
 
@@ -16,6 +17,8 @@ LOCK_NAME = ".lock"
 @contextmanager
 def sole_driver(run: Path | None) -> Iterator[None]:
     """Hold a run directory, created if needed; the system lets go when the process dies.
+
+    What an earlier process left half written in it is removed.
 
     Args:
         run: The directory; None, for a run in memory, locks nothing.
@@ -38,6 +41,7 @@ def sole_driver(run: Path | None) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"{run}: cannot write to the run directory ({error.strerror})") from error
     try:
+        remove_leftovers(run)
         yield
     finally:
         lock.release()

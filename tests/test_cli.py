@@ -164,6 +164,31 @@ def test_an_unknown_task_names_those_there_are(zoo_path, tmp_path):
     assert "first, second" in text
 
 
+def test_names_of_a_zoo_do_nothing_to_a_terminal_or_a_spreadsheet(tmp_path):
+    task = "=1+1\x1b[2J"
+    zoo = write_small_zoo(tmp_path / "zoo", tasks=(task, "other"))
+    (zoo / "input_data" / task / "model_3" / "weights.hdf5").write_bytes(b"damaged")
+    out = tmp_path / "run"
+    texts = [
+        run("zoo", "info", zoo, "--csv", tmp_path / "info.csv", code=1),
+        run("score", zoo, "--out", out, "--m", "1,4", "--backend", "inline", code=1),
+        run("evaluate", out, "--resamples", 20),
+        run("evaluate", out, "--resamples", 20, "--target", "test_acc"),
+        run("score", zoo, "--out", out, "--task", "third", code=2),
+        run("spectrum", zoo, "--out", tmp_path / "s", code=2),
+        run("spectrum", zoo, "--out", tmp_path / "s", "--task", task, code=2),
+    ]
+    run("export", out, "--out", tmp_path / "all.csv")
+    for text in texts:
+        assert "\x1b" not in text
+        assert "=1+1\\x1b[2J" in text
+    for path in [*out.glob("*.csv"), tmp_path / "info.csv", tmp_path / "all.csv"]:
+        assert "\x1b" not in path.read_text()
+        cells = pd.read_csv(path, dtype=str).fillna("").to_numpy().ravel()
+        assert not [cell for cell in cells if cell.startswith("=")]
+    assert "'=1+1\\x1b[2J" in (out / "scores.csv").read_text()
+
+
 def test_an_interrupt_tells_how_to_go_on(zoo_path, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

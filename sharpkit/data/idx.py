@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpkit.errors import DataError
+from sharpkit.files import read_regular
 
 _BYTE = 0x08  # the element type of every file of the MNIST family
 
@@ -37,7 +38,7 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
         array([7, 8, 9], dtype=uint8)
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_regular(Path(path))
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error

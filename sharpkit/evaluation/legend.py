@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharpkit.evaluation.statistics import TABLE
-from sharpkit.files import atomic_path
+from sharpkit.files import write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,10 +70,8 @@ def legend_path(path: Path) -> Path:
 def write_with_legend(table: pd.DataFrame, path: Path) -> None:
     """Write a table of `evaluate` with six digits, and the meaning of its columns beside it."""
     whole = {name: table[name].astype("Int64") for name in ("m", "n") if _is_whole(table, name)}
-    with atomic_path(path) as temporary:
-        table.assign(**whole).to_csv(temporary, index=False, float_format=_DIGITS)
-    with atomic_path(legend_path(path)) as temporary:
-        legend(table).to_csv(temporary, index=False)
+    write_csv(table.assign(**whole), path, digits=_DIGITS)
+    write_csv(legend(table), legend_path(path))
 
 
 def _is_whole(table: pd.DataFrame, name: str) -> bool:

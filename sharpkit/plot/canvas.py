@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import ArgumentError
+from sharpkit.files import atomic_path, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,10 +75,10 @@ def save(
     write: Callable[[pd.DataFrame, Path], Any] | None = None,
 ) -> None:
     """Write the picture and, beside it, its numbers as .csv, with `write` if given."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format=path.suffix[1:].lower())
     numbers = path.with_suffix(".csv")
     if write is not None:
         write(table, numbers)
     else:
-        table.to_csv(numbers, index=False)
+        write_csv(table, numbers)

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sharpkit.files import open_regular
+
 
 def stamp(paths: Iterable[Path]) -> str:
     """Sizes and times of files: as long as it is the same, so are they, and it costs no reading.
@@ -29,7 +31,7 @@ def digest(paths: Iterable[Path]) -> str:
     whole = hashlib.sha256()
     try:
         for path in paths:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 whole.update(hashlib.file_digest(file, "sha256").digest())
     except OSError:
         return ""

@@ -50,7 +50,7 @@ def prepare(db: sqlite3.Connection, path: Path | None) -> None:
     """
     with db:
         db.execute("BEGIN IMMEDIATE")
-        tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+        tables = _tables(db)
         if tables and "meta" not in tables:
             raise RunError(f"{path}: a database of something else, with {min(tables)}")
         found = version(db, path) if tables else 0
@@ -59,6 +59,11 @@ def prepare(db: sqlite3.Connection, path: Path | None) -> None:
                 db.execute(statement)
         if found < VERSION:
             db.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?)", (json.dumps(VERSION),))
+
+
+def is_empty(db: sqlite3.Connection) -> bool:
+    """Whether nothing was ever written, as when the process that created the file was killed."""
+    return not _tables(db)
 
 
 def version(db: sqlite3.Connection, path: Path | None) -> int:
@@ -74,3 +79,7 @@ def version(db: sqlite3.Connection, path: Path | None) -> int:
             f"{path}: store version {found}; this version of sharpkit knows 1 to {VERSION}"
         )
     return int(found)
+
+
+def _tables(db: sqlite3.Connection) -> set[str]:
+    return {name for (name,) in db.execute("SELECT name FROM sqlite_master")}

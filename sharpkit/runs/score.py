@@ -24,6 +24,7 @@ from sharpkit.contract.rules import measuring_rules
 from sharpkit.device import check_device
 from sharpkit.display import html_of, lines_of
 from sharpkit.errors import ArgumentError, RunError, SharpkitError
+from sharpkit.files import atomic_path, write_csv
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, describe
 from sharpkit.progress import progress_bar
@@ -124,10 +125,11 @@ class Scores:
         path = Path(path)
         table = self.frame().merge(self.provenance(), on=["task", "model", "measure"])
         if path.suffix == ".csv":
-            table.to_csv(path, index=False)
+            write_csv(table, path)
         elif path.suffix == ".parquet":
             try:
-                table.to_parquet(path, index=False)
+                with atomic_path(path) as temporary:
+                    table.to_parquet(temporary, index=False)
             except ImportError as error:
                 raise ArgumentError(
                     "Parquet needs pyarrow: pip install 'sharpkit[parquet]'"

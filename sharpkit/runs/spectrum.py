@@ -30,8 +30,9 @@ from sharpkit.curvature.quadrature import spectral_density
 from sharpkit.device import check_device
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError
-from sharpkit.files import atomic_path
+from sharpkit.files import atomic_path, disk_errors, remove_leftovers, write_csv
 from sharpkit.lock import sole_driver
+from sharpkit.safe_text import printable
 from sharpkit.settings import changes
 from sharpkit.workers import error_message
 
@@ -128,7 +129,8 @@ def spectrum(
     Raises:
         ArgumentError: For no models, arguments out of range, or a device that cannot be used.
         RunError: If the directory holds a run with other settings, another precision or an older
-            version's rules, or belongs to another process; or every model failed.
+            version's rules, belongs to another process, or cannot be written; or every model
+            failed.
 
     Source:
         Foret et al., ICLR 2021, Figure 3, left.
@@ -170,11 +172,12 @@ def spectrum(
     summary: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
     silent = None if progress else True
-    with sole_driver(root):
+    with sole_driver(root), disk_errors(root):
+        remove_leftovers(root / _MODELS)
         _claim(root, settings)
         bar = tqdm(models.items(), desc="spectrum", unit="model", disable=silent)
         for name, build in bar:
-            bar.set_postfix_str(name)
+            bar.set_postfix_str(printable(name))
             try:
                 model = build().to(device)
                 path = root / _MODELS / f"{_file_name(name)}.npz"
@@ -297,7 +300,7 @@ def _write(
     ):
         table = pd.concat([frame.assign(model=name) for name, frame in tables.items()])
         table.insert(0, "model", table.pop("model"))
-        _replace(root / file, table.to_csv(index=False))
+        write_csv(table, root / file)
     figure = draw(densities, share_axes=share_axes)
     with atomic_path(root / "spectrum.png") as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
@@ -315,14 +318,17 @@ def _save(path: Path, density: SpectralDensity, numbers: dict[str, Any], weights
 def _read(path: Path) -> tuple[SpectralDensity, dict[str, Any], str] | None:
     """What `_save` wrote; None if the file is damaged."""
     try:
+        with zipfile.ZipFile(path) as archive:  # all checksums, before numpy trusts a header
+            if archive.testzip() is not None:
+                return None
         with np.load(path, allow_pickle=False) as saved:
             values: dict[str, Any] = {f.name: saved[f.name] for f in fields(SpectralDensity)}
             numbers = json.loads(str(saved["numbers"]))
             weights = str(saved["weights_digest"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        scalars = {k: v.item() for k, v in values.items() if v.ndim == 0}
+        return SpectralDensity(**{**values, **scalars}), numbers, weights
+    except Exception:  # zipfile, zlib and numpy raise whatever they do
         return None
-    scalars = {k: v.item() for k, v in values.items() if v.ndim == 0}
-    return SpectralDensity(**{**values, **scalars}), numbers, weights
 
 
 def _replace(path: Path, text: str) -> None:

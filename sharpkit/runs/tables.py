@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sharpkit.evaluation.legend import legend, legend_path
-from sharpkit.files import atomic_path
+from sharpkit.files import disk_errors, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +29,9 @@ def write_scores(frame: pd.DataFrame, run: Path) -> Path:
     Returns:
         Path: Of scores.csv; scores_columns.csv has one row per column.
 
+    Raises:
+        RunError: If they cannot be written, as on a full disk.
+
     Example:
         >>> import pandas as pd, tempfile
         >>> row = {"task": "t", "model": "0", "measure": "s", "m": 4.0, "value": 0.1}
@@ -40,13 +43,13 @@ def write_scores(frame: pd.DataFrame, run: Path) -> Path:
     path = run / "scores.csv"
     # group sizes beside measures without one are floats with gaps
     whole = {"m": frame["m"].astype("Int64")} if _is_whole(frame) else {}
-    with atomic_path(path) as temporary:
-        frame.assign(**whole).to_csv(temporary, index=False)
+    with disk_errors(path):
+        write_csv(frame.assign(**whole), path)
     described = legend(frame)
     for column, (meaning, unit) in _OWN.items():
         described.loc[described["column"] == column, ["meaning", "unit"]] = [meaning, unit]
-    with atomic_path(legend_path(path)) as temporary:
-        described.to_csv(temporary, index=False)
+    with disk_errors(path):
+        write_csv(described, legend_path(path))
     return path
 
 

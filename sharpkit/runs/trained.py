@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from torch.utils.data import TensorDataset
 
 from sharpkit.data import load_dataset
 from sharpkit.errors import RunError
+from sharpkit.files import read_regular
 from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.training.architectures import build_architecture
 from sharpkit.training.augmentation import noisy_labels
 
 _FINAL = "model.safetensors"
+_MAX_CONFIG = 2**24  # bytes
 
 
 def provenance(
@@ -40,25 +43,37 @@ def provenance(
     }
 
 
-def load_trained(path: str | Path) -> nn.Module:
+def load_trained(path: str | Path, build: str | Callable[[], Any] | None = None) -> nn.Module:
     """A network that `sharpkit train` has trained.
 
     Args:
         path: The run directory, for the final weights; or one of its .safetensors files, such as
             `epoch-10.safetensors`.
+        build: As for `load_checkpoint`: what builds the network, in place of the architecture that
+            config.json names. Needed where that is a "module:callable", as code that a file names
+            is not run.
 
     Returns:
         nn.Module: In eval mode, on the CPU.
 
     Raises:
-        RunError: If there is no config.json of `sharpkit train` beside the weights.
+        RunError: If there is no config.json of `sharpkit train` beside the weights, or it names
+            code and `build` is not given.
         ModelError: If the weights are missing or damaged, or do not fit.
     """
     weights = _weights(Path(path))
     origin = _config(weights)["provenance"]
+    if build is not None:
+        return load_checkpoint(weights, build)
+    if ":" in origin["architecture"]:
+        raise RunError(
+            f"{weights.with_name('config.json')}: names the code {origin['architecture']!r} as its "
+            "architecture, and code that a file names is not run. If you trust it, repeat it: "
+            "--build module:callable, or load_trained(path, build=...)"
+        )
     shape = tuple(origin["input_shape"])
-    build = partial(build_architecture, origin["architecture"], shape, origin["classes"], seed=0)
-    return load_checkpoint(weights, build)
+    known = partial(build_architecture, origin["architecture"], shape, origin["classes"], seed=0)
+    return load_checkpoint(weights, known)
 
 
 def trained_data(path: str | Path) -> tuple[TensorDataset, TensorDataset]:
@@ -102,11 +117,15 @@ def _weights(path: Path) -> Path:
 def _config(weights: Path) -> dict[str, Any]:
     path = weights.with_name("config.json")
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(read_regular(path, _MAX_CONFIG))
         wanted = {"architecture", "input_shape", "classes", "data", "root"}
-        if wanted <= set(config["provenance"]) and {"label_noise", "seed"} <= set(config):
+        origin = config["provenance"]
+        if not wanted <= set(origin) or not {"label_noise", "seed"} <= set(config):
+            reason = "it does not name architecture and data"
+        elif not isinstance(origin["architecture"], str):
+            reason = f"its architecture is {origin['architecture']!r}, expected text"
+        else:
             return dict(config)
-        reason = "it does not name architecture and data"
     except OSError as error:
         reason = error.strerror or str(error)
     except (ValueError, KeyError, TypeError):

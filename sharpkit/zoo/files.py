@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sharpkit.errors import ZooFormatError
-from sharpkit.files import atomic_path
+from sharpkit.files import atomic_path, read_regular
 
 _MAX_DEPTH = 64
 
@@ -20,10 +20,7 @@ def read_json(path: Path, max_bytes: int = 2**30) -> Any:
         max_bytes: A larger file is refused before it is read.
     """
     try:
-        size = path.stat().st_size
-        if size > max_bytes:
-            raise ZooFormatError(f"{path}: has {size:,} bytes; at most {max_bytes:,} are read")
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, max_bytes))
     except FileNotFoundError:
         raise ZooFormatError(f"{path}: file is missing") from None
     except OSError as error:

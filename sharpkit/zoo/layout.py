@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -240,10 +241,10 @@ class Task(Mapping[str, "ModelEntry"]):
         ]
         if not numbered:
             raise ZooFormatError(f"{folder}: no shard_<k>.tfrecord found")
-        numbers = {number for number, _ in numbered}
-        gaps = sorted(set(range(min(numbers), max(numbers))) - numbers)
-        if gaps:
-            raise ZooFormatError(f"{folder}: shard_{gaps[0]}.tfrecord is missing")
+        numbers = sorted({number for number, _ in numbered})
+        for number, following in pairwise(numbers):
+            if following > number + 1:
+                raise ZooFormatError(f"{folder}: shard_{number + 1}.tfrecord is missing")
         return [entry for _, entry in sorted(numbered)]
 
     def dataset(self, split: Literal["train", "test"] = "train") -> TensorDataset:

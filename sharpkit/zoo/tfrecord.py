@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sharpkit.errors import DataError, ZooFormatError
-from sharpkit.files import atomic_path
+from sharpkit.files import MAX_BYTES, atomic_path, read_regular
 from sharpkit.zoo.protos import message_class
 
 # TensorFlow's DataType numbers -> numpy dtype and the TensorProto field with its typed values
@@ -178,7 +178,7 @@ def write_shard(path: str | Path, inputs: NDArray[Any], labels: NDArray[Any]) ->
 
 def _read_file(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except FileNotFoundError:
         raise ZooFormatError(f"{path}: shard is missing") from None
     except OSError as error:
@@ -273,11 +273,14 @@ def _label(tensor: NDArray[Any], where: str) -> int:
 def _count_records(path: Path) -> int:
     """How many records the lengths of a file declare, up to the first that does not fit."""
     count, offset, size = 0, 0, path.stat().st_size if path.is_file() else 0
-    if size:
+    if 0 < size <= MAX_BYTES:
         with path.open("rb") as file:
             while offset + 16 <= size:
                 file.seek(offset)
-                offset += 16 + int.from_bytes(file.read(8), "little")
+                length = int.from_bytes(file.read(8), "little")
+                if not length:  # no example is empty, but a hole in a file is billions of these
+                    return count + 1
+                offset += 16 + length
                 count += offset <= size
     return count
 

@@ -27,7 +27,9 @@ from tqdm import tqdm
 
 from sharpkit.contract.examples import standard_tensor
 from sharpkit.errors import ArgumentError, DataError, RunError
+from sharpkit.files import disk_errors, remove_leftovers
 from sharpkit.lock import sole_driver
+from sharpkit.safe_text import printable
 from sharpkit.workers import Backend, Failure, default_backend, run_items
 from sharpkit.zoo.files import read_json, write_json
 from sharpkit.zoo.keras import build_model
@@ -103,7 +105,7 @@ def train_zoo(
             empty list of values.
         DataError: Inputs or labels of the wrong shape or kind.
         RunError: The directory holds a run with another grid, recipe, seed or data, or belongs to
-            another process.
+            another process, or cannot be written.
 
     Source:
         Jiang et al., Fantastic Generalization Measures and Where to Find Them, ICLR 2020: a grid
@@ -133,10 +135,14 @@ def train_zoo(
     }
     root = Path(out)
     with sole_driver(root):
-        _claim(root / "training" / f"{task}.json", json.loads(json.dumps(plan)))
+        written = root / "input_data" / task, root / "reference_data" / task, root / "training"
+        for folder in written:
+            remove_leftovers(folder, *(p for p in folder.rglob("*") if p.is_dir()))
         writer = ZooWriter(root, shard_size=min(_SHARD_SIZE, max(len(train), shipped)))
-        writer.write_dataset(task, "train", *train.tensors)
-        writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
+        with disk_errors(root):
+            _claim(root / "training" / f"{task}.json", json.loads(json.dumps(plan)))
+            writer.write_dataset(task, "train", *train.tensors)
+            writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
         configs = root / "reference_data" / task / "model_configs.json"
         done = read_json(configs) if configs.exists() else {}
         skipped = [i for i in wanted if i in done]
@@ -163,9 +169,10 @@ def train_zoo(
             for (i, _), result in results:
                 if isinstance(result, Failure):
                     failed[i] = result.message
-                    bar.write(f"model {i} failed: {result.message}", file=sys.stderr)
+                    bar.write(f"model {i} failed: {printable(result.message)}", file=sys.stderr)
                 else:
-                    _write(writer, task, i, result, settings[i], grid)
+                    with disk_errors(root):
+                        _write(writer, task, i, result, settings[i], grid)
                 bar.update()
     trained = [i for i in todo if i not in failed]
     return TrainingReport(root, trained, skipped, {i: failed[i] for i in todo if i in failed})

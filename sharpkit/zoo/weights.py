@@ -6,6 +6,7 @@ Everything a file declares is checked against the model and the file's size befo
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Iterator, Mapping
@@ -144,7 +145,8 @@ def write_weights(
         (name, [(slot.keras_name, _to_array(state, slot)) for slot in slots])
         for name, slots in model.slots
     ]
-    with atomic_path(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+    content = io.BytesIO()  # where the disk is full, HDF5 itself fails while it closes the file
+    with h5py.File(content, "w") as file:
         _write_names(file, "layer_names", [name for name, _ in arrays])
         file.attrs["backend"] = np.bytes_(b"tensorflow")
         file.attrs["keras_version"] = np.bytes_(_KERAS_VERSION)
@@ -153,6 +155,8 @@ def write_weights(
             _write_names(group, "weight_names", [f"{name}/{weight}" for weight, _ in layer])
             for weight, array in layer:
                 group.create_dataset(f"{name}/{weight}", data=array)
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 # --- reading ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.lock import sole_driver
-from sharpkit.runs.spectrum import spectrum
+from sharpkit.runs.spectrum import _read, spectrum
 
 DATA = torch.randn(20, 3), torch.randint(0, 2, (20,))
 QUICK = {"steps": 6, "probes": 2, "progress": False}
@@ -59,6 +60,31 @@ def test_other_weights_or_a_damaged_file_are_computed_anew(tmp_path):
     assert third.summary["a"]["lambda_max"] == second.summary["a"]["lambda_max"]
 
 
+def test_a_damaged_file_is_noticed_wherever_it_is_damaged(tmp_path):
+    spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
+    path = tmp_path / "models" / "a.npz"
+    content, (density, numbers, weights) = path.read_bytes(), _read(path)
+    rng = np.random.default_rng(0)
+    ends = [*range(0, len(content), 7919), len(content) - 1]  # also cut off
+    damages = [content[:end] for end in ends]
+    for place in rng.integers(0, len(content), 400):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        damages.append(bytes(flipped))
+    noticed = 0
+    for damaged in damages:
+        path.write_bytes(damaged)
+        found = _read(path)
+        noticed += found is None
+        if found is not None:  # a bit that means nothing, such as in a date
+            assert found[1:] == (numbers, weights)
+            assert all(
+                np.array_equal(getattr(found[0], name), getattr(density, name), equal_nan=True)
+                for name in ("nodes", "weights", "grid", "density", "std_error")
+            )
+    assert noticed > 380
+
+
 def test_other_settings_are_refused(tmp_path):
     spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
     with pytest.raises(RunError, match="steps: 6 there, 7 now"):
@@ -69,6 +95,20 @@ def test_other_settings_are_refused(tmp_path):
         (tmp_path / "config.json").write_text(damaged)
         with pytest.raises(RunError, match="damaged"):
             spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on_later(tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_csv", full)
+        with pytest.raises(RunError, match=r"cannot be written \(No space left on device\)"):
+            spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
+    stamp = (tmp_path / "models" / "a.npz").stat().st_mtime_ns
+    spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
+    assert (tmp_path / "models" / "a.npz").stat().st_mtime_ns == stamp
+    assert (tmp_path / "nodes.csv").is_file() and not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_second_process_is_refused(tmp_path):

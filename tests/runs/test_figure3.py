@@ -251,6 +251,18 @@ def test_a_faulty_preset_is_named_with_the_field(preset, tmp_path, old, new, mes
         read_plan(path)
 
 
+def test_code_that_a_preset_names_is_not_run(preset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "planted_net.py").write_text("open('was_run', 'w')\n")
+    path = tmp_path / "own.toml"
+    path.write_text(preset.read_text().replace('"nin-4x1"', '"planted_net:build"'))
+    for build in (None, "planted_net:other"):
+        with pytest.raises(ArgumentError, match="code that a file names is not run"):
+            figure3(path, out=tmp_path / "out", build=build, progress=False)
+    assert not (tmp_path / "was_run").exists()
+    assert read_plan(path, "planted_net:build").training.architecture == "planted_net:build"
+
+
 def test_unknown_panels_and_presets_are_refused(preset, tmp_path):
     with pytest.raises(ArgumentError, match="panels is"):
         figure3(preset, out=tmp_path, panels=["top"])
@@ -271,7 +283,11 @@ def test_presets_have_the_papers_group_sizes_and_their_networks_exist(name):
 
 def test_experiments_are_readable():
     folder = Path(__file__).parents[2] / "benchmarks" / "experiments"
-    plans = [read_plan(folder / f"{name}.toml") for name in ("fashion_small", "cifar10_subset")]
+    networks = {"fashion_small": "fashion_cnn", "cifar10_subset": "cifar_cnn"}
+    plans = [
+        read_plan(folder / f"{name}.toml", f"benchmarks.experiments.networks:{network}")
+        for name, network in networks.items()
+    ]
     assert all(p.training.m == (1, 4, 16, 64, 256) and len(p.training.seeds) >= 3 for p in plans)
     zoo = read_zoo_plan(folder / "cifar10_zoo.toml")
     assert len(list(itertools.product(*zoo.grid.values()))) == 48

@@ -225,6 +225,17 @@ def _many():
     return {f"setting={'x' * 500}{k}": Estimate(1.0) for k in range(100)}
 
 
+def test_a_disk_too_full_for_a_store_is_told_and_the_run_starts_later(task, run, monkeypatch):
+    def full(db, path):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sharpkit.runs.store.prepare", full)
+        with pytest.raises(RunError, match=r"cannot be written \(database or disk is full\)"):
+            score(task, run)
+    pd.testing.assert_frame_equal(score(task, run).frame(), score(task, None).frame())
+
+
 def test_a_directory_that_cannot_be_written_is_told(task, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="cannot write to the run directory"):
@@ -274,3 +285,141 @@ def test_a_run_can_be_exported_to_parquet(task, tmp_path):
     scores = score(task, None)
     table = pd.read_parquet(scores.export(tmp_path / "all.parquet"))
     assert table["value"].tolist() == scores.frame()["value"].tolist()
+
+
+class Killed(BaseException):
+    """Stands for the end of a process."""
+
+
+def copied(folder, to):
+    """The files of a store as the end of its process would leave them, without the shared index."""
+    to.mkdir()
+    for path in folder.iterdir():
+        if not path.name.endswith("-shm"):
+            shutil.copy(path, to / path.name)
+    return to
+
+
+def test_an_empty_file_is_a_new_store(task, run):
+    run.mkdir()
+    (run / "results.sqlite").touch()
+    assert sk.Scores.open(run).frame().empty
+    pd.testing.assert_frame_equal(score(task, run).frame(), score(task, None).frame())
+
+
+def test_a_kill_between_any_statements_of_its_creation_leaves_a_usable_store(tmp_path, monkeypatch):
+    statements = 0
+
+    class Counting(sqlite3.Connection):
+        def execute(self, *arguments):
+            nonlocal statements
+            statements += 1
+            if statements == last:
+                copied(live, tmp_path / f"killed {last}")
+                raise Killed
+            return super().execute(*arguments)
+
+    connect = sqlite3.connect
+    for last in range(1, 100):
+        statements, live = 0, tmp_path / f"live {last}"
+        live.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, factory=Counting, **k))
+            try:
+                Store(live / "results.sqlite", {"n": 1}).close()
+                break
+            except Killed:
+                pass
+        path = tmp_path / f"killed {last}" / "results.sqlite"
+        if path.exists():
+            assert Store(path).results().empty
+        store = Store(path, {"n": 1})
+        store.add("t", "1", "m", Outcome({"a=1": Estimate(1.0)}))
+        assert store.results()["value"].tolist() == [1.0]
+    assert last > 20  # statements that the creation takes
+
+
+def unread_log(tmp_path):
+    """A copy of a run with ten results, all of them still in the log."""
+    (tmp_path / "live").mkdir()
+    store = Store(tmp_path / "live" / "results.sqlite", {"n": 1})
+    for k in range(10):
+        store.add("t", str(k), "m", Outcome({"a=1": Estimate(float(k))}))
+    return copied(tmp_path / "live", tmp_path / "copy")
+
+
+def broken_transaction(tmp_path):
+    """A copy of a run with ten results, in the middle of deleting them."""
+    path = unread_log(tmp_path) / "results.sqlite"
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA journal_mode=DELETE")
+    db.execute("PRAGMA cache_size=5")
+    db.execute("BEGIN")
+    db.execute("DELETE FROM results")
+    for k in range(200):  # more than the cache holds, so some of it is in the file
+        db.execute("INSERT INTO results VALUES (?, '', 'm', 'a=1', -1, 0)", ("x" * 999 + str(k),))
+    hot = copied(path.parent, tmp_path / "hot")
+    db.close()
+    return hot
+
+
+def like_a_read_only_disk(monkeypatch):
+    """SQLite finds no place for the files that it needs to read a log."""
+    connect = sqlite3.connect
+
+    def refusing(database, **options):
+        if str(database).endswith("?mode=ro"):
+            raise sqlite3.OperationalError("unable to open database file")
+        return connect(database, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", refusing)
+
+
+@pytest.mark.parametrize("left", [unread_log, broken_transaction])
+@pytest.mark.parametrize("read_only", [True, False])
+def test_a_copy_of_a_killed_run_shows_all_results(tmp_path, monkeypatch, left, read_only):
+    folder = left(tmp_path)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(before) == 2 and all(before.values())  # the store and a log
+    if read_only:
+        like_a_read_only_disk(monkeypatch)
+    scores = sk.Scores.open(folder)
+    assert scores.frame()["value"].tolist() == [float(k) for k in range(10)]
+    if read_only:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_log_that_cannot_be_applied_is_told(tmp_path, monkeypatch):
+    folder = unread_log(tmp_path)
+    like_a_read_only_disk(monkeypatch)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def as_it_grows(source, target):
+        target.write_bytes(source.read_bytes())
+        with (folder / "results.sqlite-wal").open("ab") as log:
+            log.write(bytes(100))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sharpkit.runs.store.shutil.copyfile", full)
+        with pytest.raises(RunError, match="has a log of a killed process, and cannot be copied"):
+            sk.Scores.open(folder)
+    monkeypatch.setattr("sharpkit.runs.store.shutil.copyfile", as_it_grows)
+    with pytest.raises(RunError, match="a process writes to it"):
+        sk.Scores.open(folder)
+
+
+def test_an_export_that_fails_leaves_the_one_before(task, tmp_path, monkeypatch):
+    scores = score(task, None, limit=1)
+    before = scores.export(tmp_path / "all.csv").read_bytes()
+
+    def half(self, path, **options):
+        path.write_text("task,")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", half)
+    with pytest.raises(OSError, match="No space left"):
+        scores.export(tmp_path / "all.csv")
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.csv")} == {"all.csv": before}
+    assert not list(tmp_path.glob(".*.tmp"))

@@ -287,3 +287,12 @@ def test_wrong_names_are_answered_with_the_right_ones(zoo_path):
         zoo["tiny"]["1"].load("best")
     with pytest.raises(ArgumentError, match="'train' or 'test'"):
         zoo["tiny"].dataset("validation")
+
+
+def test_a_shard_far_away_is_a_gap(zoo_path):
+    folder = zoo_path / "input_data" / "tiny" / "dataset_1" / "train"
+    last = max(folder.glob("shard_*.tfrecord"))
+    last.rename(folder / "shard_99999999999.tfrecord")
+    (folder / "shard_0.tfrecord").touch()
+    with pytest.raises(ZooFormatError, match=r"shard_\d{1,2}\.tfrecord is missing"):
+        load_zoo(zoo_path)["tiny"].shards("train")

@@ -3,7 +3,9 @@
 import gzip
 import json
 import os
+import resource
 import signal
+import subprocess
 from dataclasses import replace
 from functools import partial
 
@@ -139,6 +141,17 @@ def test_an_interrupted_run_goes_on_where_it_was(trained, tmp_path, monkeypatch)
     assert same_zoo(trained, tmp_path)
 
 
+def test_what_a_killed_run_left_half_written_is_removed(trained, tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for folder in ("input_data/task1/model_0", "input_data/task1/dataset_1/train", "training"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / f".weights.hdf5.{ended.pid}-{'0f' * 16}.tmp").touch()
+    train(tmp_path)
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert same_zoo(trained, tmp_path)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_model_that_fails_is_reported_and_the_others_are_trained(tmp_path, workers):
     report = train(tmp_path, grid={"learning_rate": [0.02, 1e30], "width": [3, 5]}, workers=workers)
@@ -220,6 +233,21 @@ def test_limit_trains_the_first_models_and_the_rest_can_follow(trained, tmp_path
     report = train(tmp_path)
     assert report.skipped == ["0"] and report.trained == ["1", "2", "3"]
     assert same_zoo(trained, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["model_0/weights.hdf5", "dataset_1/train/shard_0.tfrecord"])
+def test_a_full_disk_is_told_and_the_zoo_goes_on_later(trained, tmp_path, file):
+    size = (trained / "input_data" / "task1" / file).stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"cannot be written .* run the same again to go on"):
+            train(tmp_path / "zoo")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "zoo").rglob("*.tmp"))
+    assert train(tmp_path / "zoo").trained == ["0", "1", "2", "3"]
+    assert same_zoo(trained, tmp_path / "zoo")
 
 
 def test_two_drivers_of_one_directory_are_refused(tmp_path):

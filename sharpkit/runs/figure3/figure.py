@@ -17,7 +17,7 @@ from sharpkit.curvature.density import SpectralDensity
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.evaluation.legend import write_with_legend
-from sharpkit.files import atomic_path
+from sharpkit.files import atomic_path, write_csv
 from sharpkit.lock import sole_driver
 from sharpkit.measures import MSharpness
 from sharpkit.runs.evaluate import evaluate
@@ -34,6 +34,7 @@ from sharpkit.runs.figure3.trainings import (
     train,
 )
 from sharpkit.runs.score import score_zoo
+from sharpkit.safe_text import printable
 from sharpkit.settings import changes
 from sharpkit.workers import Backend, Failure, default_backend, run_items
 
@@ -77,6 +78,7 @@ def figure3(
     backend: Backend | None = None,
     address: str | None = None,
     device: str = "cpu",
+    build: str | None = None,
     progress: bool = True,
 ) -> Figure3:
     """The three panels of the SAM paper's Figure 3 in one picture, with their tables.
@@ -104,6 +106,7 @@ def figure3(
             `if __name__ == "__main__":`; the nodes of a Ray cluster must share the disk of `out`.
         address: Of the Ray cluster, such as "auto"; None for a local one.
         device: Where to train and measure, such as "cpu" or "cuda".
+        build: As for `read_plan`.
         progress: Whether to show progress bars.
 
     Returns:
@@ -123,7 +126,7 @@ def figure3(
         >>> result = sk.figure3("mini", out="runs/mini", panels=["right"])  # doctest: +SKIP
         >>> result.predictive_power[["m", "cmi_pgdl"]]  # doctest: +SKIP
     """
-    plan = preset if isinstance(preset, Plan) else read_plan(preset)
+    plan = preset if isinstance(preset, Plan) else read_plan(preset, build)
     if data is not None:
         plan = replace(plan, data=plan.data.at(data))
     if zoo is not None:
@@ -178,7 +181,7 @@ class _Driver:
             for item, result in outcomes:
                 if isinstance(result, Failure):
                     self.failures[item.name] = result.message
-                    bar.write(f"{item.name} failed: {result.message}")
+                    bar.write(f"{item.name} failed: {printable(result.message)}")
                 else:
                     found[item] = result
                 bar.update()
@@ -285,8 +288,7 @@ def _claim(root: Path, plan: Plan, panels: Collection[str]) -> None:
 
 
 def _written(table: pd.DataFrame, path: Path) -> pd.DataFrame:
-    with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False)
+    write_csv(table, path)
     return table
 
 

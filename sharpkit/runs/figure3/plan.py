@@ -115,16 +115,29 @@ class Plan:
             )
 
 
-def read_plan(preset: str | Path) -> Plan:
+def read_plan(preset: str | Path, build: str | None = None) -> Plan:
     """The plan of a preset ("mini", "fashion", "cifar10", "paper") or of a TOML file.
+
+    Args:
+        preset: Its name, or the path of a file.
+        build: The file's architecture once more, where that is a "module:callable": code that a
+            file names is not run unless the user repeats it.
 
     Raises:
         ArgumentError: No such file or preset, not TOML, an unknown or missing field, or a value of
-            another type or outside its range; names the file and the field.
+            another type or outside its range, or an architecture that is code other than `build`;
+            names the file and the field.
 
     Example:
         >>> read_plan("mini").training.m
         (1, 4, 16, 64, 256)
     """
     path = preset_path(preset, Path(__file__).parent / "presets")
-    return from_table(Plan, read_toml(path), str(path))
+    plan = from_table(Plan, read_toml(path), str(path))
+    named = plan.training.architecture
+    if ":" in named and build != named:
+        raise ArgumentError(
+            f"{path}, training: architecture is the code {named!r}, and code that a file names is "
+            "not run. If you trust it, repeat it: --build module:callable, or build=..."
+        )
+    return plan
