@@ -95,7 +95,6 @@ def plain_gradient(
     *,
     batch: int | None = None,
     layout: torch.memory_format = torch.contiguous_format,
-    scaled: bool = True,
 ) -> PlainGradient:
     """The mean loss of examples and its gradient by ordinary autograd, in batches.
 
@@ -106,11 +105,10 @@ def plain_gradient(
         examples: On the model's device.
         batch: Examples at a time; None for all.
         layout: Of images and of the weights of convolutions.
-        scaled: As in `leaf_gradient`.
     """
     with model.assigned(in_layout(weights, layout)) as leaves:
         part = examples_in_layout(examples, layout)
-        found = leaf_gradient(model, loss, leaves, part, batch, scaled=scaled)
+        found = leaf_gradient(model, loss, leaves, part, batch)
     found.gradient = [
         None if g is None else model.real(name, g)
         for name, g in zip(weights, found.gradient, strict=True)

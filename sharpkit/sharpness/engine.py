@@ -245,7 +245,7 @@ class Sweep:
         direction = geometry.of_length(length)
         self._note(direction, exponent < torch.inf)
         if self.care == Care.NONE:
-            self._doubts.append((length < geometry.LEAST_UNSCALED).any())
+            self._doubts.append((~(length >= geometry.LEAST_UNSCALED)).any())  # also NaN
         stays = direction.coefficient == 0
         level.increases.append((after - loss).masked_fill(stays, 0.0))
         level.weights.append(weight)

@@ -106,8 +106,10 @@ def step_of_one(
         ascent = list(torch._foreach_mul(ascent, factors))
     length = geometry.length_of_one(ascent)
     low, high = geometry.SAFE_NORMS
-    low = low if scaled else geometry.LEAST_UNSCALED
-    doubtful = ((length < low) | (length > high)) & (exponent < torch.inf)
+    if scaled:
+        doubtful = ((length < low) | (length > high)) & (exponent < torch.inf)
+    else:  # NaN may come of slopes that are too large
+        doubtful = ~((length >= geometry.LEAST_UNSCALED) & (length <= high))
     amount = torch.where(length > 0, 1.0 / length, length)  # NaN stays NaN
     if scale is None:
         amount = amount * radii.common

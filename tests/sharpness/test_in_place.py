@@ -159,3 +159,29 @@ def test_groups_whose_gradient_is_zero_stay_where_they_are() -> None:
     found = measured(model, (x, torch.randint(2, (96,))), m=32, rho=0.1)
     assert found.zero_gradient_groups == {32: 3}
     assert found.group_values[32, 0.1].tolist() == [0.0] * 3
+
+
+def test_slopes_that_overflow_on_the_way_are_scaled() -> None:
+    """Unscaled, the gradient has infinite entries on its way, and NaN at the end."""
+
+    class Steep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.tanh(self.first(x)))
+
+    torch.manual_seed(0)
+    model, x, y = Steep(), torch.randn(96, 4), torch.randn(96, 3)
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return 1e30 * (outputs - labels).square().sum(1).mean()
+
+    with torch.no_grad():
+        model.last.weight.mul_(1e-12)
+        model.first.weight.mul_(3.0)
+    found = measured(model, (x, y), m=32, rho=1e-3, loss=loss)
+    model.double()
+    exact = measured(model, (x.double(), y.double()), m=32, rho=1e-3, loss=loss)
+    assert found.value == pytest.approx(exact.value, rel=1e-3)
