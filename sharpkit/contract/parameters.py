@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.modules import unwrapped, wrapper_prefix
+from sharpkit.contract.state import parts_of
 from sharpkit.errors import ArgumentError, ModelError
 
 Parameters: TypeAlias = "str | Iterable[str] | nn.Module | Iterable[nn.Module] | None"
@@ -132,11 +133,12 @@ def check_finite_weights(model: nn.Module) -> None:
     real = [t for t in tensors if t[2].is_floating_point() or t[2].is_complex()]
     flags: dict[torch.device, list[Tensor]] = {}
     for _, _, tensor in real:
-        flags.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+        values = parts_of(tensor)[-1]
+        flags.setdefault(tensor.device, []).append(torch.isfinite(values).all())
     if all(bool(torch.stack(found).all()) for found in flags.values()):  # a wait for each device
         return
     for kind, name, tensor in real:
-        bad = int((~torch.isfinite(tensor)).sum())
+        bad = int((~torch.isfinite(parts_of(tensor)[-1])).sum())
         if bad:
             raise ModelError(
                 f"{kind} {name!r} has {bad} NaN or infinite entries of {tensor.numel()}"

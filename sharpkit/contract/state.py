@@ -114,13 +114,31 @@ class _Memory:
 
 def same_values(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same values, NaN being the same as NaN."""
-    if a.shape != b.shape or a.dtype != b.dtype:
+    if a.shape != b.shape or a.dtype != b.dtype or a.layout != b.layout:
         return False
+    if a.layout != torch.strided:
+        return all(map(same_values, parts_of(a), parts_of(b)))
     if torch.equal(a, b):
         return True
     if not (a.is_floating_point() or a.is_complex()):
         return False
     return bool(torch.all((a == b) | (torch.isnan(a) & torch.isnan(b))))
+
+
+def parts_of(tensor: Tensor) -> list[Tensor]:
+    """A tensor as ordinary ones: itself, or the indices and, last, the values of a sparse one.
+
+    Example:
+        >>> [part.tolist() for part in parts_of(torch.eye(2).to_sparse())]
+        [[[0, 1], [0, 1]], [1.0, 1.0]]
+    """
+    if tensor.layout == torch.strided:
+        return [tensor]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
 
 
 _SMALL = 2**20  # entries up to which tensors are compared side by side in one copy
@@ -137,8 +155,9 @@ def differing(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[int]:
     together: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     large: list[list[int]] = []
     for i, (a, b) in enumerate(pairs):
-        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
-            found.append(i)
+        alike = (a.shape, a.dtype, a.device, a.layout) == (b.shape, b.dtype, b.device, b.layout)
+        if not alike or a.layout != torch.strided:
+            found += [] if alike and same_values(a.detach(), b.detach()) else [i]
         elif a.numel() > _SMALL:
             large.append([i])
         else:

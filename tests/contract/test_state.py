@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.state import Found, differing
+import sharpkit
+from sharpkit.contract.state import Found, differing, parts_of
+from sharpkit.errors import ModelError
 
 KINDS = [torch.float32, torch.float64, torch.float16, torch.int64, torch.bool, torch.complex64]
 
@@ -56,3 +58,31 @@ def test_a_model_is_put_back_as_it_was_found() -> None:
     found.restore()
     for name, t in model.state_dict().items():
         torch.testing.assert_close(t, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr", "csc"])
+def test_a_sparse_buffer_is_measured_as_a_dense_one(layout: str) -> None:
+    """A graph's adjacency, as the buffer of a network, beside the same numbers in full."""
+    torch.manual_seed(0)
+    matrix = torch.eye(5) + torch.diag(torch.full((4,), 0.5), 1)
+    sparse = {"coo": Tensor.to_sparse, "csr": Tensor.to_sparse_csr, "csc": Tensor.to_sparse_csc}
+
+    class Graph(nn.Module):
+        def __init__(self, adjacency: Tensor) -> None:
+            super().__init__()
+            self.head = nn.Linear(5, 3)
+            self.register_buffer("adjacency", adjacency)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.adjacency @ x.T).T)
+
+    graph, plain = Graph(sparse[layout](matrix)), Graph(matrix)
+    plain.head.load_state_dict(graph.head.state_dict())
+    data = torch.randn(48, 5), torch.arange(48) % 3
+    for m in (1, 16):
+        a, b = (sharpkit.m_sharpness(g, data, m=m, rho=0.1, progress=False) for g in (graph, plain))
+        assert a.value == pytest.approx(b.value, rel=1e-4)
+    with torch.no_grad():
+        parts_of(graph.adjacency)[-1][0] = torch.inf
+    with pytest.raises(ModelError, match="adjacency"):
+        sharpkit.m_sharpness(graph, data, m=16, rho=0.1, progress=False)
