@@ -59,6 +59,12 @@ def gradient_noise(model: nn.Module, data: Data, *, loss: Loss = "cross_entropy"
     loss_fn = resolve_loss(loss)
     with frozen(model) as found:
         run = setup(model, data, found, loss)
+        reason = run.probe.try_swapping() if run.probe is not None else ""
+        if reason:
+            raise ModelError(
+                f"{reason}, so examples have no gradients of their own here: read weights as "
+                "attributes of the modules that own them, inside forward"
+            )
         n = len(run.examples)
         if n < 2:
             raise DataError("the variance of gradients needs at least two examples, got 1")

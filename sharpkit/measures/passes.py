@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sharpkit.contract.checks import examine
+from sharpkit.contract.checks import Probe, examine
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.loading import Data, load_in_order
@@ -26,6 +26,7 @@ class Setup:
 
     function: FunctionalModel
     examples: Examples
+    probe: Probe | None = None  # what the model was examined with
 
     def batches(self, size: int = BATCH) -> Iterator[Examples]:
         """The examples in their own order, on the model's device and in its dtype."""
@@ -40,8 +41,9 @@ class Setup:
             DataError: If labels and outputs are not those of a classification.
             ModelError: If an output is NaN or infinite, at the model's own parameters only.
         """
-        with self.function.evaluating():
-            parts = [self.function(parameters or {}, b.inputs).detach() for b in self.batches()]
+        # assigned, so that models that reach their weights by references of their own see them
+        with self.function.evaluating(), self.function.assigned(parameters or {}):
+            parts = [self.function.outputs(b.inputs).detach() for b in self.batches()]
         outputs = torch.cat(parts)
         check_class_labels(self.examples.labels, outputs)
         if parameters is None and not bool(torch.isfinite(outputs).all()):
@@ -70,8 +72,7 @@ def setup(model: nn.Module, data: Data, found: Found, loss: Loss = "cross_entrop
     loss_fn = resolve_loss(loss)
     function = FunctionalModel(model, whole=not loss_fn.exact)
     examples = load_in_order(data)
-    examine(function, loss_fn, examples, found)
-    return Setup(function, examples)
+    return Setup(function, examples, examine(function, loss_fn, examples, found))
 
 
 def images(examples: Examples, what: str) -> Tensor:
