@@ -1,35 +1,31 @@
-"""Worker processes, one item at a time each; one that dies or hangs takes nothing with it.
+"""Worker processes, one item at a time each; one that dies, stops or hangs takes nothing with it.
 
 Pools share a queue between their workers, and a worker killed at a bad moment blocks it. Here every
-worker has a pipe of its own, whose other end tells of its death.
+worker has a connection of its own, and a thread of the driver that alone waits for it.
 """
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import cloudpickle
 import torch
-from tqdm import tqdm
 
 from sharpkit.errors import RunError
-from sharpkit.memory import available_memory, limit_memory
-from sharpkit.workers.items import Failure, attempt
-from sharpkit.workers.threads import limited_threads
+from sharpkit.memory import available_memory
+from sharpkit.workers.items import Failure
+from sharpkit.workers.serving import Ready, Refused
+from sharpkit.workers.worker import LOOK_EVERY, Died, Worker
 
-_READY = "ready"
 _MOST_FAILED_STARTS = 3  # in a row; more means that no worker can start
+_START = 300.0  # seconds that a worker may take to start
+_LEAST_START = 60.0  # with a shorter limit for items: a busy machine takes long to import
 
 
 @dataclass
@@ -50,166 +46,120 @@ def run_in_processes(
     """`run_items` in one process per device given."""
     if memory is None and all(torch.device(d).type == "cpu" for d in devices):
         memory = (available_memory(torch.device("cpu")) or 0) // len(devices) or None
-    setup = cloudpickle.dumps((function, threads, memory))
-    source, again, crew = iter(items), deque[_Job](), dict[int, _Worker]()
-    failed_starts = 0
-
-    def next_job() -> _Job | None:
-        if again:
-            return again.popleft()
-        return next((_Job(item) for item in source), None)
-
-    def fill() -> None:
-        for slot, device in enumerate(devices):
-            if slot not in crew and (job := next_job()) is not None:
-                crew[slot] = _Worker(setup, device, job)
-
+    crew = _Crew(cloudpickle.dumps((function, threads, memory)), iter(items), devices, timeout)
     try:
-        fill()
-        while crew:
-            now, deadline = time.monotonic(), min(w.deadline for w in crew.values())
-            wait(
-                [w.connection for w in crew.values()],
-                None if math.isinf(deadline) else max(0.0, deadline - now),
-            )
-            finished = []
-            for slot, worker in list(crew.items()):
-                job, message = worker.job, worker.message()
-                if message is None:
-                    continue
-                if message == _READY:
-                    failed_starts = 0
-                    worker.begin(job, timeout)
-                elif isinstance(message, _Died) and not worker.ready:
-                    failed_starts += 1
-                    if failed_starts >= _MOST_FAILED_STARTS:
-                        raise RunError(
-                            f"worker processes do not start ({message.reason}). A script that "
-                            'uses them needs `if __name__ == "__main__":`'
-                        )
-                    del crew[slot]
-                    again.appendleft(job)
-                elif isinstance(message, _Died):
-                    del crew[slot]
-                    job.crashes += 1
-                    if job.crashes > 1:
-                        finished.append((job.item, Failure(_death_of(message.reason))))
-                    else:
-                        again.append(job)
-                else:
-                    finished.append((job.item, message))
-                    if isinstance(message, _Late):
-                        finished[-1] = (job.item, Failure(f"stopped after {timeout:g} s"))
-                        del crew[slot]
-                    elif (following := next_job()) is not None:
-                        worker.begin(following, timeout)
-                    else:
-                        worker.kill()
-                        del crew[slot]
-            fill()
-            yield from finished
+        while crew.fill():
+            yield from crew.finished()
     finally:
-        for worker in crew.values():
-            worker.kill()
+        crew.end()
 
 
-class _Late:
-    """An item used up its time."""
+class _Crew:
+    """The workers of a run, by their place, and the jobs that are to be done again."""
 
+    def __init__(
+        self, setup: bytes, source: Iterator[Any], devices: Sequence[str], timeout: float | None
+    ) -> None:
+        self._setup, self._source, self._devices = setup, source, devices
+        self._timeout = math.inf if timeout is None else timeout
+        self._start = _START if timeout is None else max(timeout, _LEAST_START)
+        self._workers = dict[int, Worker]()
+        self._again = deque[_Job]()
+        self._events = SimpleQueue[tuple[Worker, Any]]()
+        self._failed_starts = 0
+        self._looked = time.monotonic()
 
-@dataclass(frozen=True)
-class _Died:
-    reason: str
+    def fill(self) -> bool:
+        """Start a worker at every place that is free, if there is a job; whether any works."""
+        for place, device in enumerate(self._devices):
+            if place not in self._workers and (job := self._next()) is not None:
+                worker = Worker(self._setup, device, job, self._events, self._start)
+                self._workers[place] = worker
+        return bool(self._workers)
 
+    def finished(self) -> Iterator[tuple[Any, Any]]:
+        """Wait for whatever happens first; the items that are finished by it."""
+        deadline = min(worker.deadline for worker in self._workers.values())
+        wait = min(deadline - time.monotonic(), LOOK_EVERY)
+        events = self._drain(max(0.0, wait))
+        now = time.monotonic()  # what comes from now on counts, however late it is looked at
+        for worker, message in events:
+            place = next((p for p, w in self._workers.items() if w is worker), None)
+            if place is not None:  # else it was given up before
+                yield from self._take(place, worker, message)
+        for place, worker in list(self._workers.items()):
+            if now >= worker.deadline:
+                yield from self._late(place, worker)
+        if now - self._looked >= LOOK_EVERY:
+            self._looked = now
+            for worker in self._workers.values():
+                worker.look()
 
-class _Worker:
-    """One process and the item that it has, or gets as soon as it is ready."""
+    def end(self) -> None:
+        """End all processes."""
+        for worker in self._workers.values():
+            worker.end()
 
-    def __init__(self, setup: bytes, device: str, job: _Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.job, self.ready, self.deadline = job, False, math.inf
-        self._process = context.Process(target=_serve, args=(theirs, setup, device), daemon=True)
-        with _interrupts_held():
-            self._process.start()
-        theirs.close()  # else its end would stay open when the worker dies
+    def _next(self) -> _Job | None:
+        if self._again:
+            return self._again.popleft()
+        return next((_Job(item) for item in self._source), None)
 
-    def begin(self, job: _Job, timeout: float | None) -> None:
-        """Hand it an item; the clock starts."""
-        self.job, self.ready = job, True
-        self.deadline = math.inf if timeout is None else time.monotonic() + timeout
-        with suppress(OSError):  # it died; the next message says so
-            self.connection.send(job.item)
-
-    def message(self) -> Any:
-        """A result, `_READY`, `_Died` or `_Late`; None while it works."""
+    def _drain(self, seconds: float) -> list[tuple[Worker, Any]]:
+        """All events that are there, or the first within so many seconds."""
+        events = []
         try:
-            if self.connection.poll():
-                return self.connection.recv()
-        except (EOFError, OSError):
-            self._process.join(1.0)  # its pipe closes a moment before it has an exit code
-            reason = _reason(self._process.exitcode)
-            self.kill()
-            return _Died(reason)
-        if time.monotonic() >= self.deadline:
-            self.kill()
-            return _Late()
-        return None
+            events.append(self._events.get(timeout=seconds))
+            while True:
+                events.append(self._events.get_nowait())
+        except Empty:
+            return events
 
-    def kill(self) -> None:
-        """End the process, whatever it is doing."""
-        self._process.kill()
-        self._process.join()
-        self.connection.close()
+    def _take(self, place: int, worker: Worker, message: Any) -> Iterator[tuple[Any, Any]]:
+        """Act on what came of a worker."""
+        if isinstance(message, Ready):
+            self._failed_starts = 0
+            worker.begin(worker.job, (worker.job.item,), self._timeout)
+        elif isinstance(message, Refused):
+            raise RunError(f"worker processes cannot load what they shall do ({message.reason})")
+        elif isinstance(message, Died):
+            reason = worker.reason()
+            self._lost(place, f"{reason}: {message.reason}" if reason == "no process" else reason)
+            yield from self._crashed(worker, reason)
+        else:
+            yield worker.job.item, message
+            if (following := self._next()) is not None:
+                worker.begin(following, (following.item,), self._timeout)
+            else:
+                self._workers.pop(place).end()
 
+    def _late(self, place: int, worker: Worker) -> Iterator[tuple[Any, Any]]:
+        if worker.ready:
+            self._workers.pop(place).end()
+            yield worker.job.item, Failure(f"stopped after {self._timeout:g} s")
+        else:
+            self._lost(place, f"not ready after {self._start:g} s")
+            self._again.appendleft(worker.job)
 
-def _serve(connection: Connection, setup: bytes, device: str) -> None:
-    """What a worker process does."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
-    function, threads, memory = cloudpickle.loads(setup)
-    with limited_threads(threads):
-        limit_memory(memory, torch.device(device))
-        connection.send(_READY)
-        while True:
-            try:
-                item = connection.recv()
-            except EOFError:
-                return
-            result = attempt(function, item, device)
-            try:
-                connection.send(result)
-            except (TypeError, AttributeError, ValueError) as error:  # pickling, before any byte
-                connection.send(Failure(f"its result cannot be sent: {error}"))
+    def _lost(self, place: int, reason: str) -> None:
+        """Give a worker up; RunError if none can start."""
+        worker = self._workers.pop(place)
+        worker.end()
+        self._failed_starts += not worker.ready
+        if self._failed_starts >= _MOST_FAILED_STARTS:
+            raise RunError(
+                f"worker processes do not start ({reason}). A script that uses them needs "
+                '`if __name__ == "__main__":`'
+            )
 
-
-def _die_with_parent() -> None:
-    """End this process when the one that started it is gone, however that happened."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal: children started here leave it to the driver."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _reason(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"exit code {code}"
-    return f"signal {signal.Signals(-code).name}"
-
-
-def _death_of(reason: str) -> str:
-    hint = "; was there too little memory?" if "SIGKILL" in reason else ""
-    return f"its worker process died twice ({reason}{hint})"
+    def _crashed(self, worker: Worker, reason: str) -> Iterator[tuple[Any, Any]]:
+        """Do its job again, unless it was at fault twice."""
+        job: _Job = worker.job
+        job.crashes += worker.ready
+        if job.crashes > 1:
+            hint = "; was there too little memory?" if "SIGKILL" in reason else ""
+            yield job.item, Failure(f"its worker process died twice ({reason}{hint})")
+        elif worker.ready:
+            self._again.append(job)
+        else:
+            self._again.appendleft(job)

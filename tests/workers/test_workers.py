@@ -43,7 +43,7 @@ def work(item, device):
     if kind == "allocate":
         return len(torch.ones(arguments[0]))
     if kind == "unsendable":
-        return lambda: None
+        return (k for k in range(3))
     return os.getpid()
 
 
