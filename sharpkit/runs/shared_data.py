@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from sharpkit.errors import RunError
@@ -27,9 +28,10 @@ def share(data: TensorDataset, backend: Backend, folder: Path) -> Any:
     Raises:
         RunError: The files cannot be written.
     """
+    tensors = tuple(map(_row_major, data.tensors))
     if backend == "inline":
-        return data
-    arrays = tuple(tensor.contiguous().numpy() for tensor in data.tensors)
+        return TensorDataset(*tensors)
+    arrays = tuple(tensor.numpy() for tensor in tensors)
     if backend == "ray":
         import ray
 
@@ -42,6 +44,14 @@ def share(data: TensorDataset, backend: Backend, folder: Path) -> Any:
     except OSError as error:
         raise RunError(f"{folder}: cannot write the data for the workers ({error})") from error
     return files
+
+
+def _row_major(tensor: Tensor) -> Tensor:
+    """The same numbers with the strides that a file gives them: kernels are chosen by strides.
+
+    A tensor with a dimension of size 1 may be contiguous with other strides as well.
+    """
+    return tensor.contiguous().reshape(-1).view(tensor.shape)
 
 
 def shared(handle: Any) -> TensorDataset:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from sharpkit.workers.items import Failure, attempt, error_message
 from sharpkit.workers.threads import limited_threads
 
 _NOTHING = object()
+_LOOK_EVERY = 1.0  # seconds, in which an interrupt is noticed
+_LONGEST_CANCEL = 30.0  # seconds; Ray kills a process that does not answer after five
+_LONGEST_GET = 600.0  # seconds to bring a result from another node
 
 
 def run_on_ray(
@@ -47,13 +51,12 @@ def run_on_ray(
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except ConnectionError as error:
-            raise RunError(f"no Ray cluster at {address!r}: {error}") from error
+        except (OSError, RuntimeError, TimeoutError) as error:
+            name = "of this machine starts" if address is None else f"at {address!r}"
+            raise RunError(f"no Ray cluster {name}: {error_message(error)}") from error
     on_gpu = torch.device(device).type == "cuda"
     requests = {"num_cpus": threads, "num_gpus": int(on_gpu), "memory": memory, "max_retries": 1}
-    compute = ray.remote(**requests)(_compute)
-    function_ref = ray.put(function)
-    source, running = iter(items), dict[Any, tuple[Any, float]]()
+    running = dict[Any, tuple[Any, float]]()
 
     def room() -> int:
         if workers is not None:
@@ -62,27 +65,51 @@ def run_on_ray(
         return max(1, int(resources.get("GPU", 0) if on_gpu else resources["CPU"] // threads))
 
     try:
+        compute = ray.remote(**requests)(_compute)
+        function_ref = ray.put(function)
+        source = iter(items)
         while True:
             while len(running) < room() and (item := next(source, _NOTHING)) is not _NOTHING:
-                ref = compute.remote(function_ref, item, device, threads, memory)
+                try:
+                    ref = compute.remote(function_ref, item, device, threads, memory)
+                except TypeError as error:  # Ray's, of what it cannot pickle; pages long
+                    reason = str(error).partition("==")[0].strip()
+                    yield item, Failure(f"it cannot be sent to a worker: {reason}")
+                    continue
                 running[ref] = item, time.monotonic() + (timeout or math.inf)
             if not running:
                 return
             left = min(deadline for _, deadline in running.values()) - time.monotonic()
-            ready, _ = ray.wait(list(running), timeout=None if math.isinf(left) else max(0, left))
-            for ref in ready:
+            for ref in _finished(list(running), min(max(0.0, left), _LOOK_EVERY)):
                 item, _ = running.pop(ref)
                 yield item, _result(ref)
             now = time.monotonic()
-            for ref in [ref for ref, (_, deadline) in running.items() if deadline <= now]:
+            late = [ref for ref, (_, deadline) in running.items() if deadline <= now]
+            for ref in set(late).difference(_finished(late, 0.0)):
                 item, _ = running.pop(ref)
                 ray.cancel(ref, force=True)
+                # until its place is free, so that the next one's time does not begin before
+                ray.wait([ref], timeout=_LONGEST_CANCEL)
                 yield item, Failure(f"stopped after {timeout:g} s")
+    except ray.exceptions.RayError as error:
+        raise RunError(f"the Ray cluster is lost: {error_message(error)}") from error
     finally:
         for ref in running:
-            ray.cancel(ref, force=True)
+            with suppress(ray.exceptions.RayError):
+                ray.cancel(ref, force=True)
         if starts:
             ray.shutdown()
+
+
+def _finished(refs: list[Any], seconds: float) -> list[Any]:
+    """All that are finished, after waiting so many seconds at most for the first."""
+    import ray
+
+    if not refs:
+        return []
+    ray.wait(refs, timeout=seconds)
+    ready: list[Any] = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+    return ready
 
 
 def _compute(
@@ -98,6 +125,8 @@ def _result(ref: Any) -> Any:
     import ray
 
     try:
-        return ray.get(ref)
+        return ray.get(ref, timeout=_LONGEST_GET)
+    except ray.exceptions.RayTaskError as error:  # the function's own errors are caught before
+        return Failure(f"its result cannot be sent: {error_message(error)}")
     except ray.exceptions.RayError as error:
         return Failure(f"its worker was lost twice ({error_message(error)})")

@@ -17,6 +17,7 @@ from sharpkit.errors import ArgumentError, SharpkitError
 from sharpkit.workers.threads import limited_threads
 
 Backend = Literal["inline", "processes", "ray"]
+_LONGEST_MESSAGE = 2000
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -133,7 +134,8 @@ def attempt(function: Callable[[Item, str], Result], item: Item, device: str) ->
 
 def error_message(error: Exception) -> str:
     """One line about an error; its type too, unless it is one of sharpkit's."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:_LONGEST_MESSAGE]
+    text = text.encode("utf-8", "backslashreplace").decode()  # any store and terminal takes it
     return text if isinstance(error, SharpkitError) else f"{type(error).__name__}: {text}"
 
 
