@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sharpkit.errors import RunError
 
-VERSION = 3
+VERSION = 4
 
 _FIRST = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -39,6 +39,11 @@ ALTER TABLE items ADD COLUMN environment INTEGER;
 CREATE TABLE environments (id INTEGER PRIMARY KEY, content TEXT UNIQUE NOT NULL);
 """,
     3: "ALTER TABLE items ADD COLUMN precision TEXT;",
+    4: """
+ALTER TABLE meta ADD COLUMN checksum TEXT;
+ALTER TABLE tasks ADD COLUMN checksum TEXT;
+ALTER TABLE items ADD COLUMN checksum TEXT;
+""",
 }
 
 
@@ -58,7 +63,10 @@ def prepare(db: sqlite3.Connection, path: Path | None) -> None:
             for statement in filter(str.strip, _STEPS[number].split(";")):
                 db.execute(statement)
         if found < VERSION:
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('version', ?)", (json.dumps(VERSION),))
+            db.execute(
+                "INSERT OR REPLACE INTO meta (key, value) VALUES ('version', ?)",
+                (json.dumps(VERSION),),
+            )
 
 
 def is_empty(db: sqlite3.Connection) -> bool:
@@ -73,8 +81,8 @@ def version(db: sqlite3.Connection, path: Path | None) -> int:
         RunError: If it is none that this code knows.
     """
     row = db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
-    found = json.loads(row[0]) if row else None
-    if found not in _STEPS:
+    found = row[0] if row else None
+    if found not in map(str, _STEPS):
         raise RunError(
             f"{path}: store version {found}; this version of sharpkit knows 1 to {VERSION}"
         )

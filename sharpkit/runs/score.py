@@ -95,7 +95,7 @@ class Scores:
         import pandas as pd
 
         rows = [
-            {"task": task, "model": model, **entry.get("metrics", {})}
+            {"task": task, "model": model, **(entry.get("metrics") or {})}
             for task, configs in self.model_configs.items()
             for model, entry in configs.items()
         ]

@@ -1,18 +1,24 @@
-"""The results of a run in one SQLite file, committed work item by work item."""
+"""The results of a run in one SQLite file, committed work item by work item.
+
+Every row carries a checksum: what a failing disk or copy has changed is told, and computed again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.contract.rules import refuse_other_rules
+from sharpkit.doors import reading
 from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, parse_setting
 from sharpkit.runs.fingerprint import stamp
@@ -24,6 +30,11 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str, str]  # task, model, measure
 TEST_METRICS = "test_metrics"  # stands for a measure whose values are columns of the metrics
+_DAMAGED = "its stored values are damaged (wrong checksum); the same run computes them again"
+_CHECKED = (  # columns of an item that its checksum covers
+    "task, model, measure, error, seconds, weights_hash, data_hash, settings_hash, device, dtype, "
+    "precision, peak_memory"
+)
 
 
 @dataclass(frozen=True)
@@ -77,27 +88,8 @@ class Store:
 
     def __init__(self, path: Path | None, config: Mapping[str, Any] | None = None) -> None:
         self.path, self.closed = path, False
-        try:
-            if config is None:
-                self._db = _open_to_read(path)
-            else:
-                # a second process that opens the same run waits for the first
-                self._db = sqlite3.connect(
-                    path if path else ":memory:", isolation_level=None, timeout=60
-                )
-                prepare(self._db, path)
-                self._db.execute("PRAGMA journal_mode=WAL")
-                self._agree_on(json.loads(json.dumps(config)))
-        except sqlite3.OperationalError as error:
-            if config is None:
-                raise RunError(f"{path}: cannot be read as a results store ({error})") from error
-            raise RunError(
-                f"{path}: cannot be written ({error}): free space or permissions, then start again"
-            ) from error
-        except sqlite3.DatabaseError as error:
-            raise RunError(
-                f"{path}: not a sharpkit results store, or it cannot be opened ({error})"
-            ) from error
+        with reading(path, RunError, "a sharpkit results store"):
+            self._db = _open_to_read(path) if config is None else self._open_to_write(config)
 
     def close(self) -> None:
         """Close the file; nothing can be read any more."""
@@ -107,34 +99,36 @@ class Store:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration of the run."""
-        value: dict[str, Any] = self._meta("config") or {}
+        value: dict[str, Any] = self._meta("config")
         return value
 
     @property
     def directions(self) -> dict[str, Any]:
         """What was noted by `set_directions`."""
-        value: dict[str, Any] = self._meta("directions") or {}
+        value: dict[str, Any] = self._meta("directions")
         return value
 
     # --- writing -----------------------------------------------------------------------------
 
     def add_task(self, task: str, model_configs: Mapping[str, Any]) -> None:
         """Keep a task's hyperparameters and metrics, so that the run can be evaluated alone."""
+        text = json.dumps(model_configs)
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO tasks (task, model_configs) VALUES (?, ?) ON CONFLICT (task) "
-                "DO UPDATE SET model_configs = excluded.model_configs",
-                (task, json.dumps(model_configs)),
+                "INSERT INTO tasks (task, model_configs, checksum) VALUES (?, ?, ?) "
+                "ON CONFLICT (task) DO UPDATE SET model_configs = excluded.model_configs, "
+                "checksum = excluded.checksum",
+                (task, text, _checksum(task, text)),
             )
 
     def set_data(self, task: str, hash_: str, stamp: str) -> None:
         """Keep the hash of a task's data files, with their sizes and times."""
         with self._transaction() as db:
             db.execute(
-                "INSERT INTO tasks (task, model_configs, data_hash, data_stamp) "
-                "VALUES (?, '{}', ?, ?) ON CONFLICT (task) DO UPDATE SET "
+                "INSERT INTO tasks (task, model_configs, checksum, data_hash, data_stamp) "
+                "VALUES (?, '{}', ?, ?, ?) ON CONFLICT (task) DO UPDATE SET "
                 "data_hash = excluded.data_hash, data_stamp = excluded.data_stamp",
-                (task, hash_, stamp),
+                (task, _checksum(task, "{}"), hash_, stamp),
             )
 
     def add(self, task: str, model: str, measure: str, outcome: Outcome) -> None:
@@ -147,37 +141,41 @@ class Store:
                     (outcome.environment,),
                 )
             db.execute("DELETE FROM results WHERE task = ? AND model = ? AND measure = ?", key)
+            values = [
+                (setting, float(v.value), float(v.std_error))
+                for setting, v in outcome.values.items()
+            ]
             db.executemany(
-                "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)",
-                [(*key, setting, v.value, v.std_error) for setting, v in outcome.values.items()],
+                "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", [(*key, *row) for row in values]
+            )
+            checked = (
+                *key,
+                outcome.error,
+                outcome.seconds,
+                outcome.weights_hash,
+                outcome.data_hash,
+                outcome.settings_hash,
+                outcome.device,
+                outcome.dtype,
+                outcome.precision,
+                outcome.peak_memory,
             )
             db.execute(
-                "INSERT OR REPLACE INTO items (task, model, measure, error, seconds, "
-                "weights_hash, weights_stamp, data_hash, settings_hash, device, dtype, "
-                "precision, peak_memory, environment) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, "
-                "(SELECT id FROM environments WHERE content = ?))",
+                f"INSERT OR REPLACE INTO items ({_CHECKED}, weights_stamp, environment, checksum) "
+                f"VALUES ({'?, ' * len(checked)}?, "
+                "(SELECT id FROM environments WHERE content = ?), ?)",
                 (
-                    *key,
-                    outcome.error,
-                    outcome.seconds,
-                    outcome.weights_hash,
+                    *checked,
                     outcome.weights_stamp,
-                    outcome.data_hash,
-                    outcome.settings_hash,
-                    outcome.device,
-                    outcome.dtype,
-                    outcome.precision,
-                    outcome.peak_memory,
                     outcome.environment,
+                    _item_checksum(checked, values, outcome.environment),
                 ),
             )
 
     def set_directions(self, directions: Mapping[str, Any]) -> None:
         """Note what large values of the measures should mean: measure -> 1, -1, None or by form."""
         with self._transaction() as db:
-            known = self.directions | dict(directions)
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('directions', ?)", (json.dumps(known),))
+            self._note(db, "directions", self.directions | dict(directions))
 
     def restamp(self, stamps: Mapping[Key, str]) -> None:
         """Note that the files of work items have other times, but the same contents."""
@@ -190,37 +188,54 @@ class Store:
     # --- reading -----------------------------------------------------------------------------
 
     def model_configs(self) -> dict[str, dict[str, Any]]:
-        """Task name -> its parsed model_configs.json."""
-        rows = self._db.execute("SELECT task, model_configs FROM tasks ORDER BY rowid")
-        return {task: json.loads(text) for task, text in rows}
+        """Task name -> its parsed model_configs.json; without tasks whose row is damaged."""
+        found = {}
+        for task, text, checksum in self._rows(
+            "SELECT task, model_configs, checksum FROM tasks ORDER BY rowid"
+        ):
+            if checksum not in (None, _checksum(task, text)):
+                warnings.warn(
+                    f"{self.path}: the hyperparameters of a task, {task!r}, are damaged (wrong "
+                    "checksum). The run that scored it, started again, writes them anew",
+                    stacklevel=2,
+                )
+                continue
+            with reading(f"{self.path}, task {task!r}", RunError, "JSON"):
+                found[task] = json.loads(text)
+        return found
 
     def data(self, task: str) -> tuple[str | None, str | None]:
         """Hash and stamp of a task's data files, as far as known."""
-        row = self._db.execute(
-            "SELECT data_hash, data_stamp FROM tasks WHERE task = ?", (task,)
-        ).fetchone()
-        return row or (None, None)
+        rows = self._rows("SELECT data_hash, data_stamp FROM tasks WHERE task = ?", task)
+        return rows[0] if rows else (None, None)
 
     def done(self) -> Iterator[tuple[Key, str | None, str | None, str | None]]:
         """What succeeded: its key, and the hash, stamp and data hash that it was computed from."""
-        rows = self._db.execute(
+        damaged = self._damaged()
+        for task, model, measure, *known in self._rows(
             "SELECT task, model, measure, weights_hash, weights_stamp, data_hash FROM items "
             "WHERE error IS NULL"
-        )
-        for task, model, measure, *known in rows:
-            yield (task, model, measure), *known
+        ):
+            if (task, model, measure) not in damaged:
+                yield (task, model, measure), *known
 
     def results(self) -> pd.DataFrame:
         """One row per value: task, model, measure, the setting's columns, value, std_error."""
         import pandas as pd
 
-        rows = self._db.execute(
-            "SELECT task, model, measure, setting, value, std_error FROM results "
-            # the order of completion must not show in the columns,
-            "WHERE measure != ? ORDER BY measure, setting",
-            (TEST_METRICS,),
-        ).fetchall()
-        settings = {row[3]: parse_setting(row[3]) for row in rows}
+        damaged = self._damaged()
+        rows = [
+            row
+            for row in self._rows(
+                "SELECT task, model, measure, setting, value, std_error FROM results "
+                # the order of completion must not show in the columns,
+                "WHERE measure != ? ORDER BY measure, setting",
+                TEST_METRICS,
+            )
+            if row[:3] not in damaged
+        ]
+        with reading(f"{self.path}, settings", RunError, "name=value pairs"):
+            settings = {row[3]: parse_setting(row[3]) for row in rows}
         columns = dict.fromkeys(key for columns in settings.values() for key in columns)
         frame = pd.DataFrame(
             [
@@ -244,39 +259,70 @@ class Store:
     def test_metrics(self) -> dict[tuple[str, str], dict[str, float]]:
         """(task, model) -> what was computed on the test data, column -> value."""
         found: dict[tuple[str, str], dict[str, float]] = {}
-        rows = self._db.execute(
+        damaged = self._damaged()
+        for task, model, column, value in self._rows(
             "SELECT task, model, setting, value FROM results WHERE measure = ? ORDER BY rowid",
-            (TEST_METRICS,),
-        )
-        for task, model, column, value in rows:
-            found.setdefault((task, model), {})[column] = value
+            TEST_METRICS,
+        ):
+            if (task, model, TEST_METRICS) not in damaged:
+                found.setdefault((task, model), {})[column] = value
         return found
 
     def failures(self) -> pd.DataFrame:
         """One row per failed work item: task, model, measure, error."""
         import pandas as pd
 
-        rows = self._db.execute(
-            "SELECT task, model, measure, error FROM items WHERE error IS NOT NULL "
-            "ORDER BY task, model, measure"
-        ).fetchall()
+        damaged = self._damaged()
+        rows = [
+            (*key, _DAMAGED if tuple(key) in damaged else error)
+            for *key, error in self._rows(
+                "SELECT task, model, measure, error FROM items ORDER BY task, model, measure"
+            )
+            if error is not None or tuple(key) in damaged
+        ]
         return pd.DataFrame(rows, columns=["task", "model", "measure", "error"])
 
     def provenance(self) -> pd.DataFrame:
         """One row per work item: where its values come from."""
         import pandas as pd
 
-        environments = {
-            id_: json.loads(content)
-            for id_, content in self._db.execute("SELECT id, content FROM environments")
-        }
+        with reading(f"{self.path}, environments", RunError, "JSON"):
+            environments = {id_: json.loads(text) for id_, text in self._environments().items()}
         columns = ["task", "model", "measure", "seconds", "weights_hash", "data_hash"]
         columns += ["settings_hash", "device", "dtype", "precision", "peak_memory"]
-        rows = self._db.execute(f"SELECT {', '.join(columns)}, environment FROM items")
+        rows = self._rows(f"SELECT {', '.join(columns)}, environment FROM items")
         return pd.DataFrame(
             [dict(zip(columns, row, strict=False)) | environments.get(row[-1], {}) for row in rows],
             columns=[*columns, "sharpkit", "torch", "numpy", "python", "platform", "host"],
         )
+
+    def _damaged(self) -> set[Key]:
+        """The work items whose rows, or whose values, are not as they were written."""
+        values: dict[Key, list[tuple[Any, ...]]] = {}
+        for task, model, measure, *row in self._rows(
+            "SELECT task, model, measure, setting, value, std_error FROM results ORDER BY rowid"
+        ):
+            values.setdefault((task, model, measure), []).append(tuple(row))
+        environments = self._environments()
+        damaged = set(values)
+        for *checked, environment, checksum in self._rows(
+            f"SELECT {_CHECKED}, environment, checksum FROM items"
+        ):
+            key: Key = (checked[0], checked[1], checked[2])
+            found = _item_checksum(checked, values.get(key, ()), environments.get(environment))
+            if checksum in (None, found):  # None in rows of earlier versions
+                damaged.discard(key)
+            else:
+                damaged.add(key)
+        return damaged
+
+    def _environments(self) -> dict[int, str]:
+        return dict(self._rows("SELECT id, content FROM environments"))
+
+    def _rows(self, query: str, *arguments: Any) -> list[Any]:
+        """All rows of a query; RunError if the file cannot give them."""
+        with reading(self.path, RunError, "a results store that is not damaged"):
+            return self._db.execute(query, arguments).fetchall()
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -285,15 +331,41 @@ class Store:
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-        except sqlite3.OperationalError as error:
+        except (sqlite3.DatabaseError, UnicodeEncodeError) as error:
             raise RunError(
                 f"{self.path}: cannot be written ({error}). What was finished before is safe: "
                 "start again when the cause is gone"
             ) from error
 
     def _meta(self, key: str) -> Any:
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if row is None else json.loads(row[0])
+        for value, checksum in self._rows("SELECT value, checksum FROM meta WHERE key = ?", key):
+            if checksum not in (None, _checksum(key, value)):
+                raise RunError(f"{self.path}: the stored {key} is damaged (wrong checksum)")
+            with reading(f"{self.path}, {key}", RunError, "JSON"):
+                return json.loads(value)
+        return {}
+
+    def _note(self, db: sqlite3.Connection, key: str, content: Any) -> None:
+        text = json.dumps(content)
+        db.execute(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (key, text, _checksum(key, text))
+        )
+
+    def _open_to_write(self, config: Mapping[str, Any]) -> sqlite3.Connection:
+        try:
+            # a second process that opens the same run waits for the first
+            self._db = sqlite3.connect(
+                self.path if self.path else ":memory:", isolation_level=None, timeout=60
+            )
+            prepare(self._db, self.path)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._agree_on(json.loads(json.dumps(config)))
+        except sqlite3.OperationalError as error:
+            raise RunError(
+                f"{self.path}: cannot be written ({error}): free space or permissions, then start "
+                "again"
+            ) from error
+        return self._db
 
     def _agree_on(self, config: dict[str, Any]) -> None:
         with self._transaction() as db:
@@ -307,7 +379,7 @@ class Store:
             if changed:  # all that there can be are failures of a configuration given up
                 db.execute("DELETE FROM items")
                 db.execute("DELETE FROM tasks")
-            db.execute("INSERT OR REPLACE INTO meta VALUES ('config', ?)", (json.dumps(config),))
+            self._note(db, "config", config)
 
     def _has_results(self) -> bool:
         row = self._db.execute("SELECT 1 FROM items WHERE error IS NULL LIMIT 1").fetchone()
@@ -373,5 +445,19 @@ def _recovered(path: Path) -> sqlite3.Connection:
     return copy
 
 
+def _item_checksum(
+    checked: Sequence[Any], values: Sequence[tuple[Any, ...]], environment: str | None
+) -> str:
+    """Of a work item with its values in the order of writing."""
+    return _checksum(*checked, *values, environment)
+
+
+def _checksum(*content: Any) -> str:
+    """16 hexadecimal digits; numbers enter with all their digits, and NaN as SQLite keeps it."""
+    text = repr(content).replace("nan", "None").encode("utf-8", "backslashreplace")
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
 def _numeric_last(model: str) -> tuple[int, int, str]:
-    return (0, int(model), "") if model.isdigit() else (1, 0, model)
+    is_number = model.isascii() and model.isdigit()
+    return (0, int(model), "") if is_number else (1, 0, model)
