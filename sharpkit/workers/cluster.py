@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +18,9 @@ from sharpkit.errors import ArgumentError, RunError
 from sharpkit.memory import limit_memory
 from sharpkit.workers.items import Failure, attempt, error_message
 from sharpkit.workers.threads import limited_threads
+from sharpkit.workers.worker import LOOK_EVERY, MOST_STOPPED
 
 _NOTHING = object()
-_LOOK_EVERY = 1.0  # seconds, in which an interrupt is noticed
 _LONGEST_CANCEL = 30.0  # seconds; Ray kills a process that does not answer after five
 _LONGEST_GET = 600.0  # seconds to bring a result from another node
 
@@ -56,7 +59,7 @@ def run_on_ray(
             raise RunError(f"no Ray cluster {name}: {error_message(error)}") from error
     on_gpu = torch.device(device).type == "cuda"
     requests = {"num_cpus": threads, "num_gpus": int(on_gpu), "memory": memory, "max_retries": 1}
-    running = dict[Any, tuple[Any, float]]()
+    running, stopped = dict[Any, tuple[Any, float]](), _Stopped()
 
     def room() -> int:
         if workers is not None:
@@ -80,9 +83,10 @@ def run_on_ray(
             if not running:
                 return
             left = min(deadline for _, deadline in running.values()) - time.monotonic()
-            for ref in _finished(list(running), min(max(0.0, left), _LOOK_EVERY)):
+            for ref in _finished(list(running), min(max(0.0, left), LOOK_EVERY)):
                 item, _ = running.pop(ref)
                 yield item, _result(ref)
+            stopped.look()
             now = time.monotonic()
             late = [ref for ref, (_, deadline) in running.items() if deadline <= now]
             for ref in set(late).difference(_finished(late, 0.0)):
@@ -110,6 +114,35 @@ def _finished(refs: list[Any], seconds: float) -> list[Any]:
     ray.wait(refs, timeout=seconds)
     ready: list[Any] = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
     return ready
+
+
+class _Stopped:
+    """Ray's processes of this machine that are stopped: Ray itself would wait for them for ever."""
+
+    def __init__(self) -> None:
+        self._looked, self._seen = time.monotonic(), dict[int, int]()
+
+    def look(self) -> None:
+        """End those that have been found stopped in every look for some time; Ray tries again."""
+        if time.monotonic() - self._looked < LOOK_EVERY:
+            return
+        self._looked = time.monotonic()
+        self._seen = {pid: self._seen.get(pid, 0) + 1 for pid in _stopped_workers()}
+        for pid, times in self._seen.items():
+            if times >= MOST_STOPPED:
+                with suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+
+
+def _stopped_workers() -> Iterator[int]:
+    """Where the system tells: processes with the names that Ray gives its workers, if stopped."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            name = (folder / "cmdline").read_bytes()
+            if name.startswith(b"ray::"):
+                state = (folder / "stat").read_bytes().rpartition(b")")[2].split()[0]
+                if state in (b"T", b"t"):
+                    yield int(folder.name)
 
 
 def _compute(

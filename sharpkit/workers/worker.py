@@ -27,7 +27,7 @@ from sharpkit.workers.items import Failure, error_message
 from sharpkit.workers.serving import serve
 
 LOOK_EVERY = 1.0  # seconds between looks at a process
-_MOST_STOPPED = 20  # looks in a row at a process that is stopped, until it is given up
+MOST_STOPPED = 20  # looks in a row at a process that is stopped, until it is given up
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Worker:
             self._hang_up()
             return
         self._stopped = self._stopped + 1 if _is_stopped(self._process.pid) else 0
-        if self._stopped >= _MOST_STOPPED:
+        if self._stopped >= MOST_STOPPED:
             self._process.kill()
 
     def reason(self) -> str:
         """How the process ended."""
-        if self._stopped >= _MOST_STOPPED:
-            return f"stopped for {_MOST_STOPPED * LOOK_EVERY:g} s"
+        if self._stopped >= MOST_STOPPED:
+            return f"stopped for {MOST_STOPPED * LOOK_EVERY:g} s"
         if self._process is None:
             return "no process"
         self._process.join(1.0)  # its connection closes a moment before it has an exit code

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "waitid"), reason="the system do
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch):
     """A worker that has been seen stopped three times is given up."""
-    monkeypatch.setattr(worker, "_MOST_STOPPED", 3)
+    monkeypatch.setattr(worker, "MOST_STOPPED", 3)
 
 
 def in_half_a_message(do):
