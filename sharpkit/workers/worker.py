@@ -27,7 +27,7 @@ from sharpkit.workers.items import Failure, error_message
 from sharpkit.workers.serving import serve
 
 LOOK_EVERY = 1.0  # seconds between looks at a process
-MOST_STOPPED = 20  # looks in a row at a process that is stopped, until it is given up
+MOST_STOPPED = 10  # looks in a row at a process that is stopped, until it is given up
 
 
 @dataclass(frozen=True)
