@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from sharpkit.contract.precision import current_precision, measuring_precision
-from sharpkit.errors import SharpkitError
+from sharpkit.errors import RunError, SharpkitError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
 from sharpkit.runs.fingerprint import digest, stamp
 from sharpkit.runs.provenance import (
@@ -130,14 +130,19 @@ def pending(
             continue
         if data_hash and data[name] and data_hash != data[name]:
             continue
-        files = model_files(tasks[name][model], measures[measure])
-        now = _stamp(tasks[name], files)
-        if known_hash and now != known_stamp:
-            found = _digest_if_there(tasks[name], files, now)
-            if found and found != known_hash:
-                continue
-            if found:
-                restamped[key] = now
+        try:
+            files = model_files(tasks[name][model], measures[measure])
+            now = _stamp(tasks[name], files)
+            if known_hash and now != known_stamp:
+                found = _digest_if_there(tasks[name], files, now)
+                if found and found != known_hash:
+                    continue
+                if found:
+                    restamped[key] = now
+        except MemoryError:
+            raise
+        except Exception:  # it cannot be compared, which is no reason to drop what was found
+            pass
         done.add(key)
     store.restamp(restamped)
     return [
@@ -172,7 +177,9 @@ def _data_hash(store: Store, name: str, task: Task) -> str | None:
         return None
     try:
         return hash_data(store, name, task)
-    except SharpkitError:
+    except (MemoryError, RunError):  # of this process, of its store
+        raise
+    except Exception:  # told when the task is opened
         return None
 
 

@@ -23,7 +23,7 @@ from sharpkit.contract.loading import load_examples
 from sharpkit.contract.rules import measuring_rules
 from sharpkit.device import check_device
 from sharpkit.display import html_of, lines_of
-from sharpkit.errors import ArgumentError, RunError, SharpkitError
+from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path, write_csv
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, describe
@@ -35,7 +35,14 @@ from sharpkit.runs.items import Scorer, WorkItem, hash_data, pending
 from sharpkit.runs.shared_data import share
 from sharpkit.runs.store import TEST_METRICS, Key, Outcome, Store
 from sharpkit.runs.tables import write_scores
-from sharpkit.workers import Backend, Failure, check_limits, default_backend, run_items
+from sharpkit.workers import (
+    Backend,
+    Failure,
+    check_limits,
+    default_backend,
+    error_message,
+    run_items,
+)
 from sharpkit.zoo import Task
 
 if TYPE_CHECKING:
@@ -326,13 +333,15 @@ class _Items:
         """The items of some keys, task by task; a task is opened when its turn comes."""
         self._left = Counter(task for task, _, _ in keys)
         for name, task in self._tasks.items():
-            with suppress(SharpkitError):  # told when the task is opened
-                self._store.add_task(name, task.model_configs)
+            with suppress(_Unopened), _opening():  # told when its turn comes
+                configs = task.model_configs
+                self._store.add_task(name, configs)
         for name, of_task in itertools.groupby(keys, lambda key: key[0]):
             group = list(of_task)
             try:
-                data = self._open(name)
-            except SharpkitError as error:
+                with _opening():
+                    data = self._open(name)
+            except _Unopened as error:
                 for key in group:
                     self.record(key, Outcome(error=str(error)))
             else:
@@ -368,6 +377,21 @@ class _Items:
 
     def _folder(self, task: str) -> Path:
         return self._scratch / f"{self._split}-{list(self._tasks).index(task)}"
+
+
+class _Unopened(Exception):
+    """A task cannot be opened, for whatever reason; the others can."""
+
+
+@contextmanager
+def _opening() -> Iterator[None]:
+    """Turn whatever a task's files cause into `_Unopened`; what is wrong with the run passes."""
+    try:
+        yield
+    except (MemoryError, RunError):
+        raise
+    except Exception as error:
+        raise _Unopened(error_message(error)) from error
 
 
 @contextmanager
