@@ -1,4 +1,4 @@
-"""Damage the files of a zoo in thousands of ways: each loads, or raises sharpkit's own error.
+"""Damage every kind of file in thousands of ways: each loads, or raises sharpkit's own error.
 
     python benchmarks/fuzz.py --cases 20000 --out fuzz.md
 
@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "zoo"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
 
 from fuzzing import KINDS, try_case, write_seeds
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     each = -(-arguments.cases // len(KINDS))
-    items = [(k, arguments.first + i) for i in range(each) for k in KINDS]
+    items = [(k, arguments.first + i) for k in KINDS for i in range(each)]
     counts: Counter[tuple[str, str]] = Counter()
     slowest, bad = dict.fromkeys(KINDS, 0.0), []
     with tempfile.TemporaryDirectory() as folder:

@@ -286,8 +286,7 @@ class Store:
         """One row per work item: where its values come from."""
         import pandas as pd
 
-        with reading(f"{self.path}, environments", RunError, "JSON"):
-            environments = {id_: json.loads(text) for id_, text in self._environments().items()}
+        environments = {id_: _environment(text) for id_, text in self._environments().items()}
         columns = ["task", "model", "measure", "seconds", "weights_hash", "data_hash"]
         columns += ["settings_hash", "device", "dtype", "precision", "peak_memory"]
         rows = self._rows(f"SELECT {', '.join(columns)}, environment FROM items")
@@ -443,6 +442,15 @@ def _recovered(path: Path) -> sqlite3.Connection:
             "can be written, and read the copy"
         ) from error
     return copy
+
+
+def _environment(text: str) -> dict[str, Any]:
+    """Versions and host; none if they are damaged, of which the items' checksums tell."""
+    try:
+        found = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _item_checksum(
