@@ -136,7 +136,7 @@ class FunctionMeasure:
     @property
     def needs_initial(self) -> bool:
         """Whether the measure has to be given the network before training, as `initial`."""
-        return "initial" in inspect.signature(_FUNCTIONS[self.function]).parameters
+        return "initial" in _parameters(self.function)
 
     def __call__(
         self, model: nn.Module, data: Data, *, seed: int, initial: nn.Module | None = None
@@ -148,10 +148,9 @@ class FunctionMeasure:
         """
         if self.needs_initial:
             needed(self.name, "initial", initial)
-        function = _FUNCTIONS[self.function]
         given = dict(zip(_GIVEN, (model, data, initial, seed), strict=True))
-        wanted = inspect.signature(function).parameters
-        value = function(
+        wanted = _parameters(self.function)
+        value = _FUNCTIONS[self.function](
             **{key: v for key, v in given.items() if key in wanted}, **dict(self.options)
         )
         if isinstance(value, Mapping):
@@ -186,6 +185,12 @@ def direction(measure: Measure | str, setting: str = "") -> int | None:
     if isinstance(found, Mapping):
         return found.get(str(parse_setting(setting).get("form", "")))
     return found
+
+
+@cache
+def _parameters(function: str) -> tuple[str, ...]:
+    """Names of the arguments of a function of the catalog."""
+    return tuple(inspect.signature(_FUNCTIONS[function]).parameters)
 
 
 @cache
@@ -234,7 +239,7 @@ def make_measure(function: str, *, name: str | None = None, **options: Any) -> F
         raise ArgumentError(
             f"unknown measure {function!r}: expected one of {', '.join(measure_names())}"
         )
-    known = [key for key in inspect.signature(_FUNCTIONS[function]).parameters if key not in _GIVEN]
+    known = [key for key in _parameters(function) if key not in _GIVEN]
     for key in options:
         if key not in known:
             raise ArgumentError(

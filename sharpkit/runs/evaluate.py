@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_NOT_SETTINGS = ("task", "model", "value", "std_error")
+
+
 def evaluate(
     scores: Scores,
     *,
@@ -40,7 +43,9 @@ def evaluate(
         larger_is_better: Whether models with a large target are the good ones, so that a measure
             that should be large where the gap is should be small there; statistics keep their sign
             otherwise. None for accuracies by their names only.
-        resamples: Bootstrap resamples over models; the permutations are ten times as many.
+        resamples: Bootstrap resamples over models; the permutations are ten times as many. More
+            than 512 models get fewer, as the columns `resamples` and `permutations` say; see
+            `sharpkit.evaluation.evaluate_measures`.
         seed: Of both.
         test_size: Examples behind each test accuracy, which decide how much a pair of models
             counts in the sign-errors; None if all count the same.
@@ -74,7 +79,9 @@ def evaluate(
     flip = target is not None and (
         not larger_is_worse(target) if larger_is_better is None else larger_is_better
     )
+    settings: list[str] = []
     for task, (keys, values) in measure_values(scores).items():
+        settings = list(keys.columns)
         configs = scores.model_configs[task]
         if targets is not None:
             configs = with_target(configs, targets[task])
@@ -96,7 +103,7 @@ def evaluate(
     table = pd.concat([*tables, _failed_throughout(scores, tables)], ignore_index=True)
     if "p_value" not in table:
         raise ScoreError(f"no measure has values for {LEAST} models or more: nothing to evaluate")
-    settings = [c for c in measure_settings(scores) if c in table]
+    settings = [c for c in settings if c in table]
     config = scores.config
     seen = {"n": np.nan if config.get("n") is None else config["n"], "seed": config.get("seed")}
     if target is not None:
@@ -174,7 +181,7 @@ def measure_values(scores: Scores) -> dict[str, tuple[pd.DataFrame, pd.DataFrame
         raise ScoreError(
             _all_failed(scores.failures) or "the run has no results yet: nothing to evaluate"
         )
-    settings = measure_settings(scores)
+    settings = [c for c in results.columns if c not in _NOT_SETTINGS]
     tables = {}
     for task in scores.model_configs:
         rows = results[results["task"] == task]
@@ -185,12 +192,6 @@ def measure_values(scores: Scores) -> dict[str, tuple[pd.DataFrame, pd.DataFrame
         columns = rows.merge(keys.assign(column=keys.index), on=settings)
         tables[task] = keys, columns.pivot(index="model", columns="column", values="value")
     return tables
-
-
-def measure_settings(scores: Scores) -> list[str]:
-    """The columns of a run's results that say what a value is of: measure, m, rho, ..."""
-    columns = scores.frame().columns
-    return [c for c in columns if c not in ("task", "model", "value", "std_error")]
 
 
 def _evaluated(

@@ -81,7 +81,7 @@ def version(db: sqlite3.Connection, path: Path | None) -> int:
         RunError: If it is none that this code knows.
     """
     row = db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
-    found = row[0] if row else None
+    found = str(row[0]) if row else ""
     if found not in map(str, _STEPS):
         raise RunError(
             f"{path}: store version {found}; this version of sharpkit knows 1 to {VERSION}"

@@ -88,6 +88,7 @@ class Store:
 
     def __init__(self, path: Path | None, config: Mapping[str, Any] | None = None) -> None:
         self.path, self.closed = path, False
+        self._checked: tuple[tuple[int, int], set[Key]] | None = None
         with reading(path, RunError, "a sharpkit results store"):
             self._db = _open_to_read(path) if config is None else self._open_to_write(config)
 
@@ -297,6 +298,13 @@ class Store:
 
     def _damaged(self) -> set[Key]:
         """The work items whose rows, or whose values, are not as they were written."""
+        ((elsewhere,),) = self._rows("PRAGMA data_version")  # changes with others' writes
+        state = elsewhere, self._db.total_changes
+        if self._checked is None or self._checked[0] != state:
+            self._checked = state, self._found_damaged()
+        return self._checked[1]
+
+    def _found_damaged(self) -> set[Key]:
         values: dict[Key, list[tuple[Any, ...]]] = {}
         for task, model, measure, *row in self._rows(
             "SELECT task, model, measure, setting, value, std_error FROM results ORDER BY rowid"
