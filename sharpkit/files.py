@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sharpkit.errors import RunError
 from sharpkit.safe_text import cell
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 2**33  # of one file that is read at once
 _TEMPORARY = re.compile(r"\..+\.(\d+)-[0-9a-f]{32}\.tmp", re.DOTALL)
+_UNPACKING = re.compile(r"\..+\.([0-9a-f]{8})-(\d+)-[0-9a-f]{32}\.unpacking", re.DOTALL)
 
 
 def cache_folder() -> Path:
@@ -82,9 +87,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`, to be renamed to it when it is full, else removed at the end.
+
+    What killed processes have left of such folders there is removed first.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target.parent)
+    owner = f"{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
+    temporary = target.with_name(f".{target.name}.{owner}.unpacking")
+    temporary.mkdir()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_leftovers(*folders: Path) -> None:
-    """Remove what processes that are no more have left of `atomic_path`."""
+    """Remove what processes that are no more have left of `atomic_path` and `temporary_folder`."""
     for folder in folders:
+        for path in folder.glob(".*.unpacking"):
+            match = _UNPACKING.fullmatch(path.name)
+            if match and match[1] == _machine() and not _runs(int(match[2])):
+                shutil.rmtree(path, ignore_errors=True)
         for path in folder.glob(".*.tmp"):
             match = _TEMPORARY.fullmatch(path.name)
             if match and not _runs(int(match[1])):
@@ -129,16 +155,18 @@ def _safe_cells(table: pd.DataFrame) -> pd.DataFrame:
     """A table whose text, column names included, no spreadsheet takes for a formula."""
     import pandas as pd
 
-    safe = table.copy(deep=False)
+    safe, safely = table.copy(deep=False), cache(cell)  # most texts stand in many rows
     for name in table.columns:
         if table[name].dtype == object or isinstance(table[name].dtype, pd.StringDtype):
-            values = [_safe(value) for value in table[name]]
+            values = [safely(v) if isinstance(v, str) else v for v in table[name]]
             safe[name] = pd.Series(values, index=table.index, dtype=object)
-    return safe.set_axis([_safe(name) for name in table.columns], axis=1)
+    names = [cell(name) if isinstance(name, str) else name for name in table.columns]
+    return safe.set_axis(names, axis=1)
 
 
-def _safe(value: Any) -> Any:
-    return cell(value) if isinstance(value, str) else value
+def _machine() -> str:
+    """A short name of this machine: a folder on a network disk may belong to another's process."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _runs(process: int) -> bool:

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from sharpkit.errors import ArgumentError
+from sharpkit.doors import MAX_CONFIG_BYTES, parse_json, reading, shown
+from sharpkit.errors import ArgumentError, RunError
+from sharpkit.files import read_regular
 
 T = TypeVar("T")
+_MAX_SHOWN = 500  # characters of a setting in an error
+_LARGEST = 10**308  # a larger integer may have no float
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """The content of a TOML file.
+def read_claim(path: Path) -> dict[str, Any]:
+    """What a run has noted of its settings.
+
+    Args:
+        path: Of the JSON file.
 
     Raises:
-        ArgumentError: It is missing or not TOML.
+        RunError: It cannot be read, or is no object.
     """
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArgumentError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"{path}: not a TOML file ({error})") from error
+    where = f"{path} is damaged; delete it, or choose another directory"
+    with reading(where, RunError, "a JSON file"):
+        content = parse_json(where, read_regular(path, MAX_CONFIG_BYTES), RunError)
+    if not isinstance(content, dict):
+        raise RunError(f"{where}: found {shown(content)}, expected an object")
+    return content
 
 
 def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -37,10 +43,15 @@ def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         'lr: 0.1 there, 0.2 now'
     """
     return "; ".join(
-        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(now.get(key))} now"
+        f"{shown(key)[1:-1]}: {_brief(there.get(key))} there, {_brief(now.get(key))} now"
         for key in dict.fromkeys([*there, *now])
         if there.get(key) != now.get(key)
     )
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
@@ -68,12 +79,12 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         sharpkit.errors.ArgumentError: my.toml, epochs: found '3', expected int
     """
     if not isinstance(table, Mapping):
-        raise ArgumentError(f"{where}: found {table!r}, expected a table")
+        raise ArgumentError(f"{where}: found {shown(table)}, expected a table")
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     for name in table:
         if name not in known:
             raise ArgumentError(
-                f"{where}: unknown field {name!r}, expected one of {', '.join(known)}"
+                f"{where}: unknown field {shown(name)}, expected one of {', '.join(known)}"
             )
     for name, field in known.items():
         if name not in table and field.default is MISSING and field.default_factory is MISSING:
@@ -89,7 +100,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """A TOML value as the type that a field has.
+    """A value of a TOML or JSON file as the type that a field has.
 
     Args:
         value: From the file.
@@ -104,22 +115,24 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         (1.0, 2.5)
     """
     if isinstance(hint, UnionType):
+        if value is None:
+            return None
         (hint,) = (part for part in get_args(hint) if part is not NoneType)
     if get_origin(hint) is tuple:
         return checked_list(value, get_args(hint)[0], where)
     if is_dataclass(hint):
         return from_table(hint, value, where)  # type: ignore[arg-type]
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < _LARGEST:
         return float(value)
     if type(value) is not hint:
-        raise ArgumentError(f"{where}: found {value!r}, expected {hint.__name__}")
+        raise ArgumentError(f"{where}: found {shown(value)}, expected {hint.__name__}")
     return value
 
 
 def checked_list(values: Any, hint: Any, where: str) -> tuple[Any, ...]:
     """A TOML list of values of one type; see `checked`."""
     if not isinstance(values, list | tuple):
-        raise ArgumentError(f"{where}: found {values!r}, expected a list")
+        raise ArgumentError(f"{where}: found {shown(values)}, expected a list")
     return tuple(checked(value, hint, where) for value in values)
 
 

@@ -231,7 +231,6 @@ def test_the_script_for_a_gpu_runs_from_a_source_tree(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())

@@ -11,14 +11,20 @@ import pandas as pd
 import pytest
 
 from sharpkit.data.idx import read_idx
-from sharpkit.errors import DataError, RunError, ZooFormatError
+from sharpkit.data.images import read_image_tree
+from sharpkit.data.matlab import read_matlab
+from sharpkit.doors import read_toml
+from sharpkit.errors import ArgumentError, DataError, ModelError, RunError, ZooFormatError
 from sharpkit.evaluation.legend import write_with_legend
 from sharpkit.files import atomic_path, disk_errors, read_regular, write_csv
 from sharpkit.lock import sole_driver
 from sharpkit.plot.canvas import new_figure, save
+from sharpkit.runs.checkpoints import load_arrays
 from sharpkit.runs.fingerprint import digest
 from sharpkit.runs.tables import write_scores
 from sharpkit.runs.trained import load_trained
+from sharpkit.settings import read_claim
+from sharpkit.tensor_files import read_safetensors, read_torch
 from sharpkit.zoo.files import read_json
 from sharpkit.zoo.tfrecord import _count_records, read_shards
 
@@ -135,6 +141,13 @@ READERS = {
     "read_json": (read_json, ZooFormatError),
     "read_shards": (lambda path: read_shards([path]), ZooFormatError),
     "read_idx": (read_idx, DataError),
+    "read_toml": (lambda path: read_toml(path, ArgumentError), ArgumentError),
+    "read_claim": (read_claim, RunError),
+    "read_matlab": (lambda path: read_matlab(path, ["X"], DataError), DataError),
+    "read_torch": (lambda path: read_torch(path, str(path), ModelError), ModelError),
+    "read_safetensors": (lambda path: read_safetensors(path, str(path), ModelError), ModelError),
+    "load_arrays": (load_arrays, DataError),
+    "read_image_tree": (read_image_tree, DataError),
     "load_trained": (lambda path: load_trained(path.with_name("model.safetensors")), RunError),
 }
 
@@ -156,7 +169,7 @@ def test_a_hole_in_a_shard_is_not_counted_record_by_record(tmp_path):
     os.truncate(path, 2**27)  # 8 million records of no byte
     with pytest.raises(ZooFormatError, match="record 0"):
         read_shards([path])
-    assert _count_records(path) == 1
+    assert _count_records(path) == (1, 0)
 
 
 def test_what_a_killed_process_left_is_removed_at_the_next_start_and_nothing_else(tmp_path):

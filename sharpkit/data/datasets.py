@@ -12,6 +12,8 @@ from torch.utils.data import TensorDataset
 from sharpkit.data.downloads import cifar10, cifar100, svhn
 from sharpkit.data.idx import read_idx_split
 from sharpkit.data.images import Split, normalised, read_image_tree
+from sharpkit.data.npz import read_npz
+from sharpkit.doors import reading, shown
 from sharpkit.errors import ArgumentError, DataError
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -20,6 +22,8 @@ _NAMES = (
     "embedded, fashion-mnist, cifar10, cifar100, svhn, an .npz file, a folder or .zip of images, "
     "or ZOO:TASK"
 )
+
+_MAX_CLASSES = 2**20  # a network has an output for every one
 
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")  # of an .npz file
 
@@ -42,7 +46,8 @@ def load_dataset(name: str | Path, *, root: str | Path | None = None) -> Pair:
     Images of bytes are normalised: mean 0 and variance 1 per channel over the training set,
     computed in float64, and the test set by the same numbers. In an .npz file, uint8 arrays are
     such images, of shape (n, h, w), (n, h, w, c) or (n, c, h, w), where c is 1, 3 or 4; arrays of
-    floats are taken as they are, in the model's own layout. PGDL data are as stored.
+    floats are taken as they are, in the model's own layout. PGDL data are as stored. What a
+    compressed file expands to, pixels of images included, may be 64 MiB and 100 times its size.
 
     Args:
         name: One of the above.
@@ -63,24 +68,32 @@ def load_dataset(name: str | Path, *, root: str | Path | None = None) -> Pair:
         >>> train.tensors[0].shape, test.tensors[1].shape
         (torch.Size([2000, 1, 14, 14]), torch.Size([2000]))
     """
-    text, folder = str(name), None if root is None else Path(root).expanduser()
+    text, folder = str(name), None if root is None else _place(root)
     if text in _IMAGES:
         if folder is not None and not folder.is_dir():
             raise DataError(f"{folder}: no such folder")
         return _checked(text, normalised(*_IMAGES[text](folder)))
     if folder is not None:
         raise ArgumentError(f"root is for {', '.join(_IMAGES)}; {text!r} has none")
-    path = Path(text).expanduser()
     if text == "embedded":
         return _task("embedded", "fashion_mnist_14x14")
+    path = _place(text)
     if path.suffix == ".npz":
         return _checked(text, _arrays(path))
     if (text and path.is_dir()) or path.suffix == ".zip":
         return _checked(text, normalised(*read_image_tree(path)))
     zoo, _, task = text.rpartition(":")
-    if zoo and (zoo == "embedded" or Path(zoo).expanduser().exists()):
+    if zoo and (zoo == "embedded" or _place(zoo).exists()):
         return _task(zoo, task)
     raise ArgumentError(f"unknown data set {text!r}, and no such file; expected {_NAMES}")
+
+
+def _place(text: str | Path) -> Path:
+    """The path that a user's text means, there or not."""
+    with reading(shown(str(text)), ArgumentError, "the name of a data set, or a path"):
+        path = Path(text).expanduser()
+        path.exists()  # raises for what can be no path here
+    return path
 
 
 def _fashion_mnist(root: Path | None) -> tuple[Split, Split]:
@@ -115,16 +128,14 @@ def _task(zoo: str, task: str) -> Pair:
 
 def _arrays(path: Path) -> Pair:
     """The four arrays of an .npz file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in ARRAYS if name not in file]
-            arrays = {name: file[name] for name in ARRAYS if name in file}
-    except Exception as error:  # numpy raises whatever its zip and pickle layers do
-        raise DataError(f"{path}: not a readable .npz file ({error})") from error
+    arrays = read_npz(path, ARRAYS, DataError)
+    missing = [name for name in ARRAYS if name not in arrays]
     if missing:
         raise DataError(f"{path}: {missing[0]} is missing; expected {', '.join(ARRAYS)}")
     for split in ("train", "test"):
         x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if not x.ndim:
+            raise DataError(f"{path}: x_{split} is a single number, expected shape (n, ...)")
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer):
             raise DataError(
                 f"{path}: y_{split} is {y.dtype} of shape {y.shape}; expected integers of shape "
@@ -136,7 +147,7 @@ def _arrays(path: Path) -> Pair:
             f"{path}: x_train is {train.dtype} {train.shape}, x_test {test.dtype} {test.shape}; "
             "expected the same kind and shape of example"
         )
-    labels = [arrays[f"y_{split}"].astype(np.int64) for split in ("train", "test")]
+    labels = [_whole(path, name, arrays[name]) for name in ("y_train", "y_test")]
     if train.dtype == np.uint8:
         channels_first = _layout(path, train.shape)
         return normalised((channels_first(train), labels[0]), (channels_first(test), labels[1]))
@@ -147,6 +158,13 @@ def _arrays(path: Path) -> Pair:
         for x, y in zip((train, test), labels, strict=True)
     )
     return first, second
+
+
+def _whole(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
+    """Labels as int64, if it holds them."""
+    if labels.size and int(labels.max()) > np.iinfo(np.int64).max:
+        raise DataError(f"{path}: {name} has the label {labels.max()}, more than an int64 holds")
+    return labels.astype(np.int64)
 
 
 def _layout(path: Path, shape: tuple[int, ...]) -> Callable[..., np.ndarray]:
@@ -168,8 +186,15 @@ def _checked(name: str, data: Pair) -> Pair:
         inputs, labels = part.tensors
         if not len(labels):
             raise DataError(f"{name}: there are no {split} examples")
+        if not inputs.numel():
+            raise DataError(f"{name}: {split} inputs of shape {tuple(inputs.shape)} have no values")
         if int(labels.min()) < 0:
             raise DataError(f"{name}: {split} label {int(labels.min())} is negative")
+        if int(labels.max()) >= _MAX_CLASSES:
+            raise DataError(
+                f"{name}: {split} label {int(labels.max())}; classes are numbered from 0, and "
+                f"there may be {_MAX_CLASSES:,}"
+            )
         if not bool(torch.isfinite(inputs).all()):
             raise DataError(f"{name}: the {split} inputs have NaN or infinite entries")
     return data

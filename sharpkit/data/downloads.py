@@ -6,16 +6,18 @@ binary version, because the other one is a Python pickle.
 
 from __future__ import annotations
 
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
+from sharpkit.containers import open_expanded
 from sharpkit.data.images import Split
+from sharpkit.data.matlab import read_matlab
+from sharpkit.doors import reading
 from sharpkit.errors import DataError, DownloadError
-from sharpkit.files import cache_folder
+from sharpkit.files import cache_folder, read_regular
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,18 @@ _SVHN = {
     ),
 }
 _PIXELS = 3 * 32 * 32
+_MAX_CIFAR = 2**28  # bytes of one file; the largest has 154 million
 
 
 def cifar10(root: Path | None) -> tuple[Split, Split]:
     """CIFAR-10: 50,000 and 10,000 images of 10 classes (see `load_dataset`)."""
     train = [f"data_batch_{k}.bin" for k in range(1, 6)]
-    return _cifar(root, _CIFAR10, train, ["test_batch.bin"], labels=1)
+    return _cifar(root, _CIFAR10, train, ["test_batch.bin"], labels=1, classes=10)
 
 
 def cifar100(root: Path | None) -> tuple[Split, Split]:
     """CIFAR-100: 50,000 and 10,000 images with the labels of the 100 fine classes."""
-    return _cifar(root, _CIFAR100, ["train.bin"], ["test.bin"], labels=2)
+    return _cifar(root, _CIFAR100, ["train.bin"], ["test.bin"], labels=2, classes=100)
 
 
 def svhn(root: Path | None) -> tuple[Split, Split]:
@@ -91,45 +94,71 @@ def _file(root: Path | None, remote: _Remote) -> Path:
 
 
 def _cifar(
-    root: Path | None, remote: _Remote, train: list[str], test: list[str], *, labels: int
+    root: Path | None,
+    remote: _Remote,
+    train: list[str],
+    test: list[str],
+    *,
+    labels: int,
+    classes: int,
 ) -> tuple[Split, Split]:
     """Both splits, from binary files in the folder or one below it, or from the archive."""
-    folders = [] if root is None else [root, *(p for p in root.glob("*") if p.is_dir())]
-    for folder in folders:
-        if all((folder / name).is_file() for name in train + test):
-            found = {name: (folder / name).read_bytes() for name in train + test}
-            break
+    folder = None if root is None else _folder_with(root, train + test)
+    if folder is None:
+        place = _file(root, remote)
+        found = _members(place, train + test)
     else:
-        folder = _file(root, remote)
-        found = _members(folder, train + test)
+        place = folder
+        with reading(folder, DataError, "CIFAR's binary files"):
+            found = {name: read_regular(folder / name, _MAX_CIFAR) for name in train + test}
     records = [
-        np.concatenate([_records(folder, name, found[name], labels) for name in names])
+        np.concatenate([_records(place, name, found[name], labels, classes) for name in names])
         for names in (train, test)
     ]
     splits = [(r[:, labels:].reshape(-1, 3, 32, 32), r[:, labels - 1]) for r in records]
     return splits[0], splits[1]
 
 
+def _folder_with(root: Path, names: list[str]) -> Path | None:
+    """The folder, or the one below it, that has all of the files."""
+    with reading(root, DataError, "a folder"):
+        for folder in [root, *(p for p in root.glob("*") if p.is_dir())]:
+            if all((folder / name).is_file() for name in names):
+                return folder
+    return None
+
+
 def _members(archive: Path, names: list[str]) -> dict[str, bytes]:
-    """Files of a .tar.gz by their names without folders; nothing is unpacked."""
+    """Plain files of a .tar.gz by their names without folders; nothing is unpacked."""
     found = {}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name).name
-                if name in names and member.isreg():
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    found[name] = file.read()
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-        raise DataError(f"{archive}: cannot be read as .tar.gz ({error})") from error
+    where = f"{archive}: cannot be read as .tar.gz"
+    with reading(where, DataError, "an archive"), open_expanded(archive, DataError) as content:
+        while (header := content.read(512)).strip(b"\0"):
+            if sum(header[:148] + b" " * 8 + header[156:]) != _octal(header[148:156]):
+                raise ValueError("wrong checksum of a member's header")
+            name = PurePosixPath(header[:100].partition(b"\0")[0].decode("latin-1")).name
+            size = _octal(header[124:136])
+            content.require(size)
+            if name in names and header[156:157] in (b"0", b"\0"):
+                if size > _MAX_CIFAR:
+                    raise ValueError(f"{name} has {size:,} bytes; at most {_MAX_CIFAR:,} are read")
+                found[name] = content.read(size)
+            else:
+                content.skip(size)
+            content.skip(-size % 512)
+        while content.read(2**20):  # to the end, where the checksum of the whole is compared
+            pass
     missing = [name for name in names if name not in found]
     if missing:
         raise DataError(f"{archive}: {missing[0]} is not in it")
     return found
 
 
-def _records(folder: Path, name: str, content: bytes, labels: int) -> Any:
+def _octal(field: bytes) -> int:
+    return int(field.strip(b" \0") or b"0", 8)
+
+
+def _records(folder: Path, name: str, content: bytes, labels: int, classes: int) -> Any:
     """Rows of label bytes and pixels."""
     row = labels + _PIXELS
     if not content or len(content) % row:
@@ -137,21 +166,23 @@ def _records(folder: Path, name: str, content: bytes, labels: int) -> Any:
             f"{folder}: {name} has {len(content)} bytes; expected a multiple of {row}, one row of "
             f"{labels} label and {_PIXELS} pixel bytes per image"
         )
-    return np.frombuffer(content, np.uint8).reshape(-1, row)
+    rows = np.frombuffer(content, np.uint8).reshape(-1, row)
+    if (largest := rows[:, labels - 1].max()) >= classes:
+        raise DataError(f"{folder}: {name} has the label {largest}; expected 0 to {classes - 1}")
+    return rows
 
 
 def _svhn_split(path: Path) -> Split:
-    from scipy.io import loadmat
-
-    try:
-        content = loadmat(path, variable_names=["X", "y"])
+    where = f"{path}: cannot be read"
+    with reading(where, DataError, "SVHN's .mat file"):
+        content = read_matlab(path, ["X", "y"], DataError)
         images, labels = content["X"], content["y"].ravel()
-    except Exception as error:  # scipy raises whatever its parser meets
-        raise DataError(f"{path}: cannot be read as SVHN's .mat file ({error!r})") from error
     if images.dtype != np.uint8 or images.shape != (32, 32, 3, len(labels)):
         raise DataError(
             f"{path}: images are {images.dtype} of shape {images.shape}; expected uint8 "
             f"(32, 32, 3, {len(labels)})"
         )
+    if not np.isin(labels, np.arange(11)).all():
+        raise DataError(f"{path}: y has labels other than the digits 1 to 9 and 10 for 0")
     # (h, w, c, n) -> (n, c, h, w); the digit 0 is stored as 10
     return np.ascontiguousarray(images.transpose(3, 2, 0, 1)), labels.astype(np.int64) % 10

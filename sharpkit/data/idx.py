@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sharpkit.containers import open_expanded
+from sharpkit.data.raw import read_values
+from sharpkit.doors import reading
 from sharpkit.errors import DataError
-from sharpkit.files import read_regular
 
 _BYTE = 0x08  # the element type of every file of the MNIST family
 
@@ -37,18 +37,24 @@ def read_idx(path: str | Path) -> NDArray[np.uint8]:
         ...     read_idx(path)
         array([7, 8, 9], dtype=uint8)
     """
-    try:
-        content = read_regular(Path(path))
-        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    start = 4 + 4 * content[3] if len(content) >= 4 else 0
-    if content[:3] != bytes([0, 0, _BYTE]) or len(content) < start:
-        raise DataError(f"{path}: not an IDX file of bytes (first bytes {content[:4].hex()})")
-    shape = struct.unpack(f">{content[3]}I", content[4:start])
-    if len(content) - start != math.prod(shape):
-        raise DataError(f"{path}: {len(content) - start} bytes of data; shape {shape} was stated")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
+    path = Path(path)
+    where = f"{path}: cannot be read"
+    with reading(where, DataError, "an IDX file"), open_expanded(path, DataError) as file:
+        start = file.read(4)
+        sides = file.read(4 * start[3]) if len(start) == 4 else b""
+        if start[:3] != bytes([0, 0, _BYTE]) or len(sides) < 4 * start[3]:
+            raise DataError(f"{path}: not an IDX file of bytes (first bytes {start.hex()})")
+        shape = struct.unpack(f">{start[3]}I", sides)
+        stated = math.prod(shape)
+        if stated > file.left:
+            raise DataError(
+                f"{path}: {file.left} bytes of data; shape {shape} was stated, which is more than "
+                "the file's size allows"
+            )
+        values = read_values(file.read, stated, np.dtype(np.uint8))
+        if file.read(1):
+            raise DataError(f"{path}: has more data than shape {shape}, which was stated")
+        return values.reshape(shape)
 
 
 def read_idx_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
@@ -64,8 +70,8 @@ def read_idx_split(folder: Path, split: str) -> tuple[NDArray[np.uint8], NDArray
     arrays = []
     for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
         path = folder / f"{split}-{kind}.gz"
-        arrays.append(read_idx(path if path.exists() else path.with_suffix("")))
+        arrays.append(read_idx(path if path.is_file() else path.with_suffix("")))
     images, labels = arrays
-    if images.shape != (len(labels), 28, 28) or labels.ndim != 1 or labels.max(initial=0) > 9:
+    if images.shape != (labels.size, 28, 28) or labels.ndim != 1 or labels.max(initial=0) > 9:
         raise DataError(f"{folder}: {split} images {images.shape} and labels {labels.shape}")
     return images, labels

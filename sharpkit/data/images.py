@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
 
+from sharpkit.containers import open_zip, require_sizes
+from sharpkit.doors import allowed_expansion, reading
 from sharpkit.errors import DataError
+from sharpkit.files import read_regular
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Split = tuple[NDArray[np.uint8], NDArray[np.int64]]  # images (n, c, h, w), labels (n,)
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MAX_FILE = 2**25  # bytes of one image
+_MAX_SCANS = 100  # of a progressive JPEG, each of which costs as much time as the whole image
 
 
 def normalised(train: Split, test: Split) -> tuple[TensorDataset, TensorDataset]:
@@ -74,18 +85,24 @@ def read_image_tree(path: Path) -> tuple[Split, Split]:
             than the first, or a class that the training images do not have.
     """
     if path.is_dir():
-        names = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
-        return _read_tree(path, names, lambda name: (path / name).read_bytes())
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_tree(path, archive.namelist(), archive.read)
-    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{path}: cannot be read as a zip archive ({error})") from error
+        with reading(path, DataError, "a folder of images"):
+            found = [p for p in path.rglob("*") if p.is_file()]
+            sizes = {p.relative_to(path).as_posix(): p.stat().st_size for p in found}
+        return _read_tree(path, sizes, lambda name: read_regular(path / name, _MAX_FILE))
+    where = f"{path}: cannot be read as a zip archive"
+    with reading(where, DataError, "one of images"), open_zip(path, DataError) as archive:
+        sizes = {member.filename: member.file_size for member in archive.infolist()}
+        return _read_tree(path, sizes, archive.read, archive)
 
 
-def _read_tree(path: Path, names: list[str], read: Callable[[str], bytes]) -> tuple[Split, Split]:
+def _read_tree(
+    path: Path,
+    sizes: Mapping[str, int],
+    read: Callable[[str], bytes],
+    archive: zipfile.ZipFile | None = None,
+) -> tuple[Split, Split]:
     found: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}  # (name, class)
-    for name in sorted(names):
+    for name in sorted(sizes):
         parts = PurePosixPath(name).parts
         if len(parts) < 3 or parts[-3] not in found or parts[-1].startswith("."):
             continue
@@ -101,33 +118,84 @@ def _read_tree(path: Path, names: list[str], read: Callable[[str], bytes]) -> tu
     unknown = sorted({label for _, label in found["test"]} - set(classes))
     if unknown:
         raise DataError(f"{path}: test has the class {unknown[0]!r}, which train does not have")
-    return _decode(path, found["train"], classes, read), _decode(path, found["test"], classes, read)
+    names = [name for images in found.values() for name, _ in images]
+    large = max(names, key=lambda name: sizes[name])
+    if sizes[large] > _MAX_FILE:
+        raise DataError(
+            f"{path}: {large} has {sizes[large]:,} bytes; at most {_MAX_FILE:,} are read"
+        )
+    stored = sum(sizes[name] for name in names)
+    if archive is not None:
+        stored = min(stored, path.stat().st_size)
+        require_sizes(path, map(archive.getinfo, names), stored, DataError)
+    room = allowed_expansion(stored)
+    train = _decode(path, found["train"], classes, read, room)
+    return train, _decode(path, found["test"], classes, read, room - train[0].nbytes)
 
 
 def _decode(
-    path: Path, images: list[tuple[str, str]], classes: list[str], read: Callable[[str], bytes]
+    path: Path,
+    images: list[tuple[str, str]],
+    classes: list[str],
+    read: Callable[[str], bytes],
+    room: int,
 ) -> Split:
-    from PIL import Image
+    """The images of a split, if their pixels are no more bytes than there is room for."""
     from tqdm import tqdm
 
     pixels: NDArray[np.uint8] | None = None
     # silent if it takes no longer than a moment
     for i, (name, _) in enumerate(tqdm(images, f"reading {path.name}", delay=2)):
-        try:
-            with Image.open(io.BytesIO(read(name))) as image:
-                grey = image.mode in ("1", "L")
-                array = np.asarray(image.convert("L" if grey else "RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: {name} is not a readable image ({error})") from error
-        array = array[None] if grey else array.transpose(2, 0, 1)
-        if pixels is None:
-            pixels = np.empty((len(images), *array.shape), np.uint8)
-        if array.shape != pixels.shape[1:]:
-            raise DataError(
-                f"{path}: {name} has (channels, height, width) {array.shape}; {images[0][0]} has "
-                f"{pixels.shape[1:]}"
-            )
-        pixels[i] = array
+        where = f"{path}: {name} is not a readable image"
+        with reading(where, DataError, "PNG or JPEG"), _opened(read(name)) as image:
+            channels = 1 if image.mode in ("1", "L") else 3
+            shape = (channels, image.height, image.width)
+            if pixels is None:
+                pixels = _room(path, (len(images), *shape), room)
+            if shape != pixels.shape[1:]:
+                raise DataError(
+                    f"{path}: {name} has (channels, height, width) {shape}; {images[0][0]} has "
+                    f"{pixels.shape[1:]}"
+                )
+            array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+        pixels[i] = array[None] if channels == 1 else array.transpose(2, 0, 1)
     assert pixels is not None
     index = {label: k for k, label in enumerate(classes)}
     return pixels, np.array([index[label] for _, label in images])
+
+
+def _room(path: Path, shape: tuple[int, ...], room: int) -> NDArray[np.uint8]:
+    """Where the pixels go, unless they are more than files of this size should hold."""
+    size = math.prod(shape)
+    if size > room:
+        raise DataError(
+            f"{path}: images of (n, channels, height, width) {shape} are {size:,} bytes; at most "
+            f"{room:,} are made of files of this size"
+        )
+    return np.empty(shape, np.uint8)
+
+
+def _opened(content: bytes) -> Image.Image:
+    """An image whose header has been read, and of whose text and profiles nothing will be."""
+    from PIL import Image
+
+    if content.startswith(_PNG):
+        content = _needed_chunks(content)
+    elif content.count(b"\xff\xda") > _MAX_SCANS:
+        raise ValueError(f"it has more than {_MAX_SCANS} scans")
+    image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG"))
+    if image.mode[0] in "IF":
+        raise ValueError("its pixels are no bytes: save it with 8 bits per channel")
+    return image
+
+
+def _needed_chunks(content: bytes) -> bytes:
+    """A PNG without the chunks that do not change its pixels, which may hold megabytes of text."""
+    needed, at = [_PNG], len(_PNG)
+    while at < len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")  # length, name, data, checksum
+        name = content[at + 4 : at + 8]
+        if name[:1].isupper() or name == b"tRNS":
+            needed.append(content[at:end])
+        at = end
+    return b"".join(needed)

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sharpkit.data.datasets import ARRAYS, load_dataset
+from sharpkit.data.npz import has_arrays, read_npz
+from sharpkit.doors import reading, shown
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.importing import import_callable
+from sharpkit.tensor_files import read_safetensors, read_torch
 
 # where training scripts keep the weights inside a checkpoint
 _KEYS = ("state_dict", "model_state_dict", "model")
@@ -53,11 +56,12 @@ def load_checkpoint(path: str | Path, build: str | Callable[[], Any]) -> nn.Modu
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"{build} returned {type(model).__name__}: expected an nn.Module")
     state = _read_state(Path(path))
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason, of = " ".join(str(error).split()), f" of {build}" if isinstance(build, str) else ""
-        raise ModelError(f"{path} does not fit the model{of}: {reason}") from error
+    where = f"{path} does not fit the model{f' of {build}' if isinstance(build, str) else ''}"
+    with reading(where, ModelError, "its parameters and buffers"):
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:  # names all that is missing, left over or of another shape
+            raise ModelError(f"{where}: {' '.join(str(error).split())}") from error
     return model.eval()
 
 
@@ -75,18 +79,25 @@ def load_arrays(path: str | Path, split: str = "train") -> TensorDataset:
     Raises:
         DataError: If the file is missing, damaged, or lacks the arrays.
     """
-    import numpy as np
-
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            x, y = (torch.from_numpy(arrays[f"{name}_{split}"]) for name in ("x", "y"))
-            complete = set(ARRAYS) <= set(arrays)
-    except KeyError as error:
-        raise DataError(f"{path}: expected the arrays x_{split} and y_{split} ({error})") from error
-    except Exception as error:  # numpy raises whatever its zip and pickle layers do
-        raise DataError(f"{path}: not a readable .npz file ({error})") from error
+    path, names = Path(path), (f"x_{split}", f"y_{split}")
+    arrays = read_npz(path, names, DataError)
+    if missing := [name for name in names if name not in arrays]:
+        raise DataError(
+            f"{path}: expected the arrays x_{split} and y_{split} ({missing[0]} is missing)"
+        )
+    with reading(path, DataError, "arrays of numbers that torch has"):
+        x, y = (torch.from_numpy(arrays[name]) for name in names)
+    if x.is_complex() or y.is_complex():
+        raise DataError(
+            f"{path}: x_{split} is {x.dtype}, y_{split} {y.dtype}; expected real numbers"
+        )
+    if not x.ndim or not y.ndim:
+        raise DataError(
+            f"{path}: expected x_{split} of shape (n, ...) and y_{split} of (n,), "
+            f"found {tuple(x.shape)} and {tuple(y.shape)}"
+        )
     if x.dtype == torch.uint8:
-        if not complete:
+        if not has_arrays(path, ARRAYS, DataError):
             raise DataError(
                 f"{path}: x_{split} is uint8. Images of bytes are normalised over the training "
                 f"set: give {', '.join(ARRAYS)}; or give x in floats, as the model takes it"
@@ -101,19 +112,13 @@ def load_arrays(path: str | Path, split: str = "train") -> TensorDataset:
 def _read_state(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"{path}: no such checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the two libraries and their zip and pickle layers
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{path}: cannot be read as plain tensors ({reason})") from error
+    read = read_safetensors if path.suffix == ".safetensors" else read_torch
+    state: Any = read(path, f"{path}: cannot be read as plain tensors", ModelError)
     for key in _KEYS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ModelError(f"{path}: expected a state dict of tensors")
+    if unnamed := [key for key in state if not isinstance(key, str)]:
+        raise ModelError(f"{path}: expected names of tensors, found the key {shown(unnamed[0])}")
     return state

@@ -102,7 +102,7 @@ class Scores:
         import pandas as pd
 
         rows = [
-            {"task": task, "model": model, **(entry.get("metrics") or {})}
+            {"task": task, "model": model, **_metrics(entry)}
             for task, configs in self.model_configs.items()
             for model, entry in configs.items()
         ]
@@ -465,6 +465,12 @@ def check_request(measures: Mapping[str, Measure], n: int | None, limit: int | N
         largest = max(m) if isinstance(m, Sequence) else m
         if n is not None and largest > n:
             raise ArgumentError(f"{name}: m = {largest} is larger than n = {n} examples")
+
+
+def _metrics(entry: Any) -> Mapping[str, Any]:
+    """What a zoo recorded of a model, if it did."""
+    metrics = entry.get("metrics") if isinstance(entry, Mapping) else None
+    return metrics if isinstance(metrics, Mapping) else {}
 
 
 def warn_if_all_failed(scores: Scores) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -27,13 +26,15 @@ from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.quadrature import spectral_density
+from sharpkit.data.npz import read_npz
 from sharpkit.device import check_device
 from sharpkit.display import readable
+from sharpkit.doors import parse_json, reading
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path, disk_errors, remove_leftovers, write_csv
 from sharpkit.lock import sole_driver
 from sharpkit.safe_text import printable
-from sharpkit.settings import changes
+from sharpkit.settings import changes, read_claim
 from sharpkit.workers import error_message
 
 if TYPE_CHECKING:
@@ -41,6 +42,12 @@ if TYPE_CHECKING:
 
 _CONFIG, _SUMMARY, _MODELS = "config.json", "summary.json", "models"
 _RANKS = 5
+_NUMBERS = {
+    "parameters", "loss", "lambda_max", "lambda_max_over_lambda_5", "eigenvalues",
+    "residual_norms", "lambda_min", "trace", "trace_std_error", "frobenius_norm",
+    "frobenius_norm_std_error", "seconds",
+}  # fmt: skip
+_KINDS = {"spacing": "U", "size": "iu", "breakdowns": "iu"}  # of arrays; the others are floats
 
 
 @readable(lambda s: f"{len(s.densities)} models, {len(s.failures)} failed")
@@ -266,12 +273,8 @@ def _claim(root: Path, settings: _Settings) -> None:
     if not config.is_file():
         _replace(config, json.dumps(wanted, indent=2))
         return
-    try:
-        there = json.loads(config.read_text())
-        changed = changes(there, wanted)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RunError(f"{config} is damaged: delete it, or choose another directory") from error
-    if changed:
+    there = read_claim(config)
+    if changed := changes(there, wanted):
         refuse_other_rules(there, root)
         raise RunError(f"{root} holds a run with other settings ({changed}): choose another")
 
@@ -317,18 +320,32 @@ def _save(path: Path, density: SpectralDensity, numbers: dict[str, Any], weights
 
 def _read(path: Path) -> tuple[SpectralDensity, dict[str, Any], str] | None:
     """What `_save` wrote; None if the file is damaged."""
+    names = [*(f.name for f in fields(SpectralDensity)), "numbers", "weights_digest"]
     try:
-        with zipfile.ZipFile(path) as archive:  # all checksums, before numpy trusts a header
-            if archive.testzip() is not None:
-                return None
-        with np.load(path, allow_pickle=False) as saved:
+        saved = read_npz(path, names, RunError)
+        with reading(path, RunError, "a spectrum"):
             values: dict[str, Any] = {f.name: saved[f.name] for f in fields(SpectralDensity)}
-            numbers = json.loads(str(saved["numbers"]))
+            numbers = parse_json(path, str(saved["numbers"]), RunError)
             weights = str(saved["weights_digest"])
-        scalars = {k: v.item() for k, v in values.items() if v.ndim == 0}
-        return SpectralDensity(**{**values, **scalars}), numbers, weights
-    except Exception:  # zipfile, zlib and numpy raise whatever they do
+            _require_fit(values, numbers)
+            scalars = {k: v.item() for k, v in values.items() if v.ndim == 0}
+            return SpectralDensity(**{**values, **scalars}), numbers, weights
+    except RunError:  # it is computed again
         return None
+
+
+def _require_fit(values: Mapping[str, Any], numbers: Any) -> None:
+    """Refuse arrays that are not those of a spectrum."""
+    probes, steps = values["nodes"].shape
+    points = values["grid"].shape
+    shapes = {"weights": (probes, steps), "breakdowns": (probes,), "density": points}
+    shapes |= {"std_error": points}
+    for name, value in values.items():
+        kinds = _KINDS.get(name, "f")
+        if value.dtype.kind not in kinds or value.shape != shapes.get(name, value.shape):
+            raise ValueError(f"{name} is {value.dtype} of shape {value.shape}")
+    if str(values["spacing"]) not in get_args(Spacing) or set(numbers) != _NUMBERS:
+        raise ValueError("its grid or numbers are others")
 
 
 def _replace(path: Path, text: str) -> None:

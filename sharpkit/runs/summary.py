@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sharpkit.evaluation.draws import draws_note
 from sharpkit.evaluation.statistics import TABLE, Statistic
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def summary(table: pd.DataFrame) -> str:
     text = pd.DataFrame(dict(enumerate(column for _, column in shown)))
     lines = [f"task {table['task'].iloc[0]}"] if one_task else []
     lines.append(text.to_string(index=False, header=[head for head, _ in shown]))
-    return "\n".join(lines + _remarks(table))
+    note = draws_note(table)
+    return "\n".join(lines + _remarks(table) + ([note] if note else []))
 
 
 def _with_noise(table: pd.DataFrame, statistic: Statistic) -> list[tuple[str, list[str]]]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from sharpkit.data import load_dataset
-from sharpkit.errors import RunError
-from sharpkit.files import read_regular
+from sharpkit.doors import MAX_CONFIG_BYTES, read_json, reading, shown
+from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.training.architectures import build_architecture
 from sharpkit.training.augmentation import noisy_labels
 
 _FINAL = "model.safetensors"
-_MAX_CONFIG = 2**24  # bytes
+_MAX_SIZE = 2**31  # of one axis of the inputs, and of the classes
+_MAX_AXES = 32
 
 
 def provenance(
@@ -73,21 +75,39 @@ def load_trained(path: str | Path, build: str | Callable[[], Any] | None = None)
         )
     shape = tuple(origin["input_shape"])
     known = partial(build_architecture, origin["architecture"], shape, origin["classes"], seed=0)
+    _require_size(weights, known)
     return load_checkpoint(weights, known)
+
+
+def _require_size(weights: Path, build: Callable[[], nn.Module]) -> None:
+    """Refuse, before memory is taken for it, a network with more values than its weight file."""
+    where = weights.with_name("config.json")
+    with reading(where, RunError, "an architecture that fits input_shape and classes"):
+        with _named(weights), torch.device("meta"):
+            network = build()
+        size = sum(t.numel() * t.element_size() for t in network.state_dict().values())
+    # a file may hold the same weights in a smaller dtype
+    if weights.is_file() and size > 8 * weights.stat().st_size:
+        raise ModelError(
+            f"{weights} does not fit the model: the network that {where.name} names has {size:,} "
+            f"bytes of weights, the file has {weights.stat().st_size:,}"
+        )
 
 
 def trained_data(path: str | Path) -> tuple[TensorDataset, TensorDataset]:
     """The training and test data of a run of `sharpkit train`, label noise included.
 
     Raises:
-        RunError: If there is no config.json of `sharpkit train`.
-        DataError: If the data are not there any more.
+        RunError: If there is no config.json of `sharpkit train`, or no data set of the name in it.
+        DataError: If the data are damaged.
     """
-    config = _config(_weights(Path(path)))
+    weights = _weights(Path(path))
+    config = _config(weights)
     origin = config["provenance"]
-    train, test = load_dataset(origin["data"], root=origin["root"])
-    inputs, labels = train.tensors
-    noisy = noisy_labels(labels, config["label_noise"], config["seed"])
+    with _named(weights):
+        train, test = load_dataset(origin["data"], root=origin["root"])
+        inputs, labels = train.tensors
+        noisy = noisy_labels(labels, config["label_noise"], config["seed"])
     return TensorDataset(inputs, noisy), test
 
 
@@ -102,12 +122,23 @@ def same_examples(one: str | Path, other: str | Path) -> bool:
 
 def _examples(path: Path) -> tuple[Any, ...]:
     """All that decides what a run was trained on; the seed only where it draws wrong labels."""
-    config = _config(_weights(path))
+    weights = _weights(path)
+    config = _config(weights)
     # a name is no path, but equal names give equal paths, and so do two ways to write one file
     places = (config["provenance"][key] for key in ("data", "root"))
-    resolved = [None if place is None else Path(place).expanduser().resolve() for place in places]
+    with reading(weights.with_name("config.json"), RunError, "names of data"):
+        resolved = [place and Path(place).expanduser().resolve() for place in places]
     noise = config["label_noise"]
     return *resolved, noise, config["seed"] if noise else None
+
+
+@contextmanager
+def _named(weights: Path) -> Iterator[None]:
+    """What config.json asks for and cannot be had, as an error that names it."""
+    try:
+        yield
+    except ArgumentError as error:
+        raise RunError(f"{weights.with_name('config.json')}: {error}") from error
 
 
 def _weights(path: Path) -> Path:
@@ -116,18 +147,35 @@ def _weights(path: Path) -> Path:
 
 def _config(weights: Path) -> dict[str, Any]:
     path = weights.with_name("config.json")
-    try:
-        config = json.loads(read_regular(path, _MAX_CONFIG))
-        wanted = {"architecture", "input_shape", "classes", "data", "root"}
-        origin = config["provenance"]
-        if not wanted <= set(origin) or not {"label_noise", "seed"} <= set(config):
-            reason = "it does not name architecture and data"
-        elif not isinstance(origin["architecture"], str):
-            reason = f"its architecture is {origin['architecture']!r}, expected text"
-        else:
-            return dict(config)
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except (ValueError, KeyError, TypeError):
-        reason = "not JSON with a provenance"
-    raise RunError(f"{path}: not the config.json of a run of `sharpkit train` ({reason})")
+    where = f"{path}: not the config.json of a run of `sharpkit train`"
+    config: dict[str, Any] = read_json(path, RunError, MAX_CONFIG_BYTES)
+    origin = config.get("provenance") if isinstance(config, dict) else None
+    if not isinstance(origin, dict):
+        raise RunError(f"{where} (not JSON with a provenance)")
+    fields = {name: (config if name in _OUTSIDE else origin).get(name, _ABSENT) for name in _FIELDS}
+    if _ABSENT in fields.values():
+        raise RunError(f"{where} (it does not name architecture and data)")
+    for name, (fits, expected) in _FIELDS.items():
+        if not fits(fields[name]):
+            raise RunError(f"{where} (its {name} is {shown(fields[name])}, expected {expected})")
+    return config
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value <= _MAX_SIZE
+
+
+_ABSENT = object()
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "architecture": (lambda v: isinstance(v, str), "text"),
+    "input_shape": (
+        lambda v: isinstance(v, list) and len(v) <= _MAX_AXES and all(map(_is_size, v)),
+        "a list of sizes",
+    ),
+    "classes": (_is_size, "a whole number >= 1"),
+    "data": (lambda v: isinstance(v, str), "text"),
+    "root": (lambda v: v is None or isinstance(v, str), "text or null"),
+    "label_noise": (lambda v: type(v) in (int, float) and 0 <= v <= 1, "0 to 1"),
+    "seed": (lambda v: type(v) is int and v >= 0, "a whole number >= 0"),
+}
+_OUTSIDE = ("label_noise", "seed")  # of the provenance

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError
 from sharpkit.importing import import_callable
 from sharpkit.training.streams import global_stream, stream_seed
@@ -18,6 +19,7 @@ _SPELLINGS = (
     "vgg-WIDTHxBLOCKS[-bn], nin-WIDTHxBLOCKS[-bn], resnetDEPTH, wrn-DEPTH-WIDTH[-nobn] "
     "(such as vgg-32x2, nin-64x2, resnet20, wrn-16-4), or module:callable"
 )
+_MAX_LAYERS = 2_000  # the deepest of the papers has 1,202
 
 
 def build_architecture(
@@ -80,12 +82,15 @@ def build_architecture(
 def _recipe(name: str, shape: tuple[int, ...], classes: int) -> Callable[[], Any]:
     if ":" in name:
         return import_callable(name)  # type: ignore[no-any-return]
-    if len(shape) != 3 or min(shape) < 1:
+    if len(shape) != 3 or not all(type(side) is int and side > 0 for side in shape):
         raise ArgumentError(
             f"{name} needs inputs of shape (channels, height, width), got {tuple(shape)}"
         )
-    if match := re.fullmatch(r"(vgg|nin)-([1-9]\d*)x([1-9]\d*)(-bn)?", name):
+    if any(len(digits) > 5 for digits in re.findall(r"[0-9]+", name)):
+        raise ArgumentError(f"{shown(name)}: expected numbers of at most five digits")
+    if match := re.fullmatch(r"(vgg|nin)-([1-9][0-9]*)x([1-9][0-9]*)(-bn)?", name):
         width, blocks, norm = int(match[2]), int(match[3]), match[4] is not None
+        _require_layers(name, 3 * blocks)
         if match[1] == "nin":
             return lambda: _nin(shape, classes, width, blocks, norm)
         if min(shape[1:]) < 2**blocks:
@@ -95,17 +100,24 @@ def _recipe(name: str, shape: tuple[int, ...], classes: int) -> Callable[[], Any
         if width < 2 ** (blocks - 1):
             raise ArgumentError(f"{name}: {blocks} blocks cannot double up to {width} channels")
         return lambda: _vgg(shape, classes, width, blocks, norm)
-    if match := re.fullmatch(r"resnet(\d+)", name):
+    if match := re.fullmatch(r"resnet([0-9]+)", name):
         depth = int(match[1])
+        _require_layers(name, depth)
         if depth < 8 or depth % 6 != 2:
             raise ArgumentError(f"{name}: expected a depth of 6n+2, such as 8, 14, 20, 32, 56")
         return lambda: ResNet(shape[0], classes, (depth - 2) // 6)
-    if match := re.fullmatch(r"wrn-(\d+)-([1-9]\d*)(-nobn)?", name):
+    if match := re.fullmatch(r"wrn-([0-9]+)-([1-9][0-9]*)(-nobn)?", name):
         depth, factor = int(match[1]), int(match[2])
+        _require_layers(name, depth)
         if depth < 10 or depth % 6 != 4:
             raise ArgumentError(f"{name}: expected a depth of 6n+4, such as 10, 16, 28, 40")
         return lambda: WideResNet(shape[0], classes, (depth - 4) // 6, factor, match[3] is None)
-    raise ArgumentError(f"unknown architecture {name!r}; expected {_SPELLINGS}")
+    raise ArgumentError(f"unknown architecture {shown(name)}; expected {_SPELLINGS}")
+
+
+def _require_layers(name: str, layers: int) -> None:
+    if layers > _MAX_LAYERS:
+        raise ArgumentError(f"{name} has {layers:,} layers: expected at most {_MAX_LAYERS:,}")
 
 
 def _vgg(

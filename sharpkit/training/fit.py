@@ -32,15 +32,17 @@ from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.lock import sole_driver
 from sharpkit.training.loop import Training, classifies, outputs_of
 from sharpkit.training.parallel import Ranks
-from sharpkit.training.run_directory import Row, RunDirectory, examples_fingerprint, fingerprint
+from sharpkit.training.run_directory import (
+    COLUMNS,
+    Row,
+    RunDirectory,
+    examples_fingerprint,
+    fingerprint,
+)
 from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_COLUMNS = [
-    "epoch", "lr", "loss", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds",
-]  # fmt: skip
 
 
 @readable(
@@ -284,4 +286,4 @@ def _reproducible(device: torch.device) -> Iterator[None]:
 def _frame(history: list[Row]) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(history, columns=_COLUMNS).astype({"epoch": int})
+    return pd.DataFrame(history, columns=COLUMNS).astype({"epoch": int})

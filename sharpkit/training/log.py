@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sharpkit.errors import ArgumentError
+from sharpkit.files import disk_errors
 from sharpkit.training.run_directory import Row
 
 
@@ -71,6 +72,7 @@ def reporting(
 
     Raises:
         ArgumentError: If TensorBoard is not installed.
+        RunError: If the folder cannot be written, such as because it is a file.
     """
     from tqdm import tqdm
 
@@ -83,8 +85,9 @@ def reporting(
             raise ArgumentError(
                 f"tensorboard=True needs the package (pip install tensorboard): {error}"
             ) from error
-        # what a killed process logged after its last checkpoint is shown no more
-        writer = SummaryWriter(board, purge_step=done + 1)
+        with disk_errors(board):
+            # what a killed process logged after its last checkpoint is shown no more
+            writer = SummaryWriter(board, purge_step=done + 1)
     bar = tqdm(
         desc="training", total=epochs * steps, initial=done * steps, unit="step",
         disable=not progress or done == epochs,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sharpkit.contract.examples import Examples, add_to_digest
+from sharpkit.doors import MAX_CONFIG_BYTES, read_json, reading, shown
 from sharpkit.errors import RunError
 from sharpkit.files import atomic_path, disk_errors
 from sharpkit.settings import changes
+from sharpkit.tensor_files import read_torch
 
+COLUMNS = [
+    "epoch", "lr", "loss", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds",
+]  # fmt: skip
 _FORMAT = 1
 _CHECKPOINT = "checkpoint.pt"
 _CONFIG = "config.json"
@@ -64,14 +68,16 @@ class RunDirectory:
         path = self.checkpoint
         if path is None:
             return []
-        content = _read(path)
-        _compare(path, content["config"], self._config)
-        try:
+        where = f"{path}: the checkpoint is corrupt; remove it to train from the start"
+        content = _read(path, where)
+        with reading(where, RunError, "one of sharpkit.fit"):
+            _compare(path, content["config"], self._config)
+            _require_history(content["history"])
+            _require_state(content["model"], model.state_dict())
+            _require_optimizer(content["optimizer"], optimizer)
             model.load_state_dict(content["model"])
             optimizer.load_state_dict(content["optimizer"])
             return [dict(row) for row in content["history"]]
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise _corrupt(path, error) from error
 
     def begin(self) -> None:
         """Remove what a killed process left half written, and write config.json.
@@ -157,32 +163,20 @@ def examples_fingerprint(examples: Examples | None) -> str | None:
     return fingerprint(*pytree.tree_leaves(examples.inputs), examples.labels)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, where: str) -> dict[str, Any]:
     """The content of a checkpoint, every byte of it checked."""
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of torch and its zip and pickle layers
-        raise _corrupt(path, error) from error
+    content = read_torch(path, where, RunError)
     wanted = {"format", "config", "model", "optimizer", "history"}
     if not isinstance(content, dict) or not wanted <= set(content):
         raise RunError(f"{path}: not a checkpoint of sharpkit.fit")
     if content["format"] != _FORMAT:
-        raise RunError(f"{path}: checkpoint format {content['format']}, expected {_FORMAT}")
+        raise RunError(f"{path}: checkpoint format {shown(content['format'])}, expected {_FORMAT}")
     return content
 
 
-def _corrupt(path: Path, error: Exception) -> RunError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return RunError(
-        f"{path}: the checkpoint is corrupt ({reason}). Remove it to train from the start"
-    )
-
-
 def _compare(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    if not isinstance(there, dict):
+        raise ValueError(f"its config is {shown(there)}")
     if changed := changes(there, now):
         raise RunError(
             f"{path}: belongs to a training with another configuration ({changed}). "
@@ -190,10 +184,51 @@ def _compare(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
+def _require_history(rows: Any) -> None:
+    """One row of numbers per epoch."""
+    for number, row in enumerate(rows, start=1):
+        if set(row) != set(COLUMNS) or row["epoch"] != number:
+            raise ValueError(f"row {number} of its history is {shown(row)}")
+        if not all(type(value) in (int, float) for value in row.values()):
+            raise ValueError(f"row {number} of its history has something other than numbers")
+
+
+def _require_state(there: Any, own: Mapping[str, Any]) -> None:
+    """The same names, shapes and dtypes as those of the model that is trained."""
+    for name in dict.fromkeys([*own, *there]):
+        found, expected = there.get(name), own.get(name)
+        if isinstance(expected, Tensor) or name not in own:
+            kinds = [
+                (tuple(t.shape), t.dtype) if isinstance(t, Tensor) else None
+                for t in (found, expected)
+            ]
+            if kinds[0] != kinds[1] or kinds[0] is None:
+                raise ValueError(f"its {shown(name)} is {kinds[0]}, expected {kinds[1]}")
+
+
+def _require_optimizer(there: Any, optimizer: Optimizer) -> None:
+    """The optimizer's own settings, and for its parameters tensors of their shape."""
+    groups = optimizer.state_dict()["param_groups"]
+    for found, own in zip(there["param_groups"], groups, strict=True):
+        for name in (set(found) & set(own)) - {"lr"}:  # set anew in every step
+            if type(found[name]) is not type(own[name]) or found[name] != own[name]:
+                raise ValueError(
+                    f"its optimizer's {name} is {shown(found[name])}, expected {own[name]}"
+                )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, state in there["state"].items():
+        for name, value in state.items():
+            shape = parameters[index].shape
+            if value is not None and not (isinstance(value, Tensor) and value.shape == shape):
+                raise ValueError(f"its optimizer's {shown(name)} of parameter {index} does not fit")
+
+
 def _check_ours(path: Path) -> None:
+    if not path.exists():
+        return
     try:
-        there = json.loads(path.read_bytes()) if path.exists() else {"initial weights": ""}
-    except (OSError, ValueError):
+        there = read_json(path, RunError, MAX_CONFIG_BYTES)
+    except RunError:
         there = None
     if not isinstance(there, dict) or "initial weights" not in there:
         raise RunError(f"{path}: is not of sharpkit.fit; choose another directory")

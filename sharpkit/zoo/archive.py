@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import stat
-import uuid
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from sharpkit.errors import DownloadError
+from sharpkit.containers import open_zip, require_sizes
+from sharpkit.doors import MAX_MEMBERS, reason, shown
+from sharpkit.errors import DownloadError, SharpkitError
+from sharpkit.files import temporary_folder
 from sharpkit.zoo.files import is_litter
 
 
@@ -17,9 +19,7 @@ class BadArchiveError(DownloadError):
     """The archive itself is at fault: to try again, it must be downloaded again."""
 
 
-_MAX_RATIO = 100  # declared size of the content to the size of the archive
-_FREE_BYTES = 2**26  # an archive may always hold this much
-_MAX_MEMBERS = 1_000_000
+_MAX_BYTES = 2**40  # of one archive; its content goes to the disk, not into memory
 
 
 def unpack_zip(archive: str | Path, target: str | Path, *, progress: bool = False) -> Path:
@@ -41,43 +41,44 @@ def unpack_zip(archive: str | Path, target: str | Path, *, progress: bool = Fals
             `..`, drive letter, link), an implausible size, no disk space. Nothing is left behind.
     """
     archive, target = Path(archive), Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.unpacking")
     try:
-        with zipfile.ZipFile(archive) as file:
-            members = _checked_members(file, archive, target.parent)
-            temporary.mkdir()
-            for member in _bar(members, progress):
+        with (
+            temporary_folder(target) as temporary,
+            open_zip(archive, BadArchiveError, _MAX_BYTES) as file,
+        ):
+            for member in _bar(_checked_members(file, archive, target.parent), progress):
                 _extract(file, member, temporary)
-        top = list(temporary.iterdir())
-        (top[0] if len(top) == 1 and top[0].is_dir() else temporary).rename(target)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise BadArchiveError(f"{archive}: damaged or not a zip archive ({error})") from error
+            top = list(temporary.iterdir())
+            (top[0] if len(top) == 1 and top[0].is_dir() else temporary).rename(target)
+    except (SharpkitError, MemoryError):
+        raise
     except OSError as error:
         raise DownloadError(f"{archive}: cannot be unpacked into {target} ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except Exception as error:  # zipfile raises whatever its layers do
+        raise BadArchiveError(
+            f"{archive}: damaged or not a zip archive ({reason(error)})"
+        ) from error
     return target
 
 
 def _checked_members(file: zipfile.ZipFile, archive: Path, folder: Path) -> list[zipfile.ZipInfo]:
     """The members to unpack, all of them looked at before anything is written."""
     infos = file.infolist()
-    if len(infos) > _MAX_MEMBERS:
-        raise BadArchiveError(f"{archive}: has {len(infos):,} members; at most {_MAX_MEMBERS:,}")
+    if len(infos) > MAX_MEMBERS:
+        raise BadArchiveError(f"{archive}: has {len(infos):,} members; at most {MAX_MEMBERS:,}")
     for info in infos:
-        reason = _danger(info)
-        if reason:
-            raise BadArchiveError(f"{archive}: member {info.filename!r} {reason}; nothing unpacked")
+        danger = _danger(info)
+        if danger:
+            name = shown(info.filename)
+            raise BadArchiveError(f"{archive}: member {name} {danger}; nothing unpacked")
     members = [i for i in infos if not any(map(is_litter, PurePosixPath(i.filename).parts))]
     names = [i.filename.rstrip("/") for i in members]
     if len(set(names)) < len(names):
         raise BadArchiveError(f"{archive}: holds the same path twice; nothing unpacked")
-    size = sum(info.file_size for info in infos)
-    if size > _FREE_BYTES + _MAX_RATIO * archive.stat().st_size:
-        raise BadArchiveError(
-            f"{archive}: declares {size:,} bytes of content, over {_MAX_RATIO} times its own size"
-        )
+    stored, size = archive.stat().st_size, sum(info.file_size for info in infos)
+    require_sizes(archive, infos, stored, BadArchiveError)
+    if sum(info.compress_size for info in infos) > stored:
+        raise BadArchiveError(f"{archive}: has members that overlap; nothing unpacked")
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DownloadError(f"{archive}: needs {size:,} bytes of disk; {folder} has {free:,} free")

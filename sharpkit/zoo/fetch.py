@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from sharpkit.errors import ArgumentError, DownloadError, ZooFormatError
 from sharpkit.files import cache_folder
+from sharpkit.settings import from_table
 from sharpkit.zoo.archive import BadArchiveError, unpack_zip
 from sharpkit.zoo.files import read_json, write_json
 
@@ -239,8 +241,8 @@ class _Download:
 
     def _read_note(self) -> _Identity | None:
         try:
-            return _Identity(**read_json(self.note))
-        except (ZooFormatError, TypeError):
+            return from_table(_Identity, read_json(self.note), str(self.note))
+        except (ZooFormatError, ArgumentError):  # nothing, or nothing of use
             return None
 
 
@@ -253,10 +255,16 @@ def _identity(url: str, response: Any) -> _Identity:
         size = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:
         size = response.headers.get("Content-Length", "")
-    return _Identity(url, validator, int(size) if size.isdigit() else None)
+    return _Identity(url, validator, _number(size))
 
 
 def _range_start(response: Any) -> int:
     """The first byte that a partial answer holds, or -1."""
     start = response.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-    return int(start) if start.isdigit() else -1
+    found = _number(start)
+    return -1 if found is None else found
+
+
+def _number(text: str) -> int | None:
+    """A number of bytes as a header tells it."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None

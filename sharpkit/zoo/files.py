@@ -6,30 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sharpkit import doors
+from sharpkit.doors import MAX_CONFIG_BYTES, reading
 from sharpkit.errors import ZooFormatError
-from sharpkit.files import atomic_path, read_regular
-
-_MAX_DEPTH = 64
+from sharpkit.files import atomic_path
 
 
-def read_json(path: Path, max_bytes: int = 2**30) -> Any:
-    """The content of a JSON file; ZooFormatError that names the file if there is none.
+def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Any:
+    """The content of a zoo's JSON file; ZooFormatError that names the file if it is no good one.
 
     Args:
         path: The file.
         max_bytes: A larger file is refused before it is read.
     """
-    try:
-        content = json.loads(read_regular(path, max_bytes))
-    except FileNotFoundError:
-        raise ZooFormatError(f"{path}: file is missing") from None
-    except OSError as error:
-        raise ZooFormatError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
-        raise ZooFormatError(f"{path}: not valid JSON ({error})") from error
-    if not _is_shallow(content):
-        raise ZooFormatError(f"{path}: is nested more than {_MAX_DEPTH} levels deep")
-    return content
+    return doors.read_json(path, ZooFormatError, max_bytes)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -41,31 +31,18 @@ def write_json(path: Path, content: Any) -> None:
 
 def list_directory(path: Path) -> list[Path]:
     """The entries of a directory by name, without the litter that archives of macOS bring."""
-    try:
+    with reading(path, ZooFormatError, "a directory"):
+        if not path.exists():
+            raise ZooFormatError(f"{path}: directory is missing")
+        if not path.is_dir():
+            raise ZooFormatError(f"{path}: expected a directory, found a file")
         entries = sorted(path.iterdir())
-    except FileNotFoundError:
-        raise ZooFormatError(f"{path}: directory is missing") from None
-    except NotADirectoryError:
-        raise ZooFormatError(f"{path}: expected a directory, found a file") from None
-    except OSError as error:
-        raise ZooFormatError(f"{path}: cannot be read ({error.strerror or error})") from error
     return [e for e in entries if not is_litter(e.name)]
 
 
 def is_litter(name: str) -> bool:
     """Whether a name is one of those macOS scatters: .DS_Store, __MACOSX, ._*."""
     return name in (".DS_Store", "__MACOSX") or name.startswith("._")
-
-
-def _is_shallow(content: Any) -> bool:
-    """Whether parsed JSON is nested so little that nothing that walks through it overflows."""
-    level = [content]
-    for _ in range(_MAX_DEPTH):
-        nested = [node for node in level if isinstance(node, dict | list)]
-        level = [v for node in nested for v in (node.values() if isinstance(node, dict) else node)]
-        if not level:
-            return True
-    return False
 
 
 def _plain(value: Any) -> Any:

@@ -129,7 +129,7 @@ def _doubled(settings: dict[str, tuple[str, ...]], names: list[str]) -> list[str
 def _missing(
     settings: dict[str, tuple[str, ...]], names: list[str], possible: dict[str, list[Any]]
 ) -> list[str]:
-    axes = [list(map(str, possible[name])) for name in names]
+    axes = [dict.fromkeys(map(str, possible[name])) for name in names]
     total, present = prod(map(len, axes)), set(settings.values())
     inside = sum(all(v in axis for v, axis in zip(s, axes, strict=True)) for s in present)
     if inside >= total:

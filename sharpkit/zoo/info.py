@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sharpkit.errors import SharpkitError
+from sharpkit.doors import reading
+from sharpkit.errors import SharpkitError, ZooFormatError
 from sharpkit.zoo.layout import ModelEntry, Task, Zoo, find_tasks
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ COLUMNS += ["generalization_gap", "problem"]
 _SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 _WEIGHTS: tuple[Literal["final", "initial"], ...] = ("final", "initial")
 _FORWARD = 16  # examples of the trial run
+_MAX_WORK = 2**36  # multiplications of the trial run, some seconds
+_MAX_NUMBERS = 2**26  # in the largest input or output of a layer in the trial run
 
 
 def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
@@ -51,7 +54,9 @@ def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
     import pandas as pd
 
     opened = zoo if isinstance(zoo, Zoo) else find_tasks(zoo)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [
+        {"task": name, "problem": problem} for name, problem in opened.refused.items()
+    ]
     for task in opened.values():
         problems = _task_problems(task, deep)
         rows += [{"task": task.name, "problem": problem} for problem in problems]
@@ -166,14 +171,19 @@ def _forward_problems(
 ) -> list[str]:
     """Load the weights and run the trial inputs, or zeros if there are none."""
     model = entry.load(weights)
-    if len(inputs) == 0:
-        inputs = torch.zeros(1, *model.input_shape)
     where = entry.weights_path(weights)
+    examples = min(_FORWARD, _MAX_NUMBERS // model.largest, _MAX_WORK // model.work)
+    if examples == 0:
+        return [
+            f"{where}: not tried, as one example takes {model.work:,} multiplications and "
+            f"{model.largest:,} numbers in one layer"
+        ]
+    inputs = inputs[:examples] if len(inputs) else torch.zeros(1, *model.input_shape)
     if tuple(inputs.shape[1:]) != model.input_shape:
         return [
             f"{where}: takes inputs {model.input_shape}, the data has {tuple(inputs.shape[1:])}"
         ]
-    with torch.no_grad():
+    with reading(where, ZooFormatError, "a forward pass"), torch.no_grad():
         outputs = model(inputs)
     problems = []
     if not bool(torch.isfinite(outputs).all()):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sharpkit.doors import MAX_LAYERS, reading, shown
 from sharpkit.errors import ZooFormatError
 from sharpkit.zoo.keywords import Keywords
 from sharpkit.zoo.layer import Layer, Shape, Slot
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 _MAX_PARAMETERS = 2**32  # 16 GiB in float32; hundreds of times the largest public model
+_MAX_AXES = 8
 
 
 class KerasModel(nn.Sequential):
@@ -42,6 +44,10 @@ class KerasModel(nn.Sequential):
         config: The parsed config.json.
         input_shape: Shape of one input in torch order.
         layers: The built layers in order.
+
+    Attributes:
+        largest: Numbers in the largest input or output of a layer, for one example.
+        work: About how many multiplications one example takes.
     """
 
     def __init__(self, config: dict[str, Any], input_shape: Shape, layers: list[Layer]) -> None:
@@ -52,6 +58,8 @@ class KerasModel(nn.Sequential):
         self.config = config
         self.input_shape = input_shape
         self.output_shape = _torch_order(layers[-1].shape)
+        self.largest = max(prod(shape) for shape in (input_shape, *(la.shape for la in layers)))
+        self.work = sum(layer.work for layer in layers)
         self.slots: list[tuple[str, tuple[Slot, ...]]] = [
             (layer.name, tuple(layer.slots)) for layer in layers
         ]
@@ -123,17 +131,22 @@ def _layer_list(config: Any, model_name: str) -> tuple[list[Any], Shape]:
     layers, shape = config.get("model_config"), config.get("input_shape")
     if not isinstance(layers, list) or not layers:
         raise ZooFormatError(f"{model_name}: 'model_config' must be a list of at least one layer")
-    sizes = [int(s) for s in shape if _is_size(s)] if isinstance(shape, list | tuple) else []
-    if not isinstance(shape, list | tuple) or not sizes or len(sizes) != len(shape):
+    if len(layers) > MAX_LAYERS:
         raise ZooFormatError(
-            f"{model_name}: 'input_shape' is {shape!r}; expected [height, width, channels] or [d]"
+            f"{model_name}: has {len(layers):,} layers; at most {MAX_LAYERS:,} are accepted"
         )
-    return layers, tuple(sizes)
+    sizes = shape if isinstance(shape, list | tuple) and len(shape) <= _MAX_AXES else []
+    if not sizes or not all(map(_is_size, sizes)):
+        raise ZooFormatError(
+            f"{model_name}: 'input_shape' is {shown(shape)}; expected [height, width, channels] "
+            f"or [d], each from 1 to {_MAX_PARAMETERS:,}"
+        )
+    return layers, tuple(map(int, sizes))
 
 
 def _is_size(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and value >= 1 and float(value).is_integer()
+    return is_number and 1 <= value <= _MAX_PARAMETERS and float(value).is_integer()
 
 
 def _assemble(
@@ -151,11 +164,9 @@ def _assemble(
         stem = _snake_case(kw.layer)
         name = f"{stem}_{counts[stem]}" if counts[stem] else stem
         counts[stem] += 1
-        try:
-            with torch.device(device):
-                layer = build_layer(kw, name, shape, input_shape)
-        except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
-            raise kw.error(f"cannot be built ({str(error).splitlines()[0]})") from error
+        expected = "sizes of which torch can build a layer"  # such as those of 64 bits
+        with reading(kw.where, ZooFormatError, expected), torch.device(device):
+            layer = build_layer(kw, name, shape, input_shape)
         shape = layer.shape
         if prod(shape) > _MAX_PARAMETERS:
             raise kw.error(f"its output shape {shape} is too large")

@@ -7,9 +7,14 @@ that was not asked for, except those known to leave inference unchanged.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
+from sharpkit.doors import shown
 from sharpkit.errors import ZooFormatError
+
+_MAX_NAME = 80  # characters of a layer's class
+_MAX_AXES = 8
 
 REQUIRED: Any = object()
 
@@ -35,16 +40,21 @@ class Keywords:
             raise self.error(f"expected a dict with 'layer_name', got {type(config).__name__}")
         self._rest = dict(config)
         layer = self._rest.pop("layer_name", None)
-        if not isinstance(layer, str):
-            raise self.error(f"'layer_name' must be a Keras class name, got {layer!r}")
+        if not isinstance(layer, str) or len(layer) > _MAX_NAME:
+            raise self.error(f"'layer_name' must be a Keras class name, got {shown(layer)}")
         self.layer = layer
 
     def error(self, message: str) -> ZooFormatError:
         """An error that names the model and this layer."""
-        return ZooFormatError(f"{self._model}: layer {self.index} ({self.layer}): {message}")
+        return ZooFormatError(f"{self.where}: {message}")
+
+    @property
+    def where(self) -> str:
+        """The model and this layer, for errors."""
+        return f"{self._model}: layer {self.index} ({self.layer})"
 
     def _bad(self, key: str, value: Any, expected: str) -> ZooFormatError:
-        return self.error(f"keyword {key!r} is {value!r}; expected {expected}")
+        return self.error(f"keyword {key!r} is {shown(value)}; expected {expected}")
 
     def take(self, key: str, default: Any = REQUIRED) -> Any:
         """The raw value of a keyword, with whole floats turned into ints."""
@@ -73,7 +83,7 @@ class Keywords:
         """A list of ints."""
         value = self.take(key, default)
         many = value if isinstance(value, list | tuple) else [value]
-        if not all(_is_int(v) and v >= minimum for v in many):
+        if len(many) > _MAX_AXES or not all(_is_int(v) and v >= minimum for v in many):
             raise self._bad(key, value, f"a list of integers >= {minimum}")
         return tuple(int(v) for v in many)
 
@@ -83,7 +93,8 @@ class Keywords:
         """A finite number in [low, high]."""
         value = self.take(key, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not math.isfinite(value) or not low <= value <= high:
+        # an int may be beyond every float, which isfinite takes ill
+        if not is_number or not low <= value <= min(high, sys.float_info.max):
             raise self._bad(key, value, f"a finite number in [{low}, {high}]")
         return float(value)
 
@@ -115,7 +126,7 @@ class Keywords:
             self._check_input_shape(input_shape)
         unknown = sorted(set(self._rest) - _INERT - set(inert))
         if unknown:
-            listed = ", ".join(map(repr, unknown))
+            listed = shown(unknown)[1:-1]
             raise self.error(f"unknown keyword {listed}; its effect on the outputs is not known")
 
     def _check_input_shape(self, input_shape: tuple[int, ...]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import Tensor, nn
 
+from sharpkit.doors import shown
 from sharpkit.zoo.keywords import Keywords
 from sharpkit.zoo.modules import Pointwise
 
@@ -42,6 +44,13 @@ class Layer:
     shape: Shape  # of the input, then of the output
     modules: list[tuple[str, nn.Module]] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    taps: int = 1  # entries of the input that one of the output takes, kernels apart
+
+    @property
+    def work(self) -> int:
+        """About how many multiplications one example takes."""
+        kernels = sum(prod(s.keras_shape) for s in self.slots if "kernel" in s.keras_name)
+        return kernels * prod(self.shape[:-1]) + self.taps * prod(self.shape)
 
     def add(self, module: nn.Module, suffix: str = "") -> None:
         """Append a module called after the layer."""
@@ -122,7 +131,7 @@ def activation(kw: Keywords, layer: Layer, *, own_layer: bool = False) -> None:
     chosen = kw.take("activation") if own_layer else kw.take("activation", None)
     if chosen not in names or not isinstance(chosen, str | None):
         listed = ", ".join(str(n) for n in names[1:])
-        raise kw.error(f"keyword 'activation' is {chosen!r}; expected one of {listed}")
+        raise kw.error(f"keyword 'activation' is {shown(chosen)}; expected one of {listed}")
     suffix = "" if own_layer else "_activation"
     if chosen == "softmax":
         layer.add(nn.Softmax(dim=1 if len(layer.shape) == 3 else -1), suffix)
@@ -137,4 +146,4 @@ def last_axis_only(kw: Keywords, layer: Layer) -> None:
     rank = len(layer.shape)
     axis = kw.take("axis", -1)
     if axis not in (-1, rank, [-1], [rank]):
-        raise kw.error(f"keyword 'axis' is {axis!r}; only the last axis is supported")
+        raise kw.error(f"keyword 'axis' is {shown(axis)}; only the last axis is supported")

@@ -11,6 +11,7 @@ from math import prod
 
 from torch import nn
 
+from sharpkit.doors import shown
 from sharpkit.zoo.keywords import Keywords
 from sharpkit.zoo.layer import (
     Layer,
@@ -233,6 +234,7 @@ def _pooling(kw: Keywords, layer: Layer) -> None:
     given = kw.take("strides", None)
     stride = kw.pair("strides", kernel if given is None else given)
     out, pads = window(kw, (height, width), kernel, stride)
+    layer.taps = prod(kernel)
     even, padding = is_even(pads), (pads[2], pads[0])
     if kw.layer == "MaxPooling2D":
         if not even:
@@ -259,7 +261,7 @@ def _zero_padding2d(kw: Keywords, layer: Layer) -> None:
     if isinstance(value, list | tuple) and any(isinstance(v, list | tuple) for v in value):
         if len(value) != 2:
             raise kw.error(
-                f"keyword 'padding' is {value!r}; expected [[top, bottom], [left, right]]"
+                f"keyword 'padding' is {shown(value)}; expected [[top, bottom], [left, right]]"
             )
         top, bottom = kw.pair("padding", value[0], minimum=0)
         left, right = kw.pair("padding", value[1], minimum=0)

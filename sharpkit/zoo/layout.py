@@ -6,8 +6,8 @@ weights and data are read when asked for.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -15,7 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sharpkit.errors import ArgumentError, DownloadError, ZooFormatError
+from sharpkit.doors import reading, shown
+from sharpkit.errors import ArgumentError, SharpkitError, ZooFormatError
+from sharpkit.safe_text import printable
 from sharpkit.zoo.files import list_directory, read_json
 from sharpkit.zoo.grid import check_grid, possible_values
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from sharpkit.zoo.keras import KerasModel
 
 WEIGHT_FILES = {"final": "weights.hdf5", "initial": "weights_init.hdf5"}
-_MODEL = re.compile(r"model_(\d+)")
-_SHARD = re.compile(r"shard_(\d+)\.tfrecord")
+_MODEL = re.compile("model_([0-9]+)")
+_SHARD = re.compile(r"shard_([0-9]+)\.tfrecord")
+_SHOWN = 20  # ids in a message
 
 
 def load_zoo(path: str | Path) -> Zoo:
@@ -68,7 +71,7 @@ def load_zoo(path: str | Path) -> Zoo:
     for task in zoo.values():
         try:
             messages = task.check()
-        except (ZooFormatError, DownloadError) as error:
+        except SharpkitError as error:
             if len(zoo) == 1:
                 raise
             messages = [str(error)]
@@ -81,23 +84,29 @@ def find_tasks(path: str | Path) -> Zoo:
     """The tasks below a path or URL, without opening any file; see `load_zoo`."""
     mirror = Mirror(str(path)) if is_remote(path) else None
     path = local_path(path) if mirror is None else mirror.path
+    refused: dict[str, str] = {}
     for root in _candidates(path):
         if _model_directories(root):
-            return Zoo(path, [Task(root.resolve().name, root, mirror)])
-        tasks = [d for d in list_directory(root) if d.is_dir() and d.name != "reference_data"]
-        full = [d for d in tasks if _model_directories(d)]
-        empties = [d for d in tasks if d not in full]
-        if root.name != "input_data":  # elsewhere, any folder may lie beside the tasks
-            empties = [d for d in empties if (d / "dataset_1").is_dir()]
-        for empty in empties:
-            message = f"{empty}: task has no model_<id> directory"
-            if not full:
-                raise ZooFormatError(message)
-            warnings.warn(message, UserWarning, stacklevel=3)
-        if full:
-            return Zoo(path, [Task(d.name, d, mirror) for d in full])
+            return Zoo(path, [_task(root.resolve().name, root, mirror)])
+        tasks = []
+        for folder in list_directory(root):
+            if not _is_folder(folder) or folder.name == "reference_data":
+                continue
+            try:
+                if _model_directories(folder):
+                    tasks.append(_task(folder.name, folder, mirror))
+                # beside input_data, any folder may lie among the tasks
+                elif root.name == "input_data" or _is_folder(folder / "dataset_1"):
+                    raise ZooFormatError(f"{folder}: task has no model_<id> directory")
+            except ZooFormatError as error:
+                refused[printable(folder.name)] = printable(str(error))
+        if tasks:
+            for message in refused.values():
+                warnings.warn(message, UserWarning, stacklevel=3)
+            return Zoo(path, tasks, refused)
     raise ZooFormatError(
-        f"{path if mirror is None else mirror.url}: no model found; expected "
+        next(iter(refused.values()), "")
+        or f"{path if mirror is None else mirror.url}: no model found; expected "
         "input_data/<task>/model_<id>/, or a task with model_<id> directories"
     )
 
@@ -108,10 +117,13 @@ class Zoo(Mapping[str, "Task"]):
     Args:
         path: The directory that was opened.
         tasks: Its tasks.
+        refused: Name, made printable, of each folder that cannot be used as a task, and why.
     """
 
-    def __init__(self, path: Path, tasks: list[Task]) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, tasks: list[Task], refused: Mapping[str, str] | None = None
+    ) -> None:
+        self.path, self.refused = path, dict(refused or {})
         self._tasks = {task.name: task for task in tasks}
 
     def __getitem__(self, name: str) -> Task:
@@ -179,11 +191,11 @@ class Task(Mapping[str, "ModelEntry"]):
 
     @cached_property
     def model_configs(self) -> dict[str, Any]:
-        """The parsed model_configs.json: id -> {"hparams", "metrics"}."""
+        """The parsed model_configs.json: id -> {"hparams", "metrics"}; "model_1" is "1"."""
         content = read_json(self.local(self.model_configs_path))
         if not isinstance(content, dict) or not content:
             raise ZooFormatError(f"{self.model_configs_path}: expected a non-empty JSON object")
-        return content
+        return _normal_ids(self.model_configs_path, content)
 
     @property
     def model_configs_path(self) -> Path:
@@ -195,7 +207,7 @@ class Task(Mapping[str, "ModelEntry"]):
             here.parent / "reference_data" / name / "model_configs.json",
         ]
         for place in places:
-            if place.is_file() if self.mirror is None else self.mirror.has(place):
+            if _is_file(place) if self.mirror is None else self.mirror.has(place):
                 return place
         raise ZooFormatError(
             f"{self.path}: model_configs.json is missing; looked for {', '.join(map(str, places))}"
@@ -217,10 +229,11 @@ class Task(Mapping[str, "ModelEntry"]):
         unlisted = [id_ for id_ in self if id_ not in configs]
         absent = [id_ for id_ in configs if id_ not in self]
         if unlisted:
-            messages.append(f"models not in model_configs.json: {', '.join(unlisted)}")
+            messages.append(f"models not in model_configs.json: {_some(unlisted)}")
         if absent:
-            messages.append(f"model_configs.json lists models that are absent: {', '.join(absent)}")
-        return messages + check_grid(configs)
+            messages.append(f"model_configs.json lists models that are absent: {_some(absent)}")
+        with reading(self.model_configs_path, ZooFormatError, "hyperparameters of a grid"):
+            return messages + check_grid(configs)
 
     def shards(self, split: Literal["train", "test"]) -> list[Path]:
         """The files of a split in numeric order, not all here if the task is remote; see `local`.
@@ -232,7 +245,7 @@ class Task(Mapping[str, "ModelEntry"]):
         if split not in ("train", "test"):
             raise ArgumentError(f"split is {split!r}; expected 'train' or 'test'")
         folder = self.path / "dataset_1" / split
-        if not folder.is_dir():
+        if not _is_folder(folder):
             raise ZooFormatError(f"{folder}: this task has no {split} data")
         numbered = [
             (int(match[1]), entry)
@@ -296,7 +309,7 @@ class ModelEntry:
     @property
     def config(self) -> dict[str, Any]:
         """The parsed config.json."""
-        config = read_json(self.task.local(self.path / "config.json"), max_bytes=2**24)
+        config = read_json(self.task.local(self.path / "config.json"))
         if not isinstance(config, dict):
             raise ZooFormatError(f"{self.path / 'config.json'}: expected a JSON object")
         return config
@@ -340,7 +353,7 @@ class ModelEntry:
         hparams = self._section("hparams")
         for name, h in hparams.items():
             if not isinstance(h, dict) or "current_value" not in h:
-                raise self._config_error(f"hyperparameter {name!r} has no current_value")
+                raise self._config_error(f"hyperparameter {shown(name)} has no current_value")
         return {name: h["current_value"] for name, h in hparams.items()}
 
     @property
@@ -349,8 +362,11 @@ class ModelEntry:
         metrics = self._section("metrics")
         for name, value in metrics.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value):
-                raise self._config_error(f"metric {name!r} is {value!r}; expected a finite number")
+            # an int may be beyond every float, which isfinite takes ill
+            if not is_number or not abs(value) <= sys.float_info.max:
+                raise self._config_error(
+                    f"metric {shown(name)} is {shown(value)}; expected a finite number"
+                )
         return {name: float(value) for name, value in metrics.items()}
 
     @property
@@ -375,15 +391,26 @@ class ModelEntry:
         return ZooFormatError(f"{self.task.model_configs_path}: model {self.id}: {message}")
 
 
+def _task(name: str, path: Path, mirror: Mirror | None) -> Task:
+    """A task, unless its path is one that no table and no database can keep."""
+    try:
+        str(path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise ZooFormatError(
+            f"{path}: the name of this folder, or of one above it, is not UTF-8; rename it"
+        ) from None
+    return Task(name, path, mirror)
+
+
 def _candidates(path: Path) -> Iterator[Path]:
     """Directories that may hold tasks: input_data below the path, the path, one folder deeper."""
     children = list_directory(path)  # raises if there is nothing to read
-    if (path / "input_data").is_dir():
+    if _is_folder(path / "input_data"):
         yield path / "input_data"
         return
     yield path
     for child in children:
-        if (child / "input_data").is_dir():
+        if _is_folder(child / "input_data"):
             yield child / "input_data"
 
 
@@ -392,5 +419,38 @@ def _model_directories(path: Path) -> dict[str, Path]:
     return {
         match[1]: entry
         for entry in list_directory(path)
-        if (match := _MODEL.fullmatch(entry.name)) and entry.is_dir()
+        if (match := _MODEL.fullmatch(entry.name)) and _is_folder(entry)
     }
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # such as one inside a folder that may not be entered
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _normal_ids(path: Path, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries by the digits of their model's id: "model_1" is "1"."""
+    names: dict[str, str] = {}
+    for name in entries:
+        id_ = name.strip().removeprefix("model_")
+        if id_ in names:
+            raise ZooFormatError(
+                f"{path}: {shown(names[id_])} and {shown(name)} are both model {printable(id_)}; "
+                "remove one of the two entries"
+            )
+        names[id_] = name
+    return {id_: entries[name] for id_, name in names.items()}
+
+
+def _some(ids: list[str]) -> str:
+    more = f", and {len(ids) - _SHOWN:,} more" if len(ids) > _SHOWN else ""
+    return printable(", ".join(ids[:_SHOWN])) + more

@@ -27,8 +27,9 @@ from torch.utils.data import TensorDataset
 
 from sharpkit.data.datasets import FASHION_MNIST
 from sharpkit.data.source import DataSource
+from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
-from sharpkit.settings import checked_list, from_table, preset_path, read_toml
+from sharpkit.settings import checked_list, from_table, preset_path
 from sharpkit.zoo.fashion_mnist import fashion_mnist
 from sharpkit.zoo.recipe import Recipe
 
@@ -81,7 +82,7 @@ def read_plan(grid: str | Path) -> ZooPlan:
         ('cifar10', (8, 32, 512), 0.01)
     """
     path = preset_path(grid, Path(__file__).parent / "presets")
-    table = read_toml(path)
+    table = read_toml(path, ArgumentError)
     axes = table.pop("grid", {})
     plan = from_table(ZooPlan, table, str(path))
     return replace(plan, grid=_checked_grid(axes, plan.recipe, f"{path}, grid"))
@@ -96,7 +97,7 @@ def _checked_grid(axes: Any, recipe: Recipe, where: str) -> dict[str, tuple[Any,
         if name not in hints:
             known = ", ".join(f.name for f in fields(Recipe))
             raise ArgumentError(
-                f"{where}: unknown hyperparameter {name!r}, expected one of {known}"
+                f"{where}: unknown hyperparameter {shown(name)}, expected one of {known}"
             )
         grid[name] = checked_list(values, hints[name], f"{where}, {name}")
         try:
@@ -105,5 +106,5 @@ def _checked_grid(axes: Any, recipe: Recipe, where: str) -> dict[str, tuple[Any,
         except ArgumentError as error:
             raise ArgumentError(f"{where}: {error}") from error
         if len(set(grid[name])) != len(grid[name]) or not grid[name]:
-            raise ArgumentError(f"{where}, {name}: found {values!r}, expected distinct values")
+            raise ArgumentError(f"{where}, {name}: found {shown(values)}, expected distinct values")
     return grid

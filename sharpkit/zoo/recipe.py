@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from sharpkit.contract.losses import cross_entropy
+from sharpkit.doors import MAX_LAYERS
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.training.sam import SAM
 from sharpkit.zoo.keras import KerasModel, build_model
@@ -98,6 +99,12 @@ class Recipe:
         for name in ("init_gain", "learning_rate", "decay", "target_loss"):
             if not getattr(self, name) > 0:
                 raise ArgumentError(f"{name} is {getattr(self, name)}, expected more than 0")
+        layers = self.num_conv_blocks * (self.convs_per_block + 2) + 2 * self.num_dense_layers
+        if layers > MAX_LAYERS:
+            raise ArgumentError(
+                f"num_conv_blocks, convs_per_block and num_dense_layers make {layers:,} layers, "
+                f"expected at most {MAX_LAYERS:,}"
+            )
 
     def network(self, input_shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
         """The config.json of the network for inputs (h, w, c)."""

@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from sharpkit.errors import ArgumentError, DownloadError, SharpkitError, ZooFormatError
 from sharpkit.files import cache_folder
+from sharpkit.settings import from_table
 from sharpkit.zoo.files import is_litter, read_json, write_json
 
 _ATTEMPTS = 3
@@ -358,8 +359,9 @@ def _checksums(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
 def _note_of(path: Path, note_path: Path) -> _Note | None:
     """The note about a copy; None if there is none that fits."""
     try:
-        note, status = _Note(**read_json(note_path)), path.stat()
-    except (ZooFormatError, TypeError, OSError):
+        note = from_table(_Note, read_json(note_path), str(note_path))
+        status = path.stat()
+    except (ZooFormatError, ArgumentError, OSError):  # nothing, or nothing of use
         return None
     fits = (note.size, note.modified) == (status.st_size, status.st_mtime_ns)
     return note if fits else None

@@ -7,17 +7,21 @@ features, `inputs` and `output`, each a serialized TensorProto.
 
 from __future__ import annotations
 
+import math
+import os
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sharpkit.doors import MAX_RECORD_BYTES, allowed_expansion, reading, shown
 from sharpkit.errors import DataError, ZooFormatError
-from sharpkit.files import MAX_BYTES, atomic_path, read_regular
+from sharpkit.files import atomic_path, open_regular
 from sharpkit.zoo.protos import message_class
+from sharpkit.zoo.wire import check_message
 
 # TensorFlow's DataType numbers -> numpy dtype and the TensorProto field with its typed values
 _DTYPES: dict[int, tuple[str, str]] = {
@@ -35,11 +39,9 @@ _DTYPES: dict[int, tuple[str, str]] = {
     23: ("<u8", "uint64_val"),
 }
 _NUMBERS = {np.dtype(name): number for number, (name, _) in _DTYPES.items()}
-_MAX_ENTRIES = 2**28  # of one tensor
-_FREE_BYTES = 2**28  # a shard may always decode to this much,
-_MAX_EXPANSION = (
-    100  # and else to so many times its size (constant tensors are stored as one value)
-)
+_MAX_AXES = 8
+_MAX_LABEL = 2**31 - 1
+_SHORTEST = 32  # bytes; an example is longer
 
 
 def read_records(path: str | Path) -> Iterator[bytes]:
@@ -65,27 +67,13 @@ def read_records(path: str | Path) -> Iterator[bytes]:
         [b'one', b'two']
     """
     path = Path(path)
-    content = _read_file(path)
-    offset, index = 0, 0
-    while offset < len(content):
-        where = f"{path}: record {index} at byte {offset}"
-        header = content[offset : offset + 12]
-        if len(header) < 12:
-            raise ZooFormatError(f"{where} is truncated: {len(header)} of 12 header bytes")
-        length, length_crc = struct.unpack("<QI", header)
-        if _masked_crc(header[:8]) != length_crc:
-            raise ZooFormatError(f"{where} is corrupt: the checksum of its length is wrong")
-        end = offset + 12 + length
-        if end + 4 > len(content):
-            raise ZooFormatError(
-                f"{where} is truncated: it declares {length} bytes, "
-                f"the file has {max(len(content) - offset - 16, 0)} left"
-            )
-        payload = content[offset + 12 : end]
-        if _masked_crc(payload) != struct.unpack_from("<I", content, end)[0]:
-            raise ZooFormatError(f"{where} is corrupt: the checksum of its content is wrong")
-        yield payload
-        offset, index = end + 4, index + 1
+    with reading(path, ZooFormatError, "a TFRecord file"), open_regular(path) as file:
+        size, offset, index = os.fstat(file.fileno()).st_size, 0, 0
+        while offset < size:
+            where = f"{path}: record {index} at byte {offset}"
+            payload = _read_record(file, size - offset, where)
+            yield payload
+            offset, index = offset + 16 + len(payload), index + 1
 
 
 def write_records(path: str | Path, payloads: Iterable[bytes]) -> None:
@@ -114,27 +102,26 @@ def read_shards(paths: Iterable[str | Path]) -> tuple[NDArray[np.float32], NDArr
 
     Raises:
         ZooFormatError: A shard is corrupt, examples differ in shape, an input is NaN or infinite,
-            or a label is not a non-negative integer; names the file and the record.
+            or a label is no integer from 0 to 2³¹ − 1; names the file and the record.
     """
     files = [Path(path) for path in paths]
-    count = sum(map(_count_records, files))
-    stored = sum(path.stat().st_size for path in files if path.is_file())
-    inputs, labels = np.empty((0,), np.float32), np.empty(count, np.int64)
+    inputs, labels = np.empty((0,), np.float32), np.empty(0, np.int64)
     filled = 0
     for path in files:
         start = filled
         for index, record in enumerate(read_records(path)):
             where = f"{path}: record {index}"
-            example = _parse("Example", record, where)
-            x = _tensor(example, "inputs", where)
-            if filled == 0:
-                inputs = _allocate(count, x.shape, stored, where)
-            if x.shape != inputs.shape[1:]:
-                raise ZooFormatError(
-                    f"{where} has inputs of shape {x.shape}, others have {inputs.shape[1:]}"
-                )
-            inputs[filled] = x
-            labels[filled] = _label(_tensor(example, "output", where), where)
+            with reading(where, ZooFormatError, "a tf.train.Example"):
+                x, label = _decode(record, where)
+                if filled == 0:
+                    inputs, labels = _allocate(files, x.shape, where)
+                if x.shape != inputs.shape[1:]:
+                    raise ZooFormatError(
+                        f"{where} has inputs of shape {x.shape}, others have {inputs.shape[1:]}"
+                    )
+                with np.errstate(over="ignore"):  # what float32 does not hold is told below
+                    inputs[filled] = x
+                labels[filled] = label
             filled += 1
         _check_finite(inputs[start:filled], path)
     if filled == 0:
@@ -165,7 +152,7 @@ def write_shard(path: str | Path, inputs: NDArray[Any], labels: NDArray[Any]) ->
     if len(inputs) != len(labels) or labels.ndim != 1:
         raise DataError(f"{path}: {inputs.shape} inputs do not go with {labels.shape} labels")
     if labels.dtype.kind not in "iu" or (
-        labels.size and not 0 <= labels.min() <= labels.max() < 2**31
+        labels.size and not 0 <= labels.min() <= labels.max() <= _MAX_LABEL
     ):
         raise DataError(f"{path}: labels must be non-negative integers, got {labels.dtype}")
     if not np.isfinite(inputs).all():
@@ -176,13 +163,27 @@ def write_shard(path: str | Path, inputs: NDArray[Any], labels: NDArray[Any]) ->
 # --- decoding --------------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> bytes:
-    try:
-        return read_regular(path)
-    except FileNotFoundError:
-        raise ZooFormatError(f"{path}: shard is missing") from None
-    except OSError as error:
-        raise ZooFormatError(f"{path}: cannot be read ({error.strerror or error})") from error
+def _read_record(file: BinaryIO, left: int, where: str) -> bytes:
+    """The next payload of a file of which so many bytes are left."""
+    header = file.read(12)
+    if len(header) < 12:
+        raise ZooFormatError(f"{where} is truncated: {len(header)} of 12 header bytes")
+    length, length_crc = struct.unpack("<QI", header)
+    if _masked_crc(header[:8]) != length_crc:
+        raise ZooFormatError(f"{where} is corrupt: the checksum of its length is wrong")
+    if 16 + length > left:
+        raise ZooFormatError(
+            f"{where} is truncated: it declares {length} bytes, "
+            f"the file has {max(left - 16, 0)} left"
+        )
+    if length > MAX_RECORD_BYTES:
+        raise ZooFormatError(
+            f"{where} has {length:,} bytes; at most {MAX_RECORD_BYTES:,} are read as one example"
+        )
+    payload = file.read(length)
+    if struct.pack("<I", _masked_crc(payload)) != file.read(4):
+        raise ZooFormatError(f"{where} is corrupt: the checksum of its content is wrong")
+    return payload
 
 
 def _masked_crc(data: bytes) -> int:
@@ -193,14 +194,16 @@ def _masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _parse(name: str, data: bytes, where: str) -> Any:
-    from google.protobuf.message import DecodeError
+def _decode(record: bytes, where: str) -> tuple[NDArray[Any], int]:
+    """Inputs and label of one Example."""
+    example = _parse("Example", record, where)
+    return _tensor(example, "inputs", where), _label(_tensor(example, "output", where), where)
 
+
+def _parse(name: str, data: bytes, where: str) -> Any:
     message = message_class(name)()
-    try:
-        message.ParseFromString(data)
-    except DecodeError as error:
-        raise ZooFormatError(f"{where} is not a tf.train.Example ({error})") from error
+    check_message(message.DESCRIPTOR, data, where)
+    message.ParseFromString(data)
     return message
 
 
@@ -209,53 +212,46 @@ def _tensor(example: Any, key: str, where: str) -> NDArray[Any]:
     features = example.features.feature
     values: Any = features[key].bytes_list.value if key in features else ()
     if len(values) != 1:
-        found = ", ".join(sorted(features)) or "none"
+        found = shown(", ".join(sorted(features)))[1:-1] or "none"
         raise ZooFormatError(
             f"{where} needs one bytes value in feature {key!r}, has {len(values)} "
             f"(features: {found})"
         )
-    proto = _parse("Tensor", values[0], where)
     where = f"{where}: tensor {key!r}"
+    proto = _parse("Tensor", values[0], where)
     if proto.dtype not in _DTYPES:
         raise ZooFormatError(f"{where} has TensorFlow dtype number {proto.dtype}; not supported")
     dtype, values_field = _DTYPES[proto.dtype]
     shape = tuple(dim.size for dim in proto.tensor_shape.dim)
-    size = _product(shape)
     if proto.tensor_shape.unknown_rank or min(shape, default=1) < 1:
-        raise ZooFormatError(f"{where} has shape {shape}; expected positive sizes")
-    if size > _MAX_ENTRIES or len(shape) > 8:
-        raise ZooFormatError(f"{where} has shape {shape}; too large for one example")
-    if proto.tensor_content:
-        content = proto.tensor_content
-        if len(content) != size * np.dtype(dtype).itemsize:
+        raise ZooFormatError(f"{where} has shape {shown(shape)}; expected positive sizes")
+    if len(shape) > _MAX_AXES or 4 * math.prod(shape) > allowed_expansion(MAX_RECORD_BYTES):
+        raise ZooFormatError(f"{where} has shape {shown(shape)}; too large for one example")
+    if content := proto.tensor_content:
+        if len(content) != math.prod(shape) * np.dtype(dtype).itemsize:
             raise ZooFormatError(f"{where} of shape {shape} has {len(content)} bytes of content")
         return np.frombuffer(content, dtype).reshape(shape)
-    return _typed_values(getattr(proto, values_field), dtype, shape, size, where)
+    return _typed_values(getattr(proto, values_field), dtype, shape, where)
 
 
-def _typed_values(
-    values: Any, dtype: str, shape: tuple[int, ...], size: int, where: str
-) -> NDArray[Any]:
+def _typed_values(values: Any, dtype: str, shape: tuple[int, ...], where: str) -> NDArray[Any]:
     """A tensor from its typed field; as in TensorFlow, the last value fills up, or 0 if none is."""
+    size = math.prod(shape)
     if len(values) > size:
         raise ZooFormatError(f"{where} of shape {shape} has {len(values)} values")
-    if dtype == "<f2":  # half precision comes as bit patterns
-        array = np.array(values, dtype="<u2").view("<f2")
-    else:
-        array = np.array(values).astype(dtype)
+    # half precision comes as bit patterns
+    stored = np.array(values, dtype="<u2" if dtype == "<f2" else None)
+    array = stored.view("<f2") if dtype == "<f2" else stored.astype(dtype)
+    if np.dtype(dtype).kind in "iu" and not np.array_equal(array, stored):
+        raise ZooFormatError(f"{where} has values outside the range of its type {dtype}")
     if len(array) <= 1:
         constant = array[0] if len(array) else np.zeros((), dtype)
         return np.broadcast_to(constant, shape)
-    if size > _MAX_EXPANSION * len(array) + 2**20:
+    if size * array.itemsize > allowed_expansion(array.nbytes):
         raise ZooFormatError(f"{where} of shape {shape} has only {len(array)} values")
-    return np.concatenate([array, np.repeat(array[-1:], size - len(array))]).reshape(shape)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    filled = np.empty(size, dtype)
+    filled[: len(array)], filled[len(array) :] = array, array[-1]
+    return filled.reshape(shape)
 
 
 def _label(tensor: NDArray[Any], where: str) -> int:
@@ -265,37 +261,42 @@ def _label(tensor: NDArray[Any], where: str) -> int:
             "expected one integer"
         )
     label = int(tensor.item())
-    if label < 0:
-        raise ZooFormatError(f"{where} has the label {label}; labels are non-negative")
+    if not 0 <= label <= _MAX_LABEL:
+        raise ZooFormatError(
+            f"{where} has the label {label}; labels are non-negative, at most {_MAX_LABEL:,}"
+        )
     return label
 
 
-def _count_records(path: Path) -> int:
-    """How many records the lengths of a file declare, up to the first that does not fit."""
-    count, offset, size = 0, 0, path.stat().st_size if path.is_file() else 0
-    if 0 < size <= MAX_BYTES:
-        with path.open("rb") as file:
-            while offset + 16 <= size:
-                file.seek(offset)
-                length = int.from_bytes(file.read(8), "little")
-                if not length:  # no example is empty, but a hole in a file is billions of these
-                    return count + 1
-                offset += 16 + length
-                count += offset <= size
-    return count
+def _count_records(path: Path) -> tuple[int, int]:
+    """How many records the lengths in a file declare, up to the first bad one, and their bytes."""
+    count, offset = 0, 0
+    with reading(path, ZooFormatError, "a TFRecord file"), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        while offset + 16 <= size:
+            file.seek(offset)
+            length = int.from_bytes(file.read(8), "little")
+            if length < _SHORTEST or offset + 16 + length > size:
+                return count + 1, offset
+            offset, count = offset + 16 + length, count + 1
+    return count, offset
 
 
-def _allocate(count: int, shape: tuple[int, ...], stored: int, where: str) -> NDArray[np.float32]:
+def _allocate(
+    files: list[Path], shape: tuple[int, ...], where: str
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Room for all examples, unless that is far more than the files can stand for."""
     if not shape:
         raise ZooFormatError(f"{where} has a scalar as inputs; expected at least one axis")
-    wanted = 4 * count * _product(shape)
-    if wanted > _FREE_BYTES + _MAX_EXPANSION * stored:
+    counted = [_count_records(path) for path in files]
+    count, stored = (sum(part) for part in zip(*counted, strict=True))
+    wanted = 4 * count * math.prod(shape)
+    if wanted > allowed_expansion(stored):
         raise ZooFormatError(
             f"{where} declares inputs of shape {shape}: {count} of them take {wanted:,} bytes, "
             f"but the files hold {stored:,}"
         )
-    return np.empty((count, *shape), dtype=np.float32)
+    return np.empty((count, *shape), np.float32), np.empty(count, np.int64)
 
 
 def _check_finite(inputs: NDArray[np.float32], path: Path) -> None:

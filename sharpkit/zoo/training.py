@@ -26,6 +26,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from sharpkit.contract.examples import standard_tensor
+from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, DataError, RunError
 from sharpkit.files import disk_errors, remove_leftovers
 from sharpkit.lock import sole_driver
@@ -144,7 +145,7 @@ def train_zoo(
             writer.write_dataset(task, "train", *train.tensors)
             writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
         configs = root / "reference_data" / task / "model_configs.json"
-        done = read_json(configs) if configs.exists() else {}
+        done = _finished(configs)
         skipped = [i for i in wanted if i in done]
         todo = {i: recipes[i] for i in wanted if i not in done}
         arrays = [t.numpy() for data in (train, test) for t in data.tensors]
@@ -242,6 +243,14 @@ def _digest(*datasets: TensorDataset) -> str:
     for tensor in (t for data in datasets for t in data.tensors):
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _finished(configs: Path) -> dict[str, Any]:
+    """The entries of the models that are done, as the zoo lists them."""
+    done = read_json(configs) if configs.exists() else {}
+    if not isinstance(done, dict):
+        raise RunError(f"{configs}: found {shown(done)}, expected an object with a name per model")
+    return done
 
 
 def _claim(path: Path, plan: dict[str, Any]) -> None:

@@ -7,10 +7,7 @@ Everything a file declares is checked against the model and the file's size befo
 from __future__ import annotations
 
 import io
-import itertools
-import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,17 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sharpkit.doors import shown
 from sharpkit.errors import ModelError, ZooFormatError
 from sharpkit.files import atomic_path
-from sharpkit.zoo.heaps import check_local_heaps
+from sharpkit.zoo.hdf5 import open_layers, read_array
 from sharpkit.zoo.layer import Slot
 
 if TYPE_CHECKING:
     from sharpkit.zoo.keras import KerasModel
 
 _ATTRIBUTE_LIMIT = 64_000  # bytes; HDF5 keeps at most 64 KiB in an object header
-_MAX_EXPANSION = 100  # of a file; weights hardly compress, and deflate could do 1032 : 1
-_FREE_BYTES = 2**26  # a file may always expand to this much
 _KERAS_VERSION = b"2.15.0"
 
 
@@ -57,11 +53,8 @@ def read_weights(path: str | Path) -> list[list[NDArray[np.float32]]]:
         ((3, 2), (2,))
     """
     path = Path(path)
-    with _open(path) as file:
-        return [
-            [_read(path, layer, dataset) for dataset in datasets]
-            for layer, datasets in _layers(path, file)
-        ]
+    with open_layers(path) as layers:
+        return [[read_array(path, name, d) for d in datasets] for name, datasets in layers]
 
 
 def load_weights(model: KerasModel, path: str | Path) -> None:
@@ -87,11 +80,10 @@ def load_weights(model: KerasModel, path: str | Path) -> None:
         True
     """
     path = Path(path)
-    with _open(path) as file:
-        matched = _match(model, path, file)
+    with open_layers(path) as layers:
         loaded = [
-            (slot.target, slot.to_torch(torch.from_numpy(_read(path, name, dataset))))
-            for name, slot, dataset in matched
+            (slot.target, slot.to_torch(torch.from_numpy(read_array(path, name, dataset))))
+            for name, slot, dataset in _match(model, path, layers)
         ]
     for target, value in loaded:
         _assign(model, target, value)
@@ -112,8 +104,8 @@ def check_weights(model: KerasModel, path: str | Path) -> None:
         ZooFormatError: As `load_weights`, except that entries are not looked at.
     """
     path = Path(path)
-    with _open(path) as file:
-        _match(model, path, file)
+    with open_layers(path) as layers:
+        _match(model, path, layers)
 
 
 def write_weights(
@@ -162,129 +154,10 @@ def write_weights(
 # --- reading ---------------------------------------------------------------------------------
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    """The open file; whatever HDF5 finds wrong with it becomes a ZooFormatError."""
-    import h5py
-
-    if not path.is_file():
-        raise ZooFormatError(f"{path}: weight file is missing")
-    try:
-        check_local_heaps(path)
-        with h5py.File(path, "r", locking="best-effort") as file:
-            yield file
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ZooFormatError(
-            f"{path}: damaged or not a Keras HDF5 weight file ({reason})"
-        ) from error
-
-
-def _layers(path: Path, file: Any) -> list[tuple[str, list[Any]]]:
-    """Each layer that has weights, with its checked datasets, in order."""
-    layers = []
-    for name in _read_names(path, file, "layer_names"):
-        group = _follow(path, file, name, "Group")
-        weights = _read_names(path, group, "weight_names")
-        datasets = [_follow(path, group, weight, "Dataset") for weight in weights]
-        for dataset in datasets:
-            _check_storage(path, name, dataset)
-        if datasets:
-            layers.append((name, datasets))
-    _check_total(path, [dataset for _, datasets in layers for dataset in datasets])
-    return layers
-
-
-def _read_names(path: Path, group: Any, key: str) -> list[str]:
-    """A list of names from an attribute, possibly split into key0, key1, ..."""
-    parts = [key]
-    if key not in group.attrs:
-        parts = list(
-            itertools.takewhile(group.attrs.__contains__, (f"{key}{k}" for k in itertools.count()))
-        )
-    if not parts:
-        raise ZooFormatError(f"{path}: {group.name} has no attribute {key!r}")
-    raw: list[Any] = []
-    for part in parts:
-        attribute = group.attrs.get_id(part)
-        # an empty list has no storage, which h5py takes for an error
-        if math.prod(attribute.shape) and attribute.get_storage_size() > path.stat().st_size:
-            raise ZooFormatError(f"{path}: attribute {part!r} declares more than the file holds")
-        raw += list(np.atleast_1d(group.attrs[part]))
-    names = [n.decode("utf-8") if isinstance(n, bytes) else n for n in raw]
-    if not all(isinstance(n, str) for n in names):
-        raise ZooFormatError(f"{path}: attribute {key!r} of {group.name} is not a list of names")
-    return names
-
-
-def _follow(path: Path, group: Any, name: str, kind: str) -> Any:
-    """The object of a name inside a group, through hard links only."""
-    import h5py
-
-    node = group
-    for part in filter(None, name.split("/")):
-        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
-        if link is None:
-            raise ZooFormatError(f"{path}: {group.name} names {name!r}, which is not in the file")
-        if not isinstance(link, h5py.HardLink):
-            raise ZooFormatError(
-                f"{path}: {name!r} is a {type(link).__name__}; only data inside the file is read"
-            )
-        node = node[part]
-    if not isinstance(node, getattr(h5py, kind)):
-        raise ZooFormatError(f"{path}: {name!r} should be an HDF5 {kind.lower()}")
-    return node
-
-
-def _check_storage(path: Path, layer: str, dataset: Any) -> None:
-    """Refuse data outside the file, other types, and sizes that the file cannot hold."""
-    where = f"{path}: layer {layer!r}: {dataset.name}"
-    if dataset.is_virtual or dataset.external:
-        raise ZooFormatError(f"{where} keeps its data in another file")
-    if dataset.dtype.kind != "f":
-        raise ZooFormatError(f"{where} has type {dataset.dtype}; expected floating point")
-    stored, size = dataset.id.get_storage_size(), path.stat().st_size
-    held = stored if dataset.chunks is None else min(stored, 1) * _most_bytes(size)
-    if dataset.shape is None or dataset.nbytes > held or stored > size:
-        raise ZooFormatError(f"{where} declares shape {dataset.shape}, more than the file holds")
-
-
-def _check_total(path: Path, datasets: list[Any]) -> None:
-    """Refuse a file whose arrays together are more than it can hold, such as one named often."""
-    size = path.stat().st_size
-    stored = sum(dataset.id.get_storage_size() for dataset in datasets)
-    total = sum(dataset.nbytes for dataset in datasets)
-    if stored > size or total > _most_bytes(size):
-        raise ZooFormatError(
-            f"{path}: declares {total:,} bytes of weights, more than a file of {size:,} holds"
-        )
-
-
-def _most_bytes(size: int) -> int:
-    """To how much a compressed file may expand."""
-    return _FREE_BYTES + _MAX_EXPANSION * size
-
-
-def _read(path: Path, layer: str, dataset: Any) -> NDArray[np.float32]:
-    """The numbers of a dataset as float32; NaN and infinite ones are refused."""
-    array = np.empty(dataset.shape, dtype=np.float32)
-    if array.size:
-        dataset.read_direct(array)
-    # one infinite or NaN entry spoils the sum, and the sum needs no temporary; a huge but finite
-    # array may overflow, so only the slow test has the last word
-    tensor = torch.from_numpy(array)
-    if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ZooFormatError(
-            f"{path}: layer {layer!r}: {dataset.name} has {bad} NaN or infinite entries "
-            f"of {array.size}"
-        )
-    return array
-
-
-def _match(model: KerasModel, path: Path, file: Any) -> list[tuple[str, Slot, Any]]:
+def _match(
+    model: KerasModel, path: Path, found: list[tuple[str, list[Any]]]
+) -> list[tuple[str, Slot, Any]]:
     """Pair each array of the file with its place in the model, by order; shapes must agree."""
-    found = _layers(path, file)
     expected = [(name, slots) for name, slots in model.slots if slots]
     if len(found) != len(expected):
         raise ZooFormatError(
@@ -296,7 +169,7 @@ def _match(model: KerasModel, path: Path, file: Any) -> list[tuple[str, Slot, An
         wanted = [slot.keras_shape for slot in slots]
         if shapes != wanted:
             raise ZooFormatError(
-                f"{path}: layer {file_name!r} has arrays of shapes {shapes}; "
+                f"{path}: layer {shown(file_name)} has arrays of shapes {shown(shapes)}; "
                 f"layer {name!r} of the config needs {wanted}"
             )
         matched += [(file_name, s, d) for s, d in zip(slots, datasets, strict=True)]

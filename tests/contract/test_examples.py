@@ -269,7 +269,7 @@ def test_exchanged_powers_of_two_far_apart_change_the_checksum():
 @pytest.mark.slow
 def test_checksum_and_label_diverse_are_cheap():
     examples = Examples(torch.zeros(50_000, 784), torch.arange(50_000) % 10)  # 157 MB
-    started = time.perf_counter()
+    started = time.process_time()  # so that other processes do not count
     checksum(examples)
     label_diverse(examples, 32)
-    assert time.perf_counter() - started < 5  # 0.1 s when the machine is idle
+    assert time.process_time() - started < 5  # 0.1 s when the machine is idle

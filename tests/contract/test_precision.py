@@ -206,13 +206,13 @@ def test_threads_that_measure_at_once_leave_the_flags_as_the_first_found_them():
     def measure():
         with measuring_precision():
             entered.set()
-            leave.wait(10)
+            leave.wait(600)
             return BACKENDS.cudnn.allow_tf32
 
     found = []
     thread = threading.Thread(target=lambda: found.append(measure()))
     thread.start()
-    entered.wait(10)
+    assert entered.wait(600)
     first.close()  # before the second
     assert BACKENDS.cudnn.allow_tf32 is False
     leave.set()

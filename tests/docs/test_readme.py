@@ -11,7 +11,6 @@ import sharpkit as sk
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # half a minute on an idle machine
 def test_python_blocks_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

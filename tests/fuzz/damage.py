@@ -178,7 +178,7 @@ def tar_members(rng: Rng, content: bytes, others: list[bytes]) -> bytes:
         data = bytes_at_random(rng, data, others)
         info.size = len(data)
     elif action == "size":
-        info.size = rng.choice([0, 1, len(data) // 2])
+        info.size = rng.choice([0, min(1, len(data)), len(data) // 2])
     elif action == "kind":
         info.type = rng.choice(
             [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE]

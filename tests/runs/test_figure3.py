@@ -169,6 +169,7 @@ def comparable(out):
     }
 
 
+@pytest.mark.slow
 def test_neither_workers_nor_an_interruption_change_a_number(preset, made, tmp_path, monkeypatch):
     from sharpkit.runs.figure3 import trainings
 

@@ -80,7 +80,9 @@ def test_a_model_without_metrics_is_no_hindrance(zoo, tmp_path):
     configs = scores.model_configs["a"]
     configs["3"]["metrics"] = None
     del configs["5"]["metrics"]
+    configs["7"]["metrics"] = 5
+    configs["9"] = None
     scores._store.add_task("a", configs)
     table = scores.metrics().set_index("model")
-    assert table.loc[["3", "5"], "train_acc"].isna().all()
-    assert table["train_acc"].notna().sum() == 6
+    assert table.loc[["3", "5", "7", "9"], "train_acc"].isna().all()
+    assert table["train_acc"].notna().sum() == 4

@@ -24,7 +24,7 @@ def test_json_that_is_too_deep_is_refused(tmp_path, opening, depth):
     path = tmp_path / "a.json"
     closing = {"[": "]", '{"a":': "}"}[opening]
     path.write_text(opening * depth + "1" + closing * depth)
-    with pytest.raises(ZooFormatError, match=r"a\.json: (is nested|not valid JSON)"):
+    with pytest.raises(ZooFormatError, match=r"a\.json: is nested more than 64 levels"):
         read_json(path)
 
 

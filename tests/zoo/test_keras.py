@@ -95,7 +95,7 @@ BAD_LAYERS = {
     "'layer_name' must be": {"units": 3},
     "expected a dict": 3,
     "too large": {"layer_name": "Dense", "units": 10**14},
-    "cannot be built": {"layer_name": "Dense", "units": 10**20},
+    "torch can build": {"layer_name": "Dense", "units": 10**20},
 }
 
 

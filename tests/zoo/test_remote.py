@@ -210,7 +210,7 @@ def test_a_killed_download_leaves_nothing_that_is_taken_for_whole(zoo_path, cach
         "    content = self.cat_file(rpath)\n"
         "    Path(lpath).write_bytes(content[: len(content) // 2])\n"
         "    print('half', flush=True)\n"
-        "    time.sleep(100)\n"
+        "    time.sleep(100_000)\n"
         "DirFileSystem.get_file = half\n"
         "entry.load()\n"
     )

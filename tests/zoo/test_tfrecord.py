@@ -101,7 +101,7 @@ def test_an_absurd_length_is_refused_before_memory_is_taken(tmp_path):
 BIG = (30_000, 30_000, 3)
 
 BAD_RECORDS = {
-    "is not a tf.train.Example": b"\xff\xff\xff",
+    "expected a tf.train.Example": b"\xff\xff\xff",
     "feature 'inputs', has 0": example(inputs="absent", other=tensor(1, ())),
     "feature 'output', has 0": example(output="absent"),
     "dtype number 7": example(inputs=tensor(7, (2,))),
@@ -171,7 +171,7 @@ def test_an_empty_shard_is_refused(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    with pytest.raises(ZooFormatError, match="shard is missing"):
+    with pytest.raises(ZooFormatError, match="file is missing"):
         read_shards([tmp_path / "a"])
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from paths import SHARED, needs_shared
+from paths import RECORDED
 from torch.utils.data import TensorDataset
 
 from sharpkit.data.idx import read_idx
@@ -217,6 +217,7 @@ def killed(mark, *args):
     return _train_one(*args)
 
 
+@pytest.mark.slow
 def test_a_killed_process_costs_at_most_its_own_model(trained, tmp_path, monkeypatch):
     killer = partial(killed, tmp_path / "mark")
     monkeypatch.setattr("sharpkit.zoo.training._train_one", killer)
@@ -298,11 +299,10 @@ def test_the_sizes_of_the_competitions_networks_are_met():
     assert parameters(replace(nin, num_conv_blocks=4)) == pytest.approx(9.2e6, rel=0.01)
 
 
-@needs_shared
 def test_vgg_has_the_layers_of_the_competitions_files():
     """The fixture's models 20 and 41 have the layers of task 1, with other widths."""
     for id_, blocks, dense, dropout, width in ((20, 1, 1, 0.0, 8), (41, 3, 2, 0.5, 16)):
-        folder = SHARED / "pgdl_fixture" / "input_data" / "task1_v4" / f"model_{id_}"
+        folder = RECORDED / "pgdl_fixture" / "input_data" / "task1_v4" / f"model_{id_}"
         theirs = build_model(json.loads((folder / "config.json").read_text()), device="meta")
         recipe = Recipe(
             architecture="vgg",
@@ -385,7 +385,7 @@ def test_fashion_mnist_is_balanced_shrunk_and_exact(mnist_folder):
         (bytes([0, 0, 9, 1, 0, 0, 0, 1, 5]), "not an IDX file"),
         (bytes([0, 0, 8, 3, 0, 0]), "not an IDX file"),
         (bytes([0, 0, 8, 1, 0, 0, 0, 3, 5]), r"1 bytes of data; shape \(3,\)"),
-        (gzip.compress(bytes(100))[:-9], "cannot be read"),
+        (gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 90, *range(90)]))[:-9], "cannot be read"),
     ],
 )
 def test_damaged_idx_files_are_named(tmp_path, content, message):

@@ -184,12 +184,12 @@ def test_weights_of_another_type_are_refused(network, path):
 @pytest.mark.parametrize("keep", [0, 7, 1000, -600])
 def test_a_truncated_file_is_refused(network, path, keep):
     path.write_bytes(path.read_bytes()[:keep])
-    refuse(network, path, "damaged or not a Keras HDF5 weight file")
+    refuse(network, path, "expected an undamaged Keras HDF5 weight file")
 
 
 def test_a_file_of_noise_is_refused(network, path):
     path.write_bytes(np.random.default_rng(0).bytes(5000))
-    refuse(network, path, "damaged or not a Keras HDF5 weight file")
+    refuse(network, path, "expected an undamaged Keras HDF5 weight file")
 
 
 def test_flipped_bytes_never_escape_as_another_error(network, path):
@@ -210,7 +210,7 @@ def test_a_cyclic_list_in_the_file_is_found_before_hdf5_runs_into_it(network, pa
     _, block, address = struct.unpack_from("<QQQ", content, header + 8)
     struct.pack_into("<Q", content, address + block, block)  # the first free block follows itself
     path.write_bytes(content)
-    refuse(network, path, "cyclic free list")
+    refuse(network, path, "endless or cyclic heap")
 
 
 def test_a_missing_file_is_named(network, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from paths import SHARED, needs_shared
+from paths import FIXTURE_ZOOS, SHARED, needs_shared
 
 from sharpkit.errors import ArgumentError, DataError, ZooFormatError
 from sharpkit.zoo import ZooWriter, build_model, load_zoo, write_zoo
@@ -32,10 +32,12 @@ def test_a_copy_of_a_zoo_equals_it(zoo_path, tmp_path):
     same_task(load_zoo(zoo_path)["tiny"], load_zoo(tmp_path / "copy")["tiny"])
 
 
-@needs_shared
-@pytest.mark.parametrize("name", ["pgdl_toy", "pgdl_fixture"])
-def test_a_copy_of_a_real_zoo_equals_it(name, tmp_path):
-    zoo = load_zoo(SHARED / name)
+@pytest.mark.filterwarnings("ignore:.*settings have no model")
+@pytest.mark.parametrize(
+    "root", [*FIXTURE_ZOOS, pytest.param(SHARED / "pgdl_toy", id="toy", marks=needs_shared)]
+)
+def test_a_copy_of_a_real_zoo_equals_it(root, tmp_path):
+    zoo = load_zoo(root)
     write_zoo(zoo, tmp_path)
     for task in zoo:
         same_task(zoo[task], load_zoo(tmp_path)[task])

@@ -35,7 +35,7 @@ from sharpkit.runs.figure3.trainings import (
 )
 from sharpkit.runs.score import score_zoo
 from sharpkit.safe_text import printable
-from sharpkit.settings import changes
+from sharpkit.settings import changes, read_claim
 from sharpkit.workers import Backend, Failure, default_backend, run_items
 
 if TYPE_CHECKING:
@@ -271,11 +271,10 @@ def _claim(root: Path, plan: Plan, panels: Collection[str]) -> None:
     needed |= {"power"} if "right" in panels else set()
     measured = set(panels) & set(_MEASURED)
     needed |= measured
-    try:
-        there = json.loads(path.read_text()) if path.is_file() else {}
-        changed = [key for key in needed if key in there and there[key] != wanted[key]]
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged: delete it, or choose another directory") from error
+    there = read_claim(path) if path.is_file() else {}
+    if not all(isinstance(part, dict) for part in there.values()):
+        raise RunError(f"{path} is damaged: delete it, or choose another directory")
+    changed = [key for key in needed if key in there and there[key] != wanted[key]]
     for panel in sorted(measured):
         if (root / _MEASURED[panel]).is_dir():
             refuse_other_rules(there.get(panel, {}), root)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharpkit.data.source import DataSource
+from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
-from sharpkit.settings import from_table, preset_path, read_toml
+from sharpkit.settings import from_table, preset_path
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class Training:
         for name in ("seeds", "m", "rho", "lr"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or min(values) < 0:
-                raise ArgumentError(f"{name} is {list(values)}, expected distinct values, none < 0")
+                raise ArgumentError(
+                    f"{name} is {shown(list(values))}, expected distinct values, none < 0"
+                )
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,8 @@ class Plan:
         last = self.training.epochs
         if not self.spectra.epochs or not all(0 <= e <= last for e in self.spectra.epochs):
             raise ArgumentError(
-                f"spectra: epochs is {list(self.spectra.epochs)}, expected some of 0 to {last}"
+                f"spectra: epochs is {shown(list(self.spectra.epochs))}, expected some of 0 to "
+                f"{last}"
             )
 
 
@@ -133,11 +137,11 @@ def read_plan(preset: str | Path, build: str | None = None) -> Plan:
         (1, 4, 16, 64, 256)
     """
     path = preset_path(preset, Path(__file__).parent / "presets")
-    plan = from_table(Plan, read_toml(path), str(path))
+    plan = from_table(Plan, read_toml(path, ArgumentError), str(path))
     named = plan.training.architecture
     if ":" in named and build != named:
         raise ArgumentError(
-            f"{path}, training: architecture is the code {named!r}, and code that a file names is "
-            "not run. If you trust it, repeat it: --build module:callable, or build=..."
+            f"{path}, training: architecture is the code {shown(named)}, and code that a file "
+            "names is not run. If you trust it, repeat it: --build module:callable, or build=..."
         )
     return plan
