@@ -27,7 +27,12 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 def test_type_checkers_and_the_demo_find_their_files_in_the_package() -> None:
     package = resources.files("sharpkit")
-    for name in ("py.typed", "data/embedded_zoo.tar.xz", "report/template.html"):
+    for name in (
+        "py.typed",
+        "data/embedded_zoo.tar.xz",
+        "data/embedded_zoo.sha256",
+        "report/template.html",
+    ):
         assert package.joinpath(name).is_file(), name
 
 

@@ -47,12 +47,16 @@ class CellMap:
         """Maps for the two orders of a pair of hyperparameters, whose groups these are (models,).
 
         One object if the two agree."""
-        _, rows = np.unique(groups[groups >= 0], return_index=True)
-        settings = grid.codes[groups >= 0][rows]
-        forward = cls._ordered(grid, settings, pair)
-        backward = cls._ordered(grid, settings, pair[::-1])
-        agree = forward.one_to_one and backward.one_to_one
-        return forward, (forward if agree else backward)
+        key = "cells", pair
+        if key not in grid.derived:
+            _, rows = np.unique(groups[groups >= 0], return_index=True)
+            settings = grid.codes[groups >= 0][rows]
+            forward = cls._ordered(grid, settings, pair)
+            backward = cls._ordered(grid, settings, pair[::-1])
+            agree = forward.one_to_one and backward.one_to_one
+            grid.derived[key] = forward, (forward if agree else backward)
+        found: tuple[CellMap, CellMap] = grid.derived[key]
+        return found
 
     @classmethod
     def _ordered(cls, grid: Grid, settings: Ints, pair: tuple[int, int]) -> CellMap:

@@ -6,6 +6,7 @@ this package works on those arrays. Ids may be written 20, "20" or "model_20" an
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from sharpkit.errors import ScoreError
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Bools: TypeAlias = NDArray[np.bool_]
+Weights: TypeAlias = NDArray[np.floating]
 Measure: TypeAlias = "Mapping[Any, Any] | Any"  # id -> value: a mapping or a pandas Series
 Configs: TypeAlias = "Mapping[Any, Any] | Any"  # a Task, or a parsed model_configs.json
 
@@ -40,16 +42,32 @@ class Grid:
         return len(self.ids)
 
     def take(self, rows: Ints | Bools) -> Grid:
-        """The same zoo with some of its models."""
+        """The same zoo with some of its models; itself if with all of them, in order."""
+        if np.asarray(rows).dtype == np.bool_ and np.asarray(rows).all():
+            return self
         ids = tuple(np.asarray(self.ids, dtype=object)[rows])
         return Grid(ids, self.names, self.codes[rows], self.levels, self.possible, self.gap[rows])
 
+    @functools.cached_property
+    def derived(self) -> dict[tuple[str, tuple[int, ...]], Any]:
+        """What was computed from these models and is asked for with every measure."""
+        return {}
+
     def groups(self, columns: Sequence[int]) -> Ints:
-        """Group of each model (models,): models are together if they share these values.
+        """Group of each model (models,), to read only: together if they share these values.
 
         Groups are numbered 0, 1, ... without holes; a model that lacks one of the
         hyperparameters gets -1.
         """
+        key = "groups", tuple(columns)
+        if key not in self.derived:
+            groups = self._numbered(columns)
+            groups.setflags(write=False)
+            self.derived[key] = groups
+        found: Ints = self.derived[key]
+        return found
+
+    def _numbered(self, columns: Sequence[int]) -> Ints:
         label = np.zeros(len(self), dtype=np.int64)
         known = np.ones(len(self), dtype=np.bool_)
         bound = 1

@@ -3,7 +3,8 @@
 Every pair (i, j) has two bits, gap_i > gap_j and value_i > value_j; a cell is what the
 hyperparameters of a conditioning set say about i and about j. With M the one-hot matrix of the
 models' groups and X a matrix of bits, all cells of a set are counted by Mᵀ X M. Counts are exact
-integers; logarithms come afterwards.
+integers; logarithms come afterwards. Of many models X is not formed: the same integers come from
+sorting.
 """
 
 from __future__ import annotations
@@ -13,6 +14,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from sharpkit.evaluation._dominance import (
+    MANY,
+    Dominance,
+    Smaller,
+    dense_ranks,
+    in_chunks,
+    weighted_tables,
+)
 from sharpkit.evaluation._grid import Floats, Ints
 
 PLUS, MINUS = 0, 1
@@ -33,6 +42,8 @@ def count_pairs(gap: Floats, value: Floats, groups: Sequence[Ints]) -> list[Ints
         list: For each set a table (groups of i, groups of j, 2 gap bits, 2 value bits), in which
             index 0 is a strictly larger first model and index 1 everything else, ties and NaN too.
     """
+    if len(gap) > MANY:
+        return _count_sorted(gap, value, groups)
     sizes = [int(g.max(initial=-1)) + 1 for g in groups]
     tables: list[Ints] = []
     for start, stop in _batches(sizes):
@@ -128,7 +139,27 @@ def _count_batch(
     return tables
 
 
-def _assemble(pairs: Floats, larger_gap: Floats, larger_value: Floats, both: Floats) -> Ints:
+def _count_sorted(gap: Floats, value: Floats, groups: Sequence[Ints]) -> list[Ints]:
+    """The same tables; a model with NaN is never the larger or the smaller one."""
+    gaps, values = dense_ranks(gap), dense_ranks(value)
+    known = ~np.isnan([gap, value])
+    chunks = in_chunks(groups)
+    larger_gap, larger_value, both = (
+        weighted_tables(chunks, kept[None].astype(np.float64), sums)
+        for kept, sums in (
+            (known[0], Smaller.of(gaps).sums),
+            (known[1], Smaller.of(values).sums),
+            (known[0] & known[1], Dominance.of(values, gaps).sums),
+        )
+    )
+    members = [np.bincount(g[g >= 0], minlength=int(g.max(initial=-1)) + 1) for g in groups]
+    return [
+        _assemble(np.outer(m, m), *(t[0] for t in of_set))
+        for m, *of_set in zip(members, larger_gap, larger_value, both, strict=True)
+    ]
+
+
+def _assemble(pairs: Floats | Ints, larger_gap: Floats, larger_value: Floats, both: Floats) -> Ints:
     table = np.empty((*pairs.shape, 2, 2), dtype=np.int64)
     table[..., PLUS, PLUS] = both
     table[..., PLUS, MINUS] = larger_gap - both

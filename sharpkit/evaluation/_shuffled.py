@@ -4,21 +4,24 @@ With M the one-hot matrix of the models' groups in every conditioning set, X the
 value" of a shuffle and Y those of the gap, all cells of all sets are counted by Mᵀ X M and
 Mᵀ (X ∘ Y) M. One product with M gives both: the entries of X are weighted B + Y, B a power of two
 above the number of models, so that the quotient by B counts X and the remainder X ∘ Y. Counts are
-exact integers.
+exact integers. Of many models the pairs are not formed but counted by sorting.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from sharpkit.evaluation._cells import CellMap
-from sharpkit.evaluation._grid import Bools, Floats, Grid, Ints
+from sharpkit.evaluation._dominance import COLUMNS, MANY, Dominance, Smaller, dense_ranks
+from sharpkit.evaluation._grid import Bools, Floats, Grid, Ints, Weights
 from sharpkit.evaluation._pairs import INSIDE_LOG, xlogx
-from sharpkit.evaluation._weighted_cells import Weights
+from sharpkit.evaluation._threads import in_threads
 
 _COLUMNS = 256  # groups, over all sets, that are counted at a time
 _ENTRIES = 500_000  # of X held at a time
@@ -40,13 +43,26 @@ class _Block:
     pgdl_entropy: Floats  # (sets,): mean over cells
     jiang_entropy: Floats  # (sets,): times the number of pairs
 
+    @functools.cached_property
+    def rows(self) -> Any:
+        """The members of each group, a sparse matrix (groups of all these sets, models)."""
+        from scipy.sparse import csr_array
+
+        return csr_array(self.member.T.astype(np.float64))
+
+    def cells(self, sums: Weights) -> Floats:
+        """Sums (models, groups of all these sets) summed over the first group of each cell."""
+        found: Floats = (self.rows @ sums.astype(np.float64)).reshape(-1)[self.flat]
+        return found
+
 
 @dataclass(frozen=True)
 class ShuffledScores:
     """Scores of shuffles by both definitions; what depends on the zoo alone is computed once."""
 
     models: int
-    weights: Weights  # (models, models): B + Y
+    gap: Ints  # (models,): ranks
+    weights: Weights | None  # (models, models): B + Y; None of many models
     base: float
     blocks: list[_Block]
     table: Floats  # x log2 x of 0, 1, ...; empty if there are too many
@@ -64,30 +80,54 @@ class ShuffledScores:
             found.setdefault(groups.tobytes(), (groups, kept.get(columns)))
         base = float(2 ** int(np.ceil(np.log2(n + 1))))
         # a sum over a row is below (n + 1) B, exact in float32 below 2**24
-        dtype = np.float32 if (n + 1) * base < 2**24 else np.float64
-        gap_bits: Weights = (grid.gap[:, None] > grid.gap).astype(dtype)
-        blocks = [_block(part, gap_bits) for part in _parts(list(found.values()))]
+        dtype = np.float32 if n > MANY or (n + 1) * base < 2**24 else np.float64
+        gap = dense_ranks(grid.gap)
+        weights: Weights | None = None
+        larger: Callable[[Weights], Weights] = Smaller.of(gap).sums
+        if n <= MANY:
+            gap_bits: Weights = (grid.gap[:, None] > grid.gap).astype(dtype)
+            weights, larger = base + gap_bits, gap_bits.__matmul__
+        parts = _parts(list(found.values()), _COLUMNS if n <= MANY else COLUMNS)
+        blocks = [_block(part, larger, dtype) for part in parts]
         most = int(max(block.total.max(initial=0) for block in blocks))
         table = xlogx(np.arange(most + 1, dtype=np.float64)) if most <= _TABLED else np.empty(0)
-        return cls(n, base + gap_bits, base, blocks, table, _all_kept(kept))
+        return cls(n, gap, weights, base, blocks, table, _all_kept(kept))
 
     def __call__(self, values: Floats) -> tuple[Floats, Floats]:
         """Scores by `pgdl` and `jiang` of measures (measures, models), without NaN; (measures,)."""
-        step = max(1, _ENTRIES // self.models**2)
+        step = max(1, _ENTRIES // (self.models**2 if self.models <= MANY else self.models))
         found = [self._batch(values[s : s + step]) for s in range(0, len(values), step)]
         pgdl, jiang = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return pgdl, jiang
 
     def _batch(self, values: Floats) -> tuple[Floats, Floats]:
-        weighted = (values[:, :, None] > values[:, None]) * self.weights
         pgdl, jiang = ([np.full((len(values), 1), np.inf)] for _ in range(2))
-        for block in self.blocks:
-            larger, both = self._count(weighted, block)
+        for block, (larger, both) in zip(self.blocks, self._counts(values), strict=True):
             pgdl.append(self._unweighted(block, larger, both))
             jiang.append(self._weighted(block, larger, both))
         scores = [np.fmin.reduce(np.concatenate(parts, axis=1), axis=1) for parts in (pgdl, jiang)]
         first, second = (np.where(np.isinf(score), np.nan, score) for score in scores)
         return (first if self.pgdl_defined else np.full_like(first, np.nan)), second
+
+    def _counts(self, values: Floats) -> Iterator[tuple[Floats, Floats]]:
+        """Of each block, pairs with the larger value, and value and gap (batch, cells)."""
+        if self.weights is None:
+            for of_block in zip(*in_threads(self._sorted_counts, list(values)), strict=True):
+                larger, both = (np.array(cells) for cells in zip(*of_block, strict=True))
+                yield larger, both
+            return
+        weighted = (values[:, :, None] > values[:, None]) * self.weights
+        for block in self.blocks:
+            yield self._count(weighted, block)
+
+    def _sorted_counts(self, values: Floats) -> list[tuple[Floats, Floats]]:
+        """The same (cells,) of one measure (models,), by sorting."""
+        ranks = dense_ranks(values)
+        larger, both = Smaller.of(ranks), Dominance.of(ranks, self.gap)
+        return [
+            (block.cells(larger.sums(block.member)), block.cells(both.sums(block.member)))
+            for block in self.blocks
+        ]
 
     def _count(self, weighted: Weights, block: _Block) -> tuple[Floats, Floats]:
         batch, n, _ = weighted.shape
@@ -156,7 +196,7 @@ def _kept(grid: Grid, pair: tuple[int, int]) -> Bools | None:
 
 
 def _parts(
-    sets: list[tuple[Ints, Bools | None]],
+    sets: list[tuple[Ints, Bools | None]], most: int
 ) -> list[list[tuple[Ints, Bools | None]]]:
     parts: list[list[tuple[Ints, Bools | None]]] = [[]]
     width = 0
@@ -164,7 +204,7 @@ def _parts(
         size = int(groups.max(initial=-1)) + 1
         if size == 0:
             continue
-        if parts[-1] and width + size > _COLUMNS:
+        if parts[-1] and width + size > most:
             parts.append([])
             width = 0
         parts[-1].append((groups, kept))
@@ -172,10 +212,12 @@ def _parts(
     return [part for part in parts if part]
 
 
-def _block(sets: list[tuple[Ints, Bools | None]], gap_bits: Weights) -> _Block:
+def _block(
+    sets: list[tuple[Ints, Bools | None]], larger_gap: Callable[[Weights], Weights], dtype: Any
+) -> _Block:
     sizes = [int(groups.max()) + 1 for groups, _ in sets]
     ends = np.cumsum(sizes)
-    member = np.zeros((len(gap_bits), int(ends[-1])), dtype=gap_bits.dtype)
+    member = np.zeros((len(sets[0][0]), int(ends[-1])), dtype=dtype)
     rows, columns, pgdl = [], [], []
     for (groups, kept), end, size in zip(sets, ends, sizes, strict=True):
         known = np.flatnonzero(groups >= 0)
@@ -189,8 +231,8 @@ def _block(sets: list[tuple[Ints, Bools | None]], gap_bits: Weights) -> _Block:
     members = member.sum(0, dtype=np.float64)
     total = members[row] * members[column]
     itself = np.where(row == column, members[row], 0.0)
-    partial = (gap_bits @ member).astype(np.float64)
-    gap = (member.T.astype(np.float64) @ partial)[row, column]
+    before = larger_gap(member).astype(np.float64)
+    gap = (member.T.astype(np.float64) @ before)[row, column]
 
     def entropy(pairs: Floats) -> Floats:
         return xlogx(pairs) - xlogx(gap) - xlogx(pairs - gap)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sharpkit.evaluation._grid import Floats, Ints
+from sharpkit.evaluation._grid import Floats, Ints, Weights
 from sharpkit.evaluation._pairs import xlogx
-
-Weights: TypeAlias = NDArray[np.floating]
 
 
 @dataclass(frozen=True)

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Grid, Ints
+from sharpkit.evaluation._dominance import MANY, dense_ranks
+from sharpkit.evaluation._grid import Floats, Grid, Ints, Weights
+from sharpkit.evaluation._many_chance import chance_of_many, shuffled_agreement
+from sharpkit.evaluation._plan import Pairs, changed_pairs, coupled_pairs
+from sharpkit.evaluation._resampled import error_summaries
 from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation._weighted import (
-    Pairs,
-    changed_pairs,
-    coupled_pairs,
-    error_summaries,
-)
-from sharpkit.evaluation._weighted_cells import Weights
-from sharpkit.evaluation.ranks import mean_ranks, tau_a
+from sharpkit.evaluation._threads import in_threads
+from sharpkit.evaluation.ranks import mean_ranks
 from sharpkit.evaluation.robustness import Environments
-from sharpkit.evaluation.statistics import SIGN_ERRORS
+from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
 
 _SIGNS = 2_000_000  # of pairs held at a time
-_MANY = 2000  # models from which sorting is faster than comparing all pairs
 
 
 def chance_statistics(
@@ -53,18 +51,43 @@ def chance_statistics(
     rest = [name for name in statistics if name not in found]
     if rest:
         everything = np.concatenate([np.arange(len(grid))[None], orders])
-        columns = [_of_one(v, grid, everything, rest, environments) for v in values.T]
+        zoo = _Zoo.of(grid, rest, environments or Environments())
+        columns = in_threads(lambda v: _of_one(v, zoo, everything, rest), list(values.T))
         for name in rest:
             scores = np.stack([column[name] for column in columns], axis=1)
             found[name] = scores[0], scores[1:]
     return {name: found[name] for name in statistics}
 
 
+def unrestricted_chance(
+    values: Floats,
+    grid: Grid,
+    orders: Ints,
+    statistics: Sequence[str],
+    environments: Environments | None = None,
+) -> dict[str, tuple[Floats, Floats]]:
+    """As `chance_statistics`, the measures shuffled among all models.
+
+    Of many models, measures with the same ties share the shuffles of their ranks.
+    """
+    if len(grid) <= MANY:
+        return chance_statistics(values, grid, orders, statistics, environments)
+    informed = [name for name in statistics if TABLE[name].conditioning_set]
+    rest = [name for name in statistics if name not in informed]
+    found = chance_of_many(values, grid, orders, rest, environments or Environments())
+    found |= chance_statistics(values, grid, orders, informed, environments)
+    return {name: found[name] for name in statistics}
+
+
 def shuffles(strata: Ints, permutations: int, seed: int) -> Ints:
     """Orders of the models (permutations, models) that keep each model in its stratum."""
-    keys = np.random.default_rng(seed).random((permutations, len(strata)))
-    orders = np.empty(keys.shape, dtype=np.int64)
-    orders[:, np.argsort(strata, kind="stable")] = np.argsort(strata + keys, axis=1)
+    generator, n = np.random.default_rng(seed), len(strata)
+    orders = np.empty((permutations, n), dtype=np.int64)
+    places = np.argsort(strata, kind="stable")
+    step = max(1, _SIGNS // n)
+    for start in range(0, permutations, step):
+        part = orders[start : start + step]
+        part[:, places] = np.argsort(strata + generator.random(part.shape), axis=1)
     return orders
 
 
@@ -75,10 +98,13 @@ def permuted_kendall(values: Floats, gap: Floats, orders: Ints) -> tuple[Floats,
         tuple: Observed (measures,) and shuffled (permutations, measures).
     """
     n = len(gap)
-    if n >= _MANY:
-        observed = np.array([tau_a(column, gap) for column in values.T])
-        rows = [[tau_a(column, gap[order]) for column in values.T] for order in orders]
-        return observed, np.array(rows)
+    pairs = n * (n - 1) // 2
+    if n > MANY:
+        ranks, itself = dense_ranks(gap), np.arange(n)[None]
+        columns = [dense_ranks(column) for column in values.T]
+        observed = [shuffled_agreement(ranks, column, itself)[0] for column in columns]
+        agreement = [shuffled_agreement(ranks, column, orders) for column in columns]
+        return np.array(observed) / pairs, np.stack(agreement, axis=1) / pairs
     dtype = np.float32 if n < 4096 else np.float64  # sums of up to n² signs are exact
     sign = _signs(gap[None], dtype)[0]
     signs = _signs(values.T, dtype).reshape(values.shape[1], n * n).T
@@ -88,9 +114,8 @@ def permuted_kendall(values: Floats, gap: Floats, orders: Ints) -> tuple[Floats,
         order = orders[start : start + step]
         permuted = sign[order[:, :, None], order[:, None, :]]  # (batch, models, models)
         shuffled[start : start + step] = permuted.reshape(len(order), -1) @ signs
-    pairs = n * (n - 1)
-    observed = (sign.reshape(-1) @ signs).astype(np.float64) / pairs
-    return observed, shuffled / pairs
+    observed = (sign.reshape(-1) @ signs).astype(np.float64) / (2 * pairs)
+    return observed, shuffled / (2 * pairs)
 
 
 def _signs(values: Floats, dtype: type) -> Weights:
@@ -100,29 +125,45 @@ def _signs(values: Floats, dtype: type) -> Weights:
     return signs
 
 
+@dataclass(frozen=True)
+class _Zoo:
+    """What all measures of a zoo share."""
+
+    gap: Floats
+    scores: ShuffledScores | None
+    coupled: list[Pairs]
+    changes: Pairs | None
+
+    @classmethod
+    def of(cls, grid: Grid, statistics: Sequence[str], environments: Environments) -> _Zoo:
+        wanted, varying = set(statistics), grid.varying()
+        informed = wanted & {"cmi_pgdl", "cmi_jiang"}
+        return cls(
+            grid.gap,
+            ShuffledScores.of(grid) if informed else None,
+            coupled_pairs(grid, varying) if "granulated_kendall" in wanted else [],
+            changed_pairs(grid, varying, environments) if wanted & set(SIGN_ERRORS) else None,
+        )
+
+
 def _of_one(
-    values: Floats,
-    grid: Grid,
-    orders: Ints,
-    statistics: Sequence[str],
-    environments: Environments | None,
+    values: Floats, zoo: _Zoo, orders: Ints, statistics: Sequence[str]
 ) -> dict[str, Floats]:
     """Statistics (orders,) of one measure in each of the orders."""
     found: dict[str, Floats] = {}
     wanted = set(statistics)
-    if wanted & {"cmi_pgdl", "cmi_jiang"}:
-        found["cmi_pgdl"], found["cmi_jiang"] = ShuffledScores.of(grid)(values[orders])
+    if zoo.scores is not None:
+        found["cmi_pgdl"], found["cmi_jiang"] = zoo.scores(values[orders])
     if "spearman" in wanted:
-        found["spearman"] = _correlations(mean_ranks(values)[orders], mean_ranks(grid.gap))
+        found["spearman"] = _correlations(mean_ranks(values)[orders], mean_ranks(zoo.gap))
     if "pearson" in wanted:
-        found["pearson"] = _correlations(values[orders], grid.gap)
+        found["pearson"] = _correlations(values[orders], zoo.gap)
     if "r_squared" in wanted:
-        found["r_squared"] = _held_out(values, grid.gap, orders)
+        found["r_squared"] = _held_out(values, zoo.gap, orders)
     if "granulated_kendall" in wanted:
-        found["granulated_kendall"] = _granulated(values, grid, orders)
+        found["granulated_kendall"] = _granulated(values, zoo, orders)
     if wanted & set(SIGN_ERRORS):
-        errors = _sign_errors(values, grid, orders, environments or Environments())
-        found |= zip(SIGN_ERRORS, errors, strict=True)
+        found |= zip(SIGN_ERRORS, _sign_errors(values, zoo, orders), strict=True)
     return {name: found[name] for name in statistics}
 
 
@@ -163,30 +204,27 @@ def _held_out(values: Floats, gap: Floats, orders: Ints) -> Floats:
     return 1 - unexplained
 
 
-def _granulated(values: Floats, grid: Grid, orders: Ints) -> Floats:
-    found = coupled_pairs(grid, grid.varying())
-    if not found:
+def _granulated(values: Floats, zoo: _Zoo, orders: Ints) -> Floats:
+    if not zoo.coupled:
         return np.full(len(orders), np.nan)
     taus = np.zeros(len(orders))
-    for pairs in found:
+    for pairs in zoo.coupled:
         members = np.diff(np.append(pairs.starts, len(pairs.first)))
         share = np.repeat(1 / (members * len(members)), members)
-        for rows, agreement in _agreements(values, grid.gap, pairs, orders):
+        for rows, agreement in _agreements(values, zoo.gap, pairs, orders):
             taus[rows] += agreement @ share
-    return taus / len(found)
+    return taus / len(zoo.coupled)
 
 
-def _sign_errors(
-    values: Floats, grid: Grid, orders: Ints, environments: Environments
-) -> tuple[Floats, Floats, Floats]:
-    pairs = changed_pairs(grid, grid.varying(), environments)
+def _sign_errors(values: Floats, zoo: _Zoo, orders: Ints) -> tuple[Floats, Floats, Floats]:
+    pairs = zoo.changes
     if pairs is None:
         nothing = np.full(len(orders), np.nan)
         return nothing, nothing, nothing
     weight = np.broadcast_to(pairs.weight, pairs.first.shape)
     total = pairs.sums(weight[None])
     parts = []
-    for _, agreement in _agreements(values, grid.gap, pairs, orders):
+    for _, agreement in _agreements(values, zoo.gap, pairs, orders):
         with np.errstate(invalid="ignore", divide="ignore"):  # an environment without weight
             errors = pairs.sums(weight * (1 - agreement) / 2) / total
         parts.append(error_summaries(errors, np.broadcast_to(total, errors.shape)))

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sharpkit.evaluation._grid import Floats, Grid, Ints
+from sharpkit.evaluation._plan import Pairs, changed_pairs
 from sharpkit.evaluation._shuffled import pgdl_defined
-from sharpkit.evaluation._weighted import Pairs, changed_pairs, weighted_statistics
+from sharpkit.evaluation._weighted import weighted_statistics
 from sharpkit.evaluation.arguments import LEAST_CERTAIN
-from sharpkit.evaluation.chance import chance_statistics, shuffles
+from sharpkit.evaluation.chance import shuffles, unrestricted_chance
+from sharpkit.evaluation.draws import Sampling
 from sharpkit.evaluation.null import (
     EMPTY_CELLS,
     TOO_FEW_HYPERPARAMETERS,
@@ -48,16 +50,6 @@ class Rating:
     nulls: list[ScoreNull] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How many resamples and shuffles, at which confidence, from which seed."""
-
-    resamples: int = 1000
-    permutations: int = 10_000
-    confidence: float = 0.95
-    seed: int = 0
-
-
 def rate(
     values: Floats,
     grid: Grid,
@@ -87,7 +79,7 @@ def rate(
         directed = np.where(known, signs, 1.0) * values if of_errors else values
         scored = observed_and_resampled(directed, grid, weights, names, environments=environments)
         shuffled = [name for name in names if not TABLE[name].conditioning_set]
-        chance = chance_statistics(directed, grid, orders, shuffled, environments)
+        chance = unrestricted_chance(directed, grid, orders, shuffled, environments)
         for name in names:
             value, draws = scored[name]
             drawn = np.where(known, value, np.nan), draws

@@ -27,6 +27,8 @@ _COLUMNS = {
     "direction": ("1: a large value should mean a large gap; -1: a small one; empty: neither", ""),
     "p_value": ("share of shuffles with such a Kendall's tau, in the expected direction", "share"),
     "p_value_holm": ("p_value, corrected for the number of rows", "share"),
+    "resamples": ("bootstrap resamples, and shuffles of the mutual informations' null", "count"),
+    "permutations": ("shuffles of all other p-values", "count"),
     "interval_note": ("statistics without an interval, and why", ""),
 }
 _ENDS = {

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from sharpkit.errors import ArgumentError
+from sharpkit.evaluation._dominance import MANY
 from sharpkit.evaluation._grid import Configs, Floats, Grid, Ints, Measure, read_comparable
 from sharpkit.evaluation._shuffled import ShuffledScores
+from sharpkit.evaluation._threads import in_threads
 from sharpkit.evaluation.arguments import LEAST_CERTAIN
 from sharpkit.evaluation.permutation import p_values
 from sharpkit.evaluation.ranks import mean_ranks
@@ -140,11 +142,15 @@ def nulls_of_scores(
     if n >= LEAST_CERTAIN and effects.shape[1] > n // 2:
         few = "too few models for the values of the hyperparameters"
     found: dict[str, list[ScoreNull]] = {name: [] for name in _DEFINITIONS}
-    for column in values.T:
-        observed = scores(column[None])
-        chance: tuple[Floats, Floats] | None = None
-        if n >= LEAST_CERTAIN and effects.shape[1] <= n // 2:
-            chance = scores(explained_shuffles(column, effects, orders, ties))
+
+    def of_measure(column: Floats) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats] | None]:
+        known = n >= LEAST_CERTAIN and effects.shape[1] <= n // 2
+        shuffled = explained_shuffles(column, effects, orders, ties) if known else None
+        return scores(column[None]), None if shuffled is None else scores(shuffled)
+
+    # of many models the shuffles of one measure share the cores instead
+    each = in_threads if n <= MANY else lambda function, items: [function(i) for i in items]
+    for observed, chance in each(of_measure, list(values.T)):
         for k, name in enumerate(_DEFINITIONS):
             value = float(observed[k][0])
             if np.isnan(value):

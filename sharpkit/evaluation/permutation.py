@@ -10,7 +10,12 @@ from numpy.typing import ArrayLike
 from sharpkit.errors import ArgumentError
 from sharpkit.evaluation._grid import Configs, Floats, Measure, read_comparable
 from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
-from sharpkit.evaluation.chance import chance_statistics, permuted_kendall, shuffles
+from sharpkit.evaluation.chance import (
+    chance_statistics,
+    permuted_kendall,
+    shuffles,
+    unrestricted_chance,
+)
 from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
 
 __all__ = [
@@ -84,9 +89,8 @@ def permutation_p_value(
     strata = grid.groups([grid.names.index(name) for name in within])
     orders = shuffles(strata, permutations, seed)
     sign = -1.0 if direction == -1 and statistic in SIGN_ERRORS else 1.0
-    observed, chance = chance_statistics(sign * values[:, None], grid, orders, [statistic])[
-        statistic
-    ]
+    score = chance_statistics if within else unrestricted_chance
+    observed, chance = score(sign * values[:, None], grid, orders, [statistic])[statistic]
     return float(sided_p_values(statistic, observed, chance, [direction])[0])
 
 

@@ -15,7 +15,9 @@ from numpy.typing import ArrayLike
 
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.evaluation._dominance import MANY, Dominance, dense_ranks
 from sharpkit.evaluation._grid import Configs, Floats, Ints, listed, read_configs, read_measure
+from sharpkit.evaluation._many import weighted_agreement
 from sharpkit.evaluation.arguments import LEAST, check_resampling
 from sharpkit.evaluation.intervals import interval_ends, resample_weights
 from sharpkit.evaluation.ranks import aligned, kendall_tau
@@ -232,8 +234,12 @@ def _ridge(models: int) -> Any:
 
 def _kendall_draws(predicted: Floats, gap: Floats, weights: Ints) -> Floats:
     """Kendall's tau of each resample (resamples,), copies of a model not compared."""
-    agreement = np.sign(predicted[:, None] - predicted) * np.sign(gap[:, None] - gap)
     w = weights.astype(np.float64)
     pairs = w.sum(1) ** 2 - (w * w).sum(1)
+    if len(gap) > MANY:
+        values, gaps = dense_ranks(predicted), dense_ranks(gap)
+        found: Floats = weighted_agreement(values, gaps, Dominance.of(values, gaps), w) / pairs
+        return found
+    agreement = np.sign(predicted[:, None] - predicted) * np.sign(gap[:, None] - gap)
     draws: Floats = ((w @ agreement) * w).sum(1) / pairs
     return draws

@@ -20,8 +20,8 @@ from sharpkit.evaluation._grid import (
     read_measure,
 )
 from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
+from sharpkit.evaluation.draws import Sampling
 from sharpkit.evaluation.intervals import (
-    Sampling,
     no_interval,
     observed_and_resampled,
     rate,

@@ -20,9 +20,9 @@ from sharpkit.evaluation._grid import (
 )
 from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
 from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score, set_name
+from sharpkit.evaluation.draws import Sampling
 from sharpkit.evaluation.intervals import (
     Rating,
-    Sampling,
     interval_ends,
     no_interval,
     observed_and_resampled,
@@ -75,9 +75,11 @@ def evaluate_measures(
     Args:
         values: Index of model ids, one column per measure setting.
         configs: A `Task`, or the content of a `model_configs.json`.
-        resamples: Bootstrap resamples, and shuffles for the null of a mutual information.
+        resamples: Bootstrap resamples, and shuffles for the null of a mutual information; more
+            than 512 models get fewer, at most 500,000 / models, though not below 100.
         permutations: Shuffles for the other p-values, of which the smallest is
             1 / (1 + permutations) before the correction; None for ten times as many as resamples.
+            More than 512 models get at most 10,000,000 / models, though not below 1,000.
         seed: Determines both.
         confidence: Nominal coverage of the intervals.
         definitions: Which conditional mutual informations: "pgdl", "jiang".
@@ -93,8 +95,9 @@ def evaluate_measures(
             and direction; cmi_pgdl, cmi_jiang, kendall_tau, kendall_tau_b, granulated_kendall,
             spearman, pearson, r_squared, sign_error, sign_error_90, sign_error_max, each with _low
             and _high; for a CMI also _set, the conditioning set that attains it, and _null_mean,
-            _null_95, _p_value, _p_value_holm, _adjusted; p_value; p_value_holm; interval_note. A
-            CMI is the raw ratio, not a percentage.
+            _null_95, _p_value, _p_value_holm, _adjusted; p_value; p_value_holm; resamples and
+            permutations, how many there were; interval_note. A CMI is the raw ratio, not a
+            percentage.
 
     Raises:
         ScoreError: If every measure has a value for fewer than three models, a model is unknown to
@@ -144,7 +147,9 @@ def evaluate_measures(
                 note = f"all: fewer than {LEAST} models"
                 rows[member] = head | {"direction": signs[member], "interval_note": note}
             continue
-        ratings = rate(columns, grid, statistics, sampling, [signs[m] for m in members], chosen)
+        drawn = sampling.of(len(grid))
+        head |= {"resamples": drawn.resamples, "permutations": drawn.permutations}
+        ratings = rate(columns, grid, statistics, drawn, [signs[m] for m in members], chosen)
         for k, member in enumerate(members):
             row = head | {"direction": signs[member]}
             for name, rating in ratings.items():
@@ -155,7 +160,8 @@ def evaluate_measures(
             row["interval_note"] = _interval_note({n: r.notes[k] for n, r in ratings.items()})
             rows[member] = row
     table = pd.DataFrame(rows, index=values.columns).reindex(columns=_columns(statistics))
-    table["direction"] = table["direction"].astype("Int64")
+    whole = ["direction", "resamples", "permutations"]
+    table[whole] = table[whole].astype("Int64")
     for name in ["p_value", *(f"cmi_{definition}_p_value" for definition in definitions)]:
         table[f"{name}_holm"] = holm(table[name].to_numpy(dtype=np.float64))
     for definition in definitions:
@@ -182,7 +188,7 @@ def evaluate_hyperparameters(
     Args:
         values: Index of model ids, one column per measure setting.
         configs: A `Task`, or the content of a `model_configs.json`.
-        resamples: Bootstrap resamples.
+        resamples: Bootstrap resamples; of more than 512 models as in `evaluate_measures`.
         seed: Determines them.
         confidence: Nominal coverage of the intervals.
         environments: Of the sign-errors, "values" or "settings".
@@ -227,7 +233,8 @@ def evaluate_hyperparameters(
     for members, columns, grid in _by_models(values, all_models):
         if len(grid) < LEAST:
             continue
-        weights = resample_weights(len(grid), resamples, seed)
+        sampling = Sampling(resamples, confidence=confidence, seed=seed).of(len(grid))
+        weights = resample_weights(len(grid), sampling.resamples, seed)
         of_members = np.array([np.nan if signs[m] is None else signs[m] for m in members])
         directed = np.where(np.isnan(of_members), 1.0, of_members) * columns
         for h in grid.varying():
@@ -252,7 +259,8 @@ def _columns(statistics: Sequence[str]) -> list[str]:
     for name in statistics:
         of_score = ("_set", *_OF_A_NULL) if TABLE[name].conditioning_set else ()
         found += [name + end for end in ("", "_low", "_high", *of_score)]
-    return [*found, "p_value", "p_value_holm", "interval_note"]
+    draws = ["resamples", "permutations"]
+    return [*found, "p_value", "p_value_holm", *draws, "interval_note"]
 
 
 def _directions(

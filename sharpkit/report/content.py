@@ -13,10 +13,12 @@ from sharpkit.evaluation import CombinedPredictor, combined_predictor
 from sharpkit.evaluation._grid import Grid, read_configs, read_measure
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
 from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score
+from sharpkit.evaluation.draws import draws_note
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.evaluation.statistics import STATISTICS, TABLE
 from sharpkit.report import figures, notes
 from sharpkit.report.labels import decimal, measure_label, number, records, titled
+from sharpkit.report.limits import MEASURES, said
 from sharpkit.report.models import ModelsTable, models_table, percent_gap
 from sharpkit.report.noise import noise_bands
 from sharpkit.report.ranking import Ranking, ranking_table
@@ -92,6 +94,7 @@ class TaskContent:
     ranking: Ranking | None = None
     choices: Mapping[str, Choice] = field(default_factory=dict)
     correlations: str = ""
+    mapped: str = ""
     combined: Mapping[str, Any] | None = None
     not_combined: Sequence[str] = ()
 
@@ -145,6 +148,7 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
             "Measures": str(len(labels)),
             "Gap": _gaps(grid, results.configs),
             "Examples": results.setting,
+            **_draws(table),
         },
         hyperparameters={
             name: in_order(levels) for name, levels in zip(grid.names, grid.levels, strict=True)
@@ -188,10 +192,11 @@ def _rated(
             choices["m"] = _choice(
                 "m", "Statistic", drawable, lambda s: figures.against_m(table, s, setting)
             )
-    sets = _conditioning(ranked, grid)
+    best = ranked.iloc[:, :MEASURES]
+    sets = _conditioning(best, grid)
     if sets is not None:
         choices["sets"] = sets
-    informative = ranked.loc[:, ranked.nunique() > 1]
+    informative = best.loc[:, best.nunique() > 1]
     correlations = ""
     if informative.shape[1] > 1 and len(informative) >= LEAST:
         correlations = figures.correlations(informative)
@@ -199,7 +204,14 @@ def _rated(
         "ranking": ranking_table(table) if usable else None,
         "choices": choices,
         "correlations": correlations,
+        "mapped": said(best.shape[1], ranked.shape[1], "measures", "the best of the ranking"),
     }
+
+
+def _draws(table: pd.DataFrame | None) -> dict[str, str]:
+    """On how many draws the statistics of many models rest."""
+    note = "" if table is None else draws_note(table)
+    return {"Draws": note.removeprefix("draws: ")} if note else {}
 
 
 def _best_first(table: pd.DataFrame) -> pd.DataFrame:

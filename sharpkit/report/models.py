@@ -10,6 +10,7 @@ import numpy as np
 
 from sharpkit.evaluation._grid import Floats, Grid, normal_id
 from sharpkit.report.labels import Cell, finite, number
+from sharpkit.report.limits import CELLS, ROWS, drawn, said
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,11 +31,25 @@ class ModelsTable:
         columns: What stands above the cells.
         rows: Name of a model and its cells.
         sorted_by: Column by whose values the rows are in ascending order; None for none.
+        sample: That not all models have a row; empty if they have.
     """
 
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell]]]
     sorted_by: int | None
+    sample: str = ""
+
+    @property
+    def page(self) -> Sequence[tuple[str, Sequence[Cell]]]:
+        """The rows that are shown at first."""
+        return self.rows[:ROWS]
+
+    @property
+    def pages(self) -> list[list[Any]]:
+        """Of a table of several pages, all rows in brief: the model, then text or cell."""
+        if len(self.rows) <= ROWS:
+            return []
+        return [[name, *(_brief(cell) for cell in cells)] for name, cells in self.rows]
 
 
 def models_table(
@@ -65,8 +80,13 @@ def models_table(
     found, uncertain = (_in_order(frame, grid) for frame in (values, errors))
     only_failed = [name for name in dict.fromkeys(failures["measure"]) if name not in measures]
     in_percent = percent_gap(configs)
+    width = 1 + len(measures) + len(only_failed) + len(metrics)
+    most = max(ROWS, CELLS // width)
+    chosen = drawn(np.ones(len(grid), dtype=np.bool_), most)
+    sample = said(len(chosen), len(grid), "models", "drawn at random")
     rows: list[tuple[str, list[Cell]]] = []
-    for i, name in enumerate(grid.ids):
+    for i in chosen.tolist():
+        name = grid.ids[i]
         wrong = broken.get(name, {})
         cells = [_metric(grid.gap[i], percent=in_percent)]
         for k, measure in enumerate(measures):
@@ -77,9 +97,9 @@ def models_table(
     heads = [gap_title(configs), *map(str, values.columns), *only_failed]
     heads += [_METRICS[m] for m in metrics]
     if not measures:
-        return ModelsTable(heads, rows, None)
+        return ModelsTable(heads, rows, None, sample)
     rows.sort(key=lambda row: (row[1][1].order is None, row[1][1].order or 0.0))
-    return ModelsTable(heads, rows, 1)
+    return ModelsTable(heads, rows, 1, sample)
 
 
 def percent_gap(configs: Mapping[str, Any]) -> bool:
@@ -123,6 +143,14 @@ def _in_order(values: pd.DataFrame, grid: Grid) -> Floats:
 
 def _known(value: Any) -> bool:
     return isinstance(value, int | float) and bool(np.isfinite(value))
+
+
+def _brief(cell: Cell) -> str | list[str]:
+    """Text; or text, standard error and title. The page puts ± and the sign of minus back."""
+    text, small = (part.replace("−", "-") for part in (cell.text, cell.small.removeprefix("± ")))
+    if cell.title:
+        return [text, small, cell.title]
+    return [text, small] if small else text
 
 
 def _metric(value: Any, *, percent: bool) -> Cell:

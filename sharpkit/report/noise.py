@@ -9,7 +9,7 @@ import numpy as np
 
 from sharpkit.evaluation._grid import Floats, Grid
 from sharpkit.evaluation.arguments import LEAST
-from sharpkit.evaluation.chance import chance_statistics, shuffles
+from sharpkit.evaluation.chance import shuffles, unrestricted_chance
 from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def noise_bands(
                 continue
             kept = columns[:, np.isin(members, known)]
             directed = kept * signs[known] if errors else kept
-            for name, (_, chance) in chance_statistics(directed, some, orders, names).items():
+            for name, (_, chance) in unrestricted_chance(directed, some, orders, names).items():
                 found[known, statistics.index(name)] = _band(chance, TABLE[name].no_relation)
     columns = [name + end for name in statistics for end in ENDS]
     bands = pd.DataFrame(found.reshape(len(table), -1), index=table.index, columns=columns)

@@ -10,6 +10,7 @@ import numpy as np
 
 from sharpkit.evaluation._grid import Grid, normal_id
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
+from sharpkit.report.limits import COMPARED, drawn
 from sharpkit.report.models import reversals
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ def of_order(
     if len(values) < 2 or "m" not in settings or settings["m"].notna().sum() == 0:
         return []
     found: list[str] = []
+    rows = drawn(np.ones(len(values), dtype=np.bool_), COMPARED)
+    of = f" of {len(rows)} models drawn" if len(rows) < len(values) else " of models"
+    values, errors = values.iloc[rows], errors.iloc[rows]
     sharp = settings[settings["m"].notna()]
     for members in sharp.groupby("measure", sort=False).groups.values():
         columns = [int(k) for k in members]
@@ -93,7 +97,7 @@ def of_order(
             i, j, one, other = changed[0]
             a, b = (_model(str(values.index[k])) for k in (i, j))
             found.append(
-                f"Here {len(changed)} of {pairs} pairs of models change places, by more than two "
+                f"Here {len(changed)} of {pairs} pairs{of} change places, by more than two "
                 f"standard errors where these are known: {a} is sharper than {b} by "
                 f"{labels[one]}, and flatter by {labels[other]}."
             )
@@ -105,4 +109,4 @@ def of_order(
 
 
 def _model(name: str) -> str:
-    return f"model {name}" if name.isdigit() else name
+    return f"model {name}" if name.isdecimal() else name

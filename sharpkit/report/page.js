@@ -138,9 +138,61 @@
     register(show);
   }
 
+  // a table of which only one page of rows is in the document at a time
+  function paged(table) {
+    const rows = read(`${table.dataset.pages}-rows`);
+    const pager = byId(`${table.dataset.pages}-pager`);
+    const [previous, next] = pager.querySelectorAll("button");
+    const body = table.tBodies[0];
+    const size = body.rows.length;
+    let order = rows.map((_, i) => i);
+    let start = 0;
+    const collator = new Intl.Collator("en", { numeric: true });
+    const number = (cell) => {
+      const value = Number(typeof cell === "string" ? cell : cell[0]);
+      return Number.isNaN(value) ? null : value;
+    };
+    const cellOf = (cell) => {
+      const [text, small, title] = typeof cell === "string" ? [cell] : cell;
+      const minus = (number) => number.replace(/-/g, "−");
+      const td = document.createElement("td");
+      td.textContent = minus(text);
+      if (title) td.title = title;
+      if (small) td.append(Object.assign(document.createElement("small"), { textContent: `± ${minus(small)}` }));
+      return td;
+    };
+    const rowOf = ([name, ...cells]) => {
+      const th = Object.assign(document.createElement("th"), { scope: "row", className: "name", textContent: name });
+      const tr = document.createElement("tr");
+      tr.append(th, ...cells.map(cellOf));
+      return tr;
+    };
+    const show = (first) => {
+      start = Math.max(0, Math.min(first, rows.length - 1));
+      const page = order.slice(start, start + size);
+      body.replaceChildren(...page.map((i) => rowOf(rows[i])));
+      pager.querySelector("span").textContent =
+        `rows ${(start + 1).toLocaleString("en")} to ${(start + page.length).toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
+      previous.disabled = start === 0;
+      next.disabled = start + size >= rows.length;
+    };
+    previous.addEventListener("click", () => show(start - size));
+    next.addEventListener("click", () => show(start + size));
+    return (column, sign) => {
+      const keys = rows.map((row) => (column === 0 ? row[0] : number(row[column])));
+      const compare = column === 0 ? collator.compare : (a, b) => a - b;
+      order.sort((i, j) => {
+        const [a, b] = [keys[i], keys[j]];
+        return a === null || b === null ? (a === null) - (b === null) : sign * compare(a, b);
+      });
+      show(0);
+    };
+  }
+
   function sortable(table) {
     const headings = [...table.tHead.rows[0].cells];
     const body = table.tBodies[0];
+    const sortPages = table.dataset.pages ? paged(table) : null;
     const key = (row, column) => {
       const cell = row.cells[column];
       const value = cell.dataset.value;
@@ -156,6 +208,7 @@
         headings.forEach((h) => h.removeAttribute("aria-sort"));
         heading.setAttribute("aria-sort", direction);
         const sign = direction === "ascending" ? 1 : -1;
+        if (sortPages) return sortPages(column, sign);
         const rows = [...body.rows].map((row) => [key(row, column), row]);
         rows.sort(([a], [b]) => (a === null || b === null ? (a === null) - (b === null) : sign * compare(a, b)));
         body.append(...rows.map(([, row]) => row));

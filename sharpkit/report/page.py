@@ -18,6 +18,7 @@ from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation.arguments import check_resampling
 from sharpkit.files import atomic_path
 from sharpkit.report.labels import number
+from sharpkit.report.limits import NAMES
 from sharpkit.runs import Scores, evaluate
 from sharpkit.runs.evaluate import measure_values
 
@@ -217,9 +218,15 @@ def _failures(failures: pd.DataFrame) -> list[dict[str, Any]]:
     """Failures with the same cause in one row."""
     by = failures.groupby(["task", "measure", "error"], sort=False)
     return [
-        {"task": task, "measure": measure, "error": error, "models": list(rows["model"])}
+        {"task": task, "measure": measure, "error": error, "models": _named(rows["model"])}
         for (task, measure, error), rows in by
     ]
+
+
+def _named(models: pd.Series[str]) -> str:
+    """The models, shortened if there are many."""
+    more = f" and {len(models) - NAMES:,} more" if len(models) > NAMES else ""
+    return ", ".join(models.iloc[:NAMES]) + more
 
 
 def _seconds(provenance: pd.DataFrame) -> list[tuple[str, str, int]]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from evaluation_zoos import recorded, slow_jiang, slow_pgdl, zoo
+from evaluation_zoos import recorded, scoring_cases, slow_jiang, slow_pgdl, zoo
 from hypothesis import given, settings, strategies as st
 
 from sharpkit.errors import ArgumentError, ScoreError
@@ -38,7 +38,7 @@ SUBMISSIONS = ["VPM_1", "VR", "smoothness_gap", "training_accuracy", "vc_dim"]
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_pgdl_has_the_recorded_outcome_of_the_scoring_program(name: str) -> None:
-    case = {c["name"]: c for c in recorded("scoring_cases.json")}[name]
+    case = scoring_cases()[name]
     score = cmi(case["prediction"], case["model_specs"]).score
     assert score == pytest.approx(float(case["score"]), abs=1e-11)
 

@@ -279,7 +279,7 @@ def test_a_word_says_why_there_is_no_interval() -> None:
 
 
 def test_the_smallest_environment_counts_pairs_that_share_models_less() -> None:
-    from sharpkit.evaluation._weighted import changed_pairs
+    from sharpkit.evaluation._plan import changed_pairs
 
     whole = read_configs(zoo((2, 6), range(12)))
     pairs = changed_pairs(whole, [0], Environments())

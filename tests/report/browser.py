@@ -31,7 +31,7 @@ _ARGUMENTS = (
     "--hide-scrollbars",
     "--remote-debugging-pipe",
 )
-_PATIENCE = 120  # seconds for one answer
+_PATIENCE = 600  # seconds for one answer: only what hangs takes so long
 
 
 class Browser:
@@ -73,10 +73,9 @@ class Browser:
         """Load a page to its end."""
         self.command("Page.navigate", url="about:blank")
         self.command("Page.navigate", url=address)
-        deadline = time.monotonic() + _PATIENCE
-        while self.js("return document.readyState + location.href") != f"complete{address}":
-            assert time.monotonic() < deadline, f"{address} did not load"
-            time.sleep(0.05)
+        self.wait_until(
+            f"document.readyState + location.href == {json.dumps('complete' + address)}"
+        )
 
     def js(self, script: str, *arguments: Any) -> Any:
         """The value that the body of a function returns; it may use `arguments`."""
@@ -84,6 +83,13 @@ class Browser:
         found = self.command("Runtime.evaluate", expression=call, returnByValue=True)
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
+
+    def wait_until(self, condition: str) -> None:
+        """Wait until an expression is true, however busy the machine is."""
+        deadline = time.monotonic() + _PATIENCE
+        while not self.js(f"return {condition}"):
+            assert time.monotonic() < deadline, f"never true: {condition}"
+            time.sleep(0.05)
 
     def resize(self, width: int, height: int = 900) -> None:
         """Set the size of the page, which may be narrower than a window can be."""

@@ -100,6 +100,39 @@ def lost_run(path: Path) -> Path:
     return _scored({"broken": _lost}, [MSharpness(m=1, rho=0.1)], path / "run")
 
 
+def large_run(path: Path, models: int = 1100, measures: int = 8) -> Path:
+    """Many models and settings of one measure, recorded without networks; one model failed."""
+    from sharpkit.runs.store import Estimate, Outcome, Store
+
+    generator = torch.Generator().manual_seed(0)
+    settings = [(k % 5, k // 5 % 4) for k in range(models)]
+    gaps = torch.rand(models, generator=generator) / 10
+    noise = torch.randn(models, measures, generator=generator)
+    run = path / "run"
+    run.mkdir(parents=True)
+    store = Store(run / "results.sqlite", {"n": 8, "seed": 0})
+    store.add_task(
+        "large",
+        {
+            str(k): {
+                "hparams": {
+                    "width": {"possible_values": list(range(5)), "current_value": a},
+                    "depth": {"possible_values": list(range(4)), "current_value": b},
+                },
+                "metrics": {"train_acc": 1.0, "test_acc": 1.0 - float(gap)},
+            }
+            for k, ((a, b), gap) in enumerate(zip(settings, gaps, strict=True))
+        },
+    )
+    for k in range(models):
+        values = (10 * gaps[k] + noise[k] * torch.linspace(0.1, 9, measures)).tolist()
+        found = {f"m={j + 1},rho=0.1": Estimate(v, 0.05) for j, v in enumerate(values)}
+        outcome = Outcome(error=ERROR) if k == 7 else Outcome(values=found)
+        store.add("large", str(k), "m_sharpness", outcome)
+    store.close()
+    return run
+
+
 def _dense(seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.ReLU(), torch.nn.Linear(4, 3))
