@@ -3,14 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-models lint docs format clean bench bench-gpu bench-compare wheel minimum
+.PHONY: demo test test-slow test-models lint docs format clean bench bench-gpu bench-compare wheel minimum newest
 
 demo: $(VENV)/.installed
 	$(BIN)/sharpkit figure3 --preset mini --panels right --workers 2 --out demo-output
 	$(BIN)/sharpkit plot demo-output/scores --out demo-output/predictive_power.png
 
+# Two processes of one thread each; a file's tests stay together, with what they share. The order
+# is that of the files, so that small ones come last and neither process waits for the other.
+TWO := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The core, at most 8 minutes on 2 idle cores.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(TWO) -m 'not slow' $(TESTS)
+
+# What takes long: statistics over many zoos, training again, whole commands.
+test-slow: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python $(TWO) -m slow $(TESTS)
 
 # The measurements on networks of torchvision, timm, transformers and peft: tests/models.
 test-models: .venv-models/.installed
@@ -52,6 +61,10 @@ wheel: $(VENV)/.installed
 minimum: .venv-minimum/.installed
 	.venv-minimum/bin/python -m pytest $(TESTS)
 
+# The tests with the newest torch of the index, the rest as in constraints.txt. As large as minimum.
+newest: .venv-newest/.installed
+	OMP_NUM_THREADS=1 .venv-newest/bin/python $(TWO) $(TESTS)
+
 .venv-bench/.installed: pyproject.toml constraints.txt benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/python -m pip install --quiet -c constraints.txt \
@@ -62,6 +75,15 @@ minimum: .venv-minimum/.installed
 	$(PYTHON) -m venv .venv-minimum
 	.venv-minimum/bin/python .ci/lower_bounds.py > .venv-minimum/requirements.txt
 	.venv-minimum/bin/python -m pip install --quiet -r .venv-minimum/requirements.txt -e '.[test]'
+	touch $@
+
+# always the newest, so nothing here says which: `rm -r .venv-newest` looks again
+.venv-newest/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep -v '^torch==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade -c .venv-newest/constraints.txt torch
+	.venv-newest/bin/python -m pip install --quiet -c .venv-newest/constraints.txt \
+		-e '.[report,test,tensorboard]'
 	touch $@
 
 # torchvision comes without its requirements, so that it never brings another build of torch.
@@ -80,4 +102,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-minimum .venv-models dist demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated
+	rm -rf $(VENV) .venv-bench .venv-minimum .venv-models .venv-newest dist demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated

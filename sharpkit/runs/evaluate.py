@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpkit.errors import ScoreError
+from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import combined_predictor, evaluate_measures
 from sharpkit.evaluation.arguments import LEAST
 from sharpkit.evaluation.regression import LEAST_COMBINED
@@ -16,6 +16,7 @@ from sharpkit.runs.directions import column_direction
 from sharpkit.runs.score import Scores
 from sharpkit.runs.store import TEST_METRICS
 from sharpkit.runs.targets import Target, larger_is_worse, target_values, with_target
+from sharpkit.workers import error_message
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,28 +81,31 @@ def evaluate(
         not larger_is_worse(target) if larger_is_better is None else larger_is_better
     )
     settings: list[str] = []
+    broken: list[Exception] = []
     for task, (keys, values) in measure_values(scores).items():
         settings = list(keys.columns)
-        configs = scores.model_configs[task]
-        if targets is not None:
-            configs = with_target(configs, targets[task])
-        _warn_of_missing(task, values, keys, list(configs))
-        if values.notna().sum().max() >= LEAST:
-            rows = _evaluated(
-                task,
-                values,
-                configs,
-                directions_of(keys, scores, flip=flip),
-                resamples,
-                seed,
-                test_size,
-            )
-        else:
-            rows = pd.DataFrame({"models": values.notna().sum()})
-            rows["interval_note"] = f"all: fewer than {LEAST} models"
+        rows = pd.DataFrame({"models": values.notna().sum()})
+        try:
+            configs = scores.model_configs[task]
+            if targets is not None:
+                configs = with_target(configs, targets[task])
+            _warn_of_missing(task, values, keys, list(configs))
+            if values.notna().sum().max() >= LEAST:
+                directions = directions_of(keys, scores, flip=flip)
+                rows = _evaluated(task, values, configs, directions, resamples, seed, test_size)
+            else:
+                rows["interval_note"] = f"all: fewer than {LEAST} models"
+        except (MemoryError, ArgumentError):
+            raise
+        except Exception as error:  # whatever is wrong with a task, the others are evaluated
+            broken.append(error)
+            rows["interval_note"] = f"all: {error_message(error)}"
+            warnings.warn(f"task {task}: {error_message(error)}", stacklevel=2)
         tables.append(pd.concat([keys, rows.reset_index(drop=True)], axis=1).assign(task=task))
     table = pd.concat([*tables, _failed_throughout(scores, tables)], ignore_index=True)
     if "p_value" not in table:
+        if broken:
+            raise broken[0]
         raise ScoreError(f"no measure has values for {LEAST} models or more: nothing to evaluate")
     settings = [c for c in settings if c in table]
     config = scores.config

@@ -166,7 +166,8 @@ def test_a_zoo_run_has_them_as_columns_and_not_as_measures(run):
     metrics = scores.metrics().set_index("model")
     task = next(iter(sk.embedded_zoo().values()))
     expected = held_out_metrics(task["3"].load(), task.dataset("test"), seed=0)
-    assert metrics.loc["3", list(expected)].to_dict() == pytest.approx(expected, rel=1e-12)
+    # outputs are float32, and threads round them differently
+    assert metrics.loc["3", list(expected)].to_dict() == pytest.approx(expected, rel=1e-6)
     assert metrics.loc["3", "test_acc"] == task["3"].metrics["test_acc"]
     assert metrics["test_acc_noise"].notna().sum() == 8  # of 96; the others were not scored
     assert set(scores.frame()["measure"]) == {"m_sharpness"}

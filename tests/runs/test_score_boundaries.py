@@ -86,3 +86,20 @@ def test_a_model_without_metrics_is_no_hindrance(zoo, tmp_path):
     table = scores.metrics().set_index("model")
     assert table.loc[["3", "5", "7", "9"], "train_acc"].isna().all()
     assert table["train_acc"].notna().sum() == 4
+
+
+def test_a_task_that_cannot_be_evaluated_is_told_and_the_others_are(zoo):
+    scores = sk.score_zoo(zoo, MEASURE, n=10, progress=False)
+    expected = sk.evaluate(scores, resamples=5)
+    configs = scores.model_configs["a"]
+    for entry in configs.values():
+        entry["metrics"] = {"train_acc": "high", "test_acc": None}
+    scores._store.add_task("a", configs)
+    with pytest.warns(UserWarning, match="task a: .*train_acc"):
+        table = sk.evaluate(scores, resamples=5)
+    notes = table.loc[table["task"] == "a", "interval_note"]
+    assert len(notes) == 2 and notes.str.startswith("all: ").all()
+    columns = ["task", "m", "kendall_tau", "p_value"]
+    pd.testing.assert_frame_equal(
+        table.loc[table["task"] == "b", columns], expected.loc[expected["task"] == "b", columns]
+    )
