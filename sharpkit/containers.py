@@ -181,7 +181,9 @@ def _directory_size(file: IO[bytes]) -> int:
     file.seek(max(size - 2**16 - 98, 0))  # a comment of 64 KiB, and the three last records
     end = file.read()
     file.seek(0)
-    at = end.rfind(b"PK\x05\x06")
+    at = len(end) - 22  # where the last record is if no comment follows it, as zipfile looks first
+    if end[max(at, 0) :][:4] != b"PK\x05\x06" or end[-2:] != b"\0\0":
+        at = end.rfind(b"PK\x05\x06")
     if at < 0:
         return 0
     if end[max(at - 20, 0) : at][:4] == b"PK\x06\x07":  # a larger record is before this one

@@ -6,7 +6,6 @@ parser raises becomes an error of the project that names the file and the field.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import reprlib
@@ -154,20 +153,6 @@ def read_toml(path: Path, error: type[SharpkitError]) -> dict[str, Any]:
         parsed = tomllib.loads(content.decode())
         _require_shallow(path, parsed, error, integers=True)
     return parsed
-
-
-def read_gzip(path: Path, error: type[SharpkitError]) -> bytes:
-    """The content of a file, decompressed if it is gzip, and no more than a file may expand to."""
-    with reading(path, error, "a gzip file"):
-        content = read_regular(path)
-        if content[:2] != b"\x1f\x8b":
-            return content
-        limit = allowed_expansion(len(content))
-        with gzip.open(path) as file:
-            expanded = file.read(limit + 1)
-        if len(expanded) > limit:
-            raise error(f"{path}: expands to more than {limit:,} bytes, from {len(content):,}")
-    return expanded
 
 
 def _integer(digits: str) -> int:

@@ -110,7 +110,10 @@ def make_old(out):
         with sqlite3.connect(path) as db:
             (text,) = db.execute("SELECT value FROM meta WHERE key = 'config'").fetchone()
             config = without_rules(json.loads(text))
-            db.execute("UPDATE meta SET value = ? WHERE key = 'config'", (json.dumps(config),))
+            db.execute(
+                "UPDATE meta SET value = ?, checksum = NULL WHERE key = 'config'",
+                (json.dumps(config),),
+            )
         db.close()
     for path in [*out.rglob("figure3.json"), *out.glob("config.json"), *out.glob("spectra/*/*")]:
         if path.suffix == ".json":

@@ -166,7 +166,7 @@ def test_refuses_bad_arguments(zoo_path, tmp_path):
         sk.score_zoo(task, MEASURE, out=tmp_path / "file")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.sqlite").write_text("this is no database, whatever it is called")
-    with pytest.raises(RunError, match="not a sharpkit results store"):
+    with pytest.raises(RunError, match="expected a sharpkit results store"):
         sk.Scores.open(tmp_path / "run")
     too_many = sk.score_zoo(task, MEASURE, n=10**6, progress=False)
     assert too_many.failures["error"].str.contains("n = 1000000").all()
