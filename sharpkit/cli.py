@@ -68,7 +68,10 @@ def _say(text: object, *, err: bool = False) -> None:
 
 _RUN = click.argument("run", type=click.Path(path_type=Path))
 _RESAMPLES = click.option(
-    "--resamples", default=1000, show_default=True, help="Bootstrap resamples over models."
+    "--resamples",
+    default=1000,
+    show_default=True,
+    help="Bootstrap resamples over models; fewer for more than 512, as the table says.",
 )
 
 _DATA = click.option(

@@ -224,6 +224,7 @@ def test_a_case_that_fails_is_a_row_and_one_without_time_is_named() -> None:
     assert gpu.run_jobs(jobs, How(), seconds=-1e6) == ([], ["breaks", "works"])
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_runs_from_a_source_tree(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     done = subprocess.run(

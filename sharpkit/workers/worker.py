@@ -62,7 +62,8 @@ class Worker:
         self._process: Any = None
         self._connection: Connection | None = None
         self._stopped = 0
-        threading.Thread(target=self._talk, args=(setup, device), daemon=True).start()
+        self._thread = threading.Thread(target=self._talk, args=(setup, device), daemon=True)
+        self._thread.start()
 
     def begin(self, job: Any, item: Any, seconds: float) -> None:
         """Hand it an item, to be finished in so many seconds."""
@@ -99,7 +100,9 @@ class Worker:
             self._ended = True
             process = self._process
         self._inbox.put(None)
-        if process is not None:
+        if process is None:  # it is being started; left alone, it would tell of a lost driver
+            self._thread.join(10.0)
+        else:
             process.kill()
             process.join(10.0)  # one that hangs in the kernel outlives even this
             self._hang_up()

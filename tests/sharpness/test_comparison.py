@@ -141,6 +141,7 @@ def test_the_null_is_rejected_in_five_percent(weights, kind, least):
     assert covered == trials - rejected
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the training losses")
 def test_two_models_that_are_alike_in_distribution_differ_in_five_percent_of_data_sets():
     torch.manual_seed(0)

@@ -149,4 +149,5 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path):
         "list(run_items(lambda item, device: large[item], [0, 1], backend='processes'))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
-    assert 'needs `if __name__ == "__main__":`' in done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert 'needs `if __name__ == "__main__":`' in done.stderr

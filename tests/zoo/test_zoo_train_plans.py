@@ -106,7 +106,7 @@ def test_other_data_can_be_given(grid, data, tmp_path):
         ("width = [3, 5]", "width = [3, 3]", r"grid.toml, grid, width: found \[3, 3\]"),
         ("width = [3, 5]", "width = []", r"grid.toml, grid, width: found \[\]"),
         ("dropout = [0.0, 0.3]", "dropout = [2.0]", "grid.toml, grid: dropout is 2.0"),
-        ("[grid]", "[grid", "grid.toml: not a TOML file"),
+        ("[grid]", "[grid", "grid.toml: expected a TOML file"),
         ("[grid]", "[other]", "grid.toml: unknown field 'other'"),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_faulty_grid_file_is_named_with_the_field(grid, old, new, message):
 
 
 def test_missing_files_and_presets_are_named(tmp_path):
-    with pytest.raises(ArgumentError, match=r"none\.toml: cannot be read"):
+    with pytest.raises(ArgumentError, match=r"none\.toml: file is missing"):
         read_plan(tmp_path / "none.toml")
     with pytest.raises(ArgumentError, match=r"no preset 'task3': .* mini, task1, task2, task8"):
         read_plan("task3")
