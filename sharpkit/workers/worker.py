@@ -97,14 +97,13 @@ class Worker:
     def end(self) -> None:
         """End the process, whatever it is doing."""
         with self._lock:
-            self._ended = True
-            process = self._process
+            self._ended, starting = True, self._process is None
         self._inbox.put(None)
-        if process is None:  # it is being started; left alone, it would tell of a lost driver
+        if starting:  # left alone, it would complain of a driver that is gone
             self._thread.join(10.0)
-        else:
-            process.kill()
-            process.join(10.0)  # one that hangs in the kernel outlives even this
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(10.0)  # one that hangs in the kernel outlives even this
             self._hang_up()
 
     def _talk(self, setup: bytes, device: str) -> None:
