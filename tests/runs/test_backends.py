@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from clusters import local_ray
 from pace import start_seconds
 from zoos import finished_models, write_image_zoo, write_small_zoo
 
@@ -161,17 +162,8 @@ def test_an_interrupted_run_keeps_what_is_finished(tmp_path):
 
 @pytest.fixture(scope="module")
 def ray():
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'sharpkit[ray]'")
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # the workers import this module
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": path},
-    )
-    yield ray
-    ray.shutdown()
+    with local_ray(num_cpus=2) as ray:
+        yield ray
 
 
 def test_ray_gives_the_same_bits(ray, zoo, table):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clusters import local_ray
 
 from sharpkit.errors import RunError
 from sharpkit.workers import cluster, run_items
@@ -15,17 +16,8 @@ from sharpkit.workers import cluster, run_items
 
 @pytest.fixture(scope="module")
 def ray():
-    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'sharpkit[ray]'")
-    path = {"PYTHONPATH": os.pathsep.join(sys.path)}  # the workers import this module
-    ray.init(
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": path},
-    )
-    yield ray
-    ray.shutdown()
+    with local_ray(num_cpus=1) as ray:
+        yield ray
 
 
 def work(item, device):
