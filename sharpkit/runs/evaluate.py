@@ -13,6 +13,7 @@ from sharpkit.evaluation import combined_predictor, evaluate_measures
 from sharpkit.evaluation.arguments import LEAST
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.runs.directions import column_direction
+from sharpkit.runs.kept_evaluations import kept_table
 from sharpkit.runs.score import Scores
 from sharpkit.runs.store import TEST_METRICS
 from sharpkit.runs.targets import Target, larger_is_worse, target_values, with_target
@@ -92,7 +93,8 @@ def evaluate(
             _warn_of_missing(task, values, keys, list(configs))
             if values.notna().sum().max() >= LEAST:
                 directions = directions_of(keys, scores, flip=flip)
-                rows = _evaluated(task, values, configs, directions, resamples, seed, test_size)
+                options = directions, resamples, seed, test_size
+                rows = kept_table(scores.folder, _evaluated, task, values, configs, *options)
             else:
                 rows["interval_note"] = f"all: fewer than {LEAST} models"
         except (MemoryError, ArgumentError):

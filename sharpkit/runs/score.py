@@ -77,6 +77,11 @@ class Scores:
             raise RunError(f"{run}: not a run directory (there is no {STORE_NAME} in it)")
         return cls(Store(path))
 
+    @property
+    def folder(self) -> Path | None:
+        """The run directory; None for results in memory."""
+        return None if self._store.path is None else self._store.path.parent
+
     def frame(self) -> pd.DataFrame:
         """One row per value: task, model, measure, setting columns (m, rho), value, std_error."""
         return self._store.results()
