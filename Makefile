@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-models lint docs format clean bench bench-gpu bench-compare wheel minimum newest
+.PHONY: demo test test-slow test-models lint docs format clean bench bench-gpu bench-compare wheel release-check minimum newest
 
 demo: $(VENV)/.installed
 	$(BIN)/sharpkit figure3 --preset mini --panels right --workers 2 --out demo-output
@@ -55,6 +55,10 @@ bench-compare: $(VENV)/.installed
 # Builds dist/, and runs the demo from the wheel in an environment outside the tree.
 wheel: $(VENV)/.installed
 	.ci/wheel
+
+# Before a release: versions agree, and sdist and wheel work alone on the oldest and newest Python.
+release-check: $(VENV)/.installed
+	.ci/release-check
 
 # The tests with the oldest torch and the lower bounds of pyproject.toml. On Linux the index gives
 # the CUDA build of that torch: some 3 GB to download, 6 GB on disk.

@@ -13,6 +13,10 @@ from jupyter_client.manager import KernelManager
 
 import sharpkit
 
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ["SHARPKIT_DOCS"] = str(Path(__file__).parent)  # cells run in another folder
+from formulas import typeset
+
 # the pages' cells run in kernels of their own, which inherit this
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pages are built at a time
@@ -73,4 +77,8 @@ def setup(app):
             for line in lines
         ]
 
+    def formulas(app, what, name, obj, options, lines):
+        lines[:] = typeset(lines)
+
+    app.connect("autodoc-process-docstring", formulas, priority=600)  # after the bars
     app.connect("autodoc-process-docstring", escape_bars)

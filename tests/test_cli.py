@@ -90,7 +90,7 @@ def test_score_takes_measures_by_name(zoo_path, tmp_path):
     run(*arguments, "--out", tmp_path / "run", "--measures", names)
     scores = pd.read_csv(tmp_path / "run" / "scores.csv")
     assert set(scores["measure"]) == set(names.split(","))
-    text = run(*arguments, "--out", tmp_path / "run", "--measures", "luck", code=2)
+    text = run(*arguments, "--out", tmp_path / "run", "--measures", "luck", code=1)
     assert "no measure 'luck'" in text
     assert "path_norm" in text
 
@@ -160,7 +160,7 @@ def test_bad_options_are_refused(zoo_path, tmp_path, option):
 
 
 def test_an_unknown_task_names_those_there_are(zoo_path, tmp_path):
-    text = run("score", zoo_path, "--out", tmp_path / "r", "--task", "third", code=2)
+    text = run("score", zoo_path, "--out", tmp_path / "r", "--task", "third", code=1)
     assert "first, second" in text
 
 
@@ -174,9 +174,9 @@ def test_names_of_a_zoo_do_nothing_to_a_terminal_or_a_spreadsheet(tmp_path):
         run("score", zoo, "--out", out, "--m", "1,4", "--backend", "inline", code=1),
         run("evaluate", out, "--resamples", 20),
         run("evaluate", out, "--resamples", 20, "--target", "test_acc"),
-        run("score", zoo, "--out", out, "--task", "third", code=2),
-        run("spectrum", zoo, "--out", tmp_path / "s", code=2),
-        run("spectrum", zoo, "--out", tmp_path / "s", "--task", task, code=2),
+        run("score", zoo, "--out", out, "--task", "third", code=1),
+        run("spectrum", zoo, "--out", tmp_path / "s", code=1),
+        run("spectrum", zoo, "--out", tmp_path / "s", "--task", task, code=1),
     ]
     run("export", out, "--out", tmp_path / "all.csv")
     for text in texts:
@@ -193,7 +193,7 @@ def test_an_interrupt_tells_how_to_go_on(zoo_path, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sharpkit.runs.score_zoo", interrupted)
+    monkeypatch.setattr("sharpkit.runs.choosing.score_zoo", interrupted)
     text = run("score", zoo_path, "--out", tmp_path / "r", code=130)
     assert "the same command goes on" in text
 
@@ -206,9 +206,11 @@ def test_spectrum_of_models_of_a_zoo(zoo_path, tmp_path):
     for name in ("spectrum.png", "density.csv", "nodes.csv", "summary.json"):
         assert (out / name).stat().st_size > 0
     assert set(json.loads((out / "summary.json").read_text())["models"]) == {"model 3", "model 5"}
-    assert "no model '4' in first" in run(*arguments, "--model", 4, code=2)
-    assert "give --model" in run(*arguments, code=2)
-    assert "give --task" in run("spectrum", zoo_path, "--model", 3, "--out", out, code=2)
+    assert "no model '4' in first" in run(*arguments, "--model", 4, code=1)
+    assert "name one or more models of first: 3, 5" in run(*arguments, code=1)
+    assert "name one: first, second" in run(
+        "spectrum", zoo_path, "--model", 3, "--out", out, code=1
+    )
     assert "either a zoo" in run("spectrum", "--out", out, code=2)
 
 
@@ -227,16 +229,18 @@ def test_spectrum_of_checkpoints(tmp_path, monkeypatch):
     text = run(*arguments, "--build", "builders:build", "--data", "data.npz")
     assert "epoch0" in text
     assert "epoch1" in text
-    assert "needs --build" in run(*arguments, code=2)
+    assert "needs --build" in run(*arguments, code=1)
 
 
 def test_all_measures_leave_out_what_no_model_has(zoo_path):
-    from sharpkit.cli import _load, _measures, _unsuitable
     from sharpkit.measures import MSharpness
+    from sharpkit.measures.catalog import chosen_measures
+    from sharpkit.runs.choosing import traits_of_tasks
+    from sharpkit.zoo import load_zoo
 
-    left_out = _unsuitable(_load(zoo_path))
-    assert "geodesic_sharpness" in left_out  # no attention in a zoo of CNNs
-    names = {m.name for m in _measures("all", MSharpness(m=1, rho=0.1), left_out)}
-    assert not names & left_out and "perturbation_response" in names
+    suits = traits_of_tasks(load_zoo(zoo_path))
+    assert not suits["attention"]  # in a zoo of CNNs
+    names = {m.name for m in chosen_measures("all", MSharpness(m=1, rho=0.1), **suits)}
+    assert "geodesic_sharpness" not in names and "perturbation_response" in names
     # asked for by name, it is there
-    assert [m.name for m in _measures("geodesic_sharpness", MSharpness(m=1, rho=0.1), left_out)]
+    assert chosen_measures("geodesic_sharpness", MSharpness(m=1, rho=0.1), **suits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -112,7 +114,7 @@ def test_what_cannot_be_is_said(here):
     assert "either the PATH" in run(*score, "embedded", "--checkpoint", "net0.pt", code=2)
     workers = (*score, "--checkpoint", "net0.pt", *FILES, "--workers", 2)
     assert "--workers is for zoos" in run(*workers, code=2)
-    assert "net0.pt is not from `sharpkit train`" in run("sharpness", "net0.pt", code=2)
+    assert "net0.pt is not from `sharpkit train`" in run("sharpness", "net0.pt", code=1)
     assert "no such checkpoint" in run("sharpness", "gone.pt", *FILES, code=1)
 
 
@@ -151,9 +153,10 @@ class Attention(torch.nn.Module):
 def test_all_measures_know_attention_where_a_model_has_it(here, monkeypatch):
     given = {}
     monkeypatch.setattr(
-        sk.runs, "score_models", lambda models, measures, *a, **k: given.update({"m": measures})
+        "sharpkit.runs.choosing.score_models",
+        lambda models, measures, *a, **k: given.update({"m": measures}),
     )
-    monkeypatch.setattr("sharpkit.cli._finish_score", lambda *a: None)
+    monkeypatch.setattr(sys.modules["sharpkit.cli.score"], "_finish", lambda *a: None)
     torch.save(Attention().state_dict(), "attention.pt")
     (here / "their_nets.py").write_text("from test_cli_own_models import Attention as build\n")
     common = ("--data", "data.npz", "--out", "run", "--measures", "all", "--m", "1")

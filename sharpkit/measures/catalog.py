@@ -310,3 +310,43 @@ def standard_measures(
             chosen.extend(special.get(function) or [make_measure(function)])
     chosen += [MaxEigenvalue(), EigenvalueRatio(), HessianTrace(), HessianRank(), SoftRank()]
     return [*chosen, TrainingSteps()] if recorded else chosen
+
+
+def chosen_measures(
+    names: str,
+    m_sharpness: MSharpness,
+    *,
+    images: bool = True,
+    attention: bool = True,
+    recorded: bool = True,
+) -> list[Measure]:
+    """Measures by their names in `standard_measures`.
+
+    Args:
+        names: Comma-separated, or "all".
+        m_sharpness: What the name "m_sharpness" stands for.
+        images: Whether "all" has those of images; see `standard_measures`.
+        attention: Whether "all" has those of networks with attention.
+        recorded: Whether "all" has those of what a zoo recorded.
+
+    Raises:
+        ArgumentError: For an unknown name; lists the known ones.
+
+    Example:
+        >>> [measure.name for measure in chosen_measures("depth,m_sharpness", MSharpness(m=1))]
+        ['depth', 'm_sharpness']
+    """
+    every = names == "all"
+    known = {
+        describe(measure)[0]: measure
+        for measure in standard_measures(
+            images=images or not every,
+            attention=attention or not every,
+            recorded=recorded or not every,
+        )
+    }
+    known["m_sharpness"] = m_sharpness  # under whichever name its options give it
+    wanted = list(known) if every else names.split(",")
+    if unknown := [name for name in wanted if name not in known]:
+        raise ArgumentError(f'no measure {unknown[0]!r}: "all" or some of {", ".join(known)}')
+    return [known[name] for name in wanted]

@@ -37,6 +37,9 @@ def evaluate(
 ) -> pd.DataFrame:
     """How well every measure of a run predicts the generalization gap, with intervals.
 
+    What is computed of a run directory is kept in its folder `evaluations`, and taken from there as
+    long as results, options, code and libraries are the same.
+
     Args:
         scores: Of a run.
         target: What is to be predicted instead of the gap: a column of `scores.metrics()`, such as

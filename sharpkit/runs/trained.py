@@ -18,6 +18,7 @@ from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.training.architectures import build_architecture
 from sharpkit.training.augmentation import noisy_labels
+from sharpkit.training.fit import FitResult, fit
 
 _FINAL = "model.safetensors"
 _MAX_SIZE = 2**31  # of one axis of the inputs, and of the classes
@@ -43,6 +44,31 @@ def provenance(
         "data": data,
         "root": root,
     }
+
+
+def train_named(
+    data: str, root: Path | None, architecture: str, *, seed: int, keep: Any, **options: Any
+) -> FitResult:
+    """Train a network by its name on data by their name, as `sharpkit train` does.
+
+    Args:
+        data: As for `load_dataset`.
+        root: Folder of the data, or None.
+        architecture: As for `build_architecture`.
+        seed: Of the initial weights and of the training.
+        keep: Epochs whose weights are kept, or None.
+        options: Of `fit`.
+    """
+    train, test = load_dataset(data, root=root)
+    origin = provenance(data, None if root is None else str(root), architecture, train)
+    shape, classes = tuple(origin["input_shape"]), origin["classes"]
+    model = build_architecture(architecture, shape, classes, seed=seed)
+    return fit(model, train, test, seed=seed, keep=keep or (), provenance=origin, **options)
+
+
+def is_trained(path: str | Path) -> bool:
+    """Whether a weight file or directory is of `sharpkit train`."""
+    return _weights(Path(path)).with_name("config.json").is_file()
 
 
 def load_trained(path: str | Path, build: str | Callable[[], Any] | None = None) -> nn.Module:

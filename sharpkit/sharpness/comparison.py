@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -311,3 +311,39 @@ def _architecture(model: nn.Module) -> Any:
     model = unwrapped(model)
     layers = [(name, type(module), module.extra_repr()) for name, module in model.named_modules()]
     return layers, [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+
+
+def sharpness_table(
+    models: Mapping[str, nn.Module], data: Data, **options: Any
+) -> tuple[pd.DataFrame, ModelComparison | None]:
+    """The m-sharpness of models by name, one below the other; of two, their comparison as well.
+
+    Args:
+        models: By name, at least one.
+        data: Their examples.
+        options: Of `m_sharpness`.
+
+    Returns:
+        tuple: Columns model, m, rho, value, std_error, groups, n; and None unless there are two.
+
+    Example:
+        >>> import torch
+        >>> data = torch.rand(8, 2), torch.arange(8) % 2
+        >>> table, compared = sharpness_table({"a": nn.Linear(2, 2)}, data, m=[1, 4], rho=0.1)
+        >>> list(table["m"]), compared
+        ([1, 4], None)
+    """
+    import pandas as pd
+
+    compared = None
+    if len(models) == 2:
+        (one, first), (other, second) = models.items()
+        compared = compare_models(first, second, data, names=(one, other), **options)
+        results: Sequence[SharpnessResult] = compared.results
+    else:
+        results = [m_sharpness(model, data, **options) for model in models.values()]
+    columns = ["m", "rho", "value", "std_error", "groups", "n"]
+    frames = [result.frame()[columns] for result in results]
+    for name, frame in zip(models, frames, strict=True):
+        frame.insert(0, "model", name)
+    return pd.concat(frames, ignore_index=True), compared

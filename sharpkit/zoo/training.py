@@ -26,6 +26,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from sharpkit.contract.examples import standard_tensor
+from sharpkit.device import check_device
 from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, DataError, RunError
 from sharpkit.files import disk_errors, remove_leftovers
@@ -34,6 +35,7 @@ from sharpkit.safe_text import printable
 from sharpkit.workers import Backend, Failure, default_backend, run_items
 from sharpkit.zoo.files import read_json, write_json
 from sharpkit.zoo.keras import build_model
+from sharpkit.zoo.plans import ZooPlan
 from sharpkit.zoo.recipe import Recipe, TrainedModel, train_model
 from sharpkit.zoo.writer import ZooWriter
 
@@ -122,6 +124,7 @@ def train_zoo(
         ['0', '1']
     """
     recipe = Recipe() if recipe is None else recipe
+    check_device(device)
     _check(grid, train, test)
     shipped = len(test) if shipped_test is None else min(shipped_test, len(test))
     settings = {str(i): setting for i, setting in enumerate(_settings(grid))}
@@ -177,6 +180,31 @@ def train_zoo(
                 bar.update()
     trained = [i for i in todo if i not in failed]
     return TrainingReport(root, trained, skipped, {i: failed[i] for i in todo if i in failed})
+
+
+def train_plan(
+    plan: ZooPlan, out: str | Path, data: str | None = None, **options: Any
+) -> TrainingReport:
+    """Train the zoo that a grid file asks for.
+
+    Args:
+        plan: Of `read_plan`.
+        out: Root directory of the zoo.
+        data: The folder of the data set's files, or another data set; None for the plan's.
+        options: Of `train_zoo`: limit, device and those of workers.
+    """
+    if data is not None:
+        plan = replace(plan, data=plan.data.at(data))
+    return train_zoo(
+        plan.grid,
+        *plan.load_data(),
+        out,
+        task=plan.task,
+        recipe=plan.recipe,
+        seed=plan.seed,
+        shipped_test=plan.shipped_test,
+        **options,
+    )
 
 
 def _train_one(

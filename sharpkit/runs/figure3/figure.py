@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sharpkit.contract.rules import measuring_rules, refuse_other_rules
 from sharpkit.curvature.density import SpectralDensity
+from sharpkit.device import check_device
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.evaluation.legend import write_with_legend
@@ -126,6 +127,7 @@ def figure3(
         >>> result = sk.figure3("mini", out="runs/mini", panels=["right"])  # doctest: +SKIP
         >>> result.predictive_power[["m", "cmi_pgdl"]]  # doctest: +SKIP
     """
+    check_device(device)
     plan = preset if isinstance(preset, Plan) else read_plan(preset, build)
     if data is not None:
         plan = replace(plan, data=plan.data.at(data))

@@ -1,0 +1,89 @@
+"""`sharpkit zoo`: look into, download and train zoos."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sharpkit.cli.options import DATA, DEVICE, of_workers, zoo_at
+from sharpkit.cli.shell import exit_if_any, say, say_table
+from sharpkit.files import write_csv
+
+
+@click.group()
+def zoo() -> None:
+    """Look into, check and download zoos of trained models."""
+
+
+@zoo.command()
+@click.argument("path")
+@click.option("--deep", is_flag=True, help="Load every model and read every data shard.")
+@click.option("--csv", type=click.Path(path_type=Path), help="Write the table here as well.")
+def info(path: str, deep: bool, csv: Path | None) -> None:
+    """List tasks, models, layers, parameters and gaps of the zoo at PATH; check every file.
+
+    PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
+    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit.
+
+    \b
+    Example:
+      sharpkit zoo info public_data --deep --csv models.csv
+    """
+    from sharpkit.zoo import zoo_info
+
+    # given the path, it reports also what keeps the zoo from loading
+    table = zoo_info(zoo_at(path) if path == "embedded" else path, deep=deep)
+    if csv is not None:
+        write_csv(table, csv)
+    say_table(table, ".4f")
+    bad = int(table["problem"].astype(bool).sum())
+    say(f"{len(table)} rows, {bad} with problems")
+    if bad:
+        sys.exit(1)
+
+
+@zoo.command()
+@click.argument("name", type=click.Choice(["public", "phase-one", "phase-two"]))
+@click.option("--to", type=click.Path(path_type=Path), help="Target folder.")
+def fetch(name: str, to: Path | None) -> None:
+    """Download and unpack one of the competition's archives; a broken download is resumed.
+
+    \b
+    Example:
+      sharpkit zoo fetch public --to data/
+    """
+    from sharpkit.zoo import fetch_zoo
+
+    say(fetch_zoo(name, to))
+
+
+@zoo.command()
+@click.argument("grid")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The zoo's root.")
+@DATA
+@of_workers("Models")
+@click.option("--limit", type=int, help="Only the first models of the grid.")
+@DEVICE
+def train(grid: str, out: Path, data: str | None, **options: Any) -> None:
+    """Train one model for every setting of GRID and write them as a zoo in the PGDL layout.
+
+    GRID is a TOML file, or a preset: "mini" (the zoo that ships with sharpkit), "task1", "task2" or
+    "task8" (the competition's grids). The same command resumes a stopped run. The exit code is 1
+    if a model failed.
+
+    \b
+    Example:
+      sharpkit zoo train mini --data /usr/share/datasets/fashion-mnist --workers 2 --out zoo
+    """
+    from sharpkit.zoo.plans import read_plan
+    from sharpkit.zoo.training import train_plan
+
+    report = train_plan(read_plan(grid), out, data, **options)
+    say(
+        f"{report.path}: {len(report.trained)} models trained, {len(report.skipped)} were there, "
+        f"{len(report.failed)} failed"
+    )
+    exit_if_any({f"model {i}": reason for i, reason in report.failed.items()})

@@ -1,0 +1,174 @@
+"""What a command line names - tasks, models, checkpoints, measures - and scoring just that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from sharpkit.errors import ArgumentError, SharpkitError
+from sharpkit.measures import MSharpness
+from sharpkit.measures.attention_geometry import has_attention
+from sharpkit.measures.catalog import chosen_measures
+from sharpkit.measures.recorded import KINDS
+from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
+from sharpkit.runs.score import Scores, score_zoo
+from sharpkit.runs.score_models import score_models
+from sharpkit.runs.trained import is_trained, load_trained, same_examples, trained_data
+from sharpkit.safe_text import printable
+from sharpkit.zoo import Task, Zoo
+
+Loaders = dict[str, Callable[[], nn.Module]]
+
+
+def zoo_models(
+    zoo: Zoo, task: str | None, ids: Sequence[str], weights: Literal["final", "initial"] = "final"
+) -> tuple[Loaders, TensorDataset]:
+    """Some models of a task by name, not yet loaded, and its training data.
+
+    Args:
+        zoo: With the task.
+        task: Its name; None for the only one.
+        ids: Of the models.
+        weights: After training, or before.
+
+    Raises:
+        ArgumentError: If the zoo has no such task or model, or several tasks and none is named.
+    """
+    if task is None and len(zoo) > 1:
+        raise ArgumentError(f"the zoo has several tasks, name one: {_listed(zoo)}")
+    name = task or next(iter(zoo))
+    entries = chosen_tasks(zoo, [name])[name]
+    unknown = set(ids) - set(entries)
+    if unknown or not ids:
+        wrong = f"no model {sorted(unknown)[0]!r} in" if unknown else "name one or more models of"
+        raise ArgumentError(f"{wrong} {printable(name)}: {_listed(entries)}")
+    models: Loaders = {f"model {i}": partial(entries[i].load, weights) for i in ids}
+    return models, entries.dataset("train")
+
+
+def chosen_tasks(zoo: Mapping[str, Task], names: Sequence[str]) -> dict[str, Task]:
+    """The tasks with these names, in the zoo's order; all of them for none.
+
+    Raises:
+        ArgumentError: If the zoo has no such task.
+    """
+    if unknown := set(names) - set(zoo):
+        raise ArgumentError(f"no task {sorted(unknown)[0]!r}: the zoo has {_listed(zoo)}")
+    return {name: task for name, task in zoo.items() if not names or name in names}
+
+
+def checkpoint_models(
+    checkpoints: Sequence[str], build: str | None, data: str | None
+) -> tuple[Loaders, TensorDataset]:
+    """Models of weight files by name, not yet loaded, and their training data.
+
+    Args:
+        checkpoints: Weight files, or runs of `sharpkit train`.
+        build: "module:callable" that builds the model; None for runs of `sharpkit train`.
+        data: An .npz file with x_train and y_train; None for the data those were trained on.
+
+    Raises:
+        ArgumentError: If they were trained on different data, or `build` or `data` is missing.
+    """
+    names = {Path(c).stem: c for c in checkpoints}
+    if len(names) < len(checkpoints):
+        names = {c: c for c in checkpoints}
+    first = checkpoints[0]
+    if data is None and is_trained(first):
+        for other in checkpoints[1:]:
+            if not same_examples(first, other):
+                raise ArgumentError(
+                    f"{Path(first).parent} and {Path(other).parent} were trained on different data "
+                    "or labels: measure them one by one, or give --build and --data"
+                )
+        return {name: partial(load_trained, c, build) for name, c in names.items()}, trained_data(
+            first
+        )[0]
+    if build is None or data is None:
+        raise ArgumentError(
+            f"{first} is not from `sharpkit train`, so it needs --build module:callable and "
+            "--data FILE.npz"
+        )
+    return {name: partial(load_checkpoint, c, build) for name, c in names.items()}, load_arrays(
+        data
+    )
+
+
+def score_tasks(
+    zoo: Zoo, tasks: Sequence[str], measures: str, m_sharpness: MSharpness, **options: Any
+) -> Scores:
+    """Score some tasks of a zoo with measures by name.
+
+    Args:
+        zoo: With the tasks.
+        tasks: Names; all of them for none.
+        measures: Comma-separated names, or "all": those that a model of these tasks can have.
+        m_sharpness: What the name "m_sharpness" stands for.
+        options: Of `score_zoo`.
+
+    Raises:
+        ArgumentError: An unknown task or measure, or a group larger than the examples.
+    """
+    selected = chosen_tasks(zoo, tasks)
+    suits = traits_of_tasks(selected) if measures == "all" else {}
+    chosen = chosen_measures(measures, m_sharpness, **suits)
+    n, largest = options.get("n"), max(_group_sizes(m_sharpness))
+    if n is not None and largest > n and m_sharpness in chosen:
+        raise ArgumentError(f"--m {largest} is larger than --n {n}: a group has m of n examples")
+    return score_zoo(selected, chosen, **options)
+
+
+def score_checkpoints(
+    checkpoints: Sequence[str],
+    build: str | None,
+    data: str | None,
+    measures: str,
+    m_sharpness: MSharpness,
+    **options: Any,
+) -> Scores:
+    """Score weight files with measures by name; see `checkpoint_models` and `score_tasks`.
+
+    Args:
+        options: Of `score_models`.
+    """
+    models, train = checkpoint_models(checkpoints, build, data)
+    suits = traits_of_models(models, train) if measures == "all" else {}
+    test = trained_data(checkpoints[0])[1] if data is None else load_arrays(data, "test")
+    chosen = chosen_measures(measures, m_sharpness, **suits)
+    return score_models(models, chosen, train, test, loss=m_sharpness.loss, **options)
+
+
+def traits_of_tasks(tasks: Mapping[str, Task]) -> dict[str, bool]:
+    """What the first model of some task has: images, attention, a recorded length of training."""
+    found = {"images": False, "attention": False, "recorded": False}
+    for task in tasks.values():
+        for entry in list(task.values())[:1]:
+            with suppress(SharpkitError):  # told when the model is scored
+                found["images"] |= len(entry.config.get("input_shape", ())) == 3
+                found["recorded"] |= not set(KINDS).isdisjoint(entry.metrics)
+                found["attention"] |= has_attention(entry.build())
+    return found
+
+
+def traits_of_models(models: Loaders, train: TensorDataset) -> dict[str, bool]:
+    """The same of models that are loaded one by one."""
+    attention = False
+    for load in models.values():
+        with suppress(Exception):  # whatever the user's function raises is told when it is scored
+            attention = has_attention(load())
+            break
+    return {"images": len(train[0][0].shape) == 3, "attention": attention, "recorded": False}
+
+
+def _group_sizes(measure: MSharpness) -> Sequence[int]:
+    return [measure.m] if isinstance(measure.m, int) else measure.m
+
+
+def _listed(names: Iterable[str]) -> str:
+    return printable(", ".join(names))
