@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sharpkit.display import readable
 from sharpkit.doors import reading, shown
 from sharpkit.errors import ArgumentError, SharpkitError, ZooFormatError
 from sharpkit.safe_text import printable
@@ -23,6 +24,7 @@ from sharpkit.zoo.grid import check_grid, possible_values
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch.utils.data import TensorDataset
 
     from sharpkit.zoo.keras import KerasModel
@@ -111,6 +113,7 @@ def find_tasks(path: str | Path) -> Zoo:
     )
 
 
+@readable(lambda z: f"{len(z)} tasks, {sum(map(len, z.values()))} models, in {z.path}")
 class Zoo(Mapping[str, "Task"]):
     """Tasks by name, in alphabetical order.
 
@@ -137,11 +140,15 @@ class Zoo(Mapping[str, "Task"]):
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __repr__(self) -> str:
-        inside = ", ".join(f"{t.name}: {len(t)} models" for t in self._tasks.values())
-        return f"Zoo({str(self.path)!r}, {{{inside}}})"
+    def frame(self) -> pd.DataFrame:
+        """One row per task: task, models, path."""
+        import pandas as pd
+
+        rows = [(t.name, len(t), t.location) for t in self._tasks.values()]
+        return pd.DataFrame(rows, columns=["task", "models", "path"])
 
 
+@readable(lambda t: f"{t.name}, {len(t)} models, in {t.path}", brief=True)
 class Task(Mapping[str, "ModelEntry"]):
     """Models by id, in numeric order, with the data they were trained on.
 
@@ -169,8 +176,13 @@ class Task(Mapping[str, "ModelEntry"]):
     def __len__(self) -> int:
         return len(self._models)
 
-    def __repr__(self) -> str:
-        return f"Task({self.name!r}, {len(self)} models, {str(self.path)!r})"
+    def frame(self) -> pd.DataFrame:
+        """One row per model: task, model, its hyperparameters and its metrics.
+
+        Raises:
+            ZooFormatError: The file model_configs.json, or a model's entry in it, cannot be read.
+        """
+        return _frame(list(self.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_datasets": {}}  # other processes read the data themselves
@@ -291,6 +303,7 @@ class Task(Mapping[str, "ModelEntry"]):
         return list_directory(folder) if self.mirror is None else self.mirror.children(folder)
 
 
+@readable(lambda e: f"{e.id} of task {e.task.name}", brief=True)
 class ModelEntry:
     """One trained network: its architecture, weights, hyperparameters and accuracies.
 
@@ -303,8 +316,9 @@ class ModelEntry:
     def __init__(self, task: Task, id: str, path: Path) -> None:
         self.task, self.id, self.path = task, id, path
 
-    def __repr__(self) -> str:
-        return f"ModelEntry({self.task.name!r}, {self.id!r})"
+    def frame(self) -> pd.DataFrame:
+        """One row: task, model, the hyperparameters and the metrics; see `Task.frame`."""
+        return _frame([self])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -389,6 +403,15 @@ class ModelEntry:
 
     def _config_error(self, message: str) -> ZooFormatError:
         return ZooFormatError(f"{self.task.model_configs_path}: model {self.id}: {message}")
+
+
+def _frame(models: list[ModelEntry]) -> pd.DataFrame:
+    """One row per model; a hyperparameter and a metric of the same name are two columns."""
+    import pandas as pd
+
+    ids = [{"task": model.task.name, "model": model.id} for model in models]
+    parts = [ids, [model.hyperparameters for model in models], [model.metrics for model in models]]
+    return pd.concat([pd.DataFrame(rows) for rows in parts], axis=1)
 
 
 def _task(name: str, path: Path, mirror: Mirror | None) -> Task:
