@@ -118,7 +118,7 @@ def top_eigenvalues(
         subspace: Basis vectors, more than k, at most P; None for P if that is at most 2000, else
             for the larger of 40 and 2k + 10.
         max_products: Give up after so many, with a warning; None for 50 subspaces.
-        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+        progress: Show a progress bar if it takes longer than two seconds.
 
     Returns:
         Eigenpairs: values, vectors, residual_norms, converged and products.

@@ -117,7 +117,7 @@ def lanczos(
         basis_dtype: Storage of the basis; None for that of the operator.
         basis_device: Where the basis is; None for that of the operator.
         keep_basis: Return the basis.
-        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+        progress: Show a progress bar if it takes longer than two seconds.
 
     Returns:
         Tridiagonal: diagonals, basis on request, and the number of breakdowns.

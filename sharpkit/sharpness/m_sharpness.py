@@ -186,7 +186,7 @@ def m_sharpness(
         compile: Compile the passes over groups side by side with `torch.compile`, which takes tens
             of seconds once per call and pays on a GPU, for long measurements; the same to rounding.
             Runs without, and warns, where that fails.
-        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+        progress: Show a progress bar if it takes longer than two seconds.
 
     Returns:
         SharpnessResult: value, std_error, group_values and `.frame()`.
