@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import sharpkit
 from sharpkit.progress import progress_bar
 
 
@@ -85,3 +88,14 @@ def test_bars_inside_each_other_and_another_name_leave_a_log_plain(clock, capsys
     assert "".join(text.splitlines()).isprintable()
     names = [line.split(":")[0] for line in text.splitlines()]
     assert names == ["inner", "inner", "outer", "outer"]
+
+
+def test_every_bar_of_the_package_is_one_of_these():
+    root = Path(sharpkit.__file__).parent
+    own = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "tqdm"
+    }
+    assert own == {"progress.py"}

@@ -22,6 +22,7 @@ from sharpkit.safe_text import printable
 from sharpkit.zoo.files import list_directory, read_json
 from sharpkit.zoo.grid import check_grid, possible_values
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
+from sharpkit.zoo.tables import models_table, tasks_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,10 +143,7 @@ class Zoo(Mapping[str, "Task"]):
 
     def frame(self) -> pd.DataFrame:
         """One row per task: task, models, path."""
-        import pandas as pd
-
-        rows = [(t.name, len(t), t.location) for t in self._tasks.values()]
-        return pd.DataFrame(rows, columns=["task", "models", "path"])
+        return tasks_table(self)
 
 
 @readable(lambda t: f"{t.name}, {len(t)} models, in {t.path}", brief=True)
@@ -182,7 +180,7 @@ class Task(Mapping[str, "ModelEntry"]):
         Raises:
             ZooFormatError: The file model_configs.json, or a model's entry in it, cannot be read.
         """
-        return _frame(list(self.values()))
+        return models_table(list(self.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_datasets": {}}  # other processes read the data themselves
@@ -318,7 +316,7 @@ class ModelEntry:
 
     def frame(self) -> pd.DataFrame:
         """One row: task, model, the hyperparameters and the metrics; see `Task.frame`."""
-        return _frame([self])
+        return models_table([self])
 
     @property
     def config(self) -> dict[str, Any]:
@@ -403,15 +401,6 @@ class ModelEntry:
 
     def _config_error(self, message: str) -> ZooFormatError:
         return ZooFormatError(f"{self.task.model_configs_path}: model {self.id}: {message}")
-
-
-def _frame(models: list[ModelEntry]) -> pd.DataFrame:
-    """One row per model; a hyperparameter and a metric of the same name are two columns."""
-    import pandas as pd
-
-    ids = [{"task": model.task.name, "model": model.id} for model in models]
-    parts = [ids, [model.hyperparameters for model in models], [model.metrics for model in models]]
-    return pd.concat([pd.DataFrame(rows) for rows in parts], axis=1)
 
 
 def _task(name: str, path: Path, mirror: Mirror | None) -> Task:
