@@ -9,7 +9,4 @@ __version__ = "0.1.0"
 
 __getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-
-def __dir__() -> list[str]:
-    """The public names alone; submodules such as `sharpkit.evaluation` can be imported as well."""
-    return sorted([*__all__, "__version__"])
+__dir__ = [*__all__, "__version__"].copy  # submodules can be imported, but are not listed

@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sharpkit.display import in_notebook
+
 _SECONDS = 30.0  # between two lines of a log, and before the first
 
 
@@ -18,21 +20,31 @@ def progress_bar(*, progress: bool, **options: Any) -> tqdm[Any]:
 
     Args:
         progress: Whether to show anything.
-        options: Of tqdm.
+        options: Of tqdm, such as `iterable` or `total`.
 
     Example:
         >>> with progress_bar(progress=False, total=3) as bar:
         ...     bar.update()
     """
-    if not _in_notebook():
-        if progress and not _on_terminal():
-            log: dict[str, Any] = {"file": _Lines(), "delay": _SECONDS, "mininterval": _SECONDS}
-            return tqdm(ncols=80, ascii=True, **log, **options)
-        return tqdm(disable=not progress, **options)
-    with warnings.catch_warnings():  # without ipywidgets it is a bar of text
-        warnings.simplefilter("ignore")
-        from tqdm.auto import tqdm as widget
-    return widget(disable=not progress, **options)
+    if not progress:
+        return tqdm(disable=True, **options)
+    if in_notebook():
+        with warnings.catch_warnings():  # without ipywidgets it is a bar of text
+            warnings.simplefilter("ignore")
+            from tqdm.auto import tqdm as widget
+        return widget(**options)
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(**options)
+    # it looks at the clock at every step, and a bar inside another does not move the cursor
+    log = {"delay": _SECONDS, "mininterval": _SECONDS, "miniters": 1, "position": 0}
+    return _Log(**{**options, **log, "file": _Lines(), "ncols": 80, "ascii": True})
+
+
+class _Log(tqdm):  # type: ignore[type-arg]
+    """A bar that shows another postfix when its next line is due, not at once."""
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        super().set_postfix_str(s, refresh=False)
 
 
 class _Lines:
@@ -45,14 +57,3 @@ class _Lines:
 
     def flush(self) -> None:
         sys.stderr.flush()
-
-
-def _on_terminal() -> bool:
-    return sys.stderr is not None and sys.stderr.isatty()
-
-
-def _in_notebook() -> bool:
-    """Whether a kernel runs this, whose output is no terminal but is shown as it comes."""
-    ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return getattr(shell, "kernel", None) is not None

@@ -1,19 +1,34 @@
-"""What a notebook shows: short results, public names, bars."""
+"""What a notebook or a prompt shows of results: a few lines, a table, a DataFrame."""
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+from functools import cache
+from pathlib import Path
+from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import sharpkit as sk
-from sharpkit.display import ROWS
-from sharpkit.evaluation import combined_predictor, sign_error
+from sharpkit.display import LINES, as_html, as_text
+from sharpkit.evaluation import (
+    bootstrap_interval,
+    combined_predictor,
+    compare_measures,
+    granulated_kendall,
+    score_null,
+    sign_error,
+)
 from sharpkit.files import atomic_path
-from sharpkit.progress import progress_bar
+from sharpkit.runs.spectrum import Spectra
+from sharpkit.zoo.layout import find_tasks
 
 DATA = torch.randn(300, 4, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 3
 
@@ -38,80 +53,153 @@ CONFIGS = {
     for k in range(16)
 }
 VALUES = {f"{k}": float(k * 7 % 16) for k in range(16)}
+SQUARES = {k: v**2 for k, v in VALUES.items()}
 
 
-def predictor():
-    import pandas as pd
+def scores():
+    measure = sk.measures.make_measure("training_loss")
+    return sk.score_models({"net": model()}, measure, DATA, DATA, progress=False)
 
-    values = pd.DataFrame({"a": VALUES, "b": {k: v**2 for k, v in VALUES.items()}})
-    return combined_predictor(values, CONFIGS, resamples=5)
+
+def spectra():
+    density = sk.spectral_density(hessian(), steps=5)
+    return Spectra({"net": density}, {"net": {"lambda_max": 1.0}}, {"other": "it diverged"})
+
+
+def figure3():
+    spectra = pd.DataFrame({"optimizer": ["sgd"], "epoch": [1], "lambda_max": [25.0]})
+    power = pd.DataFrame({"task": ["t"], "m": [1], "cmi_pgdl": [0.2]})
+    return sk.Figure3(Path("figure3.png"), spectra, None, power, {})
 
 
 RESULTS = {
-    "SharpnessResult": lambda: sk.m_sharpness(model(), DATA, m=[1, 4], rho=0.1, progress=False),
-    "ModelComparison": lambda: sk.compare_models(model(), model(), DATA, m=1, rho=0.1),
-    "Scores": lambda: sk.score_models(
-        {f"net {k}": model() for k in range(ROWS + 3)},
-        sk.measures.make_measure("training_loss"),
-        DATA,
-        DATA,
-        progress=False,
-    ),
-    "FitResult": lambda: sk.fit(model(), DATA, epochs=1, progress=False),
-    "Eigenpairs": lambda: sk.top_eigenvalues(hessian(), 3),
-    "SpectralDensity": lambda: sk.spectral_density(hessian(), steps=5),
-    "Tridiagonal": lambda: sk.curvature.lanczos(hessian(), steps=4),
     "CMIResult": lambda: sk.conditional_mutual_information(VALUES, CONFIGS),
+    "CombinedPredictor": lambda: combined_predictor(
+        pd.DataFrame({"a": VALUES, "b": SQUARES}), CONFIGS, resamples=5
+    ),
+    "Comparison": lambda: compare_measures(VALUES, SQUARES, CONFIGS, resamples=50),
+    "Eigenpairs": lambda: sk.top_eigenvalues(hessian(), 3),
+    "Estimate": lambda: sk.measures.training_loss(model(), DATA),
+    "Estimated": lambda: sk.trace(hessian()),
+    "Figure3": figure3,
+    "FitResult": lambda: sk.fit(model(), DATA, epochs=1, progress=False),
+    "GranulatedKendall": lambda: granulated_kendall(VALUES, CONFIGS),
+    "Interval": lambda: bootstrap_interval(VALUES, CONFIGS, resamples=50),
+    "ModelComparison": lambda: sk.compare_models(model(), model(), DATA, m=1, rho=0.1),
+    "ModelEntry": lambda: sk.embedded_zoo()["fashion_mnist_14x14"]["0"],
+    "PowerLaw": lambda: sk.measures.fit_power_law([1.0, 2.0, 3.0, 5.0, 8.0]),
+    "ScoreNull": lambda: score_null(VALUES, CONFIGS, shuffles=20),
+    "Scores": scores,
+    "SharpnessResult": lambda: sk.m_sharpness(model(), DATA, m=[1, 4], rho=0.1, progress=False),
     "SignError": lambda: sign_error(VALUES, CONFIGS),
-    "CombinedPredictor": predictor,
+    "SignErrorSummary": lambda: sign_error(VALUES, CONFIGS).overall,
+    "Spectra": spectra,
+    "SpectralDensity": lambda: sk.spectral_density(hessian(), steps=5),
+    "Task": lambda: sk.embedded_zoo()["fashion_mnist_14x14"],
+    "TrainingReport": lambda: sk.TrainingReport(Path("zoo"), ["0"], ["1"], {"2": "it diverged"}),
+    "Tridiagonal": lambda: sk.curvature.lanczos(hessian(), steps=4),
+    "Zoo": sk.embedded_zoo,
 }
+SETTINGS = {"Plan"}  # read from files by public functions, but not results
 
 
-@pytest.mark.parametrize("name", RESULTS)
-def test_a_result_prints_as_a_few_lines_without_arrays(name):
-    text = repr(RESULTS[name]())
-    assert text.startswith(f"{name}: ")
-    assert len(text.splitlines()) <= ROWS + 3 and len(text) < 2500
+def rooms():
+    """The package, and each room whose names users import; workers know nothing of them."""
+    for found in pkgutil.walk_packages(sk.__path__, "sharpkit."):
+        if found.ispkg and found.name != "sharpkit.workers":
+            yield importlib.import_module(found.name)
+    yield sk
+
+
+def own_functions(thing):
+    """A public function, or the public methods and properties of a class."""
+    if inspect.isfunction(thing):
+        yield thing
+    if inspect.isclass(thing) and thing.__module__.startswith("sharpkit."):
+        for name, member in vars(thing).items():
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            public = name == "__getitem__" or not name.startswith("_")
+            if public and inspect.isfunction(function):
+                yield function
+
+
+def result_classes():
+    """What public functions return, and what that holds; what is called is a measure or network."""
+    named = [(room, name) for room in rooms() for name in getattr(room, "__all__", [])]
+    public = {name: getattr(room, name) for room, name in named}
+
+    def named_in(annotation, module):
+        here = {**public, **vars(importlib.import_module(module))}
+        for word in re.findall(r"\w+", str(annotation)):
+            found = here.get(word)
+            own = inspect.isclass(found) and found.__module__.startswith("sharpkit.")
+            protocol = getattr(found, "_is_protocol", False)
+            if own and not protocol and "__call__" not in dir(found) and word not in SETTINGS:
+                yield found
+
+    todo = [
+        found
+        for thing in public.values()
+        for function in own_functions(thing)
+        for found in named_in(function.__annotations__.get("return"), function.__module__)
+    ]
+    classes = set()
+    while todo:
+        classes.add(found := todo.pop())
+        fields = dataclasses.fields(found) if dataclasses.is_dataclass(found) else ()
+        inside = {c for f in fields for c in named_in(f.type, found.__module__)}
+        todo += inside - classes
+    return classes
+
+
+@cache
+def example(key):
+    return RESULTS[key]()
+
+
+def test_every_result_of_a_public_function_is_looked_at_here():
+    looked_at = {type(example(key)) for key in RESULTS}
+    assert result_classes() - looked_at == set()
+    assert looked_at - result_classes() == {Spectra}  # of the command, `sharpkit spectrum`
+
+
+@pytest.mark.parametrize("key", RESULTS)
+def test_a_result_is_a_few_lines_a_table_and_a_frame(key):
+    result = example(key)
+    title, text = f"{type(result).__name__}: ", repr(result)
+    assert text.startswith(title)
+    assert len(text.splitlines()) <= LINES and len(text) < 2000
     assert "array(" not in text and "tensor(" not in text
+    page = ElementTree.fromstring(f"<div>{result._repr_html_()}</div>")
+    assert page.find("p").text.startswith(title)
+    assert page.find("table") is not None
+    assert not result.frame().empty
 
 
 def test_a_long_table_says_that_it_goes_on():
-    scores = RESULTS["Scores"]()
-    assert repr(scores).endswith("... 3 more rows: .frame() has all")
-    assert scores._repr_html_().count("<tr") == ROWS + 1
+    many, few = (pd.DataFrame({"m": range(rows)}) for rows in (15, 10))
+    assert as_text("head", many).endswith("... 6 more rows: .frame() has all")
+    assert len(as_text("head", many).splitlines()) == LINES
+    assert as_html("head", many).count("<tr") == 9 + 1
+    assert len(as_text("head", few).splitlines()) == LINES  # a single row more is shown instead
+    assert "more" not in as_text("head", few)
 
 
-def test_only_public_names_are_listed():
-    assert set(dir(sk)) == {*sk.__all__, "__version__"}
-    for name in dir(sk):
-        getattr(sk, name)
+def test_names_from_files_are_neither_markup_nor_commands():
+    named = "<b>\x1b[2J\n&"
+    frame = pd.DataFrame({"model": [named], named: [0.123456]})
+    text, page = as_text("head", frame), as_html("<i>", frame)
+    assert "".join(text.splitlines()).isprintable()
+    assert len(text.splitlines()) == 3 and "0.1235" in text
+    assert [p.text for p in ElementTree.fromstring(f"<div>{page}</div>").iter("p")] == ["<i>"]
+    assert "<b>" not in page and "\x1b" not in page
 
 
-@pytest.mark.filterwarnings("ignore:IProgress not found")
-def test_a_notebook_has_a_bar(monkeypatch):
-    shell = SimpleNamespace(kernel=object())
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    with progress_bar(progress=True, total=2) as bar:
-        assert not bar.disable
-    assert progress_bar(progress=False, total=2).disable
-
-
-def test_a_log_has_a_line_for_what_takes_long_and_none_for_what_does_not(monkeypatch, capsys):
-    with progress_bar(progress=True, total=2) as bar:
-        bar.update(2)
-    with progress_bar(progress=False, total=2) as bar:
-        bar.update(2)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr("sharpkit.progress._SECONDS", 0.0)
-    with progress_bar(progress=True, total=2, desc="score") as bar:
-        bar.update()
-        bar.update()
-    lines = capsys.readouterr().err
-    assert "\r" not in lines
-    assert [line.split("|")[0] for line in lines.splitlines()][1:3] == [
-        "score:  50%",
-        "score: 100%",
-    ]
+def test_a_task_whose_table_cannot_be_read_says_so_in_a_notebook(tmp_path):
+    (tmp_path / "model_0").mkdir()
+    task = find_tasks(tmp_path)[tmp_path.name]
+    assert "model_configs.json is missing" in task._repr_html_()
+    assert repr(task) == f"Task: {tmp_path.name}, 1 models, in {tmp_path}"
 
 
 def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):

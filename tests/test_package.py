@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import tomllib
 from importlib import metadata, resources
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -59,6 +62,22 @@ def test_every_lower_bound_can_be_installed_as_an_exact_version() -> None:
 def test_the_command_is_installed() -> None:
     (entry,) = (e for e in metadata.entry_points(group="console_scripts") if e.name == "sharpkit")
     assert entry.load().name == "main"
+
+
+def _rooms():
+    """The package and its rooms that have names for users."""
+    for found in pkgutil.walk_packages(sharpkit.__path__, "sharpkit."):
+        if found.ispkg and hasattr(room := importlib.import_module(found.name), "__all__"):
+            yield room
+    yield sharpkit
+
+
+@pytest.mark.parametrize("room", list(_rooms()), ids=lambda room: room.__name__)
+def test_the_public_names_are_listed_and_nothing_else(room):
+    further = {"__version__"} if room is sharpkit else set()
+    assert dir(room) == sorted({*room.__all__, *further})
+    for name in dir(room):
+        getattr(room, name)
 
 
 def _normalized(name: str) -> str:

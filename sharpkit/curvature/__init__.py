@@ -27,3 +27,5 @@ __all__ = [
     "top_eigenvalues",
     "trace",
 ]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from sharpkit.errors import ArgumentError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
@@ -38,7 +36,8 @@ DEFAULT_POINTS = 2048
         f"{d.nodes.shape[0]} probes of {d.nodes.shape[1]} steps, trace {d.trace:.4g} ± "
         f"{d.trace_std_error:.2g}, mass {d.mass:.4g} on a {d.spacing!r} grid, {len(d.grid)} points"
     ),
-    table=False,
+    table=lambda d: d.largest_frame(),
+    brief=True,
 )
 @dataclass(frozen=True)
 class SpectralDensity:
@@ -152,6 +151,13 @@ class SpectralDensity:
             {"eigenvalue": self.grid, "density": self.density, "std_error": self.std_error}
         )
 
+    def largest_frame(self, k: int = 5) -> pd.DataFrame:
+        """One row for each of the k largest eigenvalues: rank (from 1), eigenvalue."""
+        import pandas as pd
+
+        values = self.largest(k)
+        return pd.DataFrame({"rank": np.arange(1, len(values) + 1), "eigenvalue": values})
+
     def nodes_frame(self) -> pd.DataFrame:
         """One row per Gauss node: probe, node, weight."""
         import pandas as pd
@@ -164,21 +170,6 @@ class SpectralDensity:
                 "weight": self.weights.ravel(),
             }
         )
-
-    def plot(self, out: str | Path | None = None, *, title: str = "") -> Figure:
-        """Density on a log axis against λ, with λmax and λmax/λ5 in the title.
-
-        Args:
-            out: Where to save the picture, with its numbers as .csv beside it; None to not save.
-            title: The first line of the title.
-
-        Returns:
-            matplotlib.figure.Figure: The figure.
-        """
-        from sharpkit.plot.spectrum import spectrum
-
-        figure: Figure = spectrum({title: self}, out)
-        return figure
 
 
 def check_shape(

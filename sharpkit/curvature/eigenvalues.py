@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sharpkit.contract.precision import measuring_precision
 from sharpkit.curvature.lanczos import (
@@ -36,6 +35,7 @@ from sharpkit.curvature.linear_map import (
 from sharpkit.curvature.memory import require_memory
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError
+from sharpkit.progress import progress_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +118,7 @@ def top_eigenvalues(
         subspace: Basis vectors, more than k, at most P; None for P if that is at most 2000, else
             for the larger of 40 and 2k + 10.
         max_products: Give up after so many, with a warning; None for 50 subspaces.
-        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+        progress: Show a progress bar if it takes longer than two seconds.
 
     Returns:
         Eigenpairs: values, vectors, residual_norms, converged and products.
@@ -191,12 +191,12 @@ class _Search:
         self.products = 0
         start = random_rows(1, a, seed)[0]
         self.q[0] = start / start.norm()
-        self.bar = tqdm(
+        self.bar = progress_bar(
             desc="eigenvalues",
             unit="product",
             leave=False,
             delay=2,
-            disable=None if progress else True,
+            progress=progress,
         )
 
     def run(self, k: int, tol: float) -> None:

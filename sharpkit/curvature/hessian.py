@@ -47,7 +47,7 @@ class HessianOperator(CurvatureOperator):
             for a deep network, once per shape of chunks, and pays where many products follow;
             products are the same but for rounding. With a warning it has no effect where there
             is no compiler, or the model cannot be traced.
-        progress: Show a progress bar on a terminal if recording takes longer than two seconds.
+        progress: Show a progress bar if recording takes longer than two seconds.
 
     Raises:
         ArgumentError: For an empty selection, half precision, or graphs that do not fit.

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sharpkit.contract.precision import measuring_precision
 from sharpkit.curvature.linear_map import (
@@ -31,12 +30,14 @@ from sharpkit.curvature.linear_map import (
 from sharpkit.curvature.memory import require_memory
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.progress import progress_bar
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import NDArray
 
 
-@readable(lambda t: f"{t.diagonal.shape[0]} start vectors, {t.diagonal.shape[1]} steps")
+@readable(lambda t: f"{t.diagonal.shape[0]} start vectors, {t.diagonal.shape[1]} steps", brief=True)
 @dataclass(frozen=True)
 class Tridiagonal:
     """The tridiagonal matrices of k start vectors, and the bases that belong to them.
@@ -72,6 +73,21 @@ class Tridiagonal:
         weights = np.array([vectors[0] ** 2 for _, vectors in pairs])
         return nodes, weights / weights.sum(axis=1, keepdims=True)
 
+    def frame(self) -> pd.DataFrame:
+        """One row per start vector and step: probe, step, diagonal, off_diagonal (to the next)."""
+        import pandas as pd
+
+        probes, steps = self.diagonal.shape
+        ends = np.full((probes, 1), np.nan)  # the last step has no next
+        return pd.DataFrame(
+            {
+                "probe": np.repeat(np.arange(probes), steps),
+                "step": np.tile(np.arange(steps), probes),
+                "diagonal": self.diagonal.ravel(),
+                "off_diagonal": np.hstack([self.off_diagonal, ends]).ravel(),
+            }
+        )
+
 
 @measuring_precision()
 def lanczos(
@@ -101,7 +117,7 @@ def lanczos(
         basis_dtype: Storage of the basis; None for that of the operator.
         basis_device: Where the basis is; None for that of the operator.
         keep_basis: Return the basis.
-        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+        progress: Show a progress bar if it takes longer than two seconds.
 
     Returns:
         Tridiagonal: diagonals, basis on request, and the number of breakdowns.
@@ -266,12 +282,11 @@ def _start(operator: LinearMap, probes: int | Tensor, seed: int) -> Tensor:
 
 
 def _bar(steps: int, progress: bool) -> Iterator[int]:
-    bar: Any = tqdm(
-        range(steps),
+    yield from progress_bar(
+        iterable=range(steps),
         desc="Lanczos",
         unit="step",
         leave=False,
         delay=2,
-        disable=None if progress else True,
+        progress=progress,
     )
-    yield from bar

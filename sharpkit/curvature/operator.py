@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from tqdm import tqdm
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
@@ -37,6 +36,7 @@ from sharpkit.curvature.rules import fast_rules
 from sharpkit.curvature.second_derivatives import Mode, Moved, Product, Tensors, choose_mode
 from sharpkit.curvature.together import can_go_together, products_together
 from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.progress import progress_bar
 
 
 def owning_edge(tensor: Tensor) -> GradientEdge:
@@ -412,13 +412,13 @@ class CurvatureOperator(ABC):
         return product
 
     def _progress(self, progress: bool) -> Iterator[tuple[int, int]]:
-        yield from tqdm(
-            self._plan.bounds,
+        yield from progress_bar(
+            iterable=self._plan.bounds,
             desc="linearising",
             unit="chunk",
             leave=False,
             delay=2,
-            disable=None if progress else True,
+            progress=progress,
         )
 
     def _warn(self) -> None:

@@ -68,7 +68,7 @@ def spectral_density(
         threshold: Where "symlog" turns linear; None for 1e-4 of the largest |node|.
         basis_dtype: Storage of the Lanczos basis; None for that of the operator.
         basis_device: Where the basis is; None for that of the operator.
-        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+        progress: Show a progress bar if it takes longer than two seconds.
 
     Returns:
         SpectralDensity: Nodes, weights, density on the grid, errors, and the trace and norm that

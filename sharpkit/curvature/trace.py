@@ -19,10 +19,12 @@ from sharpkit.curvature.linear_map import (
     random_rows,
 )
 from sharpkit.curvature.memory import require_memory
+from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 _BLOCK = 16  # vectors per call of matmat
 
 
+@readable(
+    lambda e: f"{e.value:.6g} ± {e.std_error:.2g} by {e.method}, {e.products} products", brief=True
+)
 @dataclass(frozen=True)
 class Estimated:
     """A number with its standard error, and how it was found.
@@ -47,6 +52,10 @@ class Estimated:
     std_error: float
     products: int
     method: str
+
+    def frame(self) -> pd.DataFrame:
+        """One row, with the attributes as columns."""
+        return one_row(self)
 
 
 @measuring_precision()

@@ -18,6 +18,7 @@ from sharpkit.containers import open_zip, require_sizes
 from sharpkit.doors import allowed_expansion, reading
 from sharpkit.errors import DataError
 from sharpkit.files import read_regular
+from sharpkit.progress import progress_bar
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -141,11 +142,10 @@ def _decode(
     room: int,
 ) -> Split:
     """The images of a split, if their pixels are no more bytes than there is room for."""
-    from tqdm import tqdm
-
     pixels: NDArray[np.uint8] | None = None
     # silent if it takes no longer than a moment
-    for i, (name, _) in enumerate(tqdm(images, f"reading {path.name}", delay=2)):
+    bar = progress_bar(iterable=images, desc=f"reading {path.name}", delay=2, progress=True)
+    for i, (name, _) in enumerate(bar):
         where = f"{path}: {name} is not a readable image"
         with reading(where, DataError, "PNG or JPEG"), _opened(read(name)) as image:
             channels = 1 if image.mode in ("1", "L") else 3

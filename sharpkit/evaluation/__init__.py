@@ -49,3 +49,5 @@ __all__ = [
     "sign_error",
     "spearman",
 ]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

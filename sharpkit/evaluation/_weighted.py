@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from sharpkit.evaluation._dominance import MANY
 from sharpkit.evaluation._grid import Floats, Grid, Ints, Weights
@@ -33,6 +32,7 @@ from sharpkit.evaluation._threads import in_threads
 from sharpkit.evaluation._weighted_cells import Cells, count
 from sharpkit.evaluation.robustness import Environments
 from sharpkit.evaluation.statistics import SIGN_ERRORS, STATISTICS
+from sharpkit.progress import progress_bar
 
 _MEASURES = 16  # handed to the threads together
 _BATCH = 128  # weightings handled together; small enough for the cache
@@ -69,7 +69,9 @@ def weighted_statistics(
     plan = Plan.of(grid, statistics, columns, environments or Environments(), drawn_together)
     starts = range(0, len(weights), _BATCH)
     rows = [slice(start, start + _BATCH) for start in starts]
-    bar = tqdm(values.T, "evaluate", unit="measure", delay=2, leave=False, disable=None)
+    bar = progress_bar(
+        iterable=values.T, desc="evaluate", unit="measure", delay=2, leave=False, progress=True
+    )
     of_measure = _sorted if len(grid) > MANY else _compared
     for k, batches in enumerate(of_measure(bar, weights, plan, rows, statistics)):
         for part, found in zip(rows, batches, strict=True):

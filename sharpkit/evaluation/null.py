@@ -7,9 +7,11 @@ follows the hyperparameters one above that of noise. Both are found by shuffling
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError
 from sharpkit.evaluation._dominance import MANY
 from sharpkit.evaluation._grid import Configs, Floats, Grid, Ints, Measure, read_comparable
@@ -19,11 +21,21 @@ from sharpkit.evaluation.arguments import LEAST_CERTAIN
 from sharpkit.evaluation.permutation import p_values
 from sharpkit.evaluation.ranks import mean_ranks
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _DEFINITIONS = ("pgdl", "jiang")
 EMPTY_CELLS = "empty cells"
 TOO_FEW_HYPERPARAMETERS = "fewer than two hyperparameters"
 
 
+@readable(
+    lambda s: (
+        f"{s.score:.4g}, of {s.shuffles} shuffles mean {s.mean:.4g} and 95th percentile "
+        f"{s.percentile_95:.4g}, p = {s.p_value:.2g}{s.note and f', {s.note}'}"
+    ),
+    brief=True,
+)
 @dataclass(frozen=True)
 class ScoreNull:
     """A score beside the scores of shuffled measures.
@@ -45,6 +57,10 @@ class ScoreNull:
     adjusted: float
     shuffles: int
     note: str = ""
+
+    def frame(self) -> pd.DataFrame:
+        """One row, with the attributes as columns."""
+        return one_row(self)
 
 
 def score_null(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation._grid import Configs, Floats, Ints, Measure, read_comparable, unique_ids
 
@@ -122,6 +123,7 @@ def pearson(measure: ArrayLike | Any, gap: ArrayLike | Any) -> float:
         return float(pearsonr(x, y).statistic)
 
 
+@readable(lambda k: f"mean {k.mean:.4g} over {len(k.per_hyperparameter)} hyperparameters")
 @dataclass(frozen=True)
 class GranulatedKendall:
     """Kendall's tau within models that differ in one hyperparameter only.

@@ -7,9 +7,11 @@ seed, and all measures of a zoo see the same resamples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sharpkit.display import one_row, readable
 from sharpkit.errors import ScoreError
 from sharpkit.evaluation._grid import (
     Configs,
@@ -31,7 +33,17 @@ from sharpkit.evaluation.intervals import (
 from sharpkit.evaluation.robustness import Environments
 from sharpkit.evaluation.statistics import TABLE
 
+if TYPE_CHECKING:
+    import pandas as pd
 
+
+@readable(
+    lambda i: (
+        f"{i.statistic} {i.value:.4g}, {_ends(i)}, {i.models} models"
+        f"{'' if i.p_value is None else f', p = {i.p_value:.2g}'}"
+    ),
+    brief=True,
+)
 @dataclass(frozen=True)
 class Interval:
     """A statistic of one measure with its bootstrap interval.
@@ -60,7 +72,18 @@ class Interval:
     p_value: float | None = None
     note: str = ""
 
+    def frame(self) -> pd.DataFrame:
+        """One row, with the attributes as columns."""
+        return one_row(self)
 
+
+@readable(
+    lambda c: (
+        f"{c.statistic} {c.first:.4g} and {c.second:.4g}, difference {c.difference:.4g}, "
+        f"{_ends(c)}, p = {c.p_value:.2g}, {c.models} models"
+    ),
+    brief=True,
+)
 @dataclass(frozen=True)
 class Comparison:
     """A statistic of two measures on the same models, and the difference first − second.
@@ -91,6 +114,16 @@ class Comparison:
     resamples: int
     models: int
     note: str = ""
+
+    def frame(self) -> pd.DataFrame:
+        """One row, with the attributes as columns."""
+        return one_row(self)
+
+
+def _ends(found: Interval | Comparison) -> str:
+    """The interval in words, or why there is none."""
+    interval = f"{100 * found.confidence:g} % interval {found.low:.4g} to {found.high:.4g}"
+    return found.note or interval
 
 
 def bootstrap_interval(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpkit.display import readable
+from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation._grid import Configs, Floats, Grid, Ints, Measure, read_comparable
 
@@ -61,6 +61,13 @@ class Environments:
         return first, second, change, weight
 
 
+@readable(
+    lambda s: (
+        f"mean {s.mean:.4g}, 90th percentile {s.percentile_90:.4g}, maximum {s.maximum:.4g}, "
+        f"{s.environments} environments"
+    ),
+    brief=True,
+)
 @dataclass(frozen=True)
 class SignErrorSummary:
     """Errors of a set of environments, between 0 (always right) and 1 (always wrong).
@@ -76,6 +83,10 @@ class SignErrorSummary:
     percentile_90: float
     maximum: float
     environments: int
+
+    def frame(self) -> pd.DataFrame:
+        """One row, with the attributes as columns."""
+        return one_row(self)
 
 
 @readable(lambda e: f"{e.pairs_used} of {e.pairs} pairs of models count")

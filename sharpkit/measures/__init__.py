@@ -27,11 +27,11 @@ from sharpkit.measures.layer_margins import hidden_layer_margin
 from sharpkit.measures.m_sharpness import MSharpness
 from sharpkit.measures.margins import (
     inverse_margin,
-    normalized_margin,
     output_margin,
     training_loss,
 )
 from sharpkit.measures.measure import Estimate, Measure
+from sharpkit.measures.normalized_margins import normalized_margin
 from sharpkit.measures.norms import depth, frobenius_norms, parameter_count
 from sharpkit.measures.pac_bayes import noise_scale, pac_bayes, pac_bayes_magnitude
 from sharpkit.measures.path_norms import path_norm
@@ -109,3 +109,5 @@ __all__ = [
     "weight_spectrum",
     "worst_case_sharpness",
 ]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

@@ -113,7 +113,7 @@ class HessianTrace:
         >>> _ = nn.init.zeros_(model.weight)
         >>> data = torch.tensor([[2.0]]), torch.tensor([0])
         >>> HessianTrace()(model, data, seed=0)  # exact: there are only two parameters
-        Estimate(value=2.0, std_error=0.0)
+        Estimate: 2 ± 0
     """
 
     products: int = 90

@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.parameters import select_parameters
+from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.measures.layers import linear_maps
 
 if TYPE_CHECKING:
+    import pandas as pd
     from numpy.typing import ArrayLike
 
 
+@readable(
+    lambda p: f"α {p.alpha:.4g} from {p.xmin:.4g} on, {p.n_tail} values, distance {p.distance:.2g}",
+    brief=True,
+)
 @dataclass(frozen=True)
 class PowerLaw:
     """A power law fitted to the tail of a sample.
@@ -33,6 +39,10 @@ class PowerLaw:
     xmin: float
     distance: float
     n_tail: int
+
+    def frame(self) -> pd.DataFrame:
+        """One row, with the attributes as columns."""
+        return one_row(self)
 
 
 def fit_power_law(values: ArrayLike) -> PowerLaw:

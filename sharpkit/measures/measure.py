@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.loading import Data
+from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError, ModelError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 T = TypeVar("T")
 
@@ -19,6 +23,7 @@ _RESERVED = {"task", "model", "measure", "value", "std_error"}
 _NEEDS = {"initial": "the network before training", "metrics": "what the zoo recorded"}
 
 
+@readable(lambda e: f"{e.value:.6g} ± {e.std_error:.2g}", brief=True)
 class Estimate(NamedTuple):
     """A value with its standard error (NaN if unknown): what a measure may return.
 
@@ -27,6 +32,10 @@ class Estimate(NamedTuple):
 
     value: float
     std_error: float = math.nan
+
+    def frame(self) -> pd.DataFrame:
+        """One row: value, std_error."""
+        return one_row(self)
 
 
 class Measure(Protocol):

@@ -5,3 +5,5 @@ from sharpkit.plot.predictive_power import predictive_power
 from sharpkit.plot.spectrum import spectrum
 
 __all__ = ["figure3", "predictive_power", "spectrum"]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

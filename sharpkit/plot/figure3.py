@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
     from numpy.typing import NDArray
 
     from sharpkit.curvature.density import SpectralDensity
@@ -31,6 +31,7 @@ def figure3(
     test_error: pd.DataFrame | None = None,
     predictive_power: pd.DataFrame | None = None,
     statistic: str = "cmi_pgdl",
+    figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """Draw the panels whose tables are given; the tables are those of `sharpkit.figure3`.
 
@@ -41,9 +42,10 @@ def figure3(
         test_error: Middle: columns optimizer, m, rho, lr, test_error, std_error.
         predictive_power: Right: from `sharpkit.evaluate`.
         statistic: What the right panel shows.
+        figure: Where to draw, an empty figure or a part of one; None for a new one.
 
     Returns:
-        matplotlib.figure.Figure: The figure, which is `pyplot.gcf()` too.
+        matplotlib.figure.Figure: The figure; a new one is `pyplot.gcf()` too if pyplot is in use.
 
     Raises:
         ArgumentError: No panel is given.
@@ -66,8 +68,8 @@ def figure3(
     rows = 1 if densities is None else len({epoch for _, epoch in densities})
     height = max(5.0, 1.9 * rows)
     widths = [_WIDTHS[name] for name in names]
-    figure = new_figure(sum(widths), height)
-    parts = figure.subfigures(1, len(names), width_ratios=widths, squeeze=False)[0]
+    drawn = new_figure(sum(widths), height) if figure is None else figure
+    parts = drawn.subfigures(1, len(names), width_ratios=widths, squeeze=False)[0]
     for name, part in zip(names, parts, strict=True):
         if name == "left":
             _draw_spectra(part, densities or {}, spectra)
@@ -76,7 +78,8 @@ def figure3(
         else:
             axis = part.subplots()
             draw_predictive_power(axis, predictive_power, statistic)  # type: ignore[arg-type]
-    return figure
+    whole: Figure = drawn.figure
+    return whole
 
 
 def draw_test_error(axis: Axes, table: pd.DataFrame) -> None:

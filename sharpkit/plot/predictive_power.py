@@ -40,7 +40,8 @@ def predictive_power(
         ax: Where to draw; None for a figure of its own.
 
     Returns:
-        matplotlib.figure.Figure: The figure, which is `pyplot.gcf()` too.
+        matplotlib.figure.Figure: The figure of the axis; a new one that is not saved is
+        `pyplot.gcf()` too if pyplot is in use.
 
     Raises:
         ScoreError: If the table has no m, no such statistic, or only NaN in it.
@@ -55,7 +56,7 @@ def predictive_power(
         >>> predictive_power(table).axes[0].get_xlabel()
         'm'
     """
-    from sharpkit.plot.canvas import new_figure, picture_path, save
+    from sharpkit.plot.canvas import forget, new_figure, picture_path, save, whole_figure
 
     path = None if out is None else picture_path(out)
     if path is not None and path.stem in ("scores", "evaluation", "combined"):
@@ -63,9 +64,11 @@ def predictive_power(
     rows = _plotted(table, statistic)
     axis = new_figure(6.4, 4.8).add_subplot() if ax is None else ax
     draw_predictive_power(axis, rows, statistic)
-    figure: Figure = axis.figure.figure  # the whole one, also of a part
+    figure = whole_figure(axis)
     if path is not None:
         save(figure, path, rows, write_with_legend)
+        if ax is None:
+            forget(figure)
     return figure
 
 

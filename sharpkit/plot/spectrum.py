@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ def spectrum(
     out: str | Path | None = None,
     *,
     share_axes: bool | None = None,
-    ax: Axes | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
 ) -> Figure:
     """Spectral densities on a log axis, side by side, with λmax and λmax/λ5 in the titles.
 
@@ -38,14 +38,15 @@ def spectrum(
         out: Where to save the picture (and, beside it, its numbers as .csv); None to not save.
         share_axes: The same axes in every panel, so that they can be compared; None for yes if
             the spectra are of similar width (within a factor of 10).
-        ax: Where to draw a single density; None for a figure of its own.
+        ax: Where to draw: one axis for each density; None for a figure of their own.
 
     Returns:
-        matplotlib.figure.Figure: The figure, which is `pyplot.gcf()` too.
+        matplotlib.figure.Figure: The figure of the axes; a new one that is not saved is
+        `pyplot.gcf()` too if pyplot is in use.
 
     Raises:
-        ArgumentError: If there is nothing to plot, the densities differ in spacing, `ax` is given
-            for several, or the picture's ending is unknown.
+        ArgumentError: If there is nothing to plot, the densities differ in spacing, there are
+            more or fewer axes than densities, or the picture's ending is unknown.
 
     Source:
         Foret et al., ICLR 2021, Figure 3, left; Ghorbani et al., ICML 2019.
@@ -58,7 +59,7 @@ def spectrum(
         a model
         λmax = 10, λmax/λ5 = 1.67
     """
-    from sharpkit.plot.canvas import new_figure, picture_path, save
+    from sharpkit.plot.canvas import forget, new_figure, picture_path, save, whole_figure
 
     path = None if out is None else picture_path(out)
     panels = dict(densities) if isinstance(densities, Mapping) else {"": densities}
@@ -69,24 +70,27 @@ def spectrum(
     if share_axes and len({d.spacing for d in panels.values()}) > 1:
         raise ArgumentError("the densities are on different kinds of grid: use share_axes=False")
     if ax is not None:
-        if len(panels) > 1:
-            raise ArgumentError(f"ax is one axis for {len(panels)} densities: give one density")
-        axes = [ax]
+        axes = list(np.ravel(np.asarray(ax, dtype=object)))
+        if len(axes) != len(panels):
+            raise ArgumentError(
+                f"ax: got {len(axes)} axes for {len(panels)} densities, expected one each"
+            )
     else:
         columns = min(len(panels), _COLUMNS)
         rows = -(-len(panels) // columns)
-        grid = new_figure(0.8 + 3.6 * columns, 3.4 * rows).subplots(
-            rows, columns, squeeze=False, sharex=share_axes, sharey=share_axes
-        )
+        own = new_figure(0.8 + 3.6 * columns, 3.4 * rows)
+        grid = own.subplots(rows, columns, squeeze=False, sharex=share_axes, sharey=share_axes)
         axes = list(grid.flat)
     for axis, (title, density) in zip(axes, panels.items(), strict=False):
         draw_density(axis, f"{title}\n{headline(density)}" if title else headline(density), density)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     limit_densities(axes[: len(panels)], list(panels.values()), share_axes)
-    figure: Figure = axes[0].figure.figure  # the whole one, also of a part
+    figure = whole_figure(axes[0])
     if path is not None:
         save(figure, path, _numbers(panels))
+        if ax is None:
+            forget(figure)
     return figure
 
 

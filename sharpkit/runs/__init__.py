@@ -23,3 +23,5 @@ __all__ = [
     "score_zoo",
     "selection_regret",
 ]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

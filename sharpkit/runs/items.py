@@ -9,11 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from sharpkit.contract.precision import current_precision, measuring_precision
 from sharpkit.errors import RunError, SharpkitError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
+from sharpkit.progress import progress_bar
 from sharpkit.runs.fingerprint import digest, stamp
 from sharpkit.runs.provenance import (
     device_name,
@@ -122,8 +121,8 @@ def pending(
     data = {name: _data_hash(store, name, task) for name, task in tasks.items()}
     done, restamped = set[Key](), dict[Key, str]()
     rows = list(store.done())
-    for key, known_hash, known_stamp, data_hash in tqdm(
-        rows, "check", unit="result", delay=2, leave=False, disable=None if progress else True
+    for key, known_hash, known_stamp, data_hash in progress_bar(
+        iterable=rows, desc="check", unit="result", delay=2, leave=False, progress=progress
     ):
         name, model, measure = key
         if name not in tasks or model not in tasks[name] or measure not in measures:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sharpkit.contract.loading import load_examples
 from sharpkit.contract.rules import measuring_rules
 from sharpkit.device import check_device
-from sharpkit.display import html_of, lines_of
+from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path, write_csv
 from sharpkit.lock import sole_driver
@@ -55,6 +55,7 @@ _Split = Literal["train", "test"]
 _COMMON = ("n", "seed", "device", "threads", "rules", "precision")
 
 
+@readable(lambda scores: scores._head(), table=lambda scores: scores._shown())
 class Scores:
     """The scores of a run: what every measure gave for every model.
 
@@ -169,19 +170,17 @@ class Scores:
         """
         return self._store.directions
 
-    def __repr__(self) -> str:
-        if self._store.closed:
-            return f"Scores: {self._store.path or 'in memory'}, closed"
-        return lines_of(self._head(), self.frame())
-
-    def _repr_html_(self) -> str:
-        return repr(self) if self._store.closed else html_of(self._head(), self.frame())
-
     def _head(self) -> str:
+        if self._store.closed:
+            return f"{self._store.path or 'in memory'}, closed"
         frame, failed = self.frame(), len(self.failures)
         models, measures = (frame[name].nunique() for name in ("model", "measure"))
-        counts = f"{models} models, {measures} measures, {len(frame)} values, {failed} failures"
-        return f"Scores: {counts}"
+        return f"{models} models, {measures} measures, {len(frame)} values, {failed} failures"
+
+    def _shown(self) -> pd.DataFrame:
+        import pandas as pd
+
+        return pd.DataFrame() if self._store.closed else self.frame()
 
     def close(self) -> None:
         """Close the store."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
@@ -33,6 +32,7 @@ from sharpkit.doors import parse_json, reading
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path, disk_errors, remove_leftovers, write_csv
 from sharpkit.lock import sole_driver
+from sharpkit.progress import progress_bar
 from sharpkit.safe_text import printable
 from sharpkit.settings import changes, read_claim
 from sharpkit.workers import error_message
@@ -178,11 +178,12 @@ def spectrum(
     densities: dict[str, SpectralDensity] = {}
     summary: dict[str, dict[str, Any]] = {}
     failures: dict[str, str] = {}
-    silent = None if progress else True
     with sole_driver(root), disk_errors(root):
         remove_leftovers(root / _MODELS)
         _claim(root, settings)
-        bar = tqdm(models.items(), desc="spectrum", unit="model", disable=silent)
+        bar = progress_bar(
+            iterable=models.items(), desc="spectrum", unit="model", progress=progress
+        )
         for name, build in bar:
             bar.set_postfix_str(printable(name))
             try:
@@ -287,9 +288,8 @@ def _write(
     share_axes: bool | None,
 ) -> None:
     import pandas as pd
-    from matplotlib import pyplot
 
-    from sharpkit.plot.canvas import DPI
+    from sharpkit.plot.canvas import forget, save_picture
     from sharpkit.plot.spectrum import spectrum as draw
 
     _replace(
@@ -305,9 +305,8 @@ def _write(
         table.insert(0, "model", table.pop("model"))
         write_csv(table, root / file)
     figure = draw(densities, share_axes=share_axes)
-    with atomic_path(root / "spectrum.png") as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
-    pyplot.close(figure)
+    save_picture(figure, root / "spectrum.png")
+    forget(figure)
 
 
 def _save(path: Path, density: SpectralDensity, numbers: dict[str, Any], weights: str) -> None:

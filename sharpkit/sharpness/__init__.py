@@ -3,3 +3,5 @@
 from sharpkit.sharpness.m_sharpness import SharpnessResult, m_sharpness
 
 __all__ = ["SharpnessResult", "m_sharpness"]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

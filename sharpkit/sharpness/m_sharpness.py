@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sharpkit.contract.checks import examine, warn_of_unused
 from sharpkit.contract.functional import FunctionalModel
@@ -32,6 +31,7 @@ from sharpkit.groupwise.fallback import (
 )
 from sharpkit.groupwise.objective import Objective
 from sharpkit.groupwise.packing import Packing
+from sharpkit.progress import progress_bar
 from sharpkit.sharpness.ascent import Ascent
 from sharpkit.sharpness.engine import Care, Doubtful, Level, Sweep
 from sharpkit.sharpness.passes import Alone, Passes
@@ -186,7 +186,7 @@ def m_sharpness(
         compile: Compile the passes over groups side by side with `torch.compile`, which takes tens
             of seconds once per call and pays on a GPU, for long measurements; the same to rounding.
             Runs without, and warns, where that fails.
-        progress: Show a progress bar on a terminal if it takes longer than two seconds.
+        progress: Show a progress bar if it takes longer than two seconds.
 
     Returns:
         SharpnessResult: value, std_error, group_values and `.frame()`.
@@ -238,13 +238,13 @@ def m_sharpness(
         stops = _stops(len(examples), ms, tolerance)
 
         def run(sweep: Sweep) -> Sweep:
-            with tqdm(
+            with progress_bar(
                 total=len(examples),
                 desc="m-sharpness",
                 unit="example",
                 leave=False,
                 delay=2,
-                disable=None if progress else True,
+                progress=progress,
             ) as bar:
                 for start, stop in itertools.pairwise([0, *stops]):
                     sweep.extend(start, stop, bar.update)

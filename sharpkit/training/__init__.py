@@ -14,3 +14,5 @@ __all__ = [
     "fit",
     "m_sam_gradient",
 ]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

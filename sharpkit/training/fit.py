@@ -68,6 +68,10 @@ class FitResult:
     history: pd.DataFrame
     path: Path | None
 
+    def frame(self) -> pd.DataFrame:
+        """The history: one row per epoch."""
+        return self.history
+
 
 def fit(
     model: nn.Module,

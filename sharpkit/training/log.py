@@ -10,6 +10,7 @@ from typing import Any
 
 from sharpkit.errors import ArgumentError
 from sharpkit.files import disk_errors
+from sharpkit.progress import progress_bar
 from sharpkit.training.run_directory import Row
 
 
@@ -74,8 +75,6 @@ def reporting(
         ArgumentError: If TensorBoard is not installed.
         RunError: If the folder cannot be written, such as because it is a file.
     """
-    from tqdm import tqdm
-
     done = len(list(history))
     writer = None
     if board is not None:
@@ -88,9 +87,9 @@ def reporting(
         with disk_errors(board):
             # what a killed process logged after its last checkpoint is shown no more
             writer = SummaryWriter(board, purge_step=done + 1)
-    bar = tqdm(
+    bar = progress_bar(
         desc="training", total=epochs * steps, initial=done * steps, unit="step",
-        disable=not progress or done == epochs,
+        progress=progress and done < epochs,
     )  # fmt: skip
     try:
         yield Reporter(bar, writer, epochs)

@@ -22,3 +22,5 @@ __all__ = [
     "error_message",
     "run_items",
 ]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

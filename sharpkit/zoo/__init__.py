@@ -25,3 +25,5 @@ __all__ = [
     "write_zoo",
     "zoo_info",
 ]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

@@ -12,6 +12,7 @@ from sharpkit.containers import open_zip, require_sizes
 from sharpkit.doors import MAX_MEMBERS, reason, shown
 from sharpkit.errors import DownloadError, SharpkitError
 from sharpkit.files import temporary_folder
+from sharpkit.progress import progress_bar
 from sharpkit.zoo.files import is_litter
 
 
@@ -46,7 +47,8 @@ def unpack_zip(archive: str | Path, target: str | Path, *, progress: bool = Fals
             temporary_folder(target) as temporary,
             open_zip(archive, BadArchiveError, _MAX_BYTES) as file,
         ):
-            for member in _bar(_checked_members(file, archive, target.parent), progress):
+            members = _checked_members(file, archive, target.parent)
+            for member in progress_bar(iterable=members, desc="unpacking", progress=progress):
                 _extract(file, member, temporary)
             top = list(temporary.iterdir())
             (top[0] if len(top) == 1 and top[0].is_dir() else temporary).rename(target)
@@ -110,10 +112,3 @@ def _extract(file: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> No
     path.parent.mkdir(parents=True, exist_ok=True)
     with file.open(member) as source, path.open("xb") as out:
         shutil.copyfileobj(source, out, 2**20)
-
-
-def _bar(members: list[zipfile.ZipInfo], progress: bool) -> list[zipfile.ZipInfo]:
-    from tqdm import tqdm
-
-    bar: list[zipfile.ZipInfo] = tqdm(members, "unpacking", disable=None if progress else True)  # type: ignore[assignment]
-    return bar

@@ -12,6 +12,7 @@ from typing import Any
 
 from sharpkit.errors import ArgumentError, DownloadError, ZooFormatError
 from sharpkit.files import cache_folder
+from sharpkit.progress import progress_bar
 from sharpkit.settings import from_table
 from sharpkit.zoo.archive import BadArchiveError, unpack_zip
 from sharpkit.zoo.files import read_json, write_json
@@ -199,11 +200,9 @@ class _Download:
             raise requests.ConnectionError(f"got {self._have():,} of {found.size:,} bytes")
 
     def _append(self, response: Any, have: int, total: int | None) -> None:
-        from tqdm import tqdm
-
-        bar = tqdm(
+        bar = progress_bar(
             desc=self.path.name, total=total, initial=have, unit="B", unit_scale=True,
-            disable=None if self.progress else True,
+            progress=self.progress,
         )  # fmt: skip
         with bar, self.part.open("ab" if have else "wb") as file:
             for piece in response.iter_content(_PIECE):

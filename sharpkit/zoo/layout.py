@@ -15,14 +15,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sharpkit.display import readable
 from sharpkit.doors import reading, shown
 from sharpkit.errors import ArgumentError, SharpkitError, ZooFormatError
 from sharpkit.safe_text import printable
 from sharpkit.zoo.files import list_directory, read_json
 from sharpkit.zoo.grid import check_grid, possible_values
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
+from sharpkit.zoo.tables import models_table, tasks_table
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch.utils.data import TensorDataset
 
     from sharpkit.zoo.keras import KerasModel
@@ -111,6 +114,7 @@ def find_tasks(path: str | Path) -> Zoo:
     )
 
 
+@readable(lambda z: f"{len(z)} tasks, {sum(map(len, z.values()))} models, in {z.path}")
 class Zoo(Mapping[str, "Task"]):
     """Tasks by name, in alphabetical order.
 
@@ -137,11 +141,12 @@ class Zoo(Mapping[str, "Task"]):
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def __repr__(self) -> str:
-        inside = ", ".join(f"{t.name}: {len(t)} models" for t in self._tasks.values())
-        return f"Zoo({str(self.path)!r}, {{{inside}}})"
+    def frame(self) -> pd.DataFrame:
+        """One row per task: task, models, path."""
+        return tasks_table(self)
 
 
+@readable(lambda t: f"{t.name}, {len(t)} models, in {t.path}", brief=True)
 class Task(Mapping[str, "ModelEntry"]):
     """Models by id, in numeric order, with the data they were trained on.
 
@@ -169,8 +174,13 @@ class Task(Mapping[str, "ModelEntry"]):
     def __len__(self) -> int:
         return len(self._models)
 
-    def __repr__(self) -> str:
-        return f"Task({self.name!r}, {len(self)} models, {str(self.path)!r})"
+    def frame(self) -> pd.DataFrame:
+        """One row per model: task, model, its hyperparameters and its metrics.
+
+        Raises:
+            ZooFormatError: The file model_configs.json, or a model's entry in it, cannot be read.
+        """
+        return models_table(list(self.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_datasets": {}}  # other processes read the data themselves
@@ -291,6 +301,7 @@ class Task(Mapping[str, "ModelEntry"]):
         return list_directory(folder) if self.mirror is None else self.mirror.children(folder)
 
 
+@readable(lambda e: f"{e.id} of task {e.task.name}", brief=True)
 class ModelEntry:
     """One trained network: its architecture, weights, hyperparameters and accuracies.
 
@@ -303,8 +314,9 @@ class ModelEntry:
     def __init__(self, task: Task, id: str, path: Path) -> None:
         self.task, self.id, self.path = task, id, path
 
-    def __repr__(self) -> str:
-        return f"ModelEntry({self.task.name!r}, {self.id!r})"
+    def frame(self) -> pd.DataFrame:
+        """One row: task, model, the hyperparameters and the metrics; see `Task.frame`."""
+        return models_table([self])
 
     @property
     def config(self) -> dict[str, Any]:

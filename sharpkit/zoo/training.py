@@ -18,19 +18,20 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import TensorDataset
-from tqdm import tqdm
 
 from sharpkit.contract.examples import standard_tensor
 from sharpkit.device import check_device
+from sharpkit.display import readable
 from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, DataError, RunError
 from sharpkit.files import disk_errors, remove_leftovers
 from sharpkit.lock import sole_driver
+from sharpkit.progress import progress_bar
 from sharpkit.safe_text import printable
 from sharpkit.workers import Backend, Failure, default_backend, run_items
 from sharpkit.zoo.files import read_json, write_json
@@ -39,9 +40,18 @@ from sharpkit.zoo.plans import ZooPlan
 from sharpkit.zoo.recipe import Recipe, TrainedModel, train_model
 from sharpkit.zoo.writer import ZooWriter
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _SHARD_SIZE = 10_000
 
 
+@readable(
+    lambda r: (
+        f"{len(r.trained)} trained, {len(r.skipped)} skipped, {len(r.failed)} failed, in {r.path}"
+    ),
+    brief=True,
+)
 @dataclass(frozen=True)
 class TrainingReport:
     """What `train_zoo` did.
@@ -57,6 +67,15 @@ class TrainingReport:
     trained: list[str]
     skipped: list[str]
     failed: dict[str, str]
+
+    def frame(self) -> pd.DataFrame:
+        """One row per model: model, state ("trained", "skipped" or "failed"), error."""
+        import pandas as pd
+
+        rows = [(i, "trained", "") for i in self.trained]
+        rows += [(i, "skipped", "") for i in self.skipped]
+        rows += [(i, "failed", error) for i, error in self.failed.items()]
+        return pd.DataFrame(rows, columns=["model", "state", "error"])
 
 
 def train_zoo(
@@ -162,12 +181,12 @@ def train_zoo(
             address=address,
         )
         failed: dict[str, str] = {}
-        bar = tqdm(
+        bar = progress_bar(
             total=len(wanted),
             initial=len(skipped),
             desc="train",
             unit="model",
-            disable=None if progress else True,
+            progress=progress,
         )
         with bar, closing(results):  # workers end at once if this process is interrupted
             for (i, _), result in results:

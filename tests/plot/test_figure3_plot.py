@@ -1,5 +1,6 @@
 """The picture of Figure 3."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -65,6 +66,14 @@ def test_test_error_has_a_line_per_m_and_sgd_at_sams_learning_rate(figure):
     assert sgd[0].get_ydata() == pytest.approx([20, 20])
     assert axis.get_ylim()[1] == pytest.approx(22.5)  # 90 % has learned nothing
     assert "over 3 seeds" in axis.get_title()
+
+
+def test_it_is_drawn_into_a_figure_or_a_part_of_one():
+    own = plt.figure()
+    assert figure3(predictive_power=POWER, figure=own) is own
+    _, right = plt.figure().subfigures(1, 2)
+    assert figure3(predictive_power=POWER, test_error=ERRORS, figure=right) is right.figure
+    assert len(right.subfigs) == 2
 
 
 def test_any_panels_can_be_left_out():

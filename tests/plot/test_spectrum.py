@@ -32,7 +32,7 @@ def test_panels_share_axes_and_say_the_top_eigenvalues(tmp_path):
 @pytest.mark.parametrize(("grid", "scale"), [("symlog", "symlog"), ("linear", "linear")])
 def test_the_axis_is_that_of_the_grid(grid, scale):
     density = spectral_density(MATRIX, steps=10, grid=grid)
-    assert density.plot(title="x").axes[0].get_xscale() == scale
+    assert spectrum({"x": density}).axes[0].get_xscale() == scale
 
 
 def test_a_log_grid_and_one_probe():
@@ -80,8 +80,18 @@ def test_one_density_is_drawn_into_a_given_axis():
     density = spectral_density(MATRIX, steps=10)
     assert spectrum(density, ax=axis) is own
     assert axis.get_title() == "λmax = 8, λmax/λ5 = 8"
-    with pytest.raises(ArgumentError, match="one axis for 2 densities"):
+    with pytest.raises(ArgumentError, match="got 1 axes for 2 densities"):
         spectrum({"a": density, "b": density}, ax=axis)
+
+
+def test_several_densities_are_drawn_into_as_many_axes():
+    own, axes = plt.subplots(2, 1)
+    densities = {name: spectral_density(c * MATRIX, steps=10) for name, c in (("a", 1), ("b", 2))}
+    for given in (axes, list(axes)):
+        assert spectrum(densities, ax=given) is own
+    assert [axis.get_title().split("\n")[0] for axis in axes] == ["a", "b"]
+    part = plt.figure().subfigures(1, 2)[1]
+    assert spectrum(densities["a"], ax=part.add_subplot()) is part.figure
 
 
 def test_an_unknown_ending_is_refused(tmp_path):

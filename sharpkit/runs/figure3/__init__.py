@@ -4,3 +4,5 @@ from sharpkit.runs.figure3.figure import Figure3, figure3
 from sharpkit.runs.figure3.plan import Plan, read_plan
 
 __all__ = ["Figure3", "Plan", "figure3", "read_plan"]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from sharpkit.contract.rules import measuring_rules, refuse_other_rules
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.device import check_device
@@ -21,6 +19,7 @@ from sharpkit.evaluation.legend import write_with_legend
 from sharpkit.files import atomic_path, write_csv
 from sharpkit.lock import sole_driver
 from sharpkit.measures import MSharpness
+from sharpkit.progress import progress_bar
 from sharpkit.runs.evaluate import evaluate
 from sharpkit.runs.figure3.plan import Plan, read_plan
 from sharpkit.runs.figure3.spectra import Snapshot, measure
@@ -46,7 +45,9 @@ PANELS = ("left", "middle", "right")
 _MEASURED = {"left": "spectra", "right": "scores"}  # panels with measurements, and their folders
 
 
-@readable(lambda f: f"{f.picture}, {len(f.failures)} failed")
+@readable(
+    lambda f: f"{f.picture}, panels {', '.join(f.tables())}, {len(f.failures)} failed", brief=True
+)
 @dataclass(frozen=True)
 class Figure3:
     """What `figure3` made; a panel that was not asked for is None.
@@ -66,6 +67,18 @@ class Figure3:
     test_error: pd.DataFrame | None
     predictive_power: pd.DataFrame | None
     failures: dict[str, str]
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """The table of each panel that there is: "left", "middle", "right"."""
+        tables = zip(PANELS, (self.spectra, self.test_error, self.predictive_power), strict=True)
+        return {panel: table for panel, table in tables if table is not None}
+
+    def frame(self) -> pd.DataFrame:
+        """The rows of all panels, told apart by `panel`; a column that a panel lacks is NaN."""
+        import pandas as pd
+
+        parts = [table.assign(panel=panel) for panel, table in self.tables().items()]
+        return pd.concat(parts, ignore_index=True)
 
 
 def figure3(
@@ -178,8 +191,8 @@ class _Driver:
             device=self.device,
             address=self.address,
         )
-        silent = None if self.progress else True
-        with closing(outcomes), tqdm(total=len(items), desc=label, disable=silent) as bar:
+        bar = progress_bar(total=len(items), desc=label, progress=self.progress)
+        with closing(outcomes), bar:
             for item, result in outcomes:
                 if isinstance(result, Failure):
                     self.failures[item.name] = result.message
@@ -304,15 +317,12 @@ def _draw(
     test_error: pd.DataFrame | None,
     power: pd.DataFrame | None,
 ) -> Path:
-    from matplotlib import pyplot
-
-    from sharpkit.plot.canvas import DPI
+    from sharpkit.plot.canvas import forget, save_picture
     from sharpkit.plot.figure3 import figure3 as draw
 
     figure = draw(
         densities=densities, spectra=spectra, test_error=test_error, predictive_power=power
     )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=DPI, format="png")
-    pyplot.close(figure)
+    save_picture(figure, path)
+    forget(figure)
     return path
