@@ -85,7 +85,7 @@ def statistics_table(models: int, measures: int) -> Callable[[], Any]:
 
 
 def null(models: int, measures: int) -> Callable[[], Any]:
-    from sharpkit.evaluation._grid import read_configs
+    from sharpkit.evaluation.grid import read_configs
     from sharpkit.evaluation.null import nulls_of_scores
 
     zoo = random_zoo(SHAPES[models])

@@ -29,9 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from sharpkit.evaluation import STATISTICS
-from sharpkit.evaluation._grid import Floats, Grid
-from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation.chance import shuffles
+from sharpkit.evaluation.bootstrap import difference_interval
+from sharpkit.evaluation.grid import Floats, Grid
 from sharpkit.evaluation.intervals import (
     Sampling,
     no_interval,
@@ -41,8 +40,9 @@ from sharpkit.evaluation.intervals import (
 )
 from sharpkit.evaluation.null import nulls_of_scores
 from sharpkit.evaluation.permutation import p_values
-from sharpkit.evaluation.resampling import difference_interval
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.shuffled_information import ShuffledScores
+from sharpkit.evaluation.shuffled_statistics import shuffles
+from sharpkit.evaluation.sign_errors import Environments
 
 SHAPES = {
     18: (3, 3, 2),

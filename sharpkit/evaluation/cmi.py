@@ -19,8 +19,8 @@ import numpy as np
 
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation._cells import CellMap, program_minimum
-from sharpkit.evaluation._grid import (
+from sharpkit.evaluation.competition_program import CellMap, program_minimum
+from sharpkit.evaluation.grid import (
     Bools,
     Configs,
     Floats,
@@ -32,7 +32,7 @@ from sharpkit.evaluation._grid import (
     read_configs,
     read_measure,
 )
-from sharpkit.evaluation._pairs import (
+from sharpkit.evaluation.pair_counts import (
     INSIDE_LOG,
     count_pairs,
     gap_entropy,

@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Grid, Ints
-from sharpkit.evaluation._plan import Pairs, changed_pairs
-from sharpkit.evaluation._shuffled import pgdl_defined
-from sharpkit.evaluation._weighted import weighted_statistics
 from sharpkit.evaluation.arguments import LEAST_CERTAIN
-from sharpkit.evaluation.chance import shuffles, unrestricted_chance
-from sharpkit.evaluation.draws import Sampling
+from sharpkit.evaluation.compared_pairs import Pairs, changed_pairs
+from sharpkit.evaluation.grid import Floats, Grid, Ints
 from sharpkit.evaluation.null import (
     EMPTY_CELLS,
     TOO_FEW_HYPERPARAMETERS,
     ScoreNull,
     nulls_of_scores,
 )
+from sharpkit.evaluation.number_of_draws import Sampling
 from sharpkit.evaluation.permutation import p_values, sided_p_values
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.resampled_statistics import weighted_statistics
+from sharpkit.evaluation.shuffled_information import pgdl_defined
+from sharpkit.evaluation.shuffled_statistics import shuffles, unrestricted_chance
+from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
 
 _LEAST_PAIRS = 10.0  # that an environment needs for an interval of the worst one

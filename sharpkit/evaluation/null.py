@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation._dominance import MANY
-from sharpkit.evaluation._grid import Configs, Floats, Grid, Ints, Measure, read_comparable
-from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation._threads import in_threads
 from sharpkit.evaluation.arguments import LEAST_CERTAIN
+from sharpkit.evaluation.correlations import mean_ranks
+from sharpkit.evaluation.grid import Configs, Floats, Grid, Ints, Measure, read_comparable
 from sharpkit.evaluation.permutation import p_values
-from sharpkit.evaluation.ranks import mean_ranks
+from sharpkit.evaluation.shuffled_information import ShuffledScores
+from sharpkit.evaluation.sorted_pairs import MANY
+from sharpkit.evaluation.threads import in_threads
 
 _DEFINITIONS = ("pgdl", "jiang")
 EMPTY_CELLS = "empty cells"

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation._grid import Configs, Floats, Measure, read_comparable
 from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
-from sharpkit.evaluation.chance import (
+from sharpkit.evaluation.grid import Configs, Floats, Measure, read_comparable
+from sharpkit.evaluation.shuffled_statistics import (
     chance_statistics,
     permuted_kendall,
     shuffles,

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats
+from sharpkit.evaluation.grid import Floats
 
 Transform: TypeAlias = Callable[[Floats], Floats]
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit.evaluation import CombinedPredictor, combined_predictor
-from sharpkit.evaluation._grid import Grid, read_configs, read_measure
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
 from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score
-from sharpkit.evaluation.draws import draws_note
+from sharpkit.evaluation.grid import Grid, read_configs, read_measure
+from sharpkit.evaluation.number_of_draws import draws_note
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.evaluation.statistics import STATISTICS, TABLE
 from sharpkit.report import figures, notes

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Grid
 from sharpkit.evaluation.arguments import LEAST
-from sharpkit.evaluation.chance import shuffles, unrestricted_chance
+from sharpkit.evaluation.grid import Floats, Grid
+from sharpkit.evaluation.shuffled_statistics import shuffles, unrestricted_chance
 from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Grid, normal_id
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
+from sharpkit.evaluation.grid import Grid, normal_id
 from sharpkit.report.limits import COMPARED, drawn
 from sharpkit.report.models import reversals
 

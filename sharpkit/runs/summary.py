@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sharpkit.evaluation.draws import draws_note
+from sharpkit.evaluation.number_of_draws import draws_note
 from sharpkit.evaluation.statistics import TABLE, Statistic
 
 if TYPE_CHECKING:

@@ -13,20 +13,30 @@ from hypothesis import given, settings, strategies as st
 
 from sharpkit.evaluation import (
     STATISTICS,
-    _pairs,
-    _shuffled,
-    _threads,
-    _weighted,
-    chance,
-    draws,
     evaluate_measures,
     null,
+    number_of_draws,
+    pair_counts,
     permutation_p_value,
     r_squared,
     regression,
+    resampled_statistics,
+    shuffled_information,
+    shuffled_statistics,
     spearman,
+    threads,
 )
-from sharpkit.evaluation._dominance import (
+from sharpkit.evaluation.grid import Grid, read_configs
+from sharpkit.evaluation.intervals import resample_weights
+from sharpkit.evaluation.legend import legend
+from sharpkit.evaluation.number_of_draws import Sampling, draws_note
+from sharpkit.evaluation.pair_counts import count_pairs
+from sharpkit.evaluation.resampled_statistics import weighted_statistics
+from sharpkit.evaluation.shuffled_by_sorting import chance_of_many, shuffled_agreement
+from sharpkit.evaluation.shuffled_information import ShuffledScores
+from sharpkit.evaluation.shuffled_statistics import shuffles
+from sharpkit.evaluation.sign_errors import Environments
+from sharpkit.evaluation.sorted_pairs import (
     MANY,
     Dominance,
     Smaller,
@@ -34,16 +44,6 @@ from sharpkit.evaluation._dominance import (
     dense_ranks,
     pair_places,
 )
-from sharpkit.evaluation._grid import Grid, read_configs
-from sharpkit.evaluation._many_chance import chance_of_many, shuffled_agreement
-from sharpkit.evaluation._pairs import count_pairs
-from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation._weighted import weighted_statistics
-from sharpkit.evaluation.chance import shuffles
-from sharpkit.evaluation.draws import Sampling, draws_note
-from sharpkit.evaluation.intervals import resample_weights
-from sharpkit.evaluation.legend import legend
-from sharpkit.evaluation.robustness import Environments
 from sharpkit.runs.summary import summary
 
 
@@ -52,7 +52,14 @@ def sorting(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function after which every zoo counts as one of many models."""
 
     def switch() -> None:
-        for module in (_pairs, _shuffled, _weighted, chance, null, regression):
+        for module in (
+            pair_counts,
+            shuffled_information,
+            resampled_statistics,
+            shuffled_statistics,
+            null,
+            regression,
+        ):
             monkeypatch.setattr(module, "MANY", 0)
 
     return switch
@@ -150,12 +157,12 @@ def test_chance_of_ranks_is_that_of_the_measure_in_order() -> None:
     orders = shuffles(np.zeros(len(grid), dtype=np.int64), 11, seed=0)
     found = chance_of_many(values, grid, orders, ranked, Environments())
     in_order = np.sort(values, axis=0)
-    observed = chance.chance_statistics(values, grid, orders[:1], ranked)
+    observed = shuffled_statistics.chance_statistics(values, grid, orders[:1], ranked)
     for name in ranked:
         # where one function shuffles the values and the other the gaps, the order is the inverse
         by_gap = name.startswith("kendall") or name == "spearman"
         same = np.argsort(orders, axis=1) if by_gap else orders
-        expected = chance.chance_statistics(in_order, grid, same, [name])[name][1]
+        expected = shuffled_statistics.chance_statistics(in_order, grid, same, [name])[name][1]
         assert found[name][1] == pytest.approx(expected, abs=1e-12)
         assert found[name][0] == pytest.approx(observed[name][0], abs=1e-12)
         assert np.array_equal(found[name][1][:, 0], found[name][1][:, 2])
@@ -211,10 +218,10 @@ def test_a_table_of_many_models_has_the_plain_values_and_says_on_how_many_draws(
     large: tuple[pd.DataFrame, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, configs = large
-    monkeypatch.setattr(draws, "_LEAST_RESAMPLES", 10)
-    monkeypatch.setattr(draws, "_LEAST_PERMUTATIONS", 99)
-    monkeypatch.setattr(draws, "_RESAMPLED", 0)
-    monkeypatch.setattr(draws, "_SHUFFLED", 0)
+    monkeypatch.setattr(number_of_draws, "_LEAST_RESAMPLES", 10)
+    monkeypatch.setattr(number_of_draws, "_LEAST_PERMUTATIONS", 99)
+    monkeypatch.setattr(number_of_draws, "_RESAMPLED", 0)
+    monkeypatch.setattr(number_of_draws, "_SHUFFLED", 0)
     table = evaluate_measures(values, configs)
     assert table["resamples"].tolist() == [10, 10]
     assert table["permutations"].tolist() == [99, 99]
@@ -261,16 +268,16 @@ def test_the_number_of_threads_changes_nothing(
     values, configs = large
     some = values.iloc[:models]
     tables = []
-    for threads in ("1", "3"):
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        monkeypatch.setattr(_threads, "_there", lambda: 4)
+    for count in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", count)
+        monkeypatch.setattr(threads, "_there", lambda: 4)
         tables.append(evaluate_measures(some, configs, resamples=5, permutations=30))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def test_an_error_in_a_thread_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(_threads, "_there", lambda: 4)
-    assert _threads.in_threads(lambda k: k * k, range(9)) == [k * k for k in range(9)]
+    monkeypatch.setattr(threads, "_there", lambda: 4)
+    assert threads.in_threads(lambda k: k * k, range(9)) == [k * k for k in range(9)]
     with pytest.raises(ZeroDivisionError):
-        _threads.in_threads(lambda k: 1 / k, [2, 1, 0])
+        threads.in_threads(lambda k: 1 / k, [2, 1, 0])

@@ -12,9 +12,9 @@ from evaluation_zoos import simulated, slow_jiang, slow_pgdl, zoo
 
 from sharpkit.errors import ArgumentError
 from sharpkit.evaluation import conditional_mutual_information, score_null
-from sharpkit.evaluation._grid import Grid, read_configs
-from sharpkit.evaluation._shuffled import ShuffledScores
+from sharpkit.evaluation.grid import Grid, read_configs
 from sharpkit.evaluation.null import _effects, explained_shuffles, nulls_of_scores
+from sharpkit.evaluation.shuffled_information import ShuffledScores
 
 
 def measure_for(values: Any) -> dict[str, float]:

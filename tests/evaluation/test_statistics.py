@@ -8,7 +8,7 @@ import numpy as np
 from evaluation_zoos import simulated
 
 from sharpkit.evaluation import STATISTICS
-from sharpkit.evaluation._weighted import weighted_statistics
+from sharpkit.evaluation.resampled_statistics import weighted_statistics
 from sharpkit.evaluation.statistics import LABELS, LOWER_IS_BETTER, RANGES, SIGN_ERRORS, TABLE
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import kendalltau
 
 from sharpkit.evaluation import evaluate_measures
-from sharpkit.evaluation._grid import read_configs
+from sharpkit.evaluation.grid import read_configs
 from sharpkit.evaluation.statistics import TABLE
 from sharpkit.report.labels import factor, titled
 from sharpkit.report.models import models_table, reversals

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from sharpkit.evaluation._cells import CellMap
-from sharpkit.evaluation._dominance import COLUMNS, MANY, Dominance, Smaller, dense_ranks
-from sharpkit.evaluation._grid import Bools, Floats, Grid, Ints, Weights
-from sharpkit.evaluation._pairs import INSIDE_LOG, xlogx
-from sharpkit.evaluation._threads import in_threads
+from sharpkit.evaluation.competition_program import CellMap
+from sharpkit.evaluation.grid import Bools, Floats, Grid, Ints, Weights
+from sharpkit.evaluation.pair_counts import INSIDE_LOG, xlogx
+from sharpkit.evaluation.sorted_pairs import COLUMNS, MANY, Dominance, Smaller, dense_ranks
+from sharpkit.evaluation.threads import in_threads
 
 _COLUMNS = 256  # groups, over all sets, that are counted at a time
 _ENTRIES = 500_000  # of X held at a time

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sharpkit.evaluation._dominance import MANY
+from sharpkit.evaluation.sorted_pairs import MANY
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from sharpkit.evaluation._dominance import MANY
-from sharpkit.evaluation._grid import Floats, Grid, Ints, Weights
-from sharpkit.evaluation._many import Draws, chunks_of, statistics_of_draws
-from sharpkit.evaluation._plan import Pairs, Plan
-from sharpkit.evaluation._resampled import (
+from sharpkit.evaluation.compared_pairs import Pairs, Plan
+from sharpkit.evaluation.grid import Floats, Grid, Ints, Weights
+from sharpkit.evaluation.resampled_by_sorting import Draws, chunks_of, statistics_of_draws
+from sharpkit.evaluation.resampled_formulas import (
     both_scores,
     correlation,
     divide,
@@ -29,10 +28,11 @@ from sharpkit.evaluation._resampled import (
     mean_of_settings,
     r_squared_draws,
 )
-from sharpkit.evaluation._threads import in_threads
-from sharpkit.evaluation._weighted_cells import Cells, count
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.resampled_information import Cells, count
+from sharpkit.evaluation.sign_errors import Environments
+from sharpkit.evaluation.sorted_pairs import MANY
 from sharpkit.evaluation.statistics import SIGN_ERRORS, STATISTICS
+from sharpkit.evaluation.threads import in_threads
 
 _MEASURES = 16  # handed to the threads together
 _BATCH = 128  # weightings handled together; small enough for the cache
@@ -59,7 +59,7 @@ def weighted_statistics(
         hyperparameter: Column of the only one that may differ between the models that granulated
             Kendall and the sign-errors compare; None for all in turn.
         drawn_together: Draw sign-errors together, towards those of the models as they are; see
-            `_resampled.drawn_together`.
+            `resampled_formulas.drawn_together`.
 
     Returns:
         dict: Statistic -> array (weightings, measures).

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpkit.evaluation._grid import Floats, Ints, Weights
-from sharpkit.evaluation._threads import in_threads
+from sharpkit.evaluation.grid import Floats, Ints, Weights
+from sharpkit.evaluation.threads import in_threads
 
 MANY = 512  # models up to which all pairs are formed
 _SLAB = 64  # models of a slab

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Ints, Weights
-from sharpkit.evaluation._pairs import xlogx
+from sharpkit.evaluation.grid import Floats, Ints, Weights
+from sharpkit.evaluation.pair_counts import xlogx
 
 
 @dataclass(frozen=True)

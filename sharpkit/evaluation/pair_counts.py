@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpkit.evaluation._dominance import (
+from sharpkit.evaluation.grid import Floats, Ints
+from sharpkit.evaluation.sorted_pairs import (
     MANY,
     Dominance,
     Smaller,
@@ -22,7 +23,6 @@ from sharpkit.evaluation._dominance import (
     in_chunks,
     weighted_tables,
 )
-from sharpkit.evaluation._grid import Floats, Ints
 
 PLUS, MINUS = 0, 1
 INSIDE_LOG = 1e-12  # the competition adds it inside the logarithm of the gap entropy

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation._grid import (
+from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
+from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score, set_name
+from sharpkit.evaluation.grid import (
     Bools,
     Configs,
     Floats,
@@ -18,9 +20,6 @@ from sharpkit.evaluation._grid import (
     read_configs,
     read_measure,
 )
-from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
-from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score, set_name
-from sharpkit.evaluation.draws import Sampling
 from sharpkit.evaluation.intervals import (
     Rating,
     interval_ends,
@@ -30,8 +29,9 @@ from sharpkit.evaluation.intervals import (
     resample_weights,
 )
 from sharpkit.evaluation.null import adjusted_score
+from sharpkit.evaluation.number_of_draws import Sampling
 from sharpkit.evaluation.permutation import holm
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.statistics import SIGN_ERRORS, STATISTICS, TABLE
 
 if TYPE_CHECKING:

@@ -27,10 +27,7 @@ from sharpkit.evaluation import (
     sign_error,
     spearman,
 )
-from sharpkit.evaluation._grid import read_configs
-from sharpkit.evaluation._pairs import gap_entropy, mutual_information
-from sharpkit.evaluation._weighted import weighted_statistics
-from sharpkit.evaluation.chance import chance_statistics, permuted_kendall, shuffles
+from sharpkit.evaluation.grid import read_configs
 from sharpkit.evaluation.intervals import (
     Sampling,
     agree,
@@ -41,8 +38,11 @@ from sharpkit.evaluation.intervals import (
     resample_weights,
     student_quantile,
 )
+from sharpkit.evaluation.pair_counts import gap_entropy, mutual_information
 from sharpkit.evaluation.permutation import p_values
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.resampled_statistics import weighted_statistics
+from sharpkit.evaluation.shuffled_statistics import chance_statistics, permuted_kendall, shuffles
+from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.statistics import LOWER_IS_BETTER, TABLE
 
 
@@ -279,7 +279,7 @@ def test_a_word_says_why_there_is_no_interval() -> None:
 
 
 def test_the_smallest_environment_counts_pairs_that_share_models_less() -> None:
-    from sharpkit.evaluation._plan import changed_pairs
+    from sharpkit.evaluation.compared_pairs import changed_pairs
 
     whole = read_configs(zoo((2, 6), range(12)))
     pairs = changed_pairs(whole, [0], Environments())

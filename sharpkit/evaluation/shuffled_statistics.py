@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation._dominance import MANY, dense_ranks
-from sharpkit.evaluation._grid import Floats, Grid, Ints, Weights
-from sharpkit.evaluation._many_chance import chance_of_many, shuffled_agreement
-from sharpkit.evaluation._plan import Pairs, changed_pairs, coupled_pairs
-from sharpkit.evaluation._resampled import error_summaries
-from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation._threads import in_threads
-from sharpkit.evaluation.ranks import mean_ranks
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.compared_pairs import Pairs, changed_pairs, coupled_pairs
+from sharpkit.evaluation.correlations import mean_ranks
+from sharpkit.evaluation.grid import Floats, Grid, Ints, Weights
+from sharpkit.evaluation.resampled_formulas import error_summaries
+from sharpkit.evaluation.shuffled_by_sorting import chance_of_many, shuffled_agreement
+from sharpkit.evaluation.shuffled_information import ShuffledScores
+from sharpkit.evaluation.sign_errors import Environments
+from sharpkit.evaluation.sorted_pairs import MANY, dense_ranks
 from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
+from sharpkit.evaluation.threads import in_threads
 
 _SIGNS = 2_000_000  # of pairs held at a time
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation._cells import CellMap
-from sharpkit.evaluation._grid import Bools, Floats, Grid, Ints
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.competition_program import CellMap
+from sharpkit.evaluation.grid import Bools, Floats, Grid, Ints
+from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.statistics import SIGN_ERRORS
 
 

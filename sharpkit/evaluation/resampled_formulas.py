@@ -7,20 +7,22 @@ from typing import Protocol
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Ints, Weights
-from sharpkit.evaluation._pairs import INSIDE_LOG
-from sharpkit.evaluation._plan import Pairs, Plan
-from sharpkit.evaluation._weighted_cells import Cells, information, ratio
+from sharpkit.evaluation.compared_pairs import Pairs, Plan
+from sharpkit.evaluation.grid import Floats, Ints, Weights
+from sharpkit.evaluation.pair_counts import INSIDE_LOG
+from sharpkit.evaluation.resampled_information import Cells, information, ratio
 
 
 class Weighted(Protocol):
     """Weights of the models (batch, models) and their sums (batch,)."""
 
     @property
-    def weights(self) -> Weights: ...
+    def weights(self) -> Weights:
+        """Of the models (batch, models)."""
 
     @property
-    def total(self) -> Floats: ...
+    def total(self) -> Floats:
+        """Sums of the weights (batch,)."""
 
 
 def both_scores(

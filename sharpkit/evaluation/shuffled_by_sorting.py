@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation._dominance import concordant_pairs, dense_ranks, pair_places
-from sharpkit.evaluation._grid import Floats, Grid, Ints
-from sharpkit.evaluation._plan import Pairs, changed_pairs, coupled_pairs
-from sharpkit.evaluation._resampled import error_summaries
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.compared_pairs import Pairs, changed_pairs, coupled_pairs
+from sharpkit.evaluation.grid import Floats, Grid, Ints
+from sharpkit.evaluation.resampled_formulas import error_summaries
+from sharpkit.evaluation.sign_errors import Environments
+from sharpkit.evaluation.sorted_pairs import concordant_pairs, dense_ranks, pair_places
 from sharpkit.evaluation.statistics import SIGN_ERRORS
 
 _ENTRIES = 2_000_000  # of shuffled models, and of pairs, held at a time

@@ -7,17 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation._dominance import (
-    Dominance,
-    Partitions,
-    Smaller,
-    dense_ranks,
-    in_chunks,
-    weighted_tables,
-)
-from sharpkit.evaluation._grid import Floats, Ints, Weights
-from sharpkit.evaluation._plan import Pairs, Plan
-from sharpkit.evaluation._resampled import (
+from sharpkit.evaluation.compared_pairs import Pairs, Plan
+from sharpkit.evaluation.grid import Floats, Ints, Weights
+from sharpkit.evaluation.resampled_formulas import (
     both_scores,
     correlation,
     divide,
@@ -26,7 +18,15 @@ from sharpkit.evaluation._resampled import (
     mean_of_settings,
     r_squared_draws,
 )
-from sharpkit.evaluation._weighted_cells import Cells
+from sharpkit.evaluation.resampled_information import Cells
+from sharpkit.evaluation.sorted_pairs import (
+    Dominance,
+    Partitions,
+    Smaller,
+    dense_ranks,
+    in_chunks,
+    weighted_tables,
+)
 from sharpkit.evaluation.statistics import SIGN_ERRORS
 
 _ENTRIES = 4_000_000  # weights of pairs held at a time

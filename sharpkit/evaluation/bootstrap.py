@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sharpkit.errors import ScoreError
-from sharpkit.evaluation._grid import (
+from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
+from sharpkit.evaluation.grid import (
     Configs,
     Floats,
     Measure,
@@ -19,8 +20,6 @@ from sharpkit.evaluation._grid import (
     read_configs,
     read_measure,
 )
-from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
-from sharpkit.evaluation.draws import Sampling
 from sharpkit.evaluation.intervals import (
     no_interval,
     observed_and_resampled,
@@ -28,7 +27,8 @@ from sharpkit.evaluation.intervals import (
     resample_weights,
     student_quantile,
 )
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.number_of_draws import Sampling
+from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.statistics import TABLE
 
 
