@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.errors import ScoreError
-from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
+from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.evaluation.arguments import LEAST, check_resampling
+from sharpkit.evaluation.directions import check_direction
 from sharpkit.evaluation.grid import (
     Configs,
     Floats,
@@ -23,11 +24,11 @@ from sharpkit.evaluation.grid import (
 from sharpkit.evaluation.intervals import (
     no_interval,
     observed_and_resampled,
-    rate,
     resample_weights,
     student_quantile,
 )
 from sharpkit.evaluation.number_of_draws import Sampling
+from sharpkit.evaluation.rating import rate
 from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.statistics import TABLE
 
@@ -119,7 +120,7 @@ def bootstrap_interval(
     uncertainty has the coverage of each in simulations.
 
     The interval never contradicts the p-value of `permutation_p_value` (for a mutual information,
-    of `score_null`): it excludes what a measure without relation to the gap has, on either side,
+    of `cmi_null`): it excludes what a measure without relation to the gap has, on either side,
     exactly if the one-sided p-value there is at most half of 1 − confidence.
 
     Where there is no honest interval the ends are NaN and `note` says why: "fewer than 12 models";
@@ -238,7 +239,9 @@ def compare_measures(
     """
     check_resampling(resamples, confidence, statistic)
     for direction in directions:
-        check_direction(direction, "sign_error")
+        check_direction(direction)
+        if direction is None:
+            raise ArgumentError("a comparison needs a direction of either measure, got None")
     grid = read_configs(configs)
     columns = np.stack([read_measure(m, grid)[0] for m in (first, second)], axis=1)
     usable = ~np.isnan(columns).any(1) & ~np.isnan(grid.gap)

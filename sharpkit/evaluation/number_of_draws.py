@@ -61,7 +61,7 @@ def draws_note(table: pd.DataFrame) -> str:
     """What the table's rows of many models rest on, in one line; empty if there are none.
 
     Args:
-        table: Of `evaluate` or `evaluate_measures`.
+        table: Of `evaluate` or `rate_measures`.
 
     Example:
         >>> import pandas as pd

@@ -95,14 +95,16 @@ class CombinedPredictor:
     coefficients: Mapping[str, float]
     penalty: float
 
+    @property
+    def statistics(self) -> tuple[Interval, Interval]:
+        """R² and Kendall's tau."""
+        return self.r_squared, self.kendall_tau
+
     def frame(self) -> pd.DataFrame:
         """One row per statistic: statistic, value, low, high, models."""
         import pandas as pd
 
-        rows = [
-            (s.statistic, s.value, s.low, s.high, s.models)
-            for s in (self.r_squared, self.kendall_tau)
-        ]
+        rows = [(s.statistic, s.value, s.low, s.high, s.models) for s in self.statistics]
         return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "models"])
 
 

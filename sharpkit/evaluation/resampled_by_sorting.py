@@ -1,23 +1,18 @@
-"""Every statistic of resamples of many models, in time n log n and memory n times groups."""
+"""Sums over the pairs of many models under many weightings, without forming all pairs.
+
+In time n log n and memory n times groups.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation.compared_pairs import Pairs, Plan
+from sharpkit.evaluation.compared_pairs import Compared, Pairs
 from sharpkit.evaluation.grid import Floats, Ints, Weights
-from sharpkit.evaluation.resampled_formulas import (
-    both_scores,
-    correlation,
-    divide,
-    drawn_together,
-    error_summaries,
-    mean_of_settings,
-    r_squared_draws,
-)
 from sharpkit.evaluation.resampled_information import Cells
 from sharpkit.evaluation.sorted_pairs import (
     Dominance,
@@ -27,92 +22,110 @@ from sharpkit.evaluation.sorted_pairs import (
     in_chunks,
     weighted_tables,
 )
-from sharpkit.evaluation.statistics import SIGN_ERRORS
 
 _ENTRIES = 4_000_000  # weights of pairs held at a time
-_SIGNED = ("kendall_tau", "kendall_tau_b")
-_INFORMED = ("cmi_pgdl", "cmi_jiang")
 
 
 @dataclass(frozen=True)
-class Draws:
-    """What a batch of weightings (batch, models) of many models makes of the plan."""
+class SortedModels:
+    """The models of a zoo in the order of their gaps."""
 
-    weights: Floats
-    total: Floats  # (batch,)
-    pairs: Floats  # (batch,): pairs of different models
-    gap: Ints  # (models,): ranks
-    gap_squares: Floats  # (batch,): pairs with the same gap, itself included
-    gap_ranks: Floats  # (batch, models)
-    cells: list[Cells]
-    coupled: list[Floats]  # weight of each setting (batch, settings)
-    changes: Floats | None  # the same by environment
+    compared: Compared
+    gap: RankedModels
 
     @classmethod
-    def of(cls, weights: Ints, plan: Plan, chunks: Sequence[Partitions]) -> Draws:
-        """The batch, for every measure."""
-        w = weights.astype(np.float64)
-        total, gap = w.sum(1), dense_ranks(plan.gap)
-        changes = None if plan.environments is None else pair_sums(w, plan.environments)
-        sums, ranks = tied_sums(gap, w)
-        return cls(
-            w,
-            total,
-            total**2 - (w * w).sum(1),
-            gap,
-            (sums * sums).sum(1),
-            ranks,
-            _cells(w, gap, plan, chunks),
-            [pair_sums(w, pairs) for pairs in plan.coupled],
-            changes,
-        )
+    def of(cls, compared: Compared) -> SortedModels:
+        """The order of the gaps and the conditioning sets, once for all measures."""
+        gap, groups = compared.grid.gap, []
+        for models in compared.conditioning_sets.partitions:
+            group = np.full(len(gap), -1, dtype=np.int64)
+            for g, members in enumerate(models):
+                group[members] = g
+            groups.append(group)
+        ranks = dense_ranks(gap)
+        return cls(compared, RankedModels(gap, ranks, ranks, in_chunks(groups)))
+
+    def of_measure(self, values: Floats) -> RankedModels:
+        """The order of a measure (models,), no NaN."""
+        return RankedModels(values, dense_ranks(values), self.gap.ranked, self.gap.chunks)
+
+    def weights(self, weights: Ints) -> Weights:
+        """Whole numbers (batch, models), in the type of the sums."""
+        return weights.astype(np.float64)
+
+    def cells(self, weights: Weights) -> list[Cells]:
+        """Of each conditioning set."""
+        chunks = self.gap.chunks
+        larger = weighted_tables(chunks, weights, Smaller.of(self.gap.ranked).sums)
+        found = []
+        for groups, (rows, member), table in zip(
+            self.compared.conditioning_sets.partitions, _members(chunks), larger, strict=True
+        ):
+            sums, squares = (rows @ weights.T).T, (rows @ (weights * weights).T).T
+            eye = np.eye(len(groups))
+            different = sums[:, :, None] * sums[:, None, :] - squares[:, :, None] * eye
+            found.append(Cells(groups, member, different, sums[:, :, None] * eye, table))
+        return found
+
+    def of_pairs(self, pairs: Pairs, weights: Weights) -> StreamedPairs:
+        """The pairs under weights of the models (batch, models)."""
+        return StreamedPairs(pairs, weights, pair_sums(weights, pairs))
 
 
-def chunks_of(plan: Plan) -> list[Partitions]:
-    """The plan's conditioning sets, a few at a time."""
-    found = []
-    for models in plan.partitions:
-        groups = np.full(len(plan.gap), -1, dtype=np.int64)
-        for g, members in enumerate(models):
-            groups[members] = g
-        found.append(groups)
-    return in_chunks(found)
+@dataclass(frozen=True)
+class RankedModels:
+    """One measure's order of the models; see `Sums`."""
+
+    values: Floats
+    ranked: Ints  # (models,): ranks of the values
+    gaps: Ints  # (models,): ranks of the gaps
+    chunks: list[Partitions]  # the conditioning sets, a few at a time
+
+    @functools.cached_property
+    def _smaller(self) -> Dominance:
+        return Dominance.of(self.ranked, self.gaps)
+
+    def ranks(self, weights: Weights) -> Floats:
+        """Mean ranks (batch, models)."""
+        return tied_sums(self.ranked, weights)[1]
+
+    def untied(self, weights: Weights) -> Floats:
+        """Weight of the pairs of different values (batch,)."""
+        same = (tied_sums(self.ranked, weights)[0] ** 2).sum(1)
+        untied: Floats = weights.sum(1) ** 2 - same
+        return untied
+
+    def agreement(self, weights: Weights) -> Floats:
+        """Weight of concordant less that of discordant pairs (batch,)."""
+        return weighted_agreement(self.ranked, self.gaps, self._smaller, weights)
+
+    def signs(self, pairs: Pairs) -> Weights:
+        """Whether each pair (pairs,) is ordered as its gaps: 1, -1, or 0 for a tie."""
+        values, gaps = (r[pairs.first] - r[pairs.second] for r in (self.ranked, self.gaps))
+        found: Floats = (np.sign(values) * np.sign(gaps)).astype(np.float64)
+        return found
+
+    def counts(self, weights: Weights, cells: Sequence[Cells]) -> Iterable[tuple[Floats, Floats]]:
+        """Weights of the pairs with the larger value, and with larger value and gap."""
+        larger = weighted_tables(self.chunks, weights, Smaller.of(self.ranked).sums)
+        both = weighted_tables(self.chunks, weights, self._smaller.sums)
+        return zip(larger, both, strict=True)
 
 
-def statistics_of_draws(
-    column: Floats, draws: Draws, plan: Plan, chunks: Sequence[Partitions], wanted: set[str]
-) -> dict[str, Floats]:
-    """The wanted statistics (batch,) of one measure (models,), no NaN."""
-    found: dict[str, Floats] = {}
-    batch, values = len(draws.weights), dense_ranks(column)
-    if wanted & {*_SIGNED, *_INFORMED}:
-        smaller = Dominance.of(values, draws.gap)
-        if wanted & set(_INFORMED):
-            larger = weighted_tables(chunks, draws.weights, Smaller.of(values).sums)
-            both = weighted_tables(chunks, draws.weights, smaller.sums)
-            scores = both_scores(draws.cells, zip(larger, both, strict=True), plan)
-            found |= zip(_INFORMED, scores, strict=True)
-        if wanted & set(_SIGNED):
-            found |= zip(_SIGNED, _kendall(values, smaller, draws), strict=True)
-    if "granulated_kendall" in wanted:
-        agreements = (
-            (pair_sums(draws.weights, pairs, signs(values, draws.gap, pairs)), setting)
-            for pairs, setting in zip(plan.coupled, draws.coupled, strict=True)
-        )
-        found["granulated_kendall"] = mean_of_settings(agreements, batch)
-    if "spearman" in wanted:
-        ranks = tied_sums(values, draws.weights)[1]
-        found["spearman"] = correlation(ranks, draws.gap_ranks, draws)
-    if "pearson" in wanted:
-        found["pearson"] = correlation(column[None], plan.gap[None], draws)
-    if "r_squared" in wanted:
-        found["r_squared"] = r_squared_draws(column, plan.gap, draws)
-    if wanted & set(SIGN_ERRORS):
-        found |= zip(SIGN_ERRORS, _sign_errors(values, draws, plan), strict=True)
-    return found
+@dataclass(frozen=True)
+class StreamedPairs:
+    """Pairs of models whose weights are computed as they are summed."""
+
+    pairs: Pairs
+    weights: Weights  # (batch, models)
+    total: Floats  # (batch, groups)
+
+    def sums(self, factors: Weights) -> Floats:
+        """Sums over each group (batch, groups) of weight times factor (pairs,)."""
+        return pair_sums(self.weights, self.pairs, factors)
 
 
-def weighted_agreement(values: Ints, gap: Ints, smaller: Dominance, weights: Floats) -> Floats:
+def weighted_agreement(values: Ints, gap: Ints, smaller: Dominance, weights: Weights) -> Floats:
     """Weight of concordant less that of discordant ordered pairs (batch,), by ranks (models,)."""
     sums = smaller.sums(np.ascontiguousarray(weights.T.astype(np.float32)))
     concordant = (sums.astype(np.float64) * weights.T).sum(0)
@@ -125,7 +138,7 @@ def weighted_agreement(values: Ints, gap: Ints, smaller: Dominance, weights: Flo
     return found
 
 
-def tied_sums(ranks: Ints, weights: Floats) -> tuple[Floats, Floats]:
+def tied_sums(ranks: Ints, weights: Weights) -> tuple[Floats, Floats]:
     """Weights of models of the same rank (batch, ranks), and mean ranks (batch, models).
 
     A weighted mean rank counts the models below once and the equal ones, itself included, half.
@@ -137,14 +150,7 @@ def tied_sums(ranks: Ints, weights: Floats) -> tuple[Floats, Floats]:
     return sums, middles
 
 
-def signs(values: Ints, gap: Ints, pairs: Pairs) -> Floats:
-    """Whether each pair (pairs,) is ordered as its gaps: 1, -1, or 0 for a tie."""
-    difference = np.sign(values[pairs.first] - values[pairs.second])
-    found: Floats = (difference * np.sign(gap[pairs.first] - gap[pairs.second])).astype(np.float64)
-    return found
-
-
-def pair_sums(weights: Floats, pairs: Pairs, factors: Floats | float = 1.0) -> Floats:
+def pair_sums(weights: Weights, pairs: Pairs, factors: Weights | float = 1.0) -> Floats:
     """Sums over each group (batch, groups) of weight times factor (pairs,), in blocks of pairs."""
     from scipy.sparse import csr_array
 
@@ -162,43 +168,7 @@ def pair_sums(weights: Floats, pairs: Pairs, factors: Floats | float = 1.0) -> F
     return np.ascontiguousarray(found.T)
 
 
-def _cells(weights: Floats, gap: Ints, plan: Plan, chunks: Sequence[Partitions]) -> list[Cells]:
-    larger = weighted_tables(chunks, weights, Smaller.of(gap).sums)
-    found = []
-    for groups, (rows, member), table in zip(
-        plan.partitions, _members(chunks), larger, strict=True
-    ):
-        sums, squares = (rows @ weights.T).T, (rows @ (weights * weights).T).T
-        eye = np.eye(len(groups))
-        different = sums[:, :, None] * sums[:, None, :] - squares[:, :, None] * eye
-        found.append(Cells(groups, member, different, sums[:, :, None] * eye, table))
-    return found
-
-
 def _members(chunks: Sequence[Partitions]) -> Iterator[tuple[Weights, Weights]]:
     for chunk in chunks:
         for rows, columns in zip(chunk.rows, chunk.columns, strict=True):
             yield rows, chunk.member[:, columns]
-
-
-def _kendall(values: Ints, smaller: Dominance, draws: Draws) -> tuple[Floats, Floats]:
-    """Both variants (batch,)."""
-    agreement = weighted_agreement(values, draws.gap, smaller, draws.weights)
-    same_value = (tied_sums(values, draws.weights)[0] ** 2).sum(1)
-    untied, untied_gaps = draws.total**2 - same_value, draws.total**2 - draws.gap_squares
-    return (
-        divide(agreement, draws.pairs),
-        divide(agreement, np.sqrt(untied * untied_gaps)),
-    )
-
-
-def _sign_errors(values: Ints, draws: Draws, plan: Plan) -> tuple[Floats, Floats, Floats]:
-    pairs, total = plan.environments, draws.changes
-    if pairs is None or total is None:
-        nothing = np.full(len(draws.weights), np.nan)
-        return nothing, nothing, nothing
-    loss = (1 - signs(values, draws.gap, pairs)) / 2
-    errors = divide(pair_sums(draws.weights, pairs, loss), total)
-    if plan.drawn_together:
-        errors = drawn_together(errors, loss, pairs, len(plan.gap))
-    return error_summaries(errors, total)

@@ -1,65 +1,198 @@
-"""What a statistic is once its sums over the models of each resample are known."""
+"""What each statistic is, once the sums over models and pairs of each resample are known.
+
+A statistic is a function of the draws, which does once what no measure changes, and gives the
+function of a measure. The sums come from all pairs of models or, of many models, from sorting.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
-from sharpkit.evaluation.compared_pairs import Pairs, Plan
+from sharpkit.evaluation.compared_pairs import Compared, ConditioningSets, Pairs
 from sharpkit.evaluation.grid import Floats, Ints, Weights
 from sharpkit.evaluation.pair_counts import INSIDE_LOG
 from sharpkit.evaluation.resampled_information import Cells, information, ratio
 
 
-class Weighted(Protocol):
-    """Weights of the models (batch, models) and their sums (batch,)."""
+class Sums(Protocol):
+    """Sums over the pairs of a measure, given weights of the models (batch, models)."""
 
     @property
-    def weights(self) -> Weights:
-        """Of the models (batch, models)."""
+    def values(self) -> Floats:
+        """Of the measure (models,)."""
+
+    def ranks(self, weights: Weights) -> Floats:
+        """Mean ranks (batch, models): weight of the models below, and half of the equal ones."""
+
+    def untied(self, weights: Weights) -> Floats:
+        """Weight of the pairs of models (batch,) that have different values."""
+
+    def agreement(self, weights: Weights) -> Floats:
+        """Weight (batch,) of the pairs ordered as their gaps, less that of the opposite ones."""
+
+    def signs(self, pairs: Pairs) -> Weights:
+        """Whether each pair (pairs,) is ordered as its gaps: 1, -1, or 0 for a tie."""
+
+    def counts(self, weights: Weights, cells: Sequence[Cells]) -> Iterable[tuple[Floats, Floats]]:
+        """Of each set, weights of the pairs with the larger value, and with larger value and gap.
+
+        Each is of shape (batch, groups, groups).
+        """
+
+
+class PairSums(Protocol):
+    """Pairs of models in groups, weighted."""
 
     @property
     def total(self) -> Floats:
-        """Sums of the weights (batch,)."""
+        """Weight of each group (batch, groups)."""
+
+    def sums(self, factors: Weights) -> Floats:
+        """Sums over each group (batch, groups) of weight times factor (pairs,)."""
 
 
-def both_scores(
-    cells: Sequence[Cells], counted: Iterable[tuple[Floats, Floats]], plan: Plan
+class Counting(Protocol):
+    """A way to get sums over pairs of models."""
+
+    @property
+    def gap(self) -> Sums:
+        """The sums of the gap itself."""
+
+    def of_measure(self, values: Floats) -> Sums:
+        """The sums of a measure (models,), no NaN."""
+
+    def weights(self, weights: Ints) -> Weights:
+        """Whole numbers (batch, models), as the sums need them."""
+
+    def cells(self, weights: Weights) -> list[Cells]:
+        """Of each conditioning set."""
+
+    def of_pairs(self, pairs: Pairs, weights: Weights) -> PairSums:
+        """The pairs under weights of the models (batch, models)."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """A batch of weightings of the models."""
+
+    compared: Compared
+    counting: Counting
+    weights: Weights  # (batch, models)
+    total: Floats  # (batch,)
+    pairs: Floats  # (batch,): pairs of different models
+
+    @classmethod
+    def of(cls, compared: Compared, counting: Counting, weights: Ints) -> Draws:
+        """From whole numbers (batch, models)."""
+        w = counting.weights(weights)
+        total = w.sum(1, dtype=np.float64)
+        return cls(compared, counting, w, total, total**2 - (w * w).sum(1, dtype=np.float64))
+
+    @property
+    def nothing(self) -> Floats:
+        """NaN for each weighting (batch,)."""
+        return np.full(len(self.weights), np.nan)
+
+
+OfMeasure: TypeAlias = Callable[[Sums], tuple[Floats, ...]]
+
+
+def mutual_information(draws: Draws) -> OfMeasure:
+    """Conditional mutual information by the definitions `pgdl` and `jiang`; see `cmi`."""
+    cells = draws.counting.cells(draws.weights)
+    sets = draws.compared.conditioning_sets
+
+    def of_measure(measure: Sums) -> tuple[Floats, ...]:
+        counted = measure.counts(draws.weights, cells)
+        return _both_definitions(cells, counted, sets, len(draws.weights))
+
+    return of_measure
+
+
+def kendall(draws: Draws) -> OfMeasure:
+    """Kendall's tau-a and tau-b."""
+    untied_gaps = draws.counting.gap.untied(draws.weights)
+
+    def of_measure(measure: Sums) -> tuple[Floats, ...]:
+        agreement, untied = measure.agreement(draws.weights), measure.untied(draws.weights)
+        return divide(agreement, draws.pairs), divide(agreement, np.sqrt(untied * untied_gaps))
+
+    return of_measure
+
+
+def granulated_kendall(draws: Draws) -> OfMeasure:
+    """Mean over hyperparameters of the mean tau over settings of the others."""
+    found = [(p, draws.counting.of_pairs(p, draws.weights)) for p in draws.compared.coupled]
+
+    def of_measure(measure: Sums) -> tuple[Floats, ...]:
+        agreements = ((settings.sums(measure.signs(p)), settings.total) for p, settings in found)
+        return (_mean_of_settings(agreements, len(draws.weights)),)
+
+    return of_measure
+
+
+def spearman(draws: Draws) -> OfMeasure:
+    """Correlation of ranks."""
+    gaps = draws.counting.gap.ranks(draws.weights)
+    return lambda measure: (correlation(measure.ranks(draws.weights), gaps, draws),)
+
+
+def pearson(draws: Draws) -> OfMeasure:
+    """Linear correlation."""
+    gaps = draws.compared.grid.gap[None]
+    return lambda measure: (correlation(measure.values[None], gaps, draws),)
+
+
+def r_squared(draws: Draws) -> OfMeasure:
+    """Of an affine fit, each model predicted from the others: its copies left out with it."""
+    return lambda measure: (_held_out(measure.values, draws.compared.grid.gap, draws),)
+
+
+def sign_errors(draws: Draws) -> OfMeasure:
+    """Mean, 90th percentile and maximum over the environments that a weighting has."""
+    changes = draws.compared.changes
+    if changes is None:
+        return lambda measure: (draws.nothing,) * 3
+    environments = draws.counting.of_pairs(changes, draws.weights)
+
+    def of_measure(measure: Sums) -> tuple[Floats, ...]:
+        loss = (1 - measure.signs(changes)) / 2
+        errors = divide(environments.sums(loss), environments.total)
+        if draws.compared.drawn_together:
+            errors = drawn_together(errors, loss, changes, len(draws.compared.grid))
+        return error_summaries(errors, environments.total)
+
+    return of_measure
+
+
+def _both_definitions(
+    cells: Sequence[Cells],
+    counted: Iterable[tuple[Floats, Floats]],
+    sets: ConditioningSets,
+    batch: int,
 ) -> tuple[Floats, Floats]:
-    """Mutual information by both definitions (batch,).
-
-    Args:
-        cells: Of each conditioning set.
-        counted: Of each, weights of the pairs with the larger value, and with the larger value and
-            gap (batch, groups, groups).
-        plan: Which sets each definition has.
-    """
-    batch = len(cells[0].different)
+    """Minimum over the sets of each definition (batch,), from the counts of `Sums.counts`."""
     pgdl, jiang = ([np.full(batch, np.inf)] for _ in range(2))
     for k, (own, (larger, both)) in enumerate(zip(cells, counted, strict=True)):
-        if k in plan.pgdl:
+        if k in sets.pgdl:
             total = own.different + own.itself
             shared, entropy = information(total, own.larger_gap, larger, both, INSIDE_LOG)
-            filled = (total > 0) & plan.pgdl[k]
+            filled = (total > 0) & sets.pgdl[k]
             scale = filled / np.maximum(total, 1)  # the mean over filled cells, up to a constant
             pgdl.append(ratio(shared * scale, entropy * scale))
-        if k in plan.jiang:
+        if k in sets.jiang:
             jiang.append(ratio(*information(own.different, own.larger_gap, larger, both, 0.0)))
-    scores = (np.fmin.reduce(scores) for scores in (pgdl, jiang))
-    first, second = (np.where(np.isinf(score), np.nan, score) for score in scores)
+    least = (np.fmin.reduce(ratios) for ratios in (pgdl, jiang))
+    first, second = (np.where(np.isinf(value), np.nan, value) for value in least)
     return first, second
 
 
-def mean_of_settings(agreements: Iterable[tuple[Floats, Floats]], batch: int) -> Floats:
-    """Granulated Kendall (batch,): mean over hyperparameters of the mean tau over settings.
-
-    Args:
-        agreements: Of each hyperparameter, concordant less discordant weight and weight of the
-            pairs of each setting (batch, settings).
-        batch: How many weightings.
-    """
+def _mean_of_settings(agreements: Iterable[tuple[Floats, Floats]], batch: int) -> Floats:
+    """From the concordant less discordant weight of each setting, and its weight."""
     taus = []
     for agreement, setting in agreements:
         tau = np.divide(agreement, setting, out=np.zeros_like(setting), where=setting > 0)
@@ -86,7 +219,7 @@ def error_summaries(errors: Floats, total: Floats) -> tuple[Floats, Floats, Floa
     return mean, low + (place - below) * (high - low), errors[rows, last]
 
 
-def drawn_together(errors: Floats, loss: Floats, pairs: Pairs, models: int) -> Floats:
+def drawn_together(errors: Floats, loss: Weights, pairs: Pairs, models: int) -> Floats:
     """Errors of environments (batch, groups), drawn together to the spread of a jackknife.
 
     A resample weighs a pair by w_i w_j, of variance 3: one from each model, one from both. So what
@@ -111,7 +244,7 @@ def drawn_together(errors: Floats, loss: Floats, pairs: Pairs, models: int) -> F
     return drawn
 
 
-def correlation(x: Floats, y: Floats, batch: Weighted) -> Floats:
+def correlation(x: Floats, y: Floats, batch: Draws) -> Floats:
     """Weighted linear correlation (batch,) of values (batch or 1, models)."""
     share = batch.weights / batch.total[:, None]
     with np.errstate(invalid="ignore"):  # infinite values have no correlation: NaN
@@ -121,10 +254,9 @@ def correlation(x: Floats, y: Floats, batch: Weighted) -> Floats:
         return divide((share * x * y).sum(1), scale)
 
 
-def r_squared_draws(x: Floats, y: Floats, batch: Weighted) -> Floats:
-    """Of an affine fit, each model predicted from the others: its copies left out with it."""
+def _held_out(x: Floats, y: Floats, batch: Draws) -> Floats:
     if not np.isfinite(x).all() or (x == x[0]).all():
-        return np.full(len(batch.weights), np.nan)
+        return batch.nothing
     x = (x - x.mean()) / np.abs(x - x.mean()).max()  # the fit is the same in any units
     w = batch.weights.astype(np.float64)
     share = w / batch.total[:, None]

@@ -1,66 +1,104 @@
-"""Every statistic of shuffled measures of many models.
+"""What each statistic is of many measures shuffled among all of many models.
 
-A shuffle among all models forgets which model had which value, so that measures with the same ties,
-such as all those without any, have the same statistics of ranks to expect: they share them.
+Such a shuffle forgets which model had which value, so that measures with the same ties, such as all
+those without any, have the same statistics of ranks to expect: they share them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sharpkit.evaluation.compared_pairs import Pairs, changed_pairs, coupled_pairs
-from sharpkit.evaluation.grid import Floats, Grid, Ints
+from sharpkit.evaluation.compared_pairs import Pairs
+from sharpkit.evaluation.grid import Floats, Ints
 from sharpkit.evaluation.resampled_formulas import error_summaries
-from sharpkit.evaluation.sign_errors import Environments
+from sharpkit.evaluation.shuffles import Chance, Shuffles
 from sharpkit.evaluation.sorted_pairs import concordant_pairs, dense_ranks, pair_places
-from sharpkit.evaluation.statistics import SIGN_ERRORS
 
 _ENTRIES = 2_000_000  # of shuffled models, and of pairs, held at a time
-_SIGNED = ("kendall_tau", "kendall_tau_b")
 
 
-def chance_of_many(
-    values: Floats,
-    grid: Grid,
-    orders: Ints,
-    statistics: Sequence[str],
-    environments: Environments,
-) -> dict[str, tuple[Floats, Floats]]:
-    """Statistics of measures as they are and shuffled among all models.
+def kendall(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
+    """Kendall's tau-a and tau-b."""
+    gap = dense_ranks(shuffles.gap)
+    n = len(gap)
 
-    Args:
-        values: One column per measure (models, measures), no NaN.
-        grid: The models.
-        orders: Of the models, uniformly random (orders, models).
-        statistics: Which, except for mutual informations.
-        environments: What the sign-errors count.
+    def of_ranks(ranks: Ints, orders: Ints) -> tuple[Floats, ...]:
+        agreement = shuffled_agreement(ranks, gap, orders)
+        untied = [_untied(r) for r in (ranks, gap)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            tau_b = agreement / (np.sqrt(untied[0]) * np.sqrt(untied[1]))
+        return agreement / (n * (n - 1) // 2), tau_b
 
-    Returns:
-        dict: Statistic -> observed (measures,) and shuffled (orders, measures).
-    """
-    itself = np.arange(len(grid))[None]
-    found = {
-        name: (np.full(values.shape[1], np.nan), np.full((len(orders), values.shape[1]), np.nan))
-        for name in statistics
-    }
-    ranked = _Ranked.of(grid, statistics, environments)
-    shared: dict[bytes, dict[str, Floats]] = {}
-    for k, column in enumerate(values.T):
-        ranks = dense_ranks(column)
-        counts = np.bincount(ranks)
-        key = counts.tobytes()
-        if key not in shared:
-            shared[key] = ranked(np.repeat(np.arange(len(counts)), counts), orders)
-        for name, score in ranked(ranks, itself).items():
-            found[name][0][k] = score[0]
-            found[name][1][:, k] = shared[key][name]
-    for name, fit in (("pearson", _correlations), ("r_squared", _held_out)):
-        if name in found:
-            found[name] = fit(values, grid.gap, itself)[0], fit(values, grid.gap, orders)
-    return found
+    return _by_ties(of_ranks, values, shuffles)
+
+
+def spearman(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
+    """Correlation of ranks."""
+    gaps = _middles(dense_ranks(shuffles.gap))
+
+    def of_ranks(ranks: Ints, orders: Ints) -> tuple[Floats, ...]:
+        return (_correlations(_middles(ranks)[:, None], gaps, orders)[:, 0],)
+
+    return _by_ties(of_ranks, values, shuffles)
+
+
+def granulated_kendall(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
+    """Mean over hyperparameters of the mean tau over settings of the others."""
+    gap, coupled = dense_ranks(shuffles.gap), shuffles.compared.coupled
+
+    def of_ranks(ranks: Ints, orders: Ints) -> tuple[Floats, ...]:
+        if not coupled:
+            return (np.full(len(orders), np.nan),)
+        taus = np.zeros(len(orders))
+        for pairs in coupled:
+            members = pairs.members
+            share = np.repeat(1 / (members * len(members)), members)
+            for part, rows, agreement in _agreements(ranks, gap, orders, pairs):
+                taus[rows] += share[part] @ agreement
+        return (taus / len(coupled),)
+
+    return _by_ties(of_ranks, values, shuffles)
+
+
+def sign_errors(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
+    """Mean, 90th percentile and maximum over environments."""
+    from scipy.sparse import csr_array
+
+    gap, pairs = dense_ranks(shuffles.gap), shuffles.compared.changes
+
+    def of_ranks(ranks: Ints, orders: Ints) -> tuple[Floats, ...]:
+        if pairs is None:
+            return (np.full(len(orders), np.nan),) * 3
+        groups = len(pairs.starts)
+        group = np.repeat(np.arange(groups), pairs.members)
+        weight = np.broadcast_to(pairs.weight, group.shape)
+        total = np.bincount(group, weight, groups)
+        wrong = np.zeros((groups, len(orders)))
+        for part, rows, agreement in _agreements(ranks, gap, orders, pairs):
+            places = group[part], np.arange(len(agreement))
+            summed = csr_array((weight[part], places), shape=(groups, len(agreement)))
+            wrong[:, rows] += summed @ ((1 - agreement) / 2)
+        with np.errstate(invalid="ignore", divide="ignore"):  # an environment without weight
+            errors = (wrong / total[:, None]).T
+        return error_summaries(errors, np.broadcast_to(total, errors.shape))
+
+    return _by_ties(of_ranks, values, shuffles)
+
+
+def pearson(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
+    """Linear correlation."""
+    itself = shuffles.itself
+    gap, orders = shuffles.gap, shuffles.orders
+    return ((_correlations(values, gap, itself)[0], _correlations(values, gap, orders)),)
+
+
+def r_squared(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
+    """Of an affine fit, each model predicted from the others; see `r_squared`."""
+    itself = shuffles.itself
+    gap, orders = shuffles.gap, shuffles.orders
+    return ((_held_out(values, gap, itself)[0], _held_out(values, gap, orders)),)
 
 
 def shuffled_agreement(values: Ints, gap: Ints, orders: Ints) -> Ints:
@@ -76,43 +114,27 @@ def shuffled_agreement(values: Ints, gap: Ints, orders: Ints) -> Ints:
     return np.concatenate(parts)
 
 
-@dataclass(frozen=True)
-class _Ranked:
-    """The statistics that depend on ranks alone."""
-
-    names: frozenset[str]
-    gap: Ints  # (models,): ranks
-    coupled: list[Pairs]
-    changes: Pairs | None
-
-    @classmethod
-    def of(cls, grid: Grid, statistics: Sequence[str], environments: Environments) -> _Ranked:
-        names = frozenset(statistics) - {"pearson", "r_squared"}
-        coupled, changes = [], None
-        if "granulated_kendall" in names:
-            coupled = coupled_pairs(grid, grid.varying())
-        if names & set(SIGN_ERRORS):
-            changes = changed_pairs(grid, grid.varying(), environments)
-        return cls(names, dense_ranks(grid.gap), coupled, changes)
-
-    def __call__(self, ranks: Ints, orders: Ints) -> dict[str, Floats]:
-        """Each statistic (orders,) of values with these ranks (models,) in each of the orders."""
-        found: dict[str, Floats] = {}
-        n = len(ranks)
-        if self.names & set(_SIGNED):
-            agreement = shuffled_agreement(ranks, self.gap, orders)
-            found["kendall_tau"] = agreement / (n * (n - 1) // 2)
-            untied = [_untied(r) for r in (ranks, self.gap)]
-            with np.errstate(invalid="ignore", divide="ignore"):
-                found["kendall_tau_b"] = agreement / (np.sqrt(untied[0]) * np.sqrt(untied[1]))
-        if "spearman" in self.names:
-            columns = _middles(ranks)[:, None]
-            found["spearman"] = _correlations(columns, _middles(self.gap), orders)[:, 0]
-        if "granulated_kendall" in self.names:
-            found["granulated_kendall"] = _granulated(ranks, self.gap, orders, self.coupled)
-        if self.names & set(SIGN_ERRORS):
-            found |= _sign_errors(ranks, self.gap, orders, self.changes)
-        return {name: found[name] for name in self.names}
+def _by_ties(
+    of_ranks: Callable[[Ints, Ints], tuple[Floats, ...]], values: Floats, shuffles: Shuffles
+) -> tuple[Chance, ...]:
+    """Of each measure, from a function of ranks (models,) and of orders (orders, models)."""
+    itself = shuffles.itself
+    shared: dict[bytes, tuple[Floats, ...]] = {}
+    observed, shuffled = [], []
+    for column in values.T:
+        ranks = dense_ranks(column)
+        counts = np.bincount(ranks)
+        key = counts.tobytes()
+        if key not in shared:
+            shared[key] = of_ranks(np.repeat(np.arange(len(counts)), counts), shuffles.orders)
+        observed.append([found[0] for found in of_ranks(ranks, itself)])
+        shuffled.append(shared[key])
+    return tuple(
+        (np.array(own), np.stack(chance, axis=1))
+        for own, chance in zip(
+            zip(*observed, strict=True), zip(*shuffled, strict=True), strict=True
+        )
+    )
 
 
 def _correlations(values: Floats, gap: Floats, orders: Ints) -> Floats:
@@ -149,38 +171,6 @@ def _held_out(values: Floats, gap: Floats, orders: Ints) -> Floats:
         )
         found[rows, columns] = 1 - held_out / ((y @ y) / (1 - 1 / n) ** 2)
     return found
-
-
-def _granulated(ranks: Ints, gap: Ints, orders: Ints, coupled: Sequence[Pairs]) -> Floats:
-    if not coupled:
-        return np.full(len(orders), np.nan)
-    taus = np.zeros(len(orders))
-    for pairs in coupled:
-        members = pairs.members
-        share = np.repeat(1 / (members * len(members)), members)
-        for part, rows, agreement in _agreements(ranks, gap, orders, pairs):
-            taus[rows] += share[part] @ agreement
-    return taus / len(coupled)
-
-
-def _sign_errors(ranks: Ints, gap: Ints, orders: Ints, pairs: Pairs | None) -> dict[str, Floats]:
-    from scipy.sparse import csr_array
-
-    if pairs is None:
-        return dict.fromkeys(SIGN_ERRORS, np.full(len(orders), np.nan))
-    groups = len(pairs.starts)
-    group = np.repeat(np.arange(groups), pairs.members)
-    weight = np.broadcast_to(pairs.weight, group.shape)
-    total = np.bincount(group, weight, groups)
-    wrong = np.zeros((groups, len(orders)))
-    for part, rows, agreement in _agreements(ranks, gap, orders, pairs):
-        places = group[part], np.arange(len(agreement))
-        summed = csr_array((weight[part], places), shape=(groups, len(agreement)))
-        wrong[:, rows] += summed @ ((1 - agreement) / 2)
-    with np.errstate(invalid="ignore", divide="ignore"):  # an environment without weight
-        errors = (wrong / total[:, None]).T
-    summaries = error_summaries(errors, np.broadcast_to(total, errors.shape))
-    return dict(zip(SIGN_ERRORS, summaries, strict=True))
 
 
 def _agreements(

@@ -57,7 +57,7 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class ShuffledScores:
+class ShuffledInformation:
     """Scores of shuffles by both definitions; what depends on the zoo alone is computed once."""
 
     models: int
@@ -69,7 +69,7 @@ class ShuffledScores:
     pgdl_defined: bool  # whether every set of that definition has a score
 
     @classmethod
-    def of(cls, grid: Grid) -> ShuffledScores:
+    def of(cls, grid: Grid) -> ShuffledInformation:
         """Cells of the zoo's conditioning sets, each distinct partition of the models once."""
         n = len(grid)
         pairs = list(itertools.combinations(range(len(grid.names)), 2))

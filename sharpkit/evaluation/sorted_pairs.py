@@ -209,7 +209,7 @@ def in_chunks(groups: Sequence[Ints]) -> list[Partitions]:
 
 
 def weighted_tables(
-    chunks: Sequence[Partitions], weights: Floats, sums: Callable[[Weights], Weights]
+    chunks: Sequence[Partitions], weights: Weights, sums: Callable[[Weights], Weights]
 ) -> list[Floats]:
     """Weights of pairs by groups (batch, groups, groups), of each partition.
 

@@ -306,9 +306,9 @@ def test_an_interval_and_its_p_value_never_contradict_each_other(direction: int)
             described = TABLE[name]
             no_relation = described.no_relation
             if name == "cmi_jiang":
-                from sharpkit.evaluation import score_null
+                from sharpkit.evaluation import cmi_null
 
-                no_relation = score_null(measure, grid, "jiang", shuffles=60, seed=seed).mean
+                no_relation = cmi_null(measure, grid, "jiang", shuffles=60, seed=seed).mean
             else:
                 assert interval.p_value == permutation_p_value(
                     measure, grid, statistic=name, permutations=600, direction=direction, seed=seed

@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 from sharpkit.evaluation import (
     STATISTICS,
-    evaluate_measures,
+    rate_measures,
     null,
     number_of_draws,
     pair_counts,
@@ -33,7 +33,7 @@ from sharpkit.evaluation.number_of_draws import Sampling, draws_note
 from sharpkit.evaluation.pair_counts import count_pairs
 from sharpkit.evaluation.resampled_statistics import weighted_statistics
 from sharpkit.evaluation.shuffled_by_sorting import chance_of_many, shuffled_agreement
-from sharpkit.evaluation.shuffled_information import ShuffledScores
+from sharpkit.evaluation.shuffled_information import ShuffledInformation
 from sharpkit.evaluation.shuffled_statistics import shuffles
 from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.sorted_pairs import (
@@ -143,9 +143,9 @@ def test_scores_of_shuffles_are_the_same_to_the_bit(sorting: Any) -> None:
     rng = np.random.default_rng(2)
     values, grid = of_some_zoo(rng)
     shuffled = np.stack([rng.permutation(column) for column in values.T for _ in range(3)])
-    expected = ShuffledScores.of(grid)(shuffled)
+    expected = ShuffledInformation.of(grid)(shuffled)
     sorting()
-    for found, score in zip(ShuffledScores.of(grid)(shuffled), expected, strict=True):
+    for found, score in zip(ShuffledInformation.of(grid)(shuffled), expected, strict=True):
         assert np.isfinite(score).all()
         assert np.array_equal(found, score)
 
@@ -222,7 +222,7 @@ def test_a_table_of_many_models_has_the_plain_values_and_says_on_how_many_draws(
     monkeypatch.setattr(number_of_draws, "_LEAST_PERMUTATIONS", 99)
     monkeypatch.setattr(number_of_draws, "_RESAMPLED", 0)
     monkeypatch.setattr(number_of_draws, "_SHUFFLED", 0)
-    table = evaluate_measures(values, configs)
+    table = rate_measures(values, configs)
     assert table["resamples"].tolist() == [10, 10]
     assert table["permutations"].tolist() == [99, 99]
     gap = read_configs(configs).gap
@@ -252,9 +252,9 @@ def test_memory_stays_below_one_matrix_of_all_pairs() -> None:
     assert len(settings_of) == 256
     values = pd.DataFrame({"a": gaps + rng.normal(size=3000)}, index=list(configs))
     small = {"resamples": 2, "permutations": 20}
-    evaluate_measures(values.iloc[:600], configs, **small)  # imports have been made
+    rate_measures(values.iloc[:600], configs, **small)  # imports have been made
     tracemalloc.start()
-    table = evaluate_measures(values, configs, **small)
+    table = rate_measures(values, configs, **small)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert table["models"].tolist() == [3000]
@@ -271,7 +271,7 @@ def test_the_number_of_threads_changes_nothing(
     for count in ("1", "3"):
         monkeypatch.setenv("OMP_NUM_THREADS", count)
         monkeypatch.setattr(threads, "_there", lambda: 4)
-        tables.append(evaluate_measures(some, configs, resamples=5, permutations=30))
+        tables.append(rate_measures(some, configs, resamples=5, permutations=30))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
-from sharpkit.evaluation import evaluate_measures
+from sharpkit.evaluation import rate_measures
 from sharpkit.evaluation.grid import read_configs
 from sharpkit.evaluation.statistics import TABLE
 from sharpkit.report.labels import factor, titled
@@ -38,7 +38,7 @@ def evaluated(count: int, directions: dict[str, int | None]) -> tuple[Any, Any, 
     zoo = configs(count)
     rng = np.random.default_rng(1)
     values = pd.DataFrame({name: rng.random(count) for name in directions}, index=list(zoo))
-    table = evaluate_measures(values, zoo, resamples=50, directions=directions)
+    table = rate_measures(values, zoo, resamples=50, directions=directions)
     return read_configs(zoo), values, table
 
 
