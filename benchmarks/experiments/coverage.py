@@ -32,16 +32,16 @@ from sharpkit.evaluation import STATISTICS
 from sharpkit.evaluation.bootstrap import difference_interval
 from sharpkit.evaluation.grid import Floats, Grid
 from sharpkit.evaluation.intervals import (
-    Sampling,
     no_interval,
     observed_and_resampled,
-    rate,
     resample_weights,
 )
 from sharpkit.evaluation.null import cmi_nulls
+from sharpkit.evaluation.number_of_draws import Sampling
 from sharpkit.evaluation.permutation import p_values
+from sharpkit.evaluation.rating import rate
 from sharpkit.evaluation.shuffled_information import ShuffledInformation
-from sharpkit.evaluation.shuffled_statistics import shuffles
+from sharpkit.evaluation.shuffles import random_orders
 from sharpkit.evaluation.sign_errors import Environments
 
 SHAPES = {
@@ -152,7 +152,7 @@ def power(cell: Cell, rng: np.random.Generator, seed: int, shuffled: int) -> dic
     values, grid = zoo(rng, cell, float(cell.relation), effects="drawn")
     found = cmi_nulls(values, grid, shuffled, seed)
     own = [found[name][0].p_value for name in DEFINITIONS]
-    orders = shuffles(np.zeros(len(grid), dtype=np.int64), shuffled, seed)
+    orders = random_orders(np.zeros(len(grid), dtype=np.int64), shuffled, seed)
     scores = ShuffledInformation.of(grid)
     chance = scores(values[:, 0][orders])
     observed = scores(values.T)

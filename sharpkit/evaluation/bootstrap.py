@@ -1,4 +1,4 @@
-"""How certain a score is: the interval of one measure, and the paired comparison of two measures.
+"""How certain a statistic is: the interval of one measure, the paired comparison of two measures.
 
 Models are resampled, because another zoo would have other models. Everything is determined by the
 seed, and all measures of a zoo see the same resamples.
@@ -197,7 +197,7 @@ def compare_measures(
 ) -> Comparison:
     """Is one measure better than another on the same zoo?
 
-    Both are scored on the same resamples of the models for which both have a value, so what the
+    Both see the same resamples of the models for which both have a value, so what the
     zoo does to both cancels. The interval is difference ± t s √(n / (n − 2)), with s the standard
     deviation of the resampled differences and t Student's quantile for n − 2 degrees of freedom,
     and the p-value is of the same distribution: it is below 1 − confidence exactly where the
@@ -216,7 +216,7 @@ def compare_measures(
         seed: Determines the resamples.
 
     Returns:
-        Comparison: Both scores, the difference first − second, its interval and p-value.
+        Comparison: Both values, the difference first − second, its interval and p-value.
 
     Raises:
         ScoreError: If fewer than three models have both values, or the input is unusable.

@@ -1,7 +1,7 @@
-"""What a measure without information scores: the null of a conditional mutual information.
+"""What a measure without information has: the null of a conditional mutual information.
 
-A mutual information is never negative, so noise has a score above 0, and a measure that merely
-follows the hyperparameters one above that of noise. Both are found by shuffling the measure.
+A mutual information is never negative, so that of noise is above 0, and that of a measure that
+merely follows the hyperparameters above that of noise. Both are found by shuffling the measure.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from sharpkit.evaluation.threads import in_threads
 
 @dataclass(frozen=True)
 class CMINull:
-    """A score beside the scores of shuffled measures.
+    """A conditional mutual information beside that of shuffled measures.
 
     Attributes:
-        score: Of the measure.
-        mean: Mean score of the shuffles; NaN, as all that follows, where `note` says why.
-        percentile_95: The score that 5 % of the shuffles exceed.
-        p_value: Share of the shuffles that reach the score, the measure itself counted in.
-        adjusted: (score − mean) / (1 − mean): 0 for what shuffles have on average, 1 at best.
+        value: Of the measure.
+        mean: Of the shuffles; NaN, as all that follows, where `note` says why.
+        percentile_95: What 5 % of the shuffles exceed.
+        p_value: Share of the shuffles that reach the value, the measure itself counted in.
+        adjusted: (value − mean) / (1 − mean): 0 for what shuffles have on average, 1 at best.
         shuffles: How many.
         note: Why there is no null; empty if there is one.
     """
 
-    score: float
+    value: float
     mean: float
     percentile_95: float
     p_value: float
@@ -84,7 +84,7 @@ def cmi_null(
         seed: Determines them.
 
     Returns:
-        CMINull: The score, the mean and 95th percentile of the null, p-value, adjusted score.
+        CMINull: The value, mean and 95th percentile of the null, p-value, adjusted value.
 
     Raises:
         ScoreError: If fewer than two models can be compared, or the input is unusable.
@@ -109,7 +109,7 @@ def cmi_null(
         ...     for k in range(32)
         ... }
         >>> noise = cmi_null(dict(enumerate(rng.random(32))), configs, shuffles=99)
-        >>> noise.score < noise.percentile_95
+        >>> noise.value < noise.percentile_95
         True
         >>> good = {k: k + 8 * rng.random() for k in range(32)}
         >>> cmi_null(good, configs, shuffles=99).p_value
@@ -185,9 +185,9 @@ def explained_shuffles(values: Floats, effects: Floats, orders: Ints, ties: Floa
     return np.asarray(dealt, dtype=np.float64)
 
 
-def adjusted_for_noise(score: float, null_mean: float) -> float:
-    """(score − null mean) / (1 − null mean); NaN where the null leaves nothing to gain."""
-    return (score - null_mean) / (1 - null_mean) if null_mean < 1 else float("nan")
+def adjusted_for_noise(value: float, null_mean: float) -> float:
+    """(value − null mean) / (1 − null mean); NaN where the null leaves nothing to gain."""
+    return (value - null_mean) / (1 - null_mean) if null_mean < 1 else float("nan")
 
 
 def _effects(grid: Grid) -> Floats:
@@ -200,21 +200,21 @@ def _effects(grid: Grid) -> Floats:
     return spanned
 
 
-def _null(score: float, chance: Floats) -> CMINull:
+def _null(value: float, chance: Floats) -> CMINull:
     mean = float(chance.mean())
     return CMINull(
-        score,
+        value,
         mean,
         float(np.quantile(chance, 0.95)),
-        float(p_values(np.array([score]), chance[:, None])[0]),
-        adjusted_for_noise(score, mean),
+        float(p_values(np.array([value]), chance[:, None])[0]),
+        adjusted_for_noise(value, mean),
         len(chance),
     )
 
 
-def _none(score: float, shuffles: int, note: str) -> CMINull:
+def _none(value: float, shuffles: int, note: str) -> CMINull:
     nan = float("nan")
-    return CMINull(score, nan, nan, nan, nan, shuffles, note)
+    return CMINull(value, nan, nan, nan, nan, shuffles, note)
 
 
 def no_value(definition: str, grid: Grid) -> str:

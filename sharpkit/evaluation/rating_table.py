@@ -1,4 +1,4 @@
-"""One table for a zoo: every measure setting with its scores, intervals and p-values."""
+"""One table for a zoo: every measure setting with its statistics, intervals and p-values."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ def rate_measures(
     test_size: int | None = None,
     directions: Mapping[Hashable, int | None] | None = None,
 ) -> pd.DataFrame:
-    """Score every measure of a zoo against the generalization gap, with uncertainty.
+    """How well every measure of a zoo predicts the generalization gap, with uncertainty.
 
     A model without a value of a measure (absent, None or NaN) or without a gap is left out of that
     row, under every statistic; `models` counts those that remain and `left_out` names the others.
-    The `pgdl` score is then NaN if a cell of a conditioning set has become empty, and a measure
+    `cmi_pgdl` is then NaN if a cell of a conditioning set has become empty, and a measure
     with values for fewer than three models has a row of NaN. All measures with the same models see
     the same resamples and shuffles.
 
     Intervals are those of `bootstrap_interval`; where there is none, `interval_note` says why. The
     null of a conditional mutual information is that of `cmi_null`: `_null_mean` and `_null_95`
-    are what a measure scores on average, and at its 95th percentile, that knows only what the
+    are what a measure has on average, and at its 95th percentile, that knows only what the
     hyperparameters explain. `p_value` is that of Kendall's tau under shuffles of all models,
     one-sided in the measure's direction; each `_holm` corrects for the number of rows.
 
@@ -179,7 +179,7 @@ def rate_by_hyperparameter(
     test_size: int | None = None,
     directions: Mapping[Hashable, int | None] | None = None,
 ) -> pd.DataFrame:
-    """Which changes each measure gets right: scores among models that differ in one hyperparameter.
+    """Which changes each measure gets right, among models that differ in one hyperparameter.
 
     Models without a value or a gap are left out as in `rate_measures`, whose granulated
     Kendall is the mean of those here.

@@ -58,7 +58,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class ShuffledInformation:
-    """Scores of shuffles by both definitions; what depends on the zoo alone is computed once."""
+    """Of shuffles, by both definitions; what depends on the zoo alone is computed once."""
 
     models: int
     gap: Ints  # (models,): ranks
@@ -66,7 +66,7 @@ class ShuffledInformation:
     base: float
     blocks: list[_Block]
     table: Floats  # x log2 x of 0, 1, ...; empty if there are too many
-    pgdl_defined: bool  # whether every set of that definition has a score
+    pgdl_defined: bool  # whether every set of that definition has a value
 
     @classmethod
     def of(cls, grid: Grid) -> ShuffledInformation:
@@ -94,7 +94,7 @@ class ShuffledInformation:
         return cls(n, gap, weights, base, blocks, table, _all_kept(kept))
 
     def __call__(self, values: Floats) -> tuple[Floats, Floats]:
-        """Scores by `pgdl` and `jiang` of measures (measures, models), without NaN; (measures,)."""
+        """By `pgdl` and `jiang`, (measures,), of measures (measures, models) without NaN."""
         step = max(1, _ENTRIES // (self.models**2 if self.models <= MANY else self.models))
         found = [self._batch(values[s : s + step]) for s in range(0, len(values), step)]
         pgdl, jiang = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -105,8 +105,8 @@ class ShuffledInformation:
         for block, (larger, both) in zip(self.blocks, self._counts(values), strict=True):
             pgdl.append(self._unweighted(block, larger, both))
             jiang.append(self._weighted(block, larger, both))
-        scores = [np.fmin.reduce(np.concatenate(parts, axis=1), axis=1) for parts in (pgdl, jiang)]
-        first, second = (np.where(np.isinf(score), np.nan, score) for score in scores)
+        least = [np.fmin.reduce(np.concatenate(parts, axis=1), axis=1) for parts in (pgdl, jiang)]
+        first, second = (np.where(np.isinf(value), np.nan, value) for value in least)
         return (first if self.pgdl_defined else np.full_like(first, np.nan)), second
 
     def _counts(self, values: Floats) -> Iterator[tuple[Floats, Floats]]:
@@ -178,7 +178,7 @@ def _ratio(information: Floats, starts: Ints, entropy: Floats, wanted: Bools) ->
 
 
 def pgdl_defined(grid: Grid) -> bool:
-    """Whether every conditioning set has a `pgdl` score: a pair at least, and no empty cell."""
+    """Whether every conditioning set has a value by `pgdl`: a pair at least, and no empty cell."""
     pairs = itertools.combinations(range(len(grid.names)), 2)
     return _all_kept({pair: _kept(grid, pair) for pair in pairs})
 

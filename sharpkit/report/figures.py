@@ -124,7 +124,7 @@ def _ends(rows: pd.DataFrame, statistic: str, ends: Sequence[str]) -> list[np.nd
 def _noise_name(statistic: str) -> str:
     """What the grey of a figure is; a mutual information's begins at 0."""
     low = "0" if TABLE[statistic].definition else "5 %"
-    return f"what noise scores: mean, {low} to 95 %"
+    return f"noise: mean, {low} to 95 %"
 
 
 def _add_noise_rows(figure: go.Figure, rows: pd.DataFrame, statistic: str) -> None:

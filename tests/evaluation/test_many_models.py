@@ -13,12 +13,12 @@ from hypothesis import given, settings, strategies as st
 
 from sharpkit.evaluation import (
     STATISTICS,
-    rate_measures,
     null,
     number_of_draws,
     pair_counts,
     permutation_p_value,
     r_squared,
+    rate_measures,
     regression,
     resampled_statistics,
     shuffled_information,
@@ -32,9 +32,10 @@ from sharpkit.evaluation.legend import legend
 from sharpkit.evaluation.number_of_draws import Sampling, draws_note
 from sharpkit.evaluation.pair_counts import count_pairs
 from sharpkit.evaluation.resampled_statistics import weighted_statistics
-from sharpkit.evaluation.shuffled_by_sorting import chance_of_many, shuffled_agreement
+from sharpkit.evaluation.shuffled_by_sorting import shuffled_agreement
 from sharpkit.evaluation.shuffled_information import ShuffledInformation
-from sharpkit.evaluation.shuffled_statistics import shuffles
+from sharpkit.evaluation.shuffled_statistics import chance_statistics
+from sharpkit.evaluation.shuffles import random_orders
 from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.sorted_pairs import (
     MANY,
@@ -94,7 +95,7 @@ def test_sorted_counts_are_those_of_all_pairs(models: int, levels: int, seed: in
 def test_the_tau_of_shuffles_is_that_of_a_loop_over_pairs(levels: int) -> None:
     rng = np.random.default_rng(levels)
     values, gaps = rng.integers(0, levels, 45), rng.integers(0, 9, 45)
-    orders = shuffles(np.zeros(45, dtype=np.int64), 7, seed=1)
+    orders = random_orders(np.zeros(45, dtype=np.int64), 7, seed=1)
     found = shuffled_agreement(dense_ranks(values), dense_ranks(gaps), orders) / (45 * 44 / 2)
     assert found.tolist() == [slow_tau(values[order], gaps) for order in orders]
 
@@ -150,30 +151,34 @@ def test_scores_of_shuffles_are_the_same_to_the_bit(sorting: Any) -> None:
         assert np.array_equal(found, score)
 
 
-def test_chance_of_ranks_is_that_of_the_measure_in_order() -> None:
+def test_chance_of_ranks_is_that_of_the_measure_in_order(sorting: Any) -> None:
     """Which model has which value is forgotten by a shuffle: sorted values stand for all."""
     values, grid = of_some_zoo(np.random.default_rng(3))
     ranked = [s for s in STATISTICS if s[:3] != "cmi" and s not in ("pearson", "r_squared")]
-    orders = shuffles(np.zeros(len(grid), dtype=np.int64), 11, seed=0)
-    found = chance_of_many(values, grid, orders, ranked, Environments())
+    orders = random_orders(np.zeros(len(grid), dtype=np.int64), 11, seed=0)
     in_order = np.sort(values, axis=0)
-    observed = shuffled_statistics.chance_statistics(values, grid, orders[:1], ranked)
+    observed = chance_statistics(values, grid, orders[:1], ranked)
+    # where one function shuffles the values and the other the gaps, the order is the inverse
+    inverse = np.argsort(orders, axis=1)
+    by_gap = chance_statistics(in_order, grid, inverse, ranked)
+    by_value = chance_statistics(in_order, grid, orders, ranked)
+    sorting()
+    found = chance_statistics(values, grid, orders, ranked, among_all=True)
     for name in ranked:
-        # where one function shuffles the values and the other the gaps, the order is the inverse
-        by_gap = name.startswith("kendall") or name == "spearman"
-        same = np.argsort(orders, axis=1) if by_gap else orders
-        expected = shuffled_statistics.chance_statistics(in_order, grid, same, [name])[name][1]
+        gaps = name.startswith("kendall") or name == "spearman"
+        expected = (by_gap if gaps else by_value)[name][1]
         assert found[name][1] == pytest.approx(expected, abs=1e-12)
         assert found[name][0] == pytest.approx(observed[name][0], abs=1e-12)
         assert np.array_equal(found[name][1][:, 0], found[name][1][:, 2])
         assert not np.array_equal(found[name][1][:, 0], found[name][1][:, 1])
 
 
-def test_chance_of_fits_is_that_of_the_shuffled_gaps() -> None:
+def test_chance_of_fits_is_that_of_the_shuffled_gaps(sorting: Any) -> None:
     values, grid = of_some_zoo(np.random.default_rng(4))
     values[0, 2] = np.inf
-    orders = shuffles(np.zeros(len(grid), dtype=np.int64), 5, seed=0)
-    found = chance_of_many(values, grid, orders, ["pearson", "r_squared"], Environments())
+    orders = random_orders(np.zeros(len(grid), dtype=np.int64), 5, seed=0)
+    sorting()
+    found = chance_statistics(values, grid, orders, ["pearson", "r_squared"], among_all=True)
     for k in range(2):
         column = values[:, k]
         r = [np.corrcoef(column, grid.gap[order])[0, 1] for order in orders]

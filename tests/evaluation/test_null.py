@@ -11,9 +11,9 @@ import pytest
 from evaluation_zoos import simulated, slow_jiang, slow_pgdl, zoo
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation import conditional_mutual_information, cmi_null
+from sharpkit.evaluation import cmi_null, conditional_mutual_information
 from sharpkit.evaluation.grid import Grid, read_configs
-from sharpkit.evaluation.null import _effects, explained_shuffles, cmi_nulls
+from sharpkit.evaluation.null import _effects, cmi_nulls, explained_shuffles
 from sharpkit.evaluation.shuffled_information import ShuffledInformation
 
 
@@ -107,16 +107,16 @@ def test_noise_is_inside_its_null_and_a_good_measure_above_it() -> None:
     for definition in ("pgdl", "jiang"):
         good = cmi_null(measure_for(values), grid, definition, shuffles=199)
         exact = conditional_mutual_information(measure_for(values), grid, definition).score
-        assert good.score == pytest.approx(exact, abs=1e-12)
+        assert good.value == pytest.approx(exact, abs=1e-12)
         assert good.p_value == 0.005
-        assert good.adjusted == pytest.approx((good.score - good.mean) / (1 - good.mean))
+        assert good.adjusted == pytest.approx((good.value - good.mean) / (1 - good.mean))
         noise = cmi_null(measure_for(rng.normal(size=96)), grid, definition, shuffles=199)
         assert noise.p_value > 0.05
         # about 0.42 % and 0.20 % for noise on a grid of this shape, to 199 shuffles' accuracy
         expected = {"pgdl": 0.0042, "jiang": 0.0020}[definition]
         assert noise.mean == pytest.approx(expected, rel=0.25)
         constant = cmi_null(measure_for(np.ones(96)), grid, definition, shuffles=19)
-        assert (constant.score, constant.mean, constant.p_value) == (0, 0, 1)
+        assert (constant.value, constant.mean, constant.p_value) == (0, 0, 1)
 
 
 def test_measures_are_shuffled_apart_and_the_seed_decides() -> None:

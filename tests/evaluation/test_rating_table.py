@@ -17,9 +17,8 @@ from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import (
     STATISTICS,
     bootstrap_interval,
+    cmi_null,
     conditional_mutual_information,
-    rate_by_hyperparameter,
-    rate_measures,
     expected_direction,
     granulated_kendall,
     holm,
@@ -27,7 +26,8 @@ from sharpkit.evaluation import (
     pearson,
     permutation_p_value,
     r_squared,
-    cmi_null,
+    rate_by_hyperparameter,
+    rate_measures,
     sign_error,
     spearman,
 )
@@ -183,9 +183,7 @@ def test_a_score_that_is_not_finite_has_no_interval_and_no_set() -> None:
 def test_a_single_hyperparameter_gives_the_competitions_score_no_null_and_says_why() -> None:
     rng = np.random.default_rng(3)
     configs = zoo((14,), rng.normal(size=28), [(k % 14,) for k in range(28)])
-    row = rate_measures(pd.DataFrame({"x": rng.normal(size=28)}), configs, resamples=20).loc[
-        "x"
-    ]
+    row = rate_measures(pd.DataFrame({"x": rng.normal(size=28)}), configs, resamples=20).loc["x"]
     assert math.isnan(row["cmi_pgdl_p_value"])
     assert math.isnan(row["cmi_pgdl_low"])
     assert "cmi_pgdl: fewer than two hyperparameters" in row["interval_note"]
