@@ -47,8 +47,14 @@ class AllPairs:
     def cells(self, weights: Weights) -> list[Cells]:
         """Of each conditioning set."""
         bits = self.gap.gap_bits.astype(weights.dtype)
-        sets = self.compared.conditioning_sets.partitions
-        return [Cells.of(weights, groups, bits) for groups in sets]
+        found = []
+        for groups in self.compared.conditioning_sets.partitions:
+            member = np.zeros((len(bits), len(groups)), dtype=weights.dtype)
+            for g, models in enumerate(groups):
+                member[models, g] = 1
+            larger = count(weights, groups, member, bits)[:, :, 0]
+            found.append(Cells.of(weights, groups, member, larger))
+        return found
 
     def of_pairs(self, pairs: Pairs, weights: Weights) -> WeightedPairs:
         """The pairs under weights of the models (batch, models)."""
@@ -57,7 +63,7 @@ class AllPairs:
 
 @dataclass(frozen=True)
 class PairBits:
-    """One measure's pairs; see `Sums`."""
+    """One measure's pairs: their sums under weights of the models (batch, models)."""
 
     values: Floats
     gap_bits: Bools  # (models, models): whether the first gap is larger

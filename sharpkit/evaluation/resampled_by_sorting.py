@@ -6,7 +6,7 @@ In time n log n and memory n times groups.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,17 +55,10 @@ class SortedModels:
 
     def cells(self, weights: Weights) -> list[Cells]:
         """Of each conditioning set."""
-        chunks = self.gap.chunks
+        chunks, sets = self.gap.chunks, self.compared.conditioning_sets.partitions
         larger = weighted_tables(chunks, weights, Smaller.of(self.gap.ranked).sums)
-        found = []
-        for groups, (rows, member), table in zip(
-            self.compared.conditioning_sets.partitions, _members(chunks), larger, strict=True
-        ):
-            sums, squares = (rows @ weights.T).T, (rows @ (weights * weights).T).T
-            eye = np.eye(len(groups))
-            different = sums[:, :, None] * sums[:, None, :] - squares[:, :, None] * eye
-            found.append(Cells(groups, member, different, sums[:, :, None] * eye, table))
-        return found
+        members = [chunk.member[:, columns] for chunk in chunks for columns in chunk.columns]
+        return [Cells.of(weights, *own) for own in zip(sets, members, larger, strict=True)]
 
     def of_pairs(self, pairs: Pairs, weights: Weights) -> StreamedPairs:
         """The pairs under weights of the models (batch, models)."""
@@ -74,7 +67,7 @@ class SortedModels:
 
 @dataclass(frozen=True)
 class RankedModels:
-    """One measure's order of the models; see `Sums`."""
+    """One measure's order of the models: sums over pairs under weights (batch, models)."""
 
     values: Floats
     ranked: Ints  # (models,): ranks of the values
@@ -166,9 +159,3 @@ def pair_sums(weights: Weights, pairs: Pairs, factors: Weights | float = 1.0) ->
         places = group[part], np.arange(len(product))
         found += csr_array((factor[part], places), shape=(groups, len(product))) @ product
     return np.ascontiguousarray(found.T)
-
-
-def _members(chunks: Sequence[Partitions]) -> Iterator[tuple[Weights, Weights]]:
-    for chunk in chunks:
-        for rows, columns in zip(chunk.rows, chunk.columns, strict=True):
-            yield rows, chunk.member[:, columns]

@@ -8,71 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from sharpkit.evaluation.compared_pairs import Compared, ConditioningSets, Pairs
 from sharpkit.evaluation.grid import Floats, Ints, Weights
 from sharpkit.evaluation.pair_counts import INSIDE_LOG
+from sharpkit.evaluation.resampled_by_pairs import AllPairs, PairBits
+from sharpkit.evaluation.resampled_by_sorting import RankedModels, SortedModels
 from sharpkit.evaluation.resampled_information import Cells, information, ratio
 
-
-class Sums(Protocol):
-    """Sums over the pairs of a measure, given weights of the models (batch, models)."""
-
-    @property
-    def values(self) -> Floats:
-        """Of the measure (models,)."""
-
-    def ranks(self, weights: Weights) -> Floats:
-        """Mean ranks (batch, models): weight of the models below, and half of the equal ones."""
-
-    def untied(self, weights: Weights) -> Floats:
-        """Weight of the pairs of models (batch,) that have different values."""
-
-    def agreement(self, weights: Weights) -> Floats:
-        """Weight (batch,) of the pairs ordered as their gaps, less that of the opposite ones."""
-
-    def signs(self, pairs: Pairs) -> Weights:
-        """Whether each pair (pairs,) is ordered as its gaps: 1, -1, or 0 for a tie."""
-
-    def counts(self, weights: Weights, cells: Sequence[Cells]) -> Iterable[tuple[Floats, Floats]]:
-        """Of each set, weights of the pairs with the larger value, and with larger value and gap.
-
-        Each is of shape (batch, groups, groups).
-        """
-
-
-class PairSums(Protocol):
-    """Pairs of models in groups, weighted."""
-
-    @property
-    def total(self) -> Floats:
-        """Weight of each group (batch, groups)."""
-
-    def sums(self, factors: Weights) -> Floats:
-        """Sums over each group (batch, groups) of weight times factor (pairs,)."""
-
-
-class Counting(Protocol):
-    """A way to get sums over pairs of models."""
-
-    @property
-    def gap(self) -> Sums:
-        """The sums of the gap itself."""
-
-    def of_measure(self, values: Floats) -> Sums:
-        """The sums of a measure (models,), no NaN."""
-
-    def weights(self, weights: Ints) -> Weights:
-        """Whole numbers (batch, models), as the sums need them."""
-
-    def cells(self, weights: Weights) -> list[Cells]:
-        """Of each conditioning set."""
-
-    def of_pairs(self, pairs: Pairs, weights: Weights) -> PairSums:
-        """The pairs under weights of the models (batch, models)."""
+# sums over all pairs of models, or of many models those that sorting gives: the same methods
+Counting: TypeAlias = AllPairs | SortedModels
+Sums: TypeAlias = PairBits | RankedModels
 
 
 @dataclass(frozen=True)
@@ -175,7 +124,7 @@ def _both_definitions(
     sets: ConditioningSets,
     batch: int,
 ) -> tuple[Floats, Floats]:
-    """Minimum over the sets of each definition (batch,), from the counts of `Sums.counts`."""
+    """Minimum over the sets of each definition (batch,), from the `counts` of a measure."""
     pgdl, jiang = ([np.full(batch, np.inf)] for _ in range(2))
     for k, (own, (larger, both)) in enumerate(zip(cells, counted, strict=True)):
         if k in sets.pgdl:

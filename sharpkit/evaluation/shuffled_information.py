@@ -20,7 +20,14 @@ import numpy as np
 from sharpkit.evaluation.competition_program import CellMap
 from sharpkit.evaluation.grid import Bools, Floats, Grid, Ints, Weights
 from sharpkit.evaluation.pair_counts import INSIDE_LOG, xlogx
-from sharpkit.evaluation.sorted_pairs import COLUMNS, MANY, Dominance, Smaller, dense_ranks
+from sharpkit.evaluation.sorted_pairs import (
+    COLUMNS,
+    MANY,
+    Dominance,
+    Smaller,
+    by_width,
+    dense_ranks,
+)
 from sharpkit.evaluation.threads import in_threads
 
 _COLUMNS = 256  # groups, over all sets, that are counted at a time
@@ -87,7 +94,9 @@ class ShuffledInformation:
         if n <= MANY:
             gap_bits: Weights = (grid.gap[:, None] > grid.gap).astype(dtype)
             weights, larger = base + gap_bits, gap_bits.__matmul__
-        parts = _parts(list(found.values()), _COLUMNS if n <= MANY else COLUMNS)
+        sets = [(groups, cells) for groups, cells in found.values() if groups.max(initial=-1) >= 0]
+        sizes = [int(groups.max()) + 1 for groups, _ in sets]
+        parts = by_width(sets, sizes, _COLUMNS if n <= MANY else COLUMNS)
         blocks = [_block(part, larger, dtype) for part in parts]
         most = int(max(block.total.max(initial=0) for block in blocks))
         table = xlogx(np.arange(most + 1, dtype=np.float64)) if most <= _TABLED else np.empty(0)
@@ -193,23 +202,6 @@ def _kept(grid: Grid, pair: tuple[int, int]) -> Bools | None:
     if kept[0] is None or kept[1] is None:
         return None
     return kept[0] & kept[1]
-
-
-def _parts(
-    sets: list[tuple[Ints, Bools | None]], most: int
-) -> list[list[tuple[Ints, Bools | None]]]:
-    parts: list[list[tuple[Ints, Bools | None]]] = [[]]
-    width = 0
-    for groups, kept in sets:
-        size = int(groups.max(initial=-1)) + 1
-        if size == 0:
-            continue
-        if parts[-1] and width + size > most:
-            parts.append([])
-            width = 0
-        parts[-1].append((groups, kept))
-        width += size
-    return [part for part in parts if part]
 
 
 def _block(

@@ -6,8 +6,9 @@ more entry; `one_by_one` makes it of a plain function.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -16,7 +17,7 @@ import numpy as np
 from sharpkit.evaluation import (
     resampled_formulas as resampled,
     shuffled_by_pairs as shuffled,
-    shuffled_by_sorting as among_many,
+    shuffled_by_sorting as many,
 )
 from sharpkit.evaluation.grid import Floats, Grid, Ints
 from sharpkit.evaluation.resampled_formulas import Draws, OfMeasure
@@ -120,8 +121,8 @@ class Statistic:
             which an interval's upper end takes into account.
         p_value: Column of its p-value in the tables; empty if they have none.
         percent: Whether it is shown in per cent.
-        on_page: Whether the report's table of measures has it.
-        in_summary: Whether the text that `sharpkit evaluate` prints has it.
+        shown: Whether the report's table of measures has it, "page", and the text that `sharpkit
+            evaluate` prints, "summary"; figures and files have all.
     """
 
     name: str
@@ -140,8 +141,7 @@ class Statistic:
     optimistic: bool = False
     p_value: str = ""
     percent: bool = False
-    on_page: bool = True
-    in_summary: bool = True
+    shown: Collection[str] = ("page", "summary")
 
     @property
     def range(self) -> tuple[float, float]:
@@ -159,97 +159,53 @@ class Statistic:
         return f"{self.label} (%)" if self.percent else self.label
 
 
-def _information(definition: str, label: str, result: int) -> Statistic:
-    name = f"cmi_{definition}"
-    return Statistic(
-        name,
-        label,
-        Computation(resampled.mutual_information, shuffled.mutual_information),
-        result,
-        low=0.0,
-        scale=ROOT,
-        directed=False,
-        definition=definition,
-        p_value=f"{name}_p_value",
-        percent=True,
-    )
-
-
-def _correlation(
-    name: str,
-    label: str,
-    computation: Computation,
-    *,
-    result: int = 0,
-    one_change: bool = False,
-    p_value: str = "",
-    shown: bool = False,
-) -> Statistic:
-    return Statistic(
-        name,
-        label,
-        computation,
-        result,
-        scale=FISHER,
-        no_relation=0.0,
-        one_change=one_change,
-        p_value=p_value,
-        on_page=shown,
-        in_summary=shown,
-    )
-
-
-def _error(name: str, label: str, result: int, *, on_page: bool = True) -> Statistic:
-    worst_case = result > 0
-    return Statistic(
-        name,
-        label,
-        Computation(resampled.sign_errors, shuffled.sign_errors, among_many.sign_errors),
-        result,
-        low=0.0,
-        no_relation=None if worst_case else 0.5,
-        lower_is_better=True,
-        one_change=True,
-        worst_case=worst_case,
-        on_page=on_page,
-        in_summary=not worst_case,
-    )
-
-
-_KENDALL = Computation(resampled.kendall, shuffled.kendall, among_many.kendall)
+_INFORMATION = Computation(resampled.mutual_information, shuffled.mutual_information)
+_KENDALL = Computation(resampled.kendall, shuffled.kendall, many.kendall)
 _GRANULATED = Computation(
-    resampled.granulated_kendall, shuffled.granulated_kendall, among_many.granulated_kendall
+    resampled.granulated_kendall, shuffled.granulated_kendall, many.granulated_kendall
 )
-_SPEARMAN = Computation(resampled.spearman, shuffled.spearman, among_many.spearman)
-_PEARSON = Computation(resampled.pearson, shuffled.pearson, among_many.pearson)
-_HELD_OUT = Computation(resampled.r_squared, shuffled.r_squared, among_many.r_squared)
+_SPEARMAN = Computation(resampled.spearman, shuffled.spearman, many.spearman)
+_PEARSON = Computation(resampled.pearson, shuffled.pearson, many.pearson)
+_HELD_OUT = Computation(resampled.r_squared, shuffled.r_squared, many.r_squared)
+_ERRORS = Computation(resampled.sign_errors, shuffled.sign_errors, many.sign_errors)
 
-TABLE = {
-    statistic.name: statistic
-    for statistic in (
-        _information("pgdl", "mutual information, PGDL", 0),
-        _information("jiang", "mutual information, Jiang", 1),
-        _correlation("kendall_tau", "Kendall’s τ", _KENDALL, p_value="p_value", shown=True),
-        _correlation("kendall_tau_b", "Kendall’s τ-b", _KENDALL, result=1),
-        _correlation(
-            "granulated_kendall", "granulated Kendall", _GRANULATED, one_change=True, shown=True
-        ),
-        _correlation("spearman", "Spearman’s ρ", _SPEARMAN),
-        _correlation("pearson", "Pearson’s r", _PEARSON),
-        Statistic(
-            "r_squared",
-            "R², held out",
-            _HELD_OUT,
-            low=-math.inf,
-            scale=UNEXPLAINED,
-            directed=False,
-            optimistic=True,
-        ),
-        _error("sign_error", "sign-error, mean", 0),
-        _error("sign_error_90", "sign-error, 90 %", 1),
-        _error("sign_error_max", "sign-error, worst", 2, on_page=False),
-    )
-}
+_information = functools.partial(
+    Statistic, computation=_INFORMATION, low=0.0, scale=ROOT, directed=False, percent=True
+)
+_correlation = functools.partial(Statistic, scale=FISHER, no_relation=0.0)
+_error = functools.partial(
+    Statistic, computation=_ERRORS, low=0.0, lower_is_better=True, one_change=True
+)
+_ALL = (
+    _information(
+        "cmi_pgdl", "mutual information, PGDL", definition="pgdl", p_value="cmi_pgdl_p_value"
+    ),
+    _information(
+        "cmi_jiang",
+        "mutual information, Jiang",
+        result=1,
+        definition="jiang",
+        p_value="cmi_jiang_p_value",
+    ),
+    _correlation("kendall_tau", "Kendall’s τ", _KENDALL, p_value="p_value"),
+    _correlation("kendall_tau_b", "Kendall’s τ-b", _KENDALL, result=1, shown=()),
+    _correlation("granulated_kendall", "granulated Kendall", _GRANULATED, one_change=True),
+    _correlation("spearman", "Spearman’s ρ", _SPEARMAN, shown=()),
+    _correlation("pearson", "Pearson’s r", _PEARSON, shown=()),
+    Statistic(
+        "r_squared",
+        "R², held out",
+        _HELD_OUT,
+        low=-math.inf,
+        scale=UNEXPLAINED,
+        directed=False,
+        optimistic=True,
+    ),
+    _error("sign_error", "sign-error, mean", no_relation=0.5),
+    _error("sign_error_90", "sign-error, 90 %", result=1, worst_case=True, shown=("page",)),
+    _error("sign_error_max", "sign-error, worst", result=2, worst_case=True, shown=()),
+)
+TABLE = {statistic.name: statistic for statistic in _ALL}
 STATISTICS = tuple(TABLE)
 # figures show the first that is defined, and tables are in its order
 HEADLINES = ("cmi_pgdl", "kendall_tau")

@@ -44,7 +44,7 @@ def ranking_table(table: pd.DataFrame) -> Ranking:
         ("models", False, [_models(row) for row in rows]),
         ("gap", False, [_direction(row) for row in rows]),
     ]
-    ranked = [statistic for statistic in TABLE.values() if statistic.on_page]
+    ranked = [statistic for statistic in TABLE.values() if "page" in statistic.shown]
     for s in ranked:
         columns.append((s.title, s.lower_is_better, [_statistic(row, s) for row in rows]))
         if s.definition:

@@ -34,7 +34,7 @@ def summary(table: pd.DataFrame) -> str:
     one_task = table["task"].nunique() == 1
     keys = [name for name in _KEYS if name in there and not (name == "task" and one_task)]
     shown = [(name, [_plain(value) for value in table[name]]) for name in keys]
-    statistics = [s for s in TABLE.values() if s.in_summary and s.name in there]
+    statistics = [s for s in TABLE.values() if "summary" in s.shown and s.name in there]
     informed = [s for s in statistics if s.definition]
     for statistic in (s for s in statistics if s.p_value):
         found = _with_noise(table, statistic)
