@@ -100,8 +100,7 @@ def _of(
     expected = TABLE[name].no_relation
     mean = chance.mean(0)
     no_relation = mean if expected is None else np.full(len(value), expected)
-    # its mean over zoos lies above the value by up to what it gives without a relation
-    floor = np.abs(mean) if TABLE[name].optimistic else 0.0
+    floor = np.abs(mean) if TABLE[name].below_its_mean else 0.0
     ends = interval_ends(name, value, draws, sampling.confidence, models, floor)
     above, below = p_values(observed, chance), p_values(-observed, -chance)
     low, high = agree(ends, no_relation, above, below, sampling.confidence)

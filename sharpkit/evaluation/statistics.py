@@ -117,8 +117,8 @@ class Statistic:
             conditioning sets, and its null keeps what the hyperparameters explain.
         one_change: Whether it compares only models that differ in one hyperparameter.
         worst_case: Whether it rests on few pairs of models, those of the worst environments.
-        optimistic: Whether its value lies above its mean by up to what it is without a relation,
-            which an interval's upper end takes into account.
+        below_its_mean: Whether it may lie below its mean over zoos, by up to what it is without a
+            relation; the upper ends of intervals are raised by as much.
         p_value: Column of its p-value in the tables; empty if they have none.
         percent: Whether it is shown in per cent.
         shown: Whether the report's table of measures has it, "page", and the text that `sharpkit
@@ -138,7 +138,7 @@ class Statistic:
     definition: str = ""
     one_change: bool = False
     worst_case: bool = False
-    optimistic: bool = False
+    below_its_mean: bool = False
     p_value: str = ""
     percent: bool = False
     shown: Collection[str] = ("page", "summary")
@@ -199,7 +199,7 @@ _ALL = (
         low=-math.inf,
         scale=UNEXPLAINED,
         directed=False,
-        optimistic=True,
+        below_its_mean=True,
     ),
     _error("sign_error", "sign-error, mean", no_relation=0.5),
     _error("sign_error_90", "sign-error, 90 %", result=1, worst_case=True, shown=("page",)),
