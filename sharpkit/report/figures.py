@@ -222,20 +222,20 @@ def _add_band(
     )
 
 
-def conditioning_sets(scores: Mapping[str, Mapping[tuple[str, ...], float]], title: str) -> str:
+def conditioning_sets(rows: Mapping[str, Mapping[tuple[str, ...], float]], title: str) -> str:
     """Heat map of measures and conditioning sets, in per cent.
 
     Args:
-        scores: Label of a measure -> set -> conditional mutual information.
+        rows: Label of a measure -> set -> conditional mutual information.
         title: Of the colour bar.
     """
-    sets = list(dict.fromkeys(names for row in scores.values() for names in row))
-    z = [[finite(100 * row.get(names, np.nan)) for names in sets] for row in scores.values()]
+    sets = list(dict.fromkeys(names for row in rows.values() for names in row))
+    z = [[finite(100 * row.get(names, np.nan)) for names in sets] for row in rows.values()]
     columns = [plain(" + ".join(names) or "none") for names in sets]
     return _heat_map(
         z,
         columns,
-        [plain(label) for label in scores],
+        [plain(label) for label in rows],
         titles=("conditioning set", "measure"),
         colorscale="YlGnBu",
         zmin=0,

@@ -274,6 +274,9 @@ def test_a_word_says_why_there_is_no_interval() -> None:
     other = {name: float(v) for name, v in zip(lacking.ids, rng.normal(size=20), strict=True)}
     compared = compare_measures(kept, other, lacking, statistic="cmi_pgdl", resamples=50)
     assert (compared.note, math.isnan(compared.p_value)) == ("empty cells", True)
+    one = zoo((2,), rng.normal(size=14), [(k % 2,) for k in range(14)])
+    alone = bootstrap_interval(dict(enumerate(range(14))), one, statistic="cmi_pgdl", resamples=9)
+    assert alone.note == "fewer than two hyperparameters"
     few_pairs = compare_measures(
         measure_for(values), measure_for(grid.gap), grid, statistic="sign_error_90", resamples=50
     )
