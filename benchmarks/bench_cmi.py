@@ -77,21 +77,21 @@ def loop(models: int, definition: str) -> Callable[[], Any]:
 
 
 def statistics_table(models: int, measures: int) -> Callable[[], Any]:
-    from sharpkit.evaluation import evaluate_measures
+    from sharpkit.evaluation import rate_measures
 
     zoo = random_zoo(SHAPES[models])
     values = random_measures(zoo, measures)
-    return lambda: evaluate_measures(values, zoo, resamples=1000)
+    return lambda: rate_measures(values, zoo, resamples=1000)
 
 
 def null(models: int, measures: int) -> Callable[[], Any]:
-    from sharpkit.evaluation._grid import read_configs
-    from sharpkit.evaluation.null import nulls_of_scores
+    from sharpkit.evaluation.grid import read_configs
+    from sharpkit.evaluation.null import cmi_nulls
 
     zoo = random_zoo(SHAPES[models])
     values = random_measures(zoo, measures).to_numpy()
     grid = read_configs(zoo)
-    return lambda: nulls_of_scores(values, grid, 1000, 0)
+    return lambda: cmi_nulls(values, grid, 1000, 0)
 
 
 def tau(models: int) -> Callable[[], Any]:

@@ -20,10 +20,10 @@ import sharpkit as sk
 from sharpkit.display import LINES, as_html, as_text
 from sharpkit.evaluation import (
     bootstrap_interval,
+    cmi_null,
     combined_predictor,
     compare_measures,
     granulated_kendall,
-    score_null,
     sign_error,
 )
 from sharpkit.files import atomic_path
@@ -88,7 +88,7 @@ RESULTS = {
     "ModelComparison": lambda: sk.compare_models(model(), model(), DATA, m=1, rho=0.1),
     "ModelEntry": lambda: sk.embedded_zoo()["fashion_mnist_14x14"]["0"],
     "PowerLaw": lambda: sk.measures.fit_power_law([1.0, 2.0, 3.0, 5.0, 8.0]),
-    "ScoreNull": lambda: score_null(VALUES, CONFIGS, shuffles=20),
+    "CMINull": lambda: cmi_null(VALUES, CONFIGS, shuffles=20),
     "Scores": scores,
     "SharpnessResult": lambda: sk.m_sharpness(model(), DATA, m=[1, 4], rho=0.1, progress=False),
     "SignError": lambda: sign_error(VALUES, CONFIGS),

@@ -29,20 +29,20 @@ from pathlib import Path
 import numpy as np
 
 from sharpkit.evaluation import STATISTICS
-from sharpkit.evaluation._grid import Floats, Grid
-from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation.chance import shuffles
+from sharpkit.evaluation.bootstrap import difference_interval
+from sharpkit.evaluation.grid import Floats, Grid
 from sharpkit.evaluation.intervals import (
-    Sampling,
     no_interval,
     observed_and_resampled,
-    rate,
     resample_weights,
 )
-from sharpkit.evaluation.null import nulls_of_scores
+from sharpkit.evaluation.null import cmi_nulls
+from sharpkit.evaluation.number_of_draws import Sampling
 from sharpkit.evaluation.permutation import p_values
-from sharpkit.evaluation.resampling import difference_interval
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.rating import rate
+from sharpkit.evaluation.shuffled_information import ShuffledInformation
+from sharpkit.evaluation.shuffles import random_orders
+from sharpkit.evaluation.sign_errors import Environments
 
 SHAPES = {
     18: (3, 3, 2),
@@ -143,17 +143,17 @@ def nulls(cell: Cell, rng: np.random.Generator, seed: int, shuffled: int) -> dic
     """P-values of both definitions."""
     effects = "none" if cell.relation == "noise" else "drawn"
     values, grid = zoo(rng, cell, 0.0, effects=effects)
-    found = nulls_of_scores(values, grid, shuffled, seed)
+    found = cmi_nulls(values, grid, shuffled, seed)
     return {"p": np.array([found[name][0].p_value for name in DEFINITIONS])}
 
 
 def power(cell: Cell, rng: np.random.Generator, seed: int, shuffled: int) -> dict[str, Floats]:
     """P-values of both definitions, and of shuffles among all models."""
     values, grid = zoo(rng, cell, float(cell.relation), effects="drawn")
-    found = nulls_of_scores(values, grid, shuffled, seed)
+    found = cmi_nulls(values, grid, shuffled, seed)
     own = [found[name][0].p_value for name in DEFINITIONS]
-    orders = shuffles(np.zeros(len(grid), dtype=np.int64), shuffled, seed)
-    scores = ShuffledScores.of(grid)
+    orders = random_orders(np.zeros(len(grid), dtype=np.int64), shuffled, seed)
+    scores = ShuffledInformation.of(grid)
     chance = scores(values[:, 0][orders])
     observed = scores(values.T)
     everywhere = [float(p_values(o, c[:, None])[0]) for o, c in zip(observed, chance, strict=True)]

@@ -1,43 +1,42 @@
-"""Scores of generalization measures on a zoo: conditional mutual information, ranks, intervals."""
+"""How well measures predict generalization: statistics, their intervals, and what noise has."""
 
-from sharpkit.evaluation.arguments import expected_direction
+from sharpkit.evaluation.bootstrap import (
+    Comparison,
+    Interval,
+    bootstrap_interval,
+    compare_measures,
+)
 from sharpkit.evaluation.cmi import CMIResult, conditional_mutual_information
-from sharpkit.evaluation.null import ScoreNull, score_null
-from sharpkit.evaluation.permutation import holm, permutation_p_value
-from sharpkit.evaluation.ranks import (
+from sharpkit.evaluation.correlations import (
     GranulatedKendall,
     granulated_kendall,
     kendall_tau,
     pearson,
     spearman,
 )
+from sharpkit.evaluation.directions import expected_direction
+from sharpkit.evaluation.null import CMINull, cmi_null
+from sharpkit.evaluation.permutation import holm, permutation_p_value
+from sharpkit.evaluation.rating_table import rate_by_hyperparameter, rate_measures
 from sharpkit.evaluation.regression import CombinedPredictor, combined_predictor, r_squared
-from sharpkit.evaluation.resampling import (
-    Comparison,
-    Interval,
-    bootstrap_interval,
-    compare_measures,
-)
-from sharpkit.evaluation.robustness import SignError, SignErrorSummary, sign_error
+from sharpkit.evaluation.sign_errors import SignError, SignErrorSummary, sign_error
 from sharpkit.evaluation.statistics import STATISTICS
-from sharpkit.evaluation.table import evaluate_hyperparameters, evaluate_measures
 
 __all__ = [
     "STATISTICS",
+    "CMINull",
     "CMIResult",
     "CombinedPredictor",
     "Comparison",
     "GranulatedKendall",
     "Interval",
-    "ScoreNull",
     "SignError",
     "SignErrorSummary",
     "bootstrap_interval",
+    "cmi_null",
     "combined_predictor",
     "compare_measures",
     "conditional_mutual_information",
-    "evaluate_hyperparameters",
-    "evaluate_measures",
     "expected_direction",
     "granulated_kendall",
     "holm",
@@ -45,7 +44,8 @@ __all__ = [
     "pearson",
     "permutation_p_value",
     "r_squared",
-    "score_null",
+    "rate_by_hyperparameter",
+    "rate_measures",
     "sign_error",
     "spearman",
 ]

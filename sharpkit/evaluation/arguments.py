@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation.statistics import SIGN_ERRORS, STATISTICS
+from sharpkit.evaluation.statistics import TABLE
 
 LEAST = 3  # models that a statistic needs
 LEAST_CERTAIN = 12  # models that an interval or a null needs
-DIRECTIONS = (1, -1, None)
 
 
 def check_resampling(count: int, confidence: float = 0.95, statistic: str = "kendall_tau") -> None:
@@ -18,41 +15,5 @@ def check_resampling(count: int, confidence: float = 0.95, statistic: str = "ken
         raise ArgumentError(f"{count} resamples or permutations: expected at least 1")
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence = {confidence}: expected a number between 0 and 1")
-    if statistic not in STATISTICS:
-        raise ArgumentError(
-            f"unknown statistic {statistic!r}: expected one of {', '.join(STATISTICS)}"
-        )
-
-
-def check_direction(direction: int | None, statistic: str = "kendall_tau") -> None:
-    """Raise ArgumentError for a direction that is none, or None where one is needed."""
-    if direction not in DIRECTIONS:
-        raise ArgumentError(f"direction = {direction!r}: expected 1, -1 or None")
-    if direction is None and statistic in SIGN_ERRORS:
-        raise ArgumentError(f"{statistic} needs a direction: expected 1 or -1, got None")
-
-
-def expected_direction(measure: Any) -> int | None:
-    """The attribute `direction` of a measure: 1 if it has none.
-
-    1 says that large values should mean a large gap, -1 that they should mean a small one, None
-    that nothing is expected.
-
-    Args:
-        measure: Any object.
-
-    Returns:
-        1, -1 or None.
-
-    Raises:
-        ArgumentError: If the attribute is something else.
-
-    Example:
-        >>> class Margin:
-        ...     direction = -1
-        >>> expected_direction(Margin()), expected_direction(len)
-        (-1, 1)
-    """
-    direction: int | None = getattr(measure, "direction", 1)
-    check_direction(direction)
-    return direction
+    if statistic not in TABLE:
+        raise ArgumentError(f"unknown statistic {statistic!r}: expected one of {', '.join(TABLE)}")

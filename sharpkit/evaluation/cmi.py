@@ -19,8 +19,8 @@ import numpy as np
 
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation._cells import CellMap, program_minimum
-from sharpkit.evaluation._grid import (
+from sharpkit.evaluation.competition_program import CellMap, program_minimum
+from sharpkit.evaluation.grid import (
     Bools,
     Configs,
     Floats,
@@ -32,7 +32,7 @@ from sharpkit.evaluation._grid import (
     read_configs,
     read_measure,
 )
-from sharpkit.evaluation._pairs import (
+from sharpkit.evaluation.pair_counts import (
     INSIDE_LOG,
     count_pairs,
     gap_entropy,
@@ -42,8 +42,6 @@ from sharpkit.evaluation._pairs import (
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DEFINITIONS = ("pgdl", "jiang")
 
 
 @readable(
@@ -150,12 +148,12 @@ def conditional_mutual_information(
     grid = read_configs(configs)
     if definition == "jiang":
         values, comparable = read_comparable(measure, grid)
-        return jiang_score(values, comparable)
+        return cmi_jiang(values, comparable)
     values, present = read_measure(measure, grid)
     if not present.any():
         raise ScoreError(f"the measure has no value for any of the {len(grid)} models")
     _warn_of_quirks(values, present, grid)
-    return pgdl_score(values[present], grid.take(present))
+    return cmi_pgdl(values[present], grid.take(present))
 
 
 def set_name(names: Sequence[str]) -> str:
@@ -163,7 +161,7 @@ def set_name(names: Sequence[str]) -> str:
     return ",".join(names) or "(none)"
 
 
-def pgdl_score(values: Floats, grid: Grid) -> CMIResult:
+def cmi_pgdl(values: Floats, grid: Grid) -> CMIResult:
     """The competition's score of one value per model (models,); no id is looked up."""
     pairs = list(itertools.combinations(range(len(grid.names)), 2))
     groups = [grid.groups(pair) for pair in pairs]
@@ -190,7 +188,7 @@ def pgdl_score(values: Floats, grid: Grid) -> CMIResult:
     return CMIResult(score, argmin, sets, "pgdl", len(grid))
 
 
-def jiang_score(values: Floats, grid: Grid) -> CMIResult:
+def cmi_jiang(values: Floats, grid: Grid) -> CMIResult:
     """The paper's score of one value per model (models,), no NaN among them."""
     sets = [s for size in (0, 1, 2) for s in itertools.combinations(range(len(grid.names)), size)]
     groups = [grid.groups(s) for s in sets]
@@ -281,3 +279,8 @@ def _warn_of_outcome(score: float, empty: Sequence[str], skipped: int, grid: Gri
             UserWarning,
             stacklevel=4,
         )
+
+
+# of one value per model, quirks included; the statistics of resamples do without them
+EXACT = {"pgdl": cmi_pgdl, "jiang": cmi_jiang}
+DEFINITIONS = tuple(EXACT)

@@ -1,7 +1,7 @@
-"""What a measure without information scores: the null of a conditional mutual information.
+"""What a measure without information has: the null of a conditional mutual information.
 
-A mutual information is never negative, so noise has a score above 0, and a measure that merely
-follows the hyperparameters one above that of noise. Both are found by shuffling the measure.
+A mutual information is never negative, so that of noise is above 0, and that of a measure that
+merely follows the hyperparameters above that of noise. Both are found by shuffling the measure.
 """
 
 from __future__ import annotations
@@ -13,44 +13,41 @@ import numpy as np
 
 from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation._dominance import MANY
-from sharpkit.evaluation._grid import Configs, Floats, Grid, Ints, Measure, read_comparable
-from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation._threads import in_threads
 from sharpkit.evaluation.arguments import LEAST_CERTAIN
+from sharpkit.evaluation.cmi import DEFINITIONS
+from sharpkit.evaluation.correlations import mean_ranks
+from sharpkit.evaluation.grid import Configs, Floats, Grid, Ints, Measure, read_comparable
 from sharpkit.evaluation.permutation import p_values
-from sharpkit.evaluation.ranks import mean_ranks
+from sharpkit.evaluation.shuffled_information import ShuffledInformation
+from sharpkit.evaluation.sorted_pairs import MANY
+from sharpkit.evaluation.threads import in_threads
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_DEFINITIONS = ("pgdl", "jiang")
-EMPTY_CELLS = "empty cells"
-TOO_FEW_HYPERPARAMETERS = "fewer than two hyperparameters"
-
 
 @readable(
     lambda s: (
-        f"{s.score:.4g}, of {s.shuffles} shuffles mean {s.mean:.4g} and 95th percentile "
+        f"{s.value:.4g}, of {s.shuffles} shuffles mean {s.mean:.4g} and 95th percentile "
         f"{s.percentile_95:.4g}, p = {s.p_value:.2g}{s.note and f', {s.note}'}"
     ),
     brief=True,
 )
 @dataclass(frozen=True)
-class ScoreNull:
-    """A score beside the scores of shuffled measures.
+class CMINull:
+    """A conditional mutual information beside that of shuffled measures.
 
     Attributes:
-        score: Of the measure.
-        mean: Mean score of the shuffles; NaN, as all that follows, where `note` says why.
-        percentile_95: The score that 5 % of the shuffles exceed.
-        p_value: Share of the shuffles that reach the score, the measure itself counted in.
-        adjusted: (score − mean) / (1 − mean): 0 for what shuffles have on average, 1 at best.
+        value: Of the measure.
+        mean: Of the shuffles; NaN, as all that follows, where `note` says why.
+        percentile_95: What 5 % of the shuffles exceed.
+        p_value: Share of the shuffles that reach the value, the measure itself counted in.
+        adjusted: (value − mean) / (1 − mean): 0 for what shuffles have on average, 1 at best.
         shuffles: How many.
         note: Why there is no null; empty if there is one.
     """
 
-    score: float
+    value: float
     mean: float
     percentile_95: float
     p_value: float
@@ -63,14 +60,14 @@ class ScoreNull:
         return one_row(self)
 
 
-def score_null(
+def cmi_null(
     measure: Measure,
     configs: Configs,
     definition: str = "pgdl",
     *,
     shuffles: int = 1000,
     seed: int = 0,
-) -> ScoreNull:
+) -> CMINull:
     """Is a conditional mutual information more than noise and hyperparameters give?
 
     The null hypothesis: the measure is what the hyperparameters explain, plus noise that has
@@ -91,7 +88,7 @@ def score_null(
     attained at a set that the measure's noise has chosen, so that shuffles within its cells are too
     seldom reached if there are no effects, and too often if there are many.
 
-    Models without a value or a gap are left out, as in `evaluate_measures`.
+    Models without a value or a gap are left out, as in `rate_measures`.
 
     Time: about 0.2 ms per shuffle of 96 models and 4 ms per shuffle of 1,000.
 
@@ -103,7 +100,7 @@ def score_null(
         seed: Determines them.
 
     Returns:
-        ScoreNull: The score, the mean and 95th percentile of the null, p-value, adjusted score.
+        CMINull: The value, mean and 95th percentile of the null, p-value, adjusted value.
 
     Raises:
         ScoreError: If fewer than two models can be compared, or the input is unusable.
@@ -127,52 +124,52 @@ def score_null(
         ...     }
         ...     for k in range(32)
         ... }
-        >>> noise = score_null(dict(enumerate(rng.random(32))), configs, shuffles=99)
-        >>> noise.score < noise.percentile_95
+        >>> noise = cmi_null(dict(enumerate(rng.random(32))), configs, shuffles=99)
+        >>> noise.value < noise.percentile_95
         True
         >>> good = {k: k + 8 * rng.random() for k in range(32)}
-        >>> score_null(good, configs, shuffles=99).p_value
+        >>> cmi_null(good, configs, shuffles=99).p_value
         0.01
     """
-    if definition not in _DEFINITIONS:
+    if definition not in DEFINITIONS:
         raise ArgumentError(f"unknown definition {definition!r}: expected 'pgdl' or 'jiang'")
     if shuffles < 1:
         raise ArgumentError(f"shuffles = {shuffles}: expected at least 1")
     values, grid = read_comparable(measure, configs)
-    return nulls_of_scores(values[:, None], grid, shuffles, seed)[definition][0]
+    return cmi_nulls(values[:, None], grid, shuffles, seed)[definition][0]
 
 
-def nulls_of_scores(
-    values: Floats, grid: Grid, shuffles: int, seed: int
-) -> dict[str, list[ScoreNull]]:
+def cmi_nulls(values: Floats, grid: Grid, shuffles: int, seed: int) -> dict[str, list[CMINull]]:
     """Null of each measure (models, measures) by both definitions: definition -> one per measure.
 
     The measures share the random orders of their residuals.
     """
     n = len(grid)
     effects = _effects(grid)
-    scores = ShuffledScores.of(grid)
+    information = ShuffledInformation.of(grid)
     orders = np.random.default_rng(seed).random((shuffles, n)).argsort(axis=1)
     ties = np.random.default_rng([seed, 1]).random((shuffles, n))
-    few = f"fewer than {LEAST_CERTAIN} models"
-    if n >= LEAST_CERTAIN and effects.shape[1] > n // 2:
+    few = ""
+    if n < LEAST_CERTAIN:
+        few = f"fewer than {LEAST_CERTAIN} models"
+    elif effects.shape[1] > n // 2:
         few = "too few models for the values of the hyperparameters"
-    found: dict[str, list[ScoreNull]] = {name: [] for name in _DEFINITIONS}
+    found: dict[str, list[CMINull]] = {name: [] for name in DEFINITIONS}
 
     def of_measure(column: Floats) -> tuple[tuple[Floats, Floats], tuple[Floats, Floats] | None]:
-        known = n >= LEAST_CERTAIN and effects.shape[1] <= n // 2
-        shuffled = explained_shuffles(column, effects, orders, ties) if known else None
-        return scores(column[None]), None if shuffled is None else scores(shuffled)
+        observed = information(column[None])
+        if few:
+            return observed, None
+        return observed, information(explained_shuffles(column, effects, orders, ties))
 
     # of many models the shuffles of one measure share the cores instead
     each = in_threads if n <= MANY else lambda function, items: [function(i) for i in items]
     for observed, chance in each(of_measure, list(values.T)):
-        for k, name in enumerate(_DEFINITIONS):
+        for k, name in enumerate(DEFINITIONS):
             value = float(observed[k][0])
-            if np.isnan(value):
-                found[name].append(_none(value, shuffles, _undefined(name, grid)))
-            elif chance is None:
-                found[name].append(_none(value, shuffles, few))
+            note = no_value(name, grid) if np.isnan(value) else few
+            if chance is None or note:
+                found[name].append(_none(value, shuffles, note))
             else:
                 found[name].append(_null(value, chance[k]))
     return found
@@ -204,9 +201,9 @@ def explained_shuffles(values: Floats, effects: Floats, orders: Ints, ties: Floa
     return np.asarray(dealt, dtype=np.float64)
 
 
-def adjusted_score(score: float, null_mean: float) -> float:
-    """(score − null mean) / (1 − null mean); NaN where the null leaves nothing to gain."""
-    return (score - null_mean) / (1 - null_mean) if null_mean < 1 else float("nan")
+def adjusted_for_noise(value: float, null_mean: float) -> float:
+    """(value − null mean) / (1 − null mean); NaN where the null leaves nothing to gain."""
+    return (value - null_mean) / (1 - null_mean) if null_mean < 1 else float("nan")
 
 
 def _effects(grid: Grid) -> Floats:
@@ -219,24 +216,25 @@ def _effects(grid: Grid) -> Floats:
     return spanned
 
 
-def _null(score: float, chance: Floats) -> ScoreNull:
+def _null(value: float, chance: Floats) -> CMINull:
     mean = float(chance.mean())
-    return ScoreNull(
-        score,
+    return CMINull(
+        value,
         mean,
         float(np.quantile(chance, 0.95)),
-        float(p_values(np.array([score]), chance[:, None])[0]),
-        adjusted_score(score, mean),
+        float(p_values(np.array([value]), chance[:, None])[0]),
+        adjusted_for_noise(value, mean),
         len(chance),
     )
 
 
-def _none(score: float, shuffles: int, note: str) -> ScoreNull:
+def _none(value: float, shuffles: int, note: str) -> CMINull:
     nan = float("nan")
-    return ScoreNull(score, nan, nan, nan, nan, shuffles, note)
+    return CMINull(value, nan, nan, nan, nan, shuffles, note)
 
 
-def _undefined(definition: str, grid: Grid) -> str:
+def no_value(definition: str, grid: Grid) -> str:
+    """Why a mutual information has no value in this zoo, where it has none."""
     if definition == "jiang":
         return "no entropy of the gap"
-    return EMPTY_CELLS if len(grid.names) > 1 else TOO_FEW_HYPERPARAMETERS
+    return "empty cells" if len(grid.names) > 1 else "fewer than two hyperparameters"

@@ -8,24 +8,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation._grid import Configs, Floats, Measure, read_comparable
-from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
-from sharpkit.evaluation.chance import (
-    chance_statistics,
-    permuted_kendall,
-    shuffles,
-    unrestricted_chance,
-)
-from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
-
-__all__ = [
-    "holm",
-    "p_values",
-    "permutation_p_value",
-    "permuted_kendall",
-    "shuffles",
-    "sided_p_values",
-]
+from sharpkit.evaluation.arguments import LEAST, check_resampling
+from sharpkit.evaluation.directions import by_direction, check_direction
+from sharpkit.evaluation.grid import Configs, Floats, Measure, read_comparable
+from sharpkit.evaluation.shuffled_statistics import chance_statistics
+from sharpkit.evaluation.shuffles import random_orders
+from sharpkit.evaluation.statistics import TABLE
 
 
 def permutation_p_value(
@@ -46,7 +34,7 @@ def permutation_p_value(
     p = (1 + number of shuffles that reach the observed value) / (1 + permutations), which is valid
     at any number of shuffles. It is one-sided: only an order in the expected direction counts. With
     direction None, it is twice the smaller of both one-sided values. For a conditional mutual
-    information, `score_null` keeps what the hyperparameters explain.
+    information, `cmi_null` keeps what the hyperparameters explain.
 
     Args:
         measure: Mapping or Series of model id -> value; models without one are left out.
@@ -87,10 +75,10 @@ def permutation_p_value(
     if unknown:
         raise ArgumentError(f"within = {list(within)}: the zoo has {', '.join(grid.names)}")
     strata = grid.groups([grid.names.index(name) for name in within])
-    orders = shuffles(strata, permutations, seed)
-    sign = -1.0 if direction == -1 and statistic in SIGN_ERRORS else 1.0
-    score = chance_statistics if within else unrestricted_chance
-    observed, chance = score(sign * values[:, None], grid, orders, [statistic])[statistic]
+    orders = random_orders(strata, permutations, seed)
+    ((_, turned, _),) = by_direction(values[:, None], [direction], [statistic])
+    found = chance_statistics(turned, grid, orders, [statistic], among_all=not within)
+    observed, chance = found[statistic]
     return float(sided_p_values(statistic, observed, chance, [direction])[0])
 
 

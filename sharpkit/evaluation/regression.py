@@ -15,13 +15,13 @@ from numpy.typing import ArrayLike
 
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation._dominance import MANY, Dominance, dense_ranks
-from sharpkit.evaluation._grid import Configs, Floats, Ints, listed, read_configs, read_measure
-from sharpkit.evaluation._many import weighted_agreement
 from sharpkit.evaluation.arguments import LEAST, check_resampling
+from sharpkit.evaluation.bootstrap import Interval
+from sharpkit.evaluation.correlations import aligned, kendall_tau
+from sharpkit.evaluation.grid import Configs, Floats, Ints, listed, read_configs, read_measure
 from sharpkit.evaluation.intervals import interval_ends, resample_weights
-from sharpkit.evaluation.ranks import aligned, kendall_tau
-from sharpkit.evaluation.resampling import Interval
+from sharpkit.evaluation.resampled_by_sorting import weighted_agreement
+from sharpkit.evaluation.sorted_pairs import MANY, Dominance, dense_ranks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,14 +95,16 @@ class CombinedPredictor:
     coefficients: Mapping[str, float]
     penalty: float
 
+    @property
+    def statistics(self) -> tuple[Interval, Interval]:
+        """R² and Kendall's tau."""
+        return self.r_squared, self.kendall_tau
+
     def frame(self) -> pd.DataFrame:
         """One row per statistic: statistic, value, low, high, models."""
         import pandas as pd
 
-        rows = [
-            (s.statistic, s.value, s.low, s.high, s.models)
-            for s in (self.r_squared, self.kendall_tau)
-        ]
+        rows = [(s.statistic, s.value, s.low, s.high, s.models) for s in self.statistics]
         return pd.DataFrame(rows, columns=["statistic", "value", "low", "high", "models"])
 
 

@@ -1,21 +1,33 @@
-"""The statistics that rate a measure: one table of their names and properties."""
+"""The statistics that rate a measure: one table of what they are and how they are computed.
+
+Everything that evaluates, draws or writes statistics reads `TABLE`. A statistic of one's own is one
+more entry; `one_by_one` makes it of a plain function.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats
+from sharpkit.evaluation import (
+    resampled_formulas as resampled,
+    shuffled_by_pairs as shuffled,
+    shuffled_by_sorting as many,
+)
+from sharpkit.evaluation.grid import Floats, Grid, Ints
+from sharpkit.evaluation.resampled_formulas import Draws, OfMeasure
+from sharpkit.evaluation.shuffles import Chance, Shuffles
 
 Transform: TypeAlias = Callable[[Floats], Floats]
+OfShuffles: TypeAlias = Callable[[Floats, Shuffles], tuple[Chance, ...]]
 
 
-@dataclass(frozen=True)
-class Scale:
+class Scale(NamedTuple):
     """Where a statistic's spread depends least on its value, so that an interval is symmetric.
 
     Attributes:
@@ -35,6 +47,55 @@ ROOT = Scale(lambda x: np.sqrt(np.maximum(x, 0.0)), lambda z: np.square(np.maxim
 UNEXPLAINED = Scale(lambda x: -np.log(np.maximum(1 - x, _EDGE)), lambda z: 1 - np.exp(-z))
 
 
+class Computation(NamedTuple):
+    """How statistics that rest on the same sums are computed, of many draws at once.
+
+    Attributes:
+        resampled: From a batch of weightings of the models, the function of a measure that gives
+            each statistic (batch,).
+        shuffled: From measures (models, measures) and shuffles, the chance of each statistic.
+        shuffled_among_many: The same where many models are shuffled without strata; None for the
+            same function.
+    """
+
+    resampled: Callable[[Draws], OfMeasure]
+    shuffled: OfShuffles
+    shuffled_among_many: OfShuffles | None = None
+
+
+def one_by_one(function: Callable[[Floats, Grid, Ints], float]) -> Computation:
+    """The computation of a statistic from a function of one measure, called for every draw.
+
+    Args:
+        function: Of the values (models,), the models (`gap` and the codes of hyperparameters), and
+            how often each model counts (models,), whole numbers of which some are 0.
+
+    Example:
+        >>> def same_side(values, grid, weights):  # of the means
+        ...     means = (np.average(v, weights=weights) for v in (values, grid.gap))
+        ...     x, y = (v > mean for v, mean in zip((values, grid.gap), means))
+        ...     return np.average(x == y, weights=weights)
+        >>> entry = Statistic("same_side", "same side of the mean", one_by_one(same_side), low=0.0)
+        >>> entry.title, entry.range
+        ('same side of the mean', (0.0, 1.0))
+    """
+
+    def of_draws(draws: Draws) -> OfMeasure:
+        grid, weights = draws.compared.grid, draws.weights.astype(np.int64)
+        return lambda measure: (np.array([function(measure.values, grid, w) for w in weights]),)
+
+    def of_shuffles(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
+        grid = shuffles.compared.grid
+        once = np.ones(len(grid), dtype=np.int64)
+
+        def of_measure(column: Floats, orders: Ints) -> tuple[Floats, ...]:
+            return (np.array([function(column[order], grid, once) for order in orders]),)
+
+        return shuffled.one_by_one(of_measure, values, shuffles)
+
+    return Computation(of_draws, of_shuffles)
+
+
 @dataclass(frozen=True)
 class Statistic:
     """What is to know about a statistic.
@@ -42,67 +103,114 @@ class Statistic:
     Attributes:
         name: Its column.
         label: On figures and pages.
+        computation: How it is computed.
+        result: Which of the results of the computation it is.
         low: Smallest value.
         high: Largest value.
         scale: Of its intervals.
         no_relation: Its expectation for a measure unrelated to the gap; None where it depends on
             the zoo and is estimated by shuffling.
-        lower_is_better: Whether small values are the good ones.
         directed: Whether it tells a measure from its opposite.
-        conditioning_set: Whether it is a minimum over conditioning sets.
+        lower_is_better: Whether it counts errors: of a measure in its expected direction, so that
+            there are none of a measure without one.
+        definition: Of a conditional mutual information, "pgdl" or "jiang". It is a minimum over
+            conditioning sets, and its null keeps what the hyperparameters explain.
+        one_change: Whether it compares only models that differ in one hyperparameter.
         worst_case: Whether it rests on few pairs of models, those of the worst environments.
+        below_its_mean: Whether it may lie below its mean over zoos, by up to what it is without a
+            relation; the upper ends of intervals are raised by as much.
+        p_value: Column of its p-value in the tables; empty if they have none.
         percent: Whether it is shown in per cent.
+        shown: Whether the report's table of measures has it, "page", and the text that `sharpkit
+            evaluate` prints, "summary"; figures and files have all.
     """
 
     name: str
     label: str
+    computation: Computation
+    result: int = 0
     low: float = -1.0
     high: float = 1.0
-    scale: Scale = FISHER
-    no_relation: float | None = 0.0
-    lower_is_better: bool = False
+    scale: Scale = PLAIN
+    no_relation: float | None = None
     directed: bool = True
-    conditioning_set: bool = False
+    lower_is_better: bool = False
+    definition: str = ""
+    one_change: bool = False
     worst_case: bool = False
+    below_its_mean: bool = False
+    p_value: str = ""
     percent: bool = False
+    shown: Collection[str] = ("page", "summary")
 
     @property
     def range(self) -> tuple[float, float]:
         """Smallest and largest value."""
         return self.low, self.high
 
+    @property
+    def factor(self) -> float:
+        """What it is multiplied with where it is shown."""
+        return 100.0 if self.percent else 1.0
 
-def _information(name: str, label: str) -> Statistic:
-    return Statistic(
-        name, label, 0.0, 1.0, ROOT, None, directed=False, conditioning_set=True, percent=True
-    )
-
-
-def _error(name: str, label: str, *, worst_case: bool = True) -> Statistic:
-    expected = None if worst_case else 0.5
-    return Statistic(
-        name, label, 0.0, 1.0, PLAIN, expected, lower_is_better=True, worst_case=worst_case
-    )
+    @property
+    def title(self) -> str:
+        """Label and unit."""
+        return f"{self.label} (%)" if self.percent else self.label
 
 
+_INFORMATION = Computation(resampled.mutual_information, shuffled.mutual_information)
+_KENDALL = Computation(resampled.kendall, shuffled.kendall, many.kendall)
+_GRANULATED = Computation(
+    resampled.granulated_kendall, shuffled.granulated_kendall, many.granulated_kendall
+)
+_SPEARMAN = Computation(resampled.spearman, shuffled.spearman, many.spearman)
+_PEARSON = Computation(resampled.pearson, shuffled.pearson, many.pearson)
+_HELD_OUT = Computation(resampled.r_squared, shuffled.r_squared, many.r_squared)
+_ERRORS = Computation(resampled.sign_errors, shuffled.sign_errors, many.sign_errors)
+
+_information = functools.partial(
+    Statistic, computation=_INFORMATION, low=0.0, scale=ROOT, directed=False, percent=True
+)
+_correlation = functools.partial(Statistic, scale=FISHER, no_relation=0.0)
+_error = functools.partial(
+    Statistic, computation=_ERRORS, low=0.0, lower_is_better=True, one_change=True
+)
 _ALL = (
-    _information("cmi_pgdl", "mutual information, PGDL"),
-    _information("cmi_jiang", "mutual information, Jiang"),
-    Statistic("kendall_tau", "Kendall’s τ"),
-    Statistic("kendall_tau_b", "Kendall’s τ-b"),
-    Statistic("granulated_kendall", "granulated Kendall"),
-    Statistic("spearman", "Spearman’s ρ"),
-    Statistic("pearson", "Pearson’s r"),
-    Statistic(
-        "r_squared", "R², held out", -math.inf, 1.0, UNEXPLAINED, no_relation=None, directed=False
+    _information(
+        "cmi_pgdl", "mutual information, PGDL", definition="pgdl", p_value="cmi_pgdl_p_value"
     ),
-    _error("sign_error", "sign-error, mean", worst_case=False),
-    _error("sign_error_90", "sign-error, 90 %"),
-    _error("sign_error_max", "sign-error, worst"),
+    _information(
+        "cmi_jiang",
+        "mutual information, Jiang",
+        result=1,
+        definition="jiang",
+        p_value="cmi_jiang_p_value",
+    ),
+    _correlation("kendall_tau", "Kendall’s τ", _KENDALL, p_value="p_value"),
+    _correlation("kendall_tau_b", "Kendall’s τ-b", _KENDALL, result=1, shown=()),
+    _correlation("granulated_kendall", "granulated Kendall", _GRANULATED, one_change=True),
+    _correlation("spearman", "Spearman’s ρ", _SPEARMAN, shown=()),
+    _correlation("pearson", "Pearson’s r", _PEARSON, shown=()),
+    Statistic(
+        "r_squared",
+        "R², held out",
+        _HELD_OUT,
+        low=-math.inf,
+        scale=UNEXPLAINED,
+        directed=False,
+        below_its_mean=True,
+    ),
+    _error("sign_error", "sign-error, mean", no_relation=0.5),
+    _error("sign_error_90", "sign-error, 90 %", result=1, worst_case=True, shown=("page",)),
+    _error("sign_error_max", "sign-error, worst", result=2, worst_case=True, shown=()),
 )
 TABLE = {statistic.name: statistic for statistic in _ALL}
 STATISTICS = tuple(TABLE)
-SIGN_ERRORS = tuple(name for name in TABLE if name.startswith("sign_error"))
-LOWER_IS_BETTER = tuple(s.name for s in _ALL if s.lower_is_better)
-RANGES = {s.name: s.range for s in _ALL}
-LABELS = {s.name: s.label for s in _ALL}
+# figures show the first that is defined, and tables are in its order
+HEADLINES = ("cmi_pgdl", "kendall_tau")
+
+
+def computations(statistics: Sequence[str]) -> list[Computation]:
+    """Those of the statistics, each once."""
+    return list(dict.fromkeys(TABLE[name].computation for name in statistics))

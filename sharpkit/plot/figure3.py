@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import ArgumentError
+from sharpkit.evaluation.statistics import HEADLINES
 from sharpkit.plot.predictive_power import draw_predictive_power
 from sharpkit.plot.spectrum import draw_density, limit_densities
 
@@ -30,7 +31,7 @@ def figure3(
     spectra: pd.DataFrame | None = None,
     test_error: pd.DataFrame | None = None,
     predictive_power: pd.DataFrame | None = None,
-    statistic: str = "cmi_pgdl",
+    statistic: str = HEADLINES[0],
     figure: Figure | SubFigure | None = None,
 ) -> Figure:
     """Draw the panels whose tables are given; the tables are those of `sharpkit.figure3`.

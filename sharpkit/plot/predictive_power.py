@@ -7,30 +7,30 @@ from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation.legend import write_with_legend
-from sharpkit.evaluation.statistics import TABLE
+from sharpkit.evaluation.statistics import HEADLINES, TABLE
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# lines whose scores differ by more than this factor get a y axis of their own
+# lines whose values differ by more than this factor get a y axis of their own
 _OWN_AXIS = 2.5
-_NOISE = "what noise scores: mean to 95th percentile"
+_NOISE = "noise: mean to 95th percentile"
 
 
 def predictive_power(
     table: pd.DataFrame,
     out: str | Path | None = None,
     *,
-    statistic: str = "cmi_pgdl",
+    statistic: str = HEADLINES[0],
     ax: Axes | None = None,
 ) -> Figure:
-    """Score against m on a log-2 axis, one line per task, with 95 % bands over models.
+    """Predictive power against m on a log-2 axis, one line per task, with 95 % bands over models.
 
-    The grey band is what noise scores, from the mean of the null to its 95th percentile (over all
-    lines of an axis, the lowest mean and the highest percentile); a score within it is no evidence.
-    Tasks whose scores are of different size are drawn on two y axes, as in the paper.
+    The grey band is noise, from the mean of the null to its 95th percentile (over all
+    lines of an axis, the lowest mean and the highest percentile); a value within it is no evidence.
+    Tasks whose values are of different size are drawn on two y axes, as in the paper.
 
     Args:
         table: From `sharpkit.evaluate`; the rows that have an m.
@@ -121,12 +121,11 @@ def _plotted(table: pd.DataFrame, statistic: str) -> pd.DataFrame:
 
 
 def _factor(statistic: str) -> float:
-    return 100.0 if statistic in TABLE and TABLE[statistic].percent else 1.0
+    return TABLE[statistic].factor if statistic in TABLE else 1.0
 
 
 def _title(statistic: str) -> str:
-    label = TABLE[statistic].label if statistic in TABLE else statistic
-    return f"{label} (%)" if _factor(statistic) > 1 else label
+    return TABLE[statistic].title if statistic in TABLE else statistic
 
 
 def _setting(rows: pd.DataFrame) -> str:
@@ -143,7 +142,7 @@ def _setting(rows: pd.DataFrame) -> str:
 
 
 def _axes(left: Axes, heights: dict[Any, float]) -> dict[Any, Axes]:
-    """The axis of each line: the smaller scores left, the larger right if they differ much."""
+    """The axis of each line: the smaller values left, the larger right if they differ much."""
     low, high = min(heights.values()), max(heights.values())
     if not low > 0 or high / low <= _OWN_AXIS:
         return dict.fromkeys(heights, left)
@@ -170,7 +169,7 @@ def _draw(axis: Axes, line: pd.DataFrame, statistic: str, colour: str, label: st
 
 
 def _draw_noise(axis: Axes, rows: pd.DataFrame, statistic: str) -> list[Any]:
-    """A grey band where noise scores; a line where its mean is the same in every zoo."""
+    """A grey band where noise is; a line where its mean is the same in every zoo."""
     mean, top = f"{statistic}_null_mean", f"{statistic}_null_95"
     if mean in rows and rows[mean].notna().any():
         by_m = rows.groupby("m")

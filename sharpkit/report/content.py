@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit.evaluation import CombinedPredictor, combined_predictor
-from sharpkit.evaluation._grid import Grid, read_configs, read_measure
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
-from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score
-from sharpkit.evaluation.draws import draws_note
+from sharpkit.evaluation.cmi import EXACT
+from sharpkit.evaluation.grid import Grid, read_configs, read_measure
+from sharpkit.evaluation.number_of_draws import draws_note
 from sharpkit.evaluation.regression import LEAST_COMBINED
-from sharpkit.evaluation.statistics import STATISTICS, TABLE
+from sharpkit.evaluation.statistics import HEADLINES, TABLE
 from sharpkit.report import figures, notes
-from sharpkit.report.labels import decimal, measure_label, number, records, titled
+from sharpkit.report.labels import decimal, measure_label, number, records
 from sharpkit.report.limits import MEASURES, said
 from sharpkit.report.models import ModelsTable, models_table, percent_gap
 from sharpkit.report.noise import noise_bands
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SECTIONS = {
     "ranking": "Ranking",
-    "m": "Score against m",
+    "m": "Predictive power against m",
     "models": "Models and measures",
     "scatter": "Measure and gap",
     "sets": "Conditioning sets",
@@ -178,7 +178,7 @@ def _rated(
 ) -> dict[str, Any]:
     """All that rests on the evaluation."""
     ranked = values[list(table["label"])]
-    usable = [s for s in STATISTICS if s in table and np.isfinite(table[s]).any()]
+    usable = [s for s in TABLE if s in table and np.isfinite(table[s]).any()]
     bands = noise_bands(columns_of(ranked, grid), grid, table, usable, seed)
     table = table.join(bands[[c for c in bands if c not in table]])
     choices = {}
@@ -215,8 +215,8 @@ def _draws(table: pd.DataFrame | None) -> dict[str, str]:
 
 
 def _best_first(table: pd.DataFrame) -> pd.DataFrame:
-    """By the score where there is one, by Kendall's tau otherwise."""
-    by = "cmi_pgdl" if np.isfinite(table["cmi_pgdl"]).any() else "kendall_tau"
+    """By the first headline that is defined."""
+    by = next((s for s in HEADLINES if np.isfinite(table[s]).any()), HEADLINES[-1])
     return table.sort_values(by, ascending=False, na_position="last", kind="stable").reset_index(
         drop=True
     )
@@ -230,44 +230,45 @@ def _sharpness_first(keys: pd.DataFrame) -> list[int]:
 
 
 def _choice(name: str, label: str, keys: Sequence[str], draw: Callable[[str], str]) -> Choice:
-    first = [k for k in ("cmi_pgdl", "kendall_tau") if k in keys][:1]
+    first = [k for k in HEADLINES if k in keys][:1]
     ordered = [*first, *(k for k in keys if k not in first)]
-    return Choice(name, label, {k: titled(k) for k in ordered}, {k: draw(k) for k in ordered})
+    titles = {k: TABLE[k].title for k in ordered}
+    return Choice(name, label, titles, {k: draw(k) for k in ordered})
 
 
 def _conditioning(values: pd.DataFrame, grid: Grid) -> Choice | None:
-    """Scores by conditioning set; None if no hyperparameter varies or nothing is defined."""
+    """Mutual information by conditioning set; None where nothing varies or is defined."""
     if not grid.varying():
         return None
-    drawn = {}
-    for definition in DEFINITIONS:
-        scores: dict[str, Mapping[tuple[str, ...], float]] = {}
+    titles, drawn = {}, {}
+    for statistic in (s for s in TABLE.values() if s.definition):
+        exact = EXACT[statistic.definition]
+        rows: dict[str, Mapping[tuple[str, ...], float]] = {}
         for label in values:
             column, present = read_measure(values[label], grid)
             present &= ~np.isnan(column) & ~np.isnan(grid.gap)
-            score = pgdl_score if definition == "pgdl" else jiang_score
             if present.sum() < LEAST:
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the evaluation has told
-                found = score(column[present], grid.take(present)).conditioning_sets
-            scores[str(label)] = _unordered(found)
-        known = {k for row in scores.values() for k, v in row.items() if np.isfinite(v)}
+                found = exact(column[present], grid.take(present)).conditioning_sets
+            rows[str(label)] = _unordered(found)
+        known = {k for row in rows.values() for k, v in row.items() if np.isfinite(v)}
         if known - {()}:  # given something
             shown = {
-                label: {k: v for k, v in row.items() if k in known} for label, row in scores.items()
+                label: {k: v for k, v in row.items() if k in known} for label, row in rows.items()
             }
-            drawn[definition] = figures.conditioning_sets(shown, "%")
-    titles = {name: TABLE[f"cmi_{name}"].label for name in drawn}
+            titles[statistic.definition] = statistic.label
+            drawn[statistic.definition] = figures.conditioning_sets(shown, "%")
     return Choice("sets", "Definition", titles, drawn) if drawn else None
 
 
 def _unordered(sets: Mapping[tuple[str, ...], float]) -> dict[tuple[str, ...], float]:
-    """Sets of which both orders have the same score, once; otherwise both."""
+    """Sets of which both orders have the same value, once; otherwise both."""
     kept: dict[tuple[str, ...], float] = {}
-    for names, score in sets.items():
-        if not _same(kept.get(names[::-1]), score):
-            kept[names] = score
+    for names, value in sets.items():
+        if not _same(kept.get(names[::-1]), value):
+            kept[names] = value
     return kept
 
 
@@ -293,7 +294,7 @@ def _shown(found: CombinedPredictor) -> dict[str, Any]:
         "models": found.r_squared.models,
         "statistics": [
             (TABLE[s.statistic].label, decimal(s.value), _ends(s.low, s.high))
-            for s in (found.r_squared, found.kendall_tau)
+            for s in found.statistics
         ],
         "heaviest": [name for name, _ in heaviest],
     }

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sharpkit.evaluation.statistics import TABLE
-from sharpkit.report.labels import decimal, factor, finite, number, plain, titled
+from sharpkit.report.labels import decimal, finite, number, plain
 from sharpkit.report.noise import ENDS
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def ranking(table: pd.DataFrame, statistic: str, setting: str) -> str:
         customdata=list(zip(labels, text, strict=True)),
         hovertemplate="<b>%{customdata[0]}</b><br>%{x:.2f} (%{customdata[1]})<extra></extra>",
     )
-    figure.update_xaxes(title=f"{titled(statistic)}<br><sup>{plain(setting)}</sup>", zeroline=True)
+    figure.update_xaxes(
+        title=f"{TABLE[statistic].title}<br><sup>{plain(setting)}</sup>", zeroline=True
+    )
     figure.update_yaxes(
         title={"text": "measure", "standoff": 12},
         tickmode="array",
@@ -108,21 +110,21 @@ def against_m(table: pd.DataFrame, statistic: str, setting: str) -> str:
         tickvals=ticks,
         ticktext=[number(m) for m in ticks],
     )
-    figure.update_yaxes(title=titled(statistic), zeroline=True, automargin=True)
+    figure.update_yaxes(title=TABLE[statistic].title, zeroline=True, automargin=True)
     return _json(figure)
 
 
 def _ends(rows: pd.DataFrame, statistic: str, ends: Sequence[str]) -> list[np.ndarray]:
     return [
-        factor(statistic) * rows[statistic + end].to_numpy(dtype=np.float64, na_value=np.nan)
+        TABLE[statistic].factor * rows[statistic + end].to_numpy(dtype=np.float64, na_value=np.nan)
         for end in ends
     ]
 
 
 def _noise_name(statistic: str) -> str:
     """What the grey of a figure is; a mutual information's begins at 0."""
-    low = "0" if TABLE[statistic].conditioning_set else "5 %"
-    return f"what noise scores: mean, {low} to 95 %"
+    low = "0" if TABLE[statistic].definition else "5 %"
+    return f"noise: mean, {low} to 95 %"
 
 
 def _add_noise_rows(figure: go.Figure, rows: pd.DataFrame, statistic: str) -> None:
@@ -220,20 +222,20 @@ def _add_band(
     )
 
 
-def conditioning_sets(scores: Mapping[str, Mapping[tuple[str, ...], float]], title: str) -> str:
+def conditioning_sets(rows: Mapping[str, Mapping[tuple[str, ...], float]], title: str) -> str:
     """Heat map of measures and conditioning sets, in per cent.
 
     Args:
-        scores: Label of a measure -> set -> conditional mutual information.
+        rows: Label of a measure -> set -> conditional mutual information.
         title: Of the colour bar.
     """
-    sets = list(dict.fromkeys(names for row in scores.values() for names in row))
-    z = [[finite(100 * row.get(names, np.nan)) for names in sets] for row in scores.values()]
+    sets = list(dict.fromkeys(names for row in rows.values() for names in row))
+    z = [[finite(100 * row.get(names, np.nan)) for names in sets] for row in rows.values()]
     columns = [plain(" + ".join(names) or "none") for names in sets]
     return _heat_map(
         z,
         columns,
-        [plain(label) for label in scores],
+        [plain(label) for label in rows],
         titles=("conditioning set", "measure"),
         colorscale="YlGnBu",
         zmin=0,

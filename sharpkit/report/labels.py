@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.evaluation.statistics import TABLE
-
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -29,21 +27,6 @@ class Cell:
     small: str = ""
     order: float | None = None
     title: str = ""
-
-
-def factor(statistic: str) -> float:
-    """What a statistic of the table is multiplied with where it is shown."""
-    return 100.0 if TABLE[statistic].percent else 1.0
-
-
-def titled(statistic: str) -> str:
-    """A statistic and its unit.
-
-    Example:
-        >>> titled("cmi_pgdl"), titled("kendall_tau")
-        ('mutual information, PGDL (%)', 'Kendall’s τ')
-    """
-    return TABLE[statistic].label + (" (%)" if TABLE[statistic].percent else "")
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Bools, Ints
+from sharpkit.evaluation.grid import Bools, Ints
 
 POINTS = 1000  # models in a scatter plot
 ROWS = 200  # of the table of models at a time

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Grid, normal_id
+from sharpkit.evaluation.grid import Floats, Grid, normal_id
 from sharpkit.report.labels import Cell, finite, number
 from sharpkit.report.limits import CELLS, ROWS, drawn, said
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Grid
 from sharpkit.evaluation.arguments import LEAST
-from sharpkit.evaluation.chance import shuffles, unrestricted_chance
-from sharpkit.evaluation.statistics import SIGN_ERRORS, TABLE
+from sharpkit.evaluation.directions import by_direction
+from sharpkit.evaluation.grid import Floats, Grid
+from sharpkit.evaluation.shuffled_statistics import chance_statistics
+from sharpkit.evaluation.shuffles import random_orders
+from sharpkit.evaluation.statistics import TABLE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,28 +43,24 @@ def noise_bands(
 
     found = np.full((len(table), len(statistics), 3), np.nan)
     usable = np.isfinite(values) & np.isfinite(grid.gap)[:, None]
-    shuffled = [name for name in statistics if not TABLE[name].conditioning_set]
-    signs = table["direction"].astype("Float64").fillna(np.nan).to_numpy(dtype=np.float64)
+    shuffled = [name for name in statistics if not TABLE[name].definition]
+    directions = [None if pd.isna(d) else int(d) for d in table["direction"]]
     for models in np.unique(usable, axis=1).T:
         if models.sum() < LEAST:
             continue
         members = np.flatnonzero((usable == models[:, None]).all(0))
         some, columns = grid.take(models), values[np.ix_(models, members)]
-        orders = shuffles(np.zeros(len(some), dtype=np.int64), _SHUFFLES, seed)
-        for errors in (False, True):
-            names = [name for name in shuffled if (name in SIGN_ERRORS) is errors]
-            # a measure without a direction has no sign-errors
-            known = members[np.isfinite(signs[members])] if errors else members
-            if not names or known.size == 0:
-                continue
-            kept = columns[:, np.isin(members, known)]
-            directed = kept * signs[known] if errors else kept
-            for name, (_, chance) in unrestricted_chance(directed, some, orders, names).items():
-                found[known, statistics.index(name)] = _band(chance, TABLE[name].no_relation)
+        orders = random_orders(np.zeros(len(some), dtype=np.int64), _SHUFFLES, seed)
+        expected = [directions[k] for k in members]
+        for names, turned, known in by_direction(columns, expected, shuffled):
+            chance = chance_statistics(turned, some, orders, names, among_all=True)
+            for name in names:
+                band = _band(chance[name][1], TABLE[name].no_relation)
+                found[members[known], statistics.index(name)] = band[known]
     columns = [name + end for name in statistics for end in ENDS]
     bands = pd.DataFrame(found.reshape(len(table), -1), index=table.index, columns=columns)
     for name in statistics:
-        if TABLE[name].conditioning_set:
+        if TABLE[name].definition:
             bands[f"{name}_noise_mean"] = table[f"{name}_null_mean"]
             bands[f"{name}_noise_high"] = table[f"{name}_null_95"]
             bands[f"{name}_noise_low"] = np.where(table[f"{name}_null_95"].notna(), 0.0, np.nan)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Grid, normal_id
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
+from sharpkit.evaluation.grid import Grid, normal_id
 from sharpkit.report.limits import COMPARED, drawn
 from sharpkit.report.models import reversals
 
@@ -58,13 +58,13 @@ def of_few(models: int, hyperparameters: int) -> list[str]:
         pairs = models * (models - 1) // 2
         found.append(
             f"Only {models} models, {pairs} pairs: too few for intervals, and for what noise "
-            f"scores in mutual information; both need {LEAST_CERTAIN}. Even a perfect order of "
+            f"has in mutual information; both need {LEAST_CERTAIN}. Even a perfect order of "
             f"{models} models comes about by chance once in {factorial(models):,} times."
         )
     if hyperparameters < 2:
         found.append(
-            f"{('No hyperparameter', 'One hyperparameter')[hyperparameters]} varies: scores that "
-            "need pairs of hyperparameters are left out."
+            f"{('No hyperparameter', 'One hyperparameter')[hyperparameters]} varies: statistics "
+            "that need pairs of hyperparameters are left out."
         )
     return found
 

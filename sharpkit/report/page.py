@@ -41,11 +41,11 @@ def write_report(
 ) -> Path:
     """Write the results of a run as one self-contained, interactive HTML page.
 
-    The ranking of the measures with intervals, score against m, each with what a measure without
-    information scores; the table of models and measures; each measure against the gap, coloured by
-    any hyperparameter; mutual information by conditioning set, correlations between measures, the
-    measures combined, failures, and what it takes to reproduce the run. What a run does not have is
-    left out, and below twelve models the table of models stands first.
+    The ranking of the measures with intervals, predictive power against m, each with what a measure
+    without information has; the table of models and measures; each measure against the gap,
+    coloured by any hyperparameter; mutual information by conditioning set, correlations between
+    measures, the measures combined, failures, and what it takes to reproduce the run. What a run
+    does not have is left out, and below twelve models the table of models stands first.
 
     Args:
         run: Directory of a run.

@@ -9,21 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpkit.evaluation.statistics import TABLE
-from sharpkit.report.labels import Cell, decimal, factor, finite, given, number, records, titled
+from sharpkit.evaluation.statistics import TABLE, Statistic
+from sharpkit.report.labels import Cell, decimal, finite, given, number, records
 
 if TYPE_CHECKING:
     import pandas as pd
 
-RANKED = (
-    "cmi_pgdl",
-    "cmi_jiang",
-    "kendall_tau",
-    "granulated_kendall",
-    "r_squared",
-    "sign_error",
-    "sign_error_90",
-)
 _DIRECTIONS = {1: "rises", -1: "falls"}
 
 
@@ -53,22 +44,21 @@ def ranking_table(table: pd.DataFrame) -> Ranking:
         ("models", False, [_models(row) for row in rows]),
         ("gap", False, [_direction(row) for row in rows]),
     ]
-    for name in RANKED:
-        label, lower = titled(name), TABLE[name].lower_is_better
-        columns.append((label, lower, [_statistic(row, name) for row in rows]))
-        if TABLE[name].conditioning_set:
+    ranked = [statistic for statistic in TABLE.values() if "page" in statistic.shown]
+    for s in ranked:
+        columns.append((s.title, s.lower_is_better, [_statistic(row, s) for row in rows]))
+        if s.definition:
             columns += [
-                (f"noise: {label}", False, [_noise(row, name) for row in rows]),
-                (f"adjusted: {label}", False, [_adjusted(row, name) for row in rows]),
-                (f"p: {TABLE[name].label}", True, [_p(row, f"{name}_p_value") for row in rows]),
+                (f"noise: {s.title}", False, [_noise(row, s) for row in rows]),
+                (f"adjusted: {s.title}", False, [_adjusted(row, s) for row in rows]),
             ]
-        if name == "kendall_tau":
-            columns.append((f"p: {label}", True, [_p(row, "p_value") for row in rows]))
+        if s.p_value:
+            columns.append((f"p: {s.label}", True, [_p(row, s.p_value) for row in rows]))
     kept = [c for c in columns if any(cell.order is not None or c[0] == "gap" for cell in c[2])]
     return Ranking(
         [(label, lower) for label, lower, _ in kept],
         [(str(row["label"]), [c[2][k] for c in kept]) for k, row in enumerate(rows)],
-        _interval_notes(rows, [name for name in RANKED if titled(name) in {c[0] for c in kept}]),
+        _interval_notes(rows, [s.name for s in ranked if s.title in {c[0] for c in kept}]),
     )
 
 
@@ -92,7 +82,8 @@ def reasons(note: Any) -> dict[str, str]:
 
 def interval(row: Mapping[str, Any], statistic: str) -> str:
     """The interval of a row's statistic, or why there is none; empty without a value."""
-    value, low, high = (row[statistic + end] * factor(statistic) for end in ("", "_low", "_high"))
+    factor = TABLE[statistic].factor
+    value, low, high = (row[statistic + end] * factor for end in ("", "_low", "_high"))
     if not math.isfinite(value):
         return ""
     if math.isfinite(low) and math.isfinite(high):
@@ -112,23 +103,23 @@ def _direction(row: Mapping[str, Any]) -> Cell:
     return Cell(_DIRECTIONS[int(direction)] if known and direction is not None else "either")
 
 
-def _statistic(row: Mapping[str, Any], name: str) -> Cell:
-    value = row[name] * factor(name)
-    worst = row.get(f"{name}_set")
+def _statistic(row: Mapping[str, Any], s: Statistic) -> Cell:
+    value = row[s.name] * s.factor
+    worst = row.get(f"{s.name}_set")
     title = f"minimum given {worst}" if worst else ""
-    shown = interval(row, name)
+    shown = interval(row, s.name)
     small = "" if shown.startswith("no ") else shown
     return Cell(decimal(value), small, finite(value), title)
 
 
-def _noise(row: Mapping[str, Any], name: str) -> Cell:
-    mean, high = (factor(name) * row[f"{name}_null_{end}"] for end in ("mean", "95"))
+def _noise(row: Mapping[str, Any], s: Statistic) -> Cell:
+    mean, high = (s.factor * row[f"{s.name}_null_{end}"] for end in ("mean", "95"))
     small = f"95 % below {decimal(high)}" if math.isfinite(high) else ""
     return Cell(decimal(mean), small, finite(mean))
 
 
-def _adjusted(row: Mapping[str, Any], name: str) -> Cell:
-    value = factor(name) * row[f"{name}_adjusted"]
+def _adjusted(row: Mapping[str, Any], s: Statistic) -> Cell:
+    value = s.factor * row[f"{s.name}_adjusted"]
     return Cell(decimal(value), "", finite(value))
 
 

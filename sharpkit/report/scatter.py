@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Grid, read_measure
+from sharpkit.evaluation.grid import Floats, Grid, read_measure
 from sharpkit.evaluation.statistics import TABLE
 from sharpkit.report import figures
 from sharpkit.report.labels import decimal, finite, number, records

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation import combined_predictor, evaluate_measures
+from sharpkit.evaluation import combined_predictor, rate_measures
 from sharpkit.evaluation.arguments import LEAST
 from sharpkit.evaluation.regression import LEAST_COMBINED
+from sharpkit.evaluation.statistics import HEADLINES, TABLE
 from sharpkit.runs.directions import column_direction
 from sharpkit.runs.kept_evaluations import kept_table
 from sharpkit.runs.score import Scores
@@ -50,7 +51,7 @@ def evaluate(
             otherwise. None for accuracies by their names only.
         resamples: Bootstrap resamples over models; the permutations are ten times as many. More
             than 512 models get fewer, as the columns `resamples` and `permutations` say; see
-            `sharpkit.evaluation.evaluate_measures`.
+            `sharpkit.evaluation.rate_measures`.
         seed: Of both.
         test_size: Examples behind each test accuracy, which decide how much a pair of models
             counts in the sign-errors; None if all count the same.
@@ -58,10 +59,10 @@ def evaluate(
     Returns:
         pandas.DataFrame: One row per task, measure and setting (m, rho): models used and left out,
         conditional mutual information by both definitions (with the conditioning set that attains
-        it, and the mean, 95th percentile and p-value of what noise scores), Kendall's tau in both
+        it, and the mean, 95th percentile and p-value of what noise has), Kendall's tau in both
         variants, granulated Kendall, Pearson, Spearman, held-out R² and sign-errors, with 95 %
         intervals, and permutation p-values in the measure's direction. See
-        `sharpkit.evaluation.evaluate_measures` for the columns; `n` and `seed` are those of the
+        `sharpkit.evaluation.rate_measures` for the columns; `n` and `seed` are those of the
         run. A measure without values for three models, or one that failed on all, has a row of NaN
         whose `interval_note` says why; so has `cmi_pgdl` where fewer than two hyperparameters are
         known, which it needs.
@@ -156,7 +157,7 @@ def combine(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> pd.DataF
             values, scores.model_configs[task], resamples=resamples, seed=seed
         )
         row = {"task": task, "measures": values.shape[1], "models": len(values)}
-        for s in (found.r_squared, found.kendall_tau):
+        for s in found.statistics:
             row |= {
                 s.statistic: s.value,
                 f"{s.statistic}_low": s.low,
@@ -212,10 +213,10 @@ def _evaluated(
     seed: int,
     test_size: int | None,
 ) -> pd.DataFrame:
-    """The statistics of a task; the competition's score is NaN where it would be infinite."""
+    """The statistics of a task; a mutual information is NaN where it would be infinite."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* make no pair to condition on")
-        table = evaluate_measures(
+        table = rate_measures(
             values,
             configs,
             resamples=resamples,
@@ -223,14 +224,16 @@ def _evaluated(
             test_size=test_size,
             directions=directions,
         )
-    infinite = np.isinf(table["cmi_pgdl"])
-    if infinite.any():
-        warnings.warn(
-            f"task {task}: cmi_pgdl is not defined with fewer than two hyperparameters; look at "
-            "kendall_tau",
-            stacklevel=3,
-        )
-    return table.assign(cmi_pgdl=table["cmi_pgdl"].mask(infinite))
+    for name in (name for name, s in TABLE.items() if s.definition):
+        infinite = np.isinf(table[name])
+        if infinite.any():
+            warnings.warn(
+                f"task {task}: {name} is not defined with fewer than two hyperparameters; look at "
+                f"{HEADLINES[-1]}",
+                stacklevel=3,
+            )
+            table[name] = table[name].mask(infinite)
+    return table
 
 
 def directions_of(

@@ -27,7 +27,7 @@ from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.precision import current_precision
 from sharpkit.device import check_device
 from sharpkit.errors import ArgumentError, ModelError, RunError
-from sharpkit.evaluation._grid import normal_id
+from sharpkit.evaluation.grid import normal_id
 from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, evaluate_measure
 from sharpkit.progress import progress_bar

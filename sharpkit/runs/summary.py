@@ -1,17 +1,16 @@
-"""The table of an evaluation as text: each score beside what noise scores."""
+"""The table of an evaluation as text: each statistic beside what noise has."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sharpkit.evaluation.draws import draws_note
+from sharpkit.evaluation.number_of_draws import draws_note
 from sharpkit.evaluation.statistics import TABLE, Statistic
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _KEYS = ("task", "measure", "m", "rho", "form", "models")
-_PLAIN = ("granulated_kendall", "r_squared", "sign_error")
 _NO_INTERVAL = "-"
 
 
@@ -27,7 +26,7 @@ def summary(table: pd.DataFrame) -> str:
         task t
         measure models cmi_pgdl (%)     interval noise    p adjusted cmi_jiang (%)
               s     96         0.84 0.00 to 2.48  0.42 0.09     0.42          3.10
-        noise: what a measure scores on average that knows only the hyperparameters
+        noise: what a measure has on average that knows only the hyperparameters
     """
     import pandas as pd
 
@@ -35,13 +34,15 @@ def summary(table: pd.DataFrame) -> str:
     one_task = table["task"].nunique() == 1
     keys = [name for name in _KEYS if name in there and not (name == "task" and one_task)]
     shown = [(name, [_plain(value) for value in table[name]]) for name in keys]
-    for name in ("cmi_pgdl", "cmi_jiang", "kendall_tau"):
-        if name in there:
-            found = _with_noise(table, TABLE[name])
-            if name == "cmi_jiang" and "cmi_pgdl" in there:  # the second definition, in brief
-                found = [part for part in found if part[0] not in ("interval", "adjusted")]
-            shown += found
-    shown += [(name, [_number(v, 3) for v in table[name]]) for name in _PLAIN if name in there]
+    statistics = [s for s in TABLE.values() if "summary" in s.shown and s.name in there]
+    informed = [s for s in statistics if s.definition]
+    for statistic in (s for s in statistics if s.p_value):
+        found = _with_noise(table, statistic)
+        if statistic in informed[1:]:  # the second definition, in brief
+            found = [part for part in found if part[0] not in ("interval", "adjusted")]
+        shown += found
+    for name in (s.name for s in statistics if not s.p_value):
+        shown.append((name, [_number(v, 3) for v in table[name]]))
     text = pd.DataFrame(dict(enumerate(column for _, column in shown)))
     lines = [f"task {table['task'].iloc[0]}"] if one_task else []
     lines.append(text.to_string(index=False, header=[head for head, _ in shown]))
@@ -50,17 +51,16 @@ def summary(table: pd.DataFrame) -> str:
 
 
 def _with_noise(table: pd.DataFrame, statistic: Statistic) -> list[tuple[str, list[str]]]:
-    """The statistic, its interval, and null mean, p-value and adjusted score where it has them."""
-    name, unit = statistic.name, 100.0 if statistic.percent else 1.0
+    """The statistic, its interval, and null mean, p-value and adjusted value where it has them."""
+    name, unit = statistic.name, statistic.factor
     title = f"{name} (%)" if statistic.percent else name
     found = [(title, [_number(unit * v, 2) for v in table[name]])]
     if f"{name}_low" in table:
         ends = zip(unit * table[f"{name}_low"], unit * table[f"{name}_high"], strict=True)
         found.append(("interval", [_interval(low, high) for low, high in ends]))
-    p_value = f"{name}_p_value" if statistic.conditioning_set else "p_value"
     for column, head in (
         (f"{name}_null_mean", "noise"),
-        (p_value, "p"),
+        (statistic.p_value, "p"),
         (f"{name}_adjusted", "adjusted"),
     ):
         if column in table and table[column].notna().any():
@@ -77,8 +77,9 @@ def _remarks(table: pd.DataFrame) -> list[str]:
         notes = table["interval_note"].dropna()
         parts = {part for note in notes for part in str(note).split("; ") if part}
         lines += [f"no interval, {part}" for part in sorted(parts)]
-    if len(table) and "cmi_pgdl_null_mean" in table and table["cmi_pgdl_null_mean"].notna().any():
-        lines.append("noise: what a measure scores on average that knows only the hyperparameters")
+    nulls = [f"{s.name}_null_mean" for s in TABLE.values() if s.definition]
+    if any(table[null].notna().any() for null in nulls if null in table):
+        lines.append("noise: what a measure has on average that knows only the hyperparameters")
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation._grid import normal_id
+from sharpkit.evaluation.grid import normal_id
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -139,7 +139,7 @@ def simulated(
     The measure is alpha times the standardised gap plus other effects of the hyperparameters and
     noise: alpha = 0 is useless, alpha = 1 perfect.
     """
-    from sharpkit.evaluation._grid import Grid
+    from sharpkit.evaluation.grid import Grid
 
     settings = np.array(list(itertools.product(*map(range, shape))))
     x = settings - settings.mean(0)

@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import conditional_mutual_information as cmi
-from sharpkit.evaluation._cells import program_minimum
+from sharpkit.evaluation.competition_program import program_minimum
 
 CASES = [
     "continuous_noise",
@@ -184,8 +184,8 @@ def test_many_models_are_counted_exactly() -> None:
     gaps, values = rng.normal(size=700), rng.normal(size=700)
     configs = zoo((2, 2, 2), gaps, rows)
     # one cell of one set, counted at once: more models than are formed at a time
-    from sharpkit.evaluation._grid import read_configs
-    from sharpkit.evaluation._pairs import count_pairs
+    from sharpkit.evaluation.grid import read_configs
+    from sharpkit.evaluation.pair_counts import count_pairs
 
     grid = read_configs(configs)
     groups = grid.groups([0, 1])
@@ -262,7 +262,7 @@ def test_values_that_are_the_same_number_are_one_level(definition: str) -> None:
     for entry in mixed.values():  # words that are no numbers stay what they are
         entry["hparams"]["a"]["possible_values"] = ["1", True, "1_0"]
         entry["hparams"]["a"]["current_value"] = "1_0"
-    from sharpkit.evaluation._grid import read_configs
+    from sharpkit.evaluation.grid import read_configs
 
     assert read_configs(mixed).possible[0] == ("1", "True", "1_0")
 

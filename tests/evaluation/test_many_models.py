@@ -13,20 +13,31 @@ from hypothesis import given, settings, strategies as st
 
 from sharpkit.evaluation import (
     STATISTICS,
-    _pairs,
-    _shuffled,
-    _threads,
-    _weighted,
-    chance,
-    draws,
-    evaluate_measures,
     null,
+    number_of_draws,
+    pair_counts,
     permutation_p_value,
     r_squared,
+    rate_measures,
     regression,
+    resampled_statistics,
+    shuffled_information,
+    shuffled_statistics,
     spearman,
+    threads,
 )
-from sharpkit.evaluation._dominance import (
+from sharpkit.evaluation.grid import Grid, read_configs
+from sharpkit.evaluation.intervals import resample_weights
+from sharpkit.evaluation.legend import legend
+from sharpkit.evaluation.number_of_draws import Sampling, draws_note
+from sharpkit.evaluation.pair_counts import count_pairs
+from sharpkit.evaluation.resampled_statistics import weighted_statistics
+from sharpkit.evaluation.shuffled_by_sorting import shuffled_agreement
+from sharpkit.evaluation.shuffled_information import ShuffledInformation
+from sharpkit.evaluation.shuffled_statistics import chance_statistics
+from sharpkit.evaluation.shuffles import random_orders
+from sharpkit.evaluation.sign_errors import Environments
+from sharpkit.evaluation.sorted_pairs import (
     MANY,
     Dominance,
     Smaller,
@@ -34,16 +45,6 @@ from sharpkit.evaluation._dominance import (
     dense_ranks,
     pair_places,
 )
-from sharpkit.evaluation._grid import Grid, read_configs
-from sharpkit.evaluation._many_chance import chance_of_many, shuffled_agreement
-from sharpkit.evaluation._pairs import count_pairs
-from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation._weighted import weighted_statistics
-from sharpkit.evaluation.chance import shuffles
-from sharpkit.evaluation.draws import Sampling, draws_note
-from sharpkit.evaluation.intervals import resample_weights
-from sharpkit.evaluation.legend import legend
-from sharpkit.evaluation.robustness import Environments
 from sharpkit.runs.summary import summary
 
 
@@ -52,7 +53,14 @@ def sorting(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function after which every zoo counts as one of many models."""
 
     def switch() -> None:
-        for module in (_pairs, _shuffled, _weighted, chance, null, regression):
+        for module in (
+            pair_counts,
+            shuffled_information,
+            resampled_statistics,
+            shuffled_statistics,
+            null,
+            regression,
+        ):
             monkeypatch.setattr(module, "MANY", 0)
 
     return switch
@@ -87,7 +95,7 @@ def test_sorted_counts_are_those_of_all_pairs(models: int, levels: int, seed: in
 def test_the_tau_of_shuffles_is_that_of_a_loop_over_pairs(levels: int) -> None:
     rng = np.random.default_rng(levels)
     values, gaps = rng.integers(0, levels, 45), rng.integers(0, 9, 45)
-    orders = shuffles(np.zeros(45, dtype=np.int64), 7, seed=1)
+    orders = random_orders(np.zeros(45, dtype=np.int64), 7, seed=1)
     found = shuffled_agreement(dense_ranks(values), dense_ranks(gaps), orders) / (45 * 44 / 2)
     assert found.tolist() == [slow_tau(values[order], gaps) for order in orders]
 
@@ -136,37 +144,41 @@ def test_scores_of_shuffles_are_the_same_to_the_bit(sorting: Any) -> None:
     rng = np.random.default_rng(2)
     values, grid = of_some_zoo(rng)
     shuffled = np.stack([rng.permutation(column) for column in values.T for _ in range(3)])
-    expected = ShuffledScores.of(grid)(shuffled)
+    expected = ShuffledInformation.of(grid)(shuffled)
     sorting()
-    for found, score in zip(ShuffledScores.of(grid)(shuffled), expected, strict=True):
+    for found, score in zip(ShuffledInformation.of(grid)(shuffled), expected, strict=True):
         assert np.isfinite(score).all()
         assert np.array_equal(found, score)
 
 
-def test_chance_of_ranks_is_that_of_the_measure_in_order() -> None:
+def test_chance_of_ranks_is_that_of_the_measure_in_order(sorting: Any) -> None:
     """Which model has which value is forgotten by a shuffle: sorted values stand for all."""
     values, grid = of_some_zoo(np.random.default_rng(3))
     ranked = [s for s in STATISTICS if s[:3] != "cmi" and s not in ("pearson", "r_squared")]
-    orders = shuffles(np.zeros(len(grid), dtype=np.int64), 11, seed=0)
-    found = chance_of_many(values, grid, orders, ranked, Environments())
+    orders = random_orders(np.zeros(len(grid), dtype=np.int64), 11, seed=0)
     in_order = np.sort(values, axis=0)
-    observed = chance.chance_statistics(values, grid, orders[:1], ranked)
+    observed = chance_statistics(values, grid, orders[:1], ranked)
+    # where one function shuffles the values and the other the gaps, the order is the inverse
+    inverse = np.argsort(orders, axis=1)
+    by_gap = chance_statistics(in_order, grid, inverse, ranked)
+    by_value = chance_statistics(in_order, grid, orders, ranked)
+    sorting()
+    found = chance_statistics(values, grid, orders, ranked, among_all=True)
     for name in ranked:
-        # where one function shuffles the values and the other the gaps, the order is the inverse
-        by_gap = name.startswith("kendall") or name == "spearman"
-        same = np.argsort(orders, axis=1) if by_gap else orders
-        expected = chance.chance_statistics(in_order, grid, same, [name])[name][1]
+        gaps = name.startswith("kendall") or name == "spearman"
+        expected = (by_gap if gaps else by_value)[name][1]
         assert found[name][1] == pytest.approx(expected, abs=1e-12)
         assert found[name][0] == pytest.approx(observed[name][0], abs=1e-12)
         assert np.array_equal(found[name][1][:, 0], found[name][1][:, 2])
         assert not np.array_equal(found[name][1][:, 0], found[name][1][:, 1])
 
 
-def test_chance_of_fits_is_that_of_the_shuffled_gaps() -> None:
+def test_chance_of_fits_is_that_of_the_shuffled_gaps(sorting: Any) -> None:
     values, grid = of_some_zoo(np.random.default_rng(4))
     values[0, 2] = np.inf
-    orders = shuffles(np.zeros(len(grid), dtype=np.int64), 5, seed=0)
-    found = chance_of_many(values, grid, orders, ["pearson", "r_squared"], Environments())
+    orders = random_orders(np.zeros(len(grid), dtype=np.int64), 5, seed=0)
+    sorting()
+    found = chance_statistics(values, grid, orders, ["pearson", "r_squared"], among_all=True)
     for k in range(2):
         column = values[:, k]
         r = [np.corrcoef(column, grid.gap[order])[0, 1] for order in orders]
@@ -211,11 +223,11 @@ def test_a_table_of_many_models_has_the_plain_values_and_says_on_how_many_draws(
     large: tuple[pd.DataFrame, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, configs = large
-    monkeypatch.setattr(draws, "_LEAST_RESAMPLES", 10)
-    monkeypatch.setattr(draws, "_LEAST_PERMUTATIONS", 99)
-    monkeypatch.setattr(draws, "_RESAMPLED", 0)
-    monkeypatch.setattr(draws, "_SHUFFLED", 0)
-    table = evaluate_measures(values, configs)
+    monkeypatch.setattr(number_of_draws, "_LEAST_RESAMPLES", 10)
+    monkeypatch.setattr(number_of_draws, "_LEAST_PERMUTATIONS", 99)
+    monkeypatch.setattr(number_of_draws, "_RESAMPLED", 0)
+    monkeypatch.setattr(number_of_draws, "_SHUFFLED", 0)
+    table = rate_measures(values, configs)
     assert table["resamples"].tolist() == [10, 10]
     assert table["permutations"].tolist() == [99, 99]
     gap = read_configs(configs).gap
@@ -245,9 +257,9 @@ def test_memory_stays_below_one_matrix_of_all_pairs() -> None:
     assert len(settings_of) == 256
     values = pd.DataFrame({"a": gaps + rng.normal(size=3000)}, index=list(configs))
     small = {"resamples": 2, "permutations": 20}
-    evaluate_measures(values.iloc[:600], configs, **small)  # imports have been made
+    rate_measures(values.iloc[:600], configs, **small)  # imports have been made
     tracemalloc.start()
-    table = evaluate_measures(values, configs, **small)
+    table = rate_measures(values, configs, **small)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert table["models"].tolist() == [3000]
@@ -261,16 +273,16 @@ def test_the_number_of_threads_changes_nothing(
     values, configs = large
     some = values.iloc[:models]
     tables = []
-    for threads in ("1", "3"):
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        monkeypatch.setattr(_threads, "_there", lambda: 4)
-        tables.append(evaluate_measures(some, configs, resamples=5, permutations=30))
+    for count in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", count)
+        monkeypatch.setattr(threads, "_there", lambda: 4)
+        tables.append(rate_measures(some, configs, resamples=5, permutations=30))
     pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def test_an_error_in_a_thread_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(_threads, "_there", lambda: 4)
-    assert _threads.in_threads(lambda k: k * k, range(9)) == [k * k for k in range(9)]
+    monkeypatch.setattr(threads, "_there", lambda: 4)
+    assert threads.in_threads(lambda k: k * k, range(9)) == [k * k for k in range(9)]
     with pytest.raises(ZeroDivisionError):
-        _threads.in_threads(lambda k: 1 / k, [2, 1, 0])
+        threads.in_threads(lambda k: 1 / k, [2, 1, 0])

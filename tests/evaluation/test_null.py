@@ -11,10 +11,10 @@ import pytest
 from evaluation_zoos import simulated, slow_jiang, slow_pgdl, zoo
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation import conditional_mutual_information, score_null
-from sharpkit.evaluation._grid import Grid, read_configs
-from sharpkit.evaluation._shuffled import ShuffledScores
-from sharpkit.evaluation.null import _effects, explained_shuffles, nulls_of_scores
+from sharpkit.evaluation import cmi_null, conditional_mutual_information
+from sharpkit.evaluation.grid import Grid, read_configs
+from sharpkit.evaluation.null import _effects, cmi_nulls, explained_shuffles
+from sharpkit.evaluation.shuffled_information import ShuffledInformation
 
 
 def measure_for(values: Any) -> dict[str, float]:
@@ -34,7 +34,7 @@ def test_scores_of_shuffles_equal_the_slow_reference(ties: bool) -> None:
         gaps, values = np.round(gaps), np.round(values)
     configs = zoo((3, 2, 2), gaps)
     shuffled = np.stack([values, *(rng.permutation(values) for _ in range(6))])
-    pgdl, jiang = ShuffledScores.of(read_configs(configs))(shuffled)
+    pgdl, jiang = ShuffledInformation.of(read_configs(configs))(shuffled)
     for k, column in enumerate(shuffled):
         # sums of xlogx of counts up to 144: rounding of some 1e-14
         assert pgdl[k] == pytest.approx(slow_pgdl(measure_for(column), configs), abs=1e-11)
@@ -47,7 +47,7 @@ def test_many_groups_and_many_models_are_counted_as_exactly() -> None:
     gaps, values = rng.normal(size=(2, 300))
     configs = zoo((6, 6, 6, 6), gaps, rows)
     grid = read_configs(configs)
-    pgdl, jiang = ShuffledScores.of(grid)(values[None])
+    pgdl, jiang = ShuffledInformation.of(grid)(values[None])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exact = [
@@ -63,9 +63,9 @@ def test_a_set_with_an_empty_cell_leaves_the_competitions_score_without_a_null()
     measure = measure_for(rng.normal(size=24))
     for k in ("0", "1", "2", "3"):  # a = 0, b = 0
         del configs[k], measure[k]
-    null = score_null(measure, configs, shuffles=20)
+    null = cmi_null(measure, configs, shuffles=20)
     assert (null.note, math.isnan(null.mean)) == ("empty cells", True)
-    paper = score_null(measure, configs, "jiang", shuffles=20)
+    paper = cmi_null(measure, configs, "jiang", shuffles=20)
     assert paper.note == ""
     assert 0 < paper.mean < paper.percentile_95 < 1
 
@@ -105,41 +105,41 @@ def test_noise_is_inside_its_null_and_a_good_measure_above_it() -> None:
     rng = np.random.default_rng(5)
     values, grid = simulated(rng, 0.8)
     for definition in ("pgdl", "jiang"):
-        good = score_null(measure_for(values), grid, definition, shuffles=199)
+        good = cmi_null(measure_for(values), grid, definition, shuffles=199)
         exact = conditional_mutual_information(measure_for(values), grid, definition).score
-        assert good.score == pytest.approx(exact, abs=1e-12)
+        assert good.value == pytest.approx(exact, abs=1e-12)
         assert good.p_value == 0.005
-        assert good.adjusted == pytest.approx((good.score - good.mean) / (1 - good.mean))
-        noise = score_null(measure_for(rng.normal(size=96)), grid, definition, shuffles=199)
+        assert good.adjusted == pytest.approx((good.value - good.mean) / (1 - good.mean))
+        noise = cmi_null(measure_for(rng.normal(size=96)), grid, definition, shuffles=199)
         assert noise.p_value > 0.05
         # about 0.42 % and 0.20 % for noise on a grid of this shape, to 199 shuffles' accuracy
         expected = {"pgdl": 0.0042, "jiang": 0.0020}[definition]
         assert noise.mean == pytest.approx(expected, rel=0.25)
-        constant = score_null(measure_for(np.ones(96)), grid, definition, shuffles=19)
-        assert (constant.score, constant.mean, constant.p_value) == (0, 0, 1)
+        constant = cmi_null(measure_for(np.ones(96)), grid, definition, shuffles=19)
+        assert (constant.value, constant.mean, constant.p_value) == (0, 0, 1)
 
 
 def test_measures_are_shuffled_apart_and_the_seed_decides() -> None:
     values, grid = simulated(np.random.default_rng(6), 0.5, shape=(3, 2, 2, 2))
     noise = np.random.default_rng(7).normal(size=24)
-    together = nulls_of_scores(np.stack([values, noise], axis=1), grid, 30, 3)
-    alone = score_null(measure_for(noise), grid, shuffles=30, seed=3)
+    together = cmi_nulls(np.stack([values, noise], axis=1), grid, 30, 3)
+    alone = cmi_null(measure_for(noise), grid, shuffles=30, seed=3)
     assert together["pgdl"][1] == alone
-    assert score_null(measure_for(noise), grid, shuffles=30, seed=4) != alone
+    assert cmi_null(measure_for(noise), grid, shuffles=30, seed=4) != alone
 
 
 def test_few_models_have_no_null() -> None:
     rng = np.random.default_rng(8)
-    small = score_null(measure_for(rng.normal(size=6)), zoo((3, 2), rng.normal(size=6)), "jiang")
+    small = cmi_null(measure_for(rng.normal(size=6)), zoo((3, 2), rng.normal(size=6)), "jiang")
     assert small.note == "fewer than 12 models"
     rows = [(k, k % 2) for k in range(14)]
     crowded = zoo((14, 2), rng.normal(size=14), rows)
-    null = score_null(measure_for(rng.normal(size=14)), crowded, "jiang", shuffles=10)
+    null = cmi_null(measure_for(rng.normal(size=14)), crowded, "jiang", shuffles=10)
     assert null.note == "too few models for the values of the hyperparameters"
     with pytest.raises(ArgumentError, match="unknown definition"):
-        score_null({"0": 1.0}, zoo((2, 2), range(4)), "max")
+        cmi_null({"0": 1.0}, zoo((2, 2), range(4)), "max")
     with pytest.raises(ArgumentError, match="shuffles = 0"):
-        score_null({"0": 1.0}, zoo((2, 2), range(4)), shuffles=0)
+        cmi_null({"0": 1.0}, zoo((2, 2), range(4)), shuffles=0)
 
 
 @pytest.mark.slow
@@ -153,7 +153,7 @@ def test_useless_measures_are_seldom_significant(effects: float) -> None:
         gap = x @ rng.normal(size=4) + rng.normal(size=24)
         grid = Grid(grid.ids, grid.names, grid.codes, grid.levels, grid.possible, gap)
         values = effects * (x @ rng.normal(size=4)) + rng.normal(size=24)
-        found = nulls_of_scores(values[:, None], grid, 99, seed)
+        found = cmi_nulls(values[:, None], grid, 99, seed)
         rejected += [found[name][0].p_value <= 0.05 for name in ("pgdl", "jiang")]
     # three standard errors of a share of 400 above 5 %
     assert (rejected / 400 <= 0.05 + 0.033).all(), rejected

@@ -11,7 +11,7 @@ from evaluation_zoos import simulated, zoo
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import combined_predictor, r_squared
-from sharpkit.evaluation._weighted import weighted_statistics
+from sharpkit.evaluation.resampled_statistics import weighted_statistics
 
 
 def left_out(x: np.ndarray, y: np.ndarray, w: np.ndarray | None = None) -> float:

@@ -1,4 +1,4 @@
-"""The figure of score against m: what it shows is what the table holds."""
+"""The figure of predictive power against m: what it shows is what the table holds."""
 
 from __future__ import annotations
 

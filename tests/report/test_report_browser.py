@@ -267,7 +267,7 @@ def test_noise_is_drawn_behind_every_score(chrome: Browser) -> None:
     for plot in ("ranking-0", "m-0"):
         choose(chrome, f'select[data-choice="{plot}"]', "Kendall’s τ")
         names = [t.get("name") for t in traces(chrome, plot)]
-        assert "what noise scores: mean, 5 % to 95 %" in names
+        assert "noise: mean, 5 % to 95 %" in names
 
 
 def test_own_models_are_named_and_nothing_is_empty(browser: Browser, own: str) -> None:

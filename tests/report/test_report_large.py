@@ -14,7 +14,7 @@ import pytest
 from browser import Browser, chromium
 from report_runs import ERROR, large_run
 
-from sharpkit.evaluation import draws
+from sharpkit.evaluation import number_of_draws
 from sharpkit.report import content, write_report
 from sharpkit.report.limits import POINTS, ROWS
 from sharpkit.runs import Scores
@@ -31,9 +31,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name in ("_LEAST_RESAMPLES", "_LEAST_PERMUTATIONS"):
-            patch.setattr(draws, name, 3)
+            patch.setattr(number_of_draws, name, 3)
         for name in ("_RESAMPLED", "_SHUFFLED"):
-            patch.setattr(draws, name, 0)
+            patch.setattr(number_of_draws, name, 0)
         patch.setattr(content, "MEASURES", SHOWN)
         return write_report(run)
 

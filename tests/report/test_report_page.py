@@ -239,7 +239,7 @@ def test_the_command_line_writes_the_page_of_several_tasks(zoo: Path, tmp_path: 
     assert str(out) in result.output
     page = Page(out.read_text(encoding="utf-8"))
     assert [a["href"] for t, a in page.tags if t == "a"][:2] == ["#task-0", "#task-1"]
-    assert "Score against m" not in page.whole_text  # there is no m
+    assert "Predictive power against m" not in page.whole_text  # there is no m
     assert [p.name for p in out.parent.iterdir()] == ["all.html"]
 
 

@@ -1,4 +1,4 @@
-"""The parts of the page: what noise scores, orders that reverse, notes and tables."""
+"""The parts of the page: what noise has, orders that reverse, notes and tables."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import pandas as pd
 import pytest
 from scipy.stats import kendalltau
 
-from sharpkit.evaluation import evaluate_measures
-from sharpkit.evaluation._grid import read_configs
+from sharpkit.evaluation import rate_measures
+from sharpkit.evaluation.grid import read_configs
 from sharpkit.evaluation.statistics import TABLE
-from sharpkit.report.labels import factor, titled
 from sharpkit.report.models import models_table, reversals
 from sharpkit.report.noise import noise_bands
 from sharpkit.report.notes import of_failures, of_few, of_order
-from sharpkit.report.ranking import RANKED, ranking_table
+from sharpkit.report.ranking import ranking_table
 
 
 def configs(count: int) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def evaluated(count: int, directions: dict[str, int | None]) -> tuple[Any, Any, 
     zoo = configs(count)
     rng = np.random.default_rng(1)
     values = pd.DataFrame({name: rng.random(count) for name in directions}, index=list(zoo))
-    table = evaluate_measures(values, zoo, resamples=50, directions=directions)
+    table = rate_measures(values, zoo, resamples=50, directions=directions)
     return read_configs(zoo), values, table
 
 
@@ -174,7 +173,7 @@ def test_the_ranking_has_null_p_value_adjusted_score_and_direction() -> None:
     found = ranking_table(table.assign(label=list("abc")))
     columns = [label for label, _ in found.columns]
     place = {label: columns.index(label) for label in columns}
-    score = titled("cmi_pgdl")
+    score = TABLE["cmi_pgdl"].title
     for k, (label, cells) in enumerate(found.rows):
         row = table.iloc[k]
         assert label == "abc"[k]
@@ -187,7 +186,7 @@ def test_the_ranking_has_null_p_value_adjusted_score_and_direction() -> None:
         assert p.order == row["cmi_pgdl_p_value"]
         assert p.small.startswith("Holm ")
     lower = dict(found.columns)
-    assert lower[titled("sign_error")]
+    assert lower[TABLE["sign_error"].title]
     assert not lower[score]
 
 
@@ -197,16 +196,16 @@ def test_statistics_that_no_measure_has_are_no_columns() -> None:
     table["cmi_pgdl"] = np.inf
     found = ranking_table(table)
     columns = [label for label, _ in found.columns]
-    assert titled("cmi_pgdl") not in columns
-    assert titled("kendall_tau") in columns
+    assert TABLE["cmi_pgdl"].title not in columns
+    assert TABLE["kendall_tau"].title in columns
     assert not [label for label in columns if label.startswith("noise")]
     assert list(found.notes) == ["No interval (fewer than 12 models): all statistics."]
 
 
 def test_what_is_in_per_cent_is_what_the_table_of_statistics_says() -> None:
-    for name in RANKED:
-        assert factor(name) == (100 if TABLE[name].percent else 1)
-        assert titled(name).endswith("(%)") == TABLE[name].percent
+    for statistic in TABLE.values():
+        assert statistic.factor == (100 if statistic.percent else 1)
+        assert statistic.title.endswith("(%)") == statistic.percent
 
 
 def test_a_gap_of_losses_is_not_in_per_cent() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 import sharpkit as sk
 from sharpkit.cli import main
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation import STATISTICS, evaluate_measures, score_null
+from sharpkit.evaluation import STATISTICS, cmi_null, rate_measures
 from sharpkit.evaluation.legend import legend
 from sharpkit.measures import make_measure
 from sharpkit.runs.directions import column_direction, stated_directions
@@ -67,12 +67,12 @@ RISING = [float(k) for k in range(16)]
 def test_every_score_stands_beside_its_null():
     noisy = [k + 6 * np.sin(9.0 * k) for k in RISING]
     row = sk.evaluate(scores({("up", None): noisy}), resamples=200).iloc[0]
-    null = score_null(dict(enumerate(noisy)), configs(), shuffles=200)
-    assert row["cmi_pgdl"] == pytest.approx(null.score)
+    null = cmi_null(dict(enumerate(noisy)), configs(), shuffles=200)
+    assert row["cmi_pgdl"] == pytest.approx(null.value)
     assert row["cmi_pgdl_null_mean"] == pytest.approx(null.mean)
     assert row["cmi_pgdl_null_95"] == pytest.approx(null.percentile_95)
     assert row["cmi_pgdl_p_value"] == pytest.approx(null.p_value)
-    assert row["cmi_pgdl_adjusted"] == pytest.approx((null.score - null.mean) / (1 - null.mean))
+    assert row["cmi_pgdl_adjusted"] == pytest.approx((null.value - null.mean) / (1 - null.mean))
     assert (row["n"], row["seed"]) == (8, 5)
 
 
@@ -189,7 +189,7 @@ def test_the_summary_shows_each_score_beside_its_null():
 def test_the_legend_knows_every_column():
     table = sk.evaluate(scores({("up", None): RISING}), resamples=20)
     assert set(legend(table)["meaning"]) & {"", "setting of the measure"} == set()
-    assert set(evaluate_measures(pd.DataFrame({"x": RISING}), configs(), resamples=9)) <= set(
+    assert set(rate_measures(pd.DataFrame({"x": RISING}), configs(), resamples=9)) <= set(
         legend(table)["column"]
     )
 

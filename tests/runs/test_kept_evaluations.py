@@ -44,13 +44,13 @@ def files(folder):
 def counted(monkeypatch):
     """How often the statistics were computed."""
     calls = []
-    own = evaluate_module.evaluate_measures
+    own = evaluate_module.rate_measures
 
     def counting(*arguments, **options):
         calls.append(options["resamples"])
         return own(*arguments, **options)
 
-    monkeypatch.setattr(evaluate_module, "evaluate_measures", counting)
+    monkeypatch.setattr(evaluate_module, "rate_measures", counting)
     return calls
 
 

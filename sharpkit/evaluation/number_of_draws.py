@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from sharpkit.evaluation._dominance import MANY
+from sharpkit.evaluation.sorted_pairs import MANY
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ def draws_note(table: pd.DataFrame) -> str:
     """What the table's rows of many models rest on, in one line; empty if there are none.
 
     Args:
-        table: Of `evaluate` or `evaluate_measures`.
+        table: Of `evaluate` or `rate_measures`.
 
     Example:
         >>> import pandas as pd

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Bools, Floats, Grid, Ints
+from sharpkit.evaluation.grid import Bools, Floats, Grid, Ints
 
 
 def program_minimum(

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sharpkit.evaluation._grid import Floats, Ints, Weights
-from sharpkit.evaluation._pairs import xlogx
+from sharpkit.evaluation.grid import Floats, Ints, Weights
+from sharpkit.evaluation.pair_counts import xlogx
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,13 @@ class Cells:
     larger_gap: Floats  # (batch, groups, groups)
 
     @classmethod
-    def of(cls, weights: Weights, groups: list[Ints], gap_bits: Weights) -> Cells:
-        """The cells of weightings (batch, models), from the gap bits (models, models)."""
-        member = np.zeros((weights.shape[1], len(groups)), dtype=weights.dtype)
-        for g, models in enumerate(groups):
-            member[models, g] = 1
+    def of(cls, weights: Weights, groups: list[Ints], member: Weights, larger_gap: Floats) -> Cells:
+        """The cells of weightings (batch, models), from the weight of the pairs of larger gap."""
         sums = (weights @ member).astype(np.float64)
         squares = ((weights * weights) @ member).astype(np.float64)
         eye = np.eye(len(groups))
         different = sums[:, :, None] * sums[:, None, :] - squares[:, :, None] * eye
-        larger = count(weights, groups, member, gap_bits)[:, :, 0]
-        return cls(groups, member, different, sums[:, :, None] * eye, larger)
+        return cls(groups, member, different, sums[:, :, None] * eye, larger_gap)
 
 
 def count(weights: Weights, groups: list[Ints], member: Weights, bits: Weights) -> Floats:

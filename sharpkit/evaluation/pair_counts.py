@@ -9,20 +9,21 @@ sorting.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpkit.evaluation._dominance import (
+from sharpkit.evaluation.grid import Floats, Ints
+from sharpkit.evaluation.sorted_pairs import (
     MANY,
     Dominance,
     Smaller,
+    by_width,
     dense_ranks,
     in_chunks,
     weighted_tables,
 )
-from sharpkit.evaluation._grid import Floats, Ints
 
 PLUS, MINUS = 0, 1
 INSIDE_LOG = 1e-12  # the competition adds it inside the logarithm of the gap entropy
@@ -46,8 +47,8 @@ def count_pairs(gap: Floats, value: Floats, groups: Sequence[Ints]) -> list[Ints
         return _count_sorted(gap, value, groups)
     sizes = [int(g.max(initial=-1)) + 1 for g in groups]
     tables: list[Ints] = []
-    for start, stop in _batches(sizes):
-        tables += _count_batch(gap, value, groups[start:stop], sizes[start:stop])
+    for part in by_width(list(zip(groups, sizes, strict=True)), sizes, _COLUMNS):
+        tables += _count_batch(gap, value, part)
     return tables
 
 
@@ -101,21 +102,8 @@ def _degenerate(counts: Floats) -> NDArray[np.bool_]:
     return np.asarray((rows == 0).any(-1) | (columns == 0).any(-1))
 
 
-def _batches(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    start, width = 0, 0
-    for k, size in enumerate(sizes):
-        if k > start and width + size > _COLUMNS:
-            yield start, k
-            start, width = k, 0
-        width += size
-    if start < len(sizes):
-        yield start, len(sizes)
-
-
-def _count_batch(
-    gap: Floats, value: Floats, groups: Sequence[Ints], sizes: Sequence[int]
-) -> list[Ints]:
-    n = len(gap)
+def _count_batch(gap: Floats, value: Floats, sets: Sequence[tuple[Ints, int]]) -> list[Ints]:
+    n, (groups, sizes) = len(gap), zip(*sets, strict=True)
     ends = np.cumsum(sizes)
     member = np.zeros((n, int(ends[-1])), dtype=np.float32)  # (models, groups of all sets)
     for g, end, size in zip(groups, ends, sizes, strict=True):

@@ -1,4 +1,4 @@
-"""One table for a zoo: every measure setting with its scores, intervals and p-values."""
+"""One table for a zoo: every measure setting with its statistics, intervals and p-values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation._grid import (
+from sharpkit.evaluation.arguments import LEAST, check_resampling
+from sharpkit.evaluation.cmi import DEFINITIONS, EXACT, set_name
+from sharpkit.evaluation.directions import by_direction, check_direction
+from sharpkit.evaluation.grid import (
     Bools,
     Configs,
     Floats,
@@ -18,29 +21,26 @@ from sharpkit.evaluation._grid import (
     read_configs,
     read_measure,
 )
-from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
-from sharpkit.evaluation.cmi import DEFINITIONS, jiang_score, pgdl_score, set_name
-from sharpkit.evaluation.draws import Sampling
 from sharpkit.evaluation.intervals import (
-    Rating,
     interval_ends,
     no_interval,
     observed_and_resampled,
-    rate,
     resample_weights,
 )
-from sharpkit.evaluation.null import adjusted_score
+from sharpkit.evaluation.null import adjusted_for_noise
+from sharpkit.evaluation.number_of_draws import Sampling
 from sharpkit.evaluation.permutation import holm
-from sharpkit.evaluation.robustness import Environments
-from sharpkit.evaluation.statistics import SIGN_ERRORS, STATISTICS, TABLE
+from sharpkit.evaluation.rating import Rating, rate
+from sharpkit.evaluation.sign_errors import Environments
+from sharpkit.evaluation.statistics import TABLE
 
 if TYPE_CHECKING:
     import pandas as pd
 
-_OF_A_NULL = ("_null_mean", "_null_95", "_p_value", "_p_value_holm", "_adjusted")
+_OF_A_NULL = ("_set", "_null_mean", "_null_95", "_p_value", "_p_value_holm", "_adjusted")
 
 
-def evaluate_measures(
+def rate_measures(
     values: pd.DataFrame,
     configs: Configs,
     *,
@@ -53,17 +53,17 @@ def evaluate_measures(
     test_size: int | None = None,
     directions: Mapping[Hashable, int | None] | None = None,
 ) -> pd.DataFrame:
-    """Score every measure of a zoo against the generalization gap, with uncertainty.
+    """How well every measure of a zoo predicts the generalization gap, with uncertainty.
 
     A model without a value of a measure (absent, None or NaN) or without a gap is left out of that
     row, under every statistic; `models` counts those that remain and `left_out` names the others.
-    The `pgdl` score is then NaN if a cell of a conditioning set has become empty, and a measure
+    `cmi_pgdl` is then NaN if a cell of a conditioning set has become empty, and a measure
     with values for fewer than three models has a row of NaN. All measures with the same models see
     the same resamples and shuffles.
 
     Intervals are those of `bootstrap_interval`; where there is none, `interval_note` says why. The
-    null of a conditional mutual information is that of `score_null`: `_null_mean` and `_null_95`
-    are what a measure scores on average, and at its 95th percentile, that knows only what the
+    null of a conditional mutual information is that of `cmi_null`: `_null_mean` and `_null_95`
+    are what a measure has on average, and at its 95th percentile, that knows only what the
     hyperparameters explain. `p_value` is that of Kendall's tau under shuffles of all models,
     one-sided in the measure's direction; each `_holm` corrects for the number of rows.
 
@@ -105,7 +105,7 @@ def evaluate_measures(
         ArgumentError: If an argument is outside its range.
 
     Source:
-        See `conditional_mutual_information`, `score_null`, `kendall_tau`, `granulated_kendall`,
+        See `conditional_mutual_information`, `cmi_null`, `kendall_tau`, `granulated_kendall`,
         `r_squared`, `sign_error` and `bootstrap_interval`.
 
     Example:
@@ -121,7 +121,7 @@ def evaluate_measures(
         ...     for k in range(16)
         ... }
         >>> values = pd.DataFrame({"good": range(16), "bad": [(k * 7) % 16 for k in range(16)]})
-        >>> evaluate_measures(values, configs, permutations=99)[["kendall_tau", "p_value"]]
+        >>> rate_measures(values, configs, permutations=99)[["kendall_tau", "p_value"]]
               kendall_tau  p_value
         good         1.00     0.01
         bad          0.05     0.37
@@ -135,8 +135,7 @@ def evaluate_measures(
     check_resampling(permutations)
     chosen = Environments(environments, test_size)
     signs = _directions(values, directions)
-    skipped = {f"cmi_{name}" for name in DEFINITIONS if name not in definitions}
-    statistics = [name for name in STATISTICS if name not in skipped]
+    statistics = [name for name, s in TABLE.items() if s.definition in ("", *definitions)]
     sampling = Sampling(resamples, permutations, confidence, seed)
     rows: list[dict[str, Any]] = [{} for _ in values.columns]
     zoo = read_configs(configs)
@@ -154,22 +153,22 @@ def evaluate_measures(
             row = head | {"direction": signs[member]}
             for name, rating in ratings.items():
                 row |= _cells(name, rating, k)
-            for definition in definitions:
-                row |= _exact_cmi(definition, columns[:, k], grid, ratings[f"cmi_{definition}"], k)
-            row["p_value"] = float(ratings["kendall_tau"].p_value[k])
+                if TABLE[name].definition:
+                    row |= _exact(name, columns[:, k], grid, rating, k)
             row["interval_note"] = _interval_note({n: r.notes[k] for n, r in ratings.items()})
             rows[member] = row
     table = pd.DataFrame(rows, index=values.columns).reindex(columns=_columns(statistics))
     whole = ["direction", "resamples", "permutations"]
     table[whole] = table[whole].astype("Int64")
-    for name in ["p_value", *(f"cmi_{definition}_p_value" for definition in definitions)]:
-        table[f"{name}_holm"] = holm(table[name].to_numpy(dtype=np.float64))
-    for definition in definitions:
-        table[f"cmi_{definition}_set"] = table[f"cmi_{definition}_set"].fillna("")
+    for name in statistics:
+        if tested := TABLE[name].p_value:
+            table[f"{tested}_holm"] = holm(table[tested].to_numpy(dtype=np.float64))
+        if TABLE[name].definition:
+            table[f"{name}_set"] = table[f"{name}_set"].fillna("")
     return table
 
 
-def evaluate_hyperparameters(
+def rate_by_hyperparameter(
     values: pd.DataFrame,
     configs: Configs,
     *,
@@ -180,20 +179,20 @@ def evaluate_hyperparameters(
     test_size: int | None = None,
     directions: Mapping[Hashable, int | None] | None = None,
 ) -> pd.DataFrame:
-    """Which changes each measure gets right: scores among models that differ in one hyperparameter.
+    """Which changes each measure gets right, among models that differ in one hyperparameter.
 
-    Models without a value or a gap are left out as in `evaluate_measures`, whose granulated
+    Models without a value or a gap are left out as in `rate_measures`, whose granulated
     Kendall is the mean of those here.
 
     Args:
         values: Index of model ids, one column per measure setting.
         configs: A `Task`, or the content of a `model_configs.json`.
-        resamples: Bootstrap resamples; of more than 512 models as in `evaluate_measures`.
+        resamples: Bootstrap resamples; of more than 512 models as in `rate_measures`.
         seed: Determines them.
         confidence: Nominal coverage of the intervals.
         environments: Of the sign-errors, "values" or "settings".
         test_size: Examples behind each test accuracy; None for the same weight for all pairs.
-        directions: Of the columns, as in `evaluate_measures`.
+        directions: Of the columns, as in `rate_measures`.
 
     Returns:
         DataFrame: One row per column of `values` and hyperparameter that varies, indexed by both,
@@ -201,7 +200,7 @@ def evaluate_hyperparameters(
             with _low and _high; NaN where no two models differ in that hyperparameter alone.
 
     Raises:
-        ScoreError: As `evaluate_measures`.
+        ScoreError: As `rate_measures`.
         ArgumentError: If an argument is outside its range.
 
     Source:
@@ -220,7 +219,7 @@ def evaluate_hyperparameters(
         ...     for k in range(4)
         ... }
         >>> values = pd.DataFrame({"odd": [0, 1, 0, 1]})
-        >>> evaluate_hyperparameters(values, configs, resamples=9)["granulated_kendall"].to_dict()
+        >>> rate_by_hyperparameter(values, configs, resamples=9)["granulated_kendall"].to_dict()
         {('odd', 'width'): 1.0, ('odd', 'depth'): 0.0}
     """
     import pandas as pd
@@ -228,6 +227,7 @@ def evaluate_hyperparameters(
     check_resampling(resamples, confidence)
     chosen = Environments(environments, test_size)
     signs = _directions(values, directions)
+    one_change = [name for name, s in TABLE.items() if s.one_change]
     rows: dict[tuple[int, int], dict[str, float]] = {}
     all_models = read_configs(configs)
     for members, columns, grid in _by_models(values, all_models):
@@ -235,13 +235,12 @@ def evaluate_hyperparameters(
             continue
         sampling = Sampling(resamples, confidence=confidence, seed=seed).of(len(grid))
         weights = resample_weights(len(grid), sampling.resamples, seed)
-        of_members = np.array([np.nan if signs[m] is None else signs[m] for m in members])
-        directed = np.where(np.isnan(of_members), 1.0, of_members) * columns
+        of_members = [signs[m] for m in members]
         for h in grid.varying():
-            tau = ["granulated_kendall"]
-            found = _with_intervals(columns, grid, weights, tau, confidence, chosen, h)
-            errors = _with_intervals(directed, grid, weights, SIGN_ERRORS, confidence, chosen, h)
-            found |= {n: np.where(np.isnan(of_members), np.nan, e) for n, e in errors.items()}
+            found: dict[str, Floats] = {}
+            for names, turned, known in by_direction(columns, of_members, one_change):
+                part = _with_intervals(turned, grid, weights, names, confidence, chosen, h)
+                found |= {name: np.where(known, column, np.nan) for name, column in part.items()}
             for k, member in enumerate(members.tolist()):
                 rows[member, h] = {name: float(column[k]) for name, column in found.items()}
     order = sorted(rows)
@@ -256,11 +255,13 @@ def evaluate_hyperparameters(
 def _columns(statistics: Sequence[str]) -> list[str]:
     """The table's columns; a statistic with its interval, a CMI with its set and its null."""
     found = ["models", "left_out", "direction"]
+    tested: list[str] = []
     for name in statistics:
-        of_score = ("_set", *_OF_A_NULL) if TABLE[name].conditioning_set else ()
-        found += [name + end for end in ("", "_low", "_high", *of_score)]
-    draws = ["resamples", "permutations"]
-    return [*found, "p_value", "p_value_holm", *draws, "interval_note"]
+        of_null = _OF_A_NULL if TABLE[name].definition else ()
+        found += [name + end for end in ("", "_low", "_high", *of_null)]
+        if TABLE[name].p_value and not of_null:
+            tested += [TABLE[name].p_value, f"{TABLE[name].p_value}_holm"]
+    return [*found, *tested, "resamples", "permutations", "interval_note"]
 
 
 def _directions(
@@ -285,11 +286,11 @@ def _cells(name: str, rating: Rating, k: int) -> dict[str, float]:
     """What one measure's rating adds to its row."""
     ends = {name: rating.value[k], f"{name}_low": rating.low[k], f"{name}_high": rating.high[k]}
     row = {column: float(number) for column, number in ends.items()}
+    if tested := TABLE[name].p_value:
+        row[tested] = float(rating.p_value[k])
     if rating.nulls:
-        null = rating.nulls[k]
-        row[f"{name}_null_mean"] = null.mean
-        row[f"{name}_null_95"] = null.percentile_95
-        row[f"{name}_p_value"] = null.p_value
+        row[f"{name}_null_mean"] = rating.nulls[k].mean
+        row[f"{name}_null_95"] = rating.nulls[k].percentile_95
     return row
 
 
@@ -345,14 +346,11 @@ def _with_intervals(
     return found
 
 
-def _exact_cmi(
-    definition: str, column: Floats, grid: Grid, rating: Rating, k: int
-) -> dict[str, Any]:
-    """The score with the program's quirks; without an interval where it is not finite."""
-    name = f"cmi_{definition}"
-    exact = (pgdl_score if definition == "pgdl" else jiang_score)(column, grid)
+def _exact(name: str, column: Floats, grid: Grid, rating: Rating, k: int) -> dict[str, Any]:
+    """A mutual information with the program's quirks; no interval where it is not finite."""
+    exact = EXACT[TABLE[name].definition](column, grid)
     row: dict[str, Any] = {name: exact.score, f"{name}_set": set_name(exact.argmin or ())}
-    row[f"{name}_adjusted"] = adjusted_score(exact.score, rating.nulls[k].mean)
+    row[f"{name}_adjusted"] = adjusted_for_noise(exact.score, rating.nulls[k].mean)
     if not np.isfinite(exact.score):
         row |= {f"{name}_low": np.nan, f"{name}_high": np.nan, f"{name}_set": ""}
     return row

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation._grid import Configs, Floats, Ints, Measure, read_comparable, unique_ids
+from sharpkit.evaluation.grid import Configs, Floats, Ints, Measure, read_comparable, unique_ids
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,4 +1,4 @@
-"""How certain a score is: the interval of one measure, and the paired comparison of two measures.
+"""How certain a statistic is: the interval of one measure, the paired comparison of two measures.
 
 Models are resampled, because another zoo would have other models. Everything is determined by the
 seed, and all measures of a zoo see the same resamples.
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpkit.display import one_row, readable
-from sharpkit.errors import ScoreError
-from sharpkit.evaluation._grid import (
+from sharpkit.errors import ArgumentError, ScoreError
+from sharpkit.evaluation.arguments import LEAST, check_resampling
+from sharpkit.evaluation.directions import check_direction
+from sharpkit.evaluation.grid import (
     Configs,
     Floats,
     Measure,
@@ -21,16 +23,15 @@ from sharpkit.evaluation._grid import (
     read_configs,
     read_measure,
 )
-from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
-from sharpkit.evaluation.draws import Sampling
 from sharpkit.evaluation.intervals import (
     no_interval,
     observed_and_resampled,
-    rate,
     resample_weights,
     student_quantile,
 )
-from sharpkit.evaluation.robustness import Environments
+from sharpkit.evaluation.number_of_draws import Sampling
+from sharpkit.evaluation.rating import rate
+from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.statistics import TABLE
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def bootstrap_interval(
     uncertainty has the coverage of each in simulations.
 
     The interval never contradicts the p-value of `permutation_p_value` (for a mutual information,
-    of `score_null`): it excludes what a measure without relation to the gap has, on either side,
+    of `cmi_null`): it excludes what a measure without relation to the gap has, on either side,
     exactly if the one-sided p-value there is at most half of 1 − confidence.
 
     Where there is no honest interval the ends are NaN and `note` says why: "fewer than 12 models";
@@ -229,7 +230,7 @@ def compare_measures(
 ) -> Comparison:
     """Is one measure better than another on the same zoo?
 
-    Both are scored on the same resamples of the models for which both have a value, so what the
+    Both see the same resamples of the models for which both have a value, so what the
     zoo does to both cancels. The interval is difference ± t s √(n / (n − 2)), with s the standard
     deviation of the resampled differences and t Student's quantile for n − 2 degrees of freedom,
     and the p-value is of the same distribution: it is below 1 − confidence exactly where the
@@ -248,7 +249,7 @@ def compare_measures(
         seed: Determines the resamples.
 
     Returns:
-        Comparison: Both scores, the difference first − second, its interval and p-value.
+        Comparison: Both values, the difference first − second, its interval and p-value.
 
     Raises:
         ScoreError: If fewer than three models have both values, or the input is unusable.
@@ -271,7 +272,9 @@ def compare_measures(
     """
     check_resampling(resamples, confidence, statistic)
     for direction in directions:
-        check_direction(direction, "sign_error")
+        check_direction(direction)
+        if direction is None:
+            raise ArgumentError("a comparison needs a direction of either measure, got None")
     grid = read_configs(configs)
     columns = np.stack([read_measure(m, grid)[0] for m in (first, second)], axis=1)
     usable = ~np.isnan(columns).any(1) & ~np.isnan(grid.gap)

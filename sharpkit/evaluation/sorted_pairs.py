@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharpkit.evaluation._grid import Floats, Ints, Weights
-from sharpkit.evaluation._threads import in_threads
+from sharpkit.evaluation.grid import Floats, Ints, Weights
+from sharpkit.evaluation.threads import in_threads
+
+_Item = TypeVar("_Item")
 
 MANY = 512  # models up to which all pairs are formed
 _SLAB = 64  # models of a slab
@@ -194,22 +196,32 @@ class Partitions:
         ]
 
 
-def in_chunks(groups: Sequence[Ints]) -> list[Partitions]:
-    """Partitions, given by the group of each model (models,), a few at a time."""
-    parts: list[list[Ints]] = [[]]
+def by_width(items: Sequence[_Item], widths: Sequence[int], most: int) -> list[list[_Item]]:
+    """The items in order, as many together as have a width of at most so much; one at least.
+
+    Example:
+        >>> by_width("abcd", [2, 1, 1, 9], 3)
+        [['a', 'b'], ['c'], ['d']]
+    """
+    parts: list[list[_Item]] = []
     width = 0
-    for own in groups:
-        size = int(own.max(initial=-1)) + 1
-        if parts[-1] and width + size > COLUMNS:
+    for item, own in zip(items, widths, strict=True):
+        if not parts or width + own > most:
             parts.append([])
             width = 0
-        parts[-1].append(own)
-        width += size
-    return [Partitions.of(part) for part in parts if part]
+        parts[-1].append(item)
+        width += own
+    return parts
+
+
+def in_chunks(groups: Sequence[Ints]) -> list[Partitions]:
+    """Partitions, given by the group of each model (models,), a few at a time."""
+    sizes = [int(own.max(initial=-1)) + 1 for own in groups]
+    return [Partitions.of(part) for part in by_width(groups, sizes, COLUMNS)]
 
 
 def weighted_tables(
-    chunks: Sequence[Partitions], weights: Floats, sums: Callable[[Weights], Weights]
+    chunks: Sequence[Partitions], weights: Weights, sums: Callable[[Weights], Weights]
 ) -> list[Floats]:
     """Weights of pairs by groups (batch, groups, groups), of each partition.
 

@@ -17,9 +17,8 @@ from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import (
     STATISTICS,
     bootstrap_interval,
+    cmi_null,
     conditional_mutual_information,
-    evaluate_hyperparameters,
-    evaluate_measures,
     expected_direction,
     granulated_kendall,
     holm,
@@ -27,7 +26,8 @@ from sharpkit.evaluation import (
     pearson,
     permutation_p_value,
     r_squared,
-    score_null,
+    rate_by_hyperparameter,
+    rate_measures,
     sign_error,
     spearman,
 )
@@ -69,7 +69,7 @@ def values(configs: dict[str, object]) -> pd.DataFrame:
 def test_each_row_has_what_the_functions_give(
     configs: dict[str, object], values: pd.DataFrame
 ) -> None:
-    table = evaluate_measures(values, configs, resamples=100, seed=3)
+    table = rate_measures(values, configs, resamples=100, seed=3)
     assert list(table.index) == ["good", "bad"]
     assert set(table.columns) == set(COLUMNS)
     gaps = [entry["metrics"]["train_acc"] for entry in configs.values()]
@@ -100,7 +100,7 @@ def test_each_row_has_what_the_functions_give(
             named = re.search(reason or rf"\b{statistic}\b", row["interval_note"])
             assert bool(named) == bool(interval.note)
         for definition in ("pgdl", "jiang"):
-            null = score_null(column, configs, definition, shuffles=100, seed=3)
+            null = cmi_null(column, configs, definition, shuffles=100, seed=3)
             named = {
                 "null_mean": null.mean,
                 "null_95": null.percentile_95,
@@ -117,22 +117,22 @@ def test_environments_and_the_size_of_the_test_set_can_be_chosen(
     configs: dict[str, object], values: pd.DataFrame
 ) -> None:
     options = {"environments": "settings", "test_size": 3}
-    table = evaluate_measures(values, configs, resamples=30, **options)
+    table = rate_measures(values, configs, resamples=30, **options)
     for name in values:
         expected = sign_error(values[name], configs, **options).overall
         assert table.loc[name, "sign_error"] == pytest.approx(expected.mean)
         assert table.loc[name, "sign_error_max"] == expected.maximum
     with pytest.raises(ArgumentError, match="environments"):
-        evaluate_measures(values, configs, environments="all")
+        rate_measures(values, configs, environments="all")
     with pytest.raises(ArgumentError, match="test_size"):
-        evaluate_hyperparameters(values, configs, test_size=0)
+        rate_by_hyperparameter(values, configs, test_size=0)
 
 
 def test_each_hyperparameter_has_what_the_functions_give(
     configs: dict[str, object], values: pd.DataFrame
 ) -> None:
     values.loc["model_3", "bad"] = math.nan
-    table = evaluate_hyperparameters(values, configs, resamples=60)
+    table = rate_by_hyperparameter(values, configs, resamples=60)
     assert table.index.tolist() == [(m, h) for m in values for h in "abcd"]
     for name in values:
         column = values[name].dropna()
@@ -148,11 +148,11 @@ def test_each_hyperparameter_has_what_the_functions_give(
             assert row["sign_error_max"] == pytest.approx(errors[h].maximum)
             if abs(taus[h]) < 1:  # else no resample differs, and there is no interval
                 assert row["granulated_kendall_low"] < row["granulated_kendall_high"]
-    whole = evaluate_measures(values, configs, resamples=5)["granulated_kendall"]
+    whole = rate_measures(values, configs, resamples=5)["granulated_kendall"]
     means = table["granulated_kendall"].groupby(level=0, sort=False).mean()
     assert means.tolist() == pytest.approx(whole.tolist())
     values.columns = pd.MultiIndex.from_tuples([("m", 1), ("m", 256)], names=["measure", "m"])
-    several = evaluate_hyperparameters(values, configs, resamples=5)
+    several = rate_by_hyperparameter(values, configs, resamples=5)
     assert several.index.names == ["measure", "m", "hyperparameter"]
 
 
@@ -161,7 +161,7 @@ def test_models_without_a_value_are_left_out_of_that_row_only(
 ) -> None:
     values.loc["model_3", "bad"] = math.nan
     values.loc["model_9", "bad"] = math.nan
-    table = evaluate_measures(values.drop("model_5"), configs, resamples=30)
+    table = rate_measures(values.drop("model_5"), configs, resamples=30)
     assert table["models"].to_dict() == {"good": 23, "bad": 21}
     kept = values["bad"].drop(["model_3", "model_5", "model_9"])
     gaps = [configs[name.removeprefix("model_")]["metrics"]["train_acc"] for name in kept.index]
@@ -172,7 +172,7 @@ def test_models_without_a_value_are_left_out_of_that_row_only(
 def test_a_score_that_is_not_finite_has_no_interval_and_no_set() -> None:
     configs = zoo((2, 2), range(4))
     values = pd.DataFrame({"x": [1.0, 2.0, 4.0, math.nan]})
-    row = evaluate_measures(values, configs, resamples=30).loc["x"]
+    row = rate_measures(values, configs, resamples=30).loc["x"]
     assert math.isnan(row["cmi_pgdl"])
     assert math.isnan(row["cmi_pgdl_low"])
     assert row["cmi_pgdl_set"] == ""
@@ -183,9 +183,7 @@ def test_a_score_that_is_not_finite_has_no_interval_and_no_set() -> None:
 def test_a_single_hyperparameter_gives_the_competitions_score_no_null_and_says_why() -> None:
     rng = np.random.default_rng(3)
     configs = zoo((14,), rng.normal(size=28), [(k % 14,) for k in range(28)])
-    row = evaluate_measures(pd.DataFrame({"x": rng.normal(size=28)}), configs, resamples=20).loc[
-        "x"
-    ]
+    row = rate_measures(pd.DataFrame({"x": rng.normal(size=28)}), configs, resamples=20).loc["x"]
     assert math.isnan(row["cmi_pgdl_p_value"])
     assert math.isnan(row["cmi_pgdl_low"])
     assert "cmi_pgdl: fewer than two hyperparameters" in row["interval_note"]
@@ -193,7 +191,7 @@ def test_a_single_hyperparameter_gives_the_competitions_score_no_null_and_says_w
 
 
 def test_the_definitions_can_be_chosen(configs: dict[str, object], values: pd.DataFrame) -> None:
-    table = evaluate_measures(values, configs, resamples=20, definitions=["jiang"])
+    table = rate_measures(values, configs, resamples=20, definitions=["jiang"])
     assert not [name for name in table.columns if "pgdl" in name]
     assert "cmi_jiang" in table.columns
 
@@ -202,13 +200,13 @@ def test_columns_of_several_levels_are_kept_as_the_index(
     configs: dict[str, object], values: pd.DataFrame
 ) -> None:
     values.columns = pd.MultiIndex.from_tuples([("m", 1), ("m", 256)], names=["measure", "m"])
-    table = evaluate_measures(values, configs, resamples=20)
+    table = rate_measures(values, configs, resamples=20)
     assert table.index.names == ["measure", "m"]
     assert "kendall_tau" in table.reset_index()
 
 
 def test_the_seed_determines_the_table(configs: dict[str, object], values: pd.DataFrame) -> None:
-    one, two = (evaluate_measures(values, configs, resamples=20, seed=5) for _ in range(2))
+    one, two = (rate_measures(values, configs, resamples=20, seed=5) for _ in range(2))
     pd.testing.assert_frame_equal(one, two)
 
 
@@ -216,7 +214,7 @@ def test_the_real_submissions_keep_their_official_scores_in_the_table() -> None:
     configs = recorded("pgdl_public/task1_v4/model_configs.json")
     entries = recorded("pgdl_public/task1_v4/submissions.json")
     values = pd.DataFrame({name: entry["prediction"] for name, entry in entries.items()})
-    table = evaluate_measures(values, configs, resamples=50)
+    table = rate_measures(values, configs, resamples=50)
     for name, entry in entries.items():
         assert table.loc[name, "cmi_pgdl"] == pytest.approx(entry["pgdl_score"], abs=1e-11)
         assert table.loc[name, "cmi_jiang"] == pytest.approx(entry["jiang_score"], abs=1e-9)
@@ -228,20 +226,20 @@ def test_the_real_submissions_keep_their_official_scores_in_the_table() -> None:
 def test_unusable_tables_are_refused_with_a_reason(configs: dict[str, object]) -> None:
     few = pd.DataFrame({"a": [1.0, 2.0], "b": [1.0, math.nan]})
     with pytest.raises(ScoreError, match=r"a \(2\), b \(1\); expected at least 3"):
-        evaluate_measures(few, configs)
+        rate_measures(few, configs)
     with pytest.raises(ScoreError, match="no columns"):
-        evaluate_measures(pd.DataFrame(index=[0, 1]), configs)
+        rate_measures(pd.DataFrame(index=[0, 1]), configs)
     with pytest.raises(ScoreError, match="lacks: 99"):
-        evaluate_measures(pd.DataFrame({"a": [1.0]}, index=[99]), configs)
+        rate_measures(pd.DataFrame({"a": [1.0]}, index=[99]), configs)
     good = pd.DataFrame({"a": np.arange(24.0)})
     with pytest.raises(ArgumentError, match="definitions"):
-        evaluate_measures(good, configs, definitions="pgdl")
+        rate_measures(good, configs, definitions="pgdl")
     with pytest.raises(ArgumentError, match="resamples"):
-        evaluate_measures(good, configs, resamples=0)
+        rate_measures(good, configs, resamples=0)
     with pytest.raises(ArgumentError, match="permutations"):
-        evaluate_measures(good, configs, permutations=0)
+        rate_measures(good, configs, permutations=0)
     with pytest.raises(ArgumentError, match="confidence"):
-        evaluate_measures(good, configs, confidence=0.0)
+        rate_measures(good, configs, confidence=0.0)
 
 
 def test_the_expected_direction_decides_p_values_and_sign_errors(
@@ -249,7 +247,7 @@ def test_the_expected_direction_decides_p_values_and_sign_errors(
 ) -> None:
     gaps = np.array([entry["metrics"]["train_acc"] for entry in configs.values()])
     values = pd.DataFrame({"up": gaps, "down": -gaps, "either": -gaps, "wrong": -gaps})
-    table = evaluate_measures(
+    table = rate_measures(
         values, configs, resamples=50, permutations=999, directions={"down": -1, "either": None}
     )
     assert table["direction"].astype(object).where(table["direction"].notna(), None).to_dict() == {
@@ -262,15 +260,15 @@ def test_the_expected_direction_decides_p_values_and_sign_errors(
     assert table["kendall_tau"].tolist() == pytest.approx([1, -1, -1, -1])
     errors = table["sign_error"].tolist()
     assert errors == pytest.approx([0, 0, math.nan, 1], nan_ok=True)
-    by_change = evaluate_hyperparameters(
+    by_change = rate_by_hyperparameter(
         values, configs, resamples=5, directions={"down": -1, "either": None}
     )
     assert by_change.loc["down", "sign_error"].tolist() == [0, 0, 0, 0]
     assert by_change.loc["either", "sign_error"].isna().all()
     with pytest.raises(ArgumentError, match="not there: sideways"):
-        evaluate_measures(values, configs, directions={"sideways": 1})
+        rate_measures(values, configs, directions={"sideways": 1})
     with pytest.raises(ArgumentError, match="expected 1, -1 or None"):
-        evaluate_measures(values, configs, directions={"up": 0})
+        rate_measures(values, configs, directions={"up": 0})
 
 
 def test_a_measure_says_its_direction_by_an_attribute() -> None:
@@ -289,16 +287,16 @@ def test_a_measure_says_its_direction_by_an_attribute() -> None:
 def test_a_measure_without_values_has_a_row_of_nan(
     configs: dict[str, object], values: pd.DataFrame
 ) -> None:
-    alone = evaluate_measures(values, configs, resamples=20)
+    alone = rate_measures(values, configs, resamples=20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table = evaluate_measures(values.assign(none=math.nan), configs, resamples=20)
+        table = rate_measures(values.assign(none=math.nan), configs, resamples=20)
     row = table.loc["none"]
     assert (row["models"], row["interval_note"]) == (0, "all: fewer than 3 models")
     assert math.isnan(row["kendall_tau"])
     assert row["left_out"].endswith("and 16 more")
     pd.testing.assert_frame_equal(table.drop("none"), alone, check_dtype=False)
-    by_change = evaluate_hyperparameters(values.assign(none=math.nan), configs, resamples=5)
+    by_change = rate_by_hyperparameter(values.assign(none=math.nan), configs, resamples=5)
     assert by_change.index.get_level_values(0).unique().tolist() == ["good", "bad"]
 
 
@@ -308,7 +306,7 @@ def test_infinite_values_are_ranked_without_a_warning(
     values.iloc[:2, 0] = math.inf
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        row = evaluate_measures(values, configs, resamples=20).loc["good"]
+        row = rate_measures(values, configs, resamples=20).loc["good"]
     gaps = [entry["metrics"]["train_acc"] for entry in configs.values()]
     finite = values["good"].replace(math.inf, 1e9).tolist()
     assert row["kendall_tau"] == pytest.approx(kendall_tau(finite, gaps))
@@ -320,7 +318,7 @@ def test_models_that_are_left_out_are_named(
     configs: dict[str, object], values: pd.DataFrame
 ) -> None:
     values.loc["model_3", "bad"] = math.nan
-    table = evaluate_measures(values.drop("model_5"), configs, resamples=20)
+    table = rate_measures(values.drop("model_5"), configs, resamples=20)
     assert table["left_out"].to_dict() == {"good": "5", "bad": "3, 5"}
 
 
@@ -331,7 +329,7 @@ def test_many_measures_can_still_be_significant_together(configs: dict[str, obje
     values = pd.DataFrame(
         {"good": gaps} | {f"noise{k}": column for k, column in enumerate(noise.T)}
     )
-    table = evaluate_measures(values, configs, resamples=200)
+    table = rate_measures(values, configs, resamples=200)
     assert table.loc["good", "p_value_holm"] == pytest.approx(40 / 2001)
     assert table["p_value_holm"].drop("good").min() > 0.05
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation._grid import Configs, Floats, Grid, Ints, Measure, read_comparable
+from sharpkit.evaluation.grid import Configs, Floats, Grid, Ints, Measure, read_comparable
 
 if TYPE_CHECKING:
     import pandas as pd

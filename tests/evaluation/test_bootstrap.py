@@ -27,23 +27,25 @@ from sharpkit.evaluation import (
     sign_error,
     spearman,
 )
-from sharpkit.evaluation._grid import read_configs
-from sharpkit.evaluation._pairs import gap_entropy, mutual_information
-from sharpkit.evaluation._weighted import weighted_statistics
-from sharpkit.evaluation.chance import chance_statistics, permuted_kendall, shuffles
+from sharpkit.evaluation.grid import read_configs
 from sharpkit.evaluation.intervals import (
-    Sampling,
     agree,
     fewest_pairs,
     interval_ends,
     observed_and_resampled,
-    rate,
     resample_weights,
     student_quantile,
 )
+from sharpkit.evaluation.number_of_draws import Sampling
+from sharpkit.evaluation.pair_counts import gap_entropy, mutual_information
 from sharpkit.evaluation.permutation import p_values
-from sharpkit.evaluation.robustness import Environments
-from sharpkit.evaluation.statistics import LOWER_IS_BETTER, TABLE
+from sharpkit.evaluation.rating import rate
+from sharpkit.evaluation.resampled_statistics import weighted_statistics
+from sharpkit.evaluation.shuffled_by_pairs import permuted_kendall
+from sharpkit.evaluation.shuffled_statistics import chance_statistics
+from sharpkit.evaluation.shuffles import random_orders
+from sharpkit.evaluation.sign_errors import Environments
+from sharpkit.evaluation.statistics import TABLE
 
 
 def measure_for(values: Any) -> dict[str, float]:
@@ -272,6 +274,9 @@ def test_a_word_says_why_there_is_no_interval() -> None:
     other = {name: float(v) for name, v in zip(lacking.ids, rng.normal(size=20), strict=True)}
     compared = compare_measures(kept, other, lacking, statistic="cmi_pgdl", resamples=50)
     assert (compared.note, math.isnan(compared.p_value)) == ("empty cells", True)
+    one = zoo((2,), rng.normal(size=14), [(k % 2,) for k in range(14)])
+    alone = bootstrap_interval(dict(enumerate(range(14))), one, statistic="cmi_pgdl", resamples=9)
+    assert alone.note == "fewer than two hyperparameters"
     few_pairs = compare_measures(
         measure_for(values), measure_for(grid.gap), grid, statistic="sign_error_90", resamples=50
     )
@@ -279,16 +284,16 @@ def test_a_word_says_why_there_is_no_interval() -> None:
 
 
 def test_the_smallest_environment_counts_pairs_that_share_models_less() -> None:
-    from sharpkit.evaluation._plan import changed_pairs
+    from sharpkit.evaluation.compared_pairs import Compared
 
     whole = read_configs(zoo((2, 6), range(12)))
-    pairs = changed_pairs(whole, [0], Environments())
+    pairs = Compared(whole, [0], Environments()).changes
     assert fewest_pairs(pairs, 12) == 6
     # one model of a = 0 beside six of a = 1: six pairs, all with the same model
     shared = read_configs(zoo((2, 1), range(7), [(0, 0)] + 6 * [(1, 0)]))
     degrees = np.array([6, 1, 1, 1, 1, 1, 1])
     expected = degrees.sum() ** 2 / (2 * (degrees**2).sum())
-    assert fewest_pairs(changed_pairs(shared, [0], Environments()), 7) == pytest.approx(expected)
+    assert fewest_pairs(Compared(shared, [0], Environments()).changes, 7) == pytest.approx(expected)
     assert fewest_pairs(None, 7) == 0
 
 
@@ -306,9 +311,9 @@ def test_an_interval_and_its_p_value_never_contradict_each_other(direction: int)
             described = TABLE[name]
             no_relation = described.no_relation
             if name == "cmi_jiang":
-                from sharpkit.evaluation import score_null
+                from sharpkit.evaluation import cmi_null
 
-                no_relation = score_null(measure, grid, "jiang", shuffles=60, seed=seed).mean
+                no_relation = cmi_null(measure, grid, "jiang", shuffles=60, seed=seed).mean
             else:
                 assert interval.p_value == permutation_p_value(
                     measure, grid, statistic=name, permutations=600, direction=direction, seed=seed
@@ -338,7 +343,7 @@ def test_chance_statistics_are_those_of_the_shuffled_measure() -> None:
     values, grid = simulated(rng, 0.4, shape=(3, 2, 2))
     values = np.round(values, 1)
     values[1] = values[0]  # a tie
-    orders = shuffles(np.zeros(12, dtype=np.int64), 5, 0)
+    orders = random_orders(np.zeros(12, dtype=np.int64), 5, 0)
     environments = Environments("values", 30)
     found = chance_statistics(values[:, None], grid, orders, STATISTICS, environments)
     once = np.ones((1, 12), dtype=np.int64)
@@ -396,7 +401,7 @@ def test_shuffling_within_hyperparameters_removes_what_they_explain() -> None:
     assert permutation_p_value(measure, configs, permutations=199) == 0.005
     assert permutation_p_value(measure, configs, permutations=199, within=["a"]) > 0.05
     strata = np.array([0, 1, 0, 2, 1])
-    for order in shuffles(strata, 20, 0):
+    for order in random_orders(strata, 20, 0):
         assert sorted(order) == list(range(5))
         assert (strata[order] == strata).all()
 
@@ -404,7 +409,7 @@ def test_shuffling_within_hyperparameters_removes_what_they_explain() -> None:
 def test_shuffled_kendall_is_that_of_the_shuffled_gaps() -> None:
     rng = np.random.default_rng(8)
     values, gap = rng.normal(size=(10, 2)), rng.integers(0, 4, size=10).astype(float)
-    orders = shuffles(np.zeros(10, dtype=np.int64), 6, 0)
+    orders = random_orders(np.zeros(10, dtype=np.int64), 6, 0)
     observed, shuffled = permuted_kendall(values, gap, orders)
     for k in range(2):
         assert observed[k] == pytest.approx(slow_tau(values[:, k], gap))
@@ -416,7 +421,7 @@ def test_null_measures_have_uniform_p_values() -> None:
     rng = np.random.default_rng(9)
     _, grid = simulated(rng, 0.0)
     null = rng.normal(size=(96, 400))
-    orders = shuffles(np.zeros(96, dtype=np.int64), 499, 0)
+    orders = random_orders(np.zeros(96, dtype=np.int64), 499, 0)
     p = p_values(*permuted_kendall(null, grid.gap, orders))
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.01
 
@@ -435,7 +440,7 @@ def test_a_comparison_tells_a_better_measure_and_not_a_measure_from_itself() -> 
     good, bad = measure_for(values), measure_for(rng.normal(size=96))
     for statistic in STATISTICS:
         result = compare_measures(good, bad, grid, statistic=statistic, resamples=300)
-        better = -1 if statistic in LOWER_IS_BETTER else 1
+        better = -1 if TABLE[statistic].lower_is_better else 1
         ends = sorted((better * result.low, better * result.high))
         assert ends[1] > 0
         if statistic != "sign_error_max":  # a single environment decides it

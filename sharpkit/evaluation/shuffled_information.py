@@ -17,11 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from sharpkit.evaluation._cells import CellMap
-from sharpkit.evaluation._dominance import COLUMNS, MANY, Dominance, Smaller, dense_ranks
-from sharpkit.evaluation._grid import Bools, Floats, Grid, Ints, Weights
-from sharpkit.evaluation._pairs import INSIDE_LOG, xlogx
-from sharpkit.evaluation._threads import in_threads
+from sharpkit.evaluation.competition_program import CellMap
+from sharpkit.evaluation.grid import Bools, Floats, Grid, Ints, Weights
+from sharpkit.evaluation.pair_counts import INSIDE_LOG, xlogx
+from sharpkit.evaluation.sorted_pairs import (
+    COLUMNS,
+    MANY,
+    Dominance,
+    Smaller,
+    by_width,
+    dense_ranks,
+)
+from sharpkit.evaluation.threads import in_threads
 
 _COLUMNS = 256  # groups, over all sets, that are counted at a time
 _ENTRIES = 500_000  # of X held at a time
@@ -57,8 +64,8 @@ class _Block:
 
 
 @dataclass(frozen=True)
-class ShuffledScores:
-    """Scores of shuffles by both definitions; what depends on the zoo alone is computed once."""
+class ShuffledInformation:
+    """Of shuffles, by both definitions; what depends on the zoo alone is computed once."""
 
     models: int
     gap: Ints  # (models,): ranks
@@ -66,10 +73,10 @@ class ShuffledScores:
     base: float
     blocks: list[_Block]
     table: Floats  # x log2 x of 0, 1, ...; empty if there are too many
-    pgdl_defined: bool  # whether every set of that definition has a score
+    pgdl_defined: bool  # whether every set of that definition has a value
 
     @classmethod
-    def of(cls, grid: Grid) -> ShuffledScores:
+    def of(cls, grid: Grid) -> ShuffledInformation:
         """Cells of the zoo's conditioning sets, each distinct partition of the models once."""
         n = len(grid)
         pairs = list(itertools.combinations(range(len(grid.names)), 2))
@@ -87,14 +94,16 @@ class ShuffledScores:
         if n <= MANY:
             gap_bits: Weights = (grid.gap[:, None] > grid.gap).astype(dtype)
             weights, larger = base + gap_bits, gap_bits.__matmul__
-        parts = _parts(list(found.values()), _COLUMNS if n <= MANY else COLUMNS)
+        sets = [(groups, cells) for groups, cells in found.values() if groups.max(initial=-1) >= 0]
+        sizes = [int(groups.max()) + 1 for groups, _ in sets]
+        parts = by_width(sets, sizes, _COLUMNS if n <= MANY else COLUMNS)
         blocks = [_block(part, larger, dtype) for part in parts]
         most = int(max(block.total.max(initial=0) for block in blocks))
         table = xlogx(np.arange(most + 1, dtype=np.float64)) if most <= _TABLED else np.empty(0)
         return cls(n, gap, weights, base, blocks, table, _all_kept(kept))
 
     def __call__(self, values: Floats) -> tuple[Floats, Floats]:
-        """Scores by `pgdl` and `jiang` of measures (measures, models), without NaN; (measures,)."""
+        """By `pgdl` and `jiang`, (measures,), of measures (measures, models) without NaN."""
         step = max(1, _ENTRIES // (self.models**2 if self.models <= MANY else self.models))
         found = [self._batch(values[s : s + step]) for s in range(0, len(values), step)]
         pgdl, jiang = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -105,8 +114,8 @@ class ShuffledScores:
         for block, (larger, both) in zip(self.blocks, self._counts(values), strict=True):
             pgdl.append(self._unweighted(block, larger, both))
             jiang.append(self._weighted(block, larger, both))
-        scores = [np.fmin.reduce(np.concatenate(parts, axis=1), axis=1) for parts in (pgdl, jiang)]
-        first, second = (np.where(np.isinf(score), np.nan, score) for score in scores)
+        least = [np.fmin.reduce(np.concatenate(parts, axis=1), axis=1) for parts in (pgdl, jiang)]
+        first, second = (np.where(np.isinf(value), np.nan, value) for value in least)
         return (first if self.pgdl_defined else np.full_like(first, np.nan)), second
 
     def _counts(self, values: Floats) -> Iterator[tuple[Floats, Floats]]:
@@ -178,7 +187,7 @@ def _ratio(information: Floats, starts: Ints, entropy: Floats, wanted: Bools) ->
 
 
 def pgdl_defined(grid: Grid) -> bool:
-    """Whether every conditioning set has a `pgdl` score: a pair at least, and no empty cell."""
+    """Whether every conditioning set has a value by `pgdl`: a pair at least, and no empty cell."""
     pairs = itertools.combinations(range(len(grid.names)), 2)
     return _all_kept({pair: _kept(grid, pair) for pair in pairs})
 
@@ -193,23 +202,6 @@ def _kept(grid: Grid, pair: tuple[int, int]) -> Bools | None:
     if kept[0] is None or kept[1] is None:
         return None
     return kept[0] & kept[1]
-
-
-def _parts(
-    sets: list[tuple[Ints, Bools | None]], most: int
-) -> list[list[tuple[Ints, Bools | None]]]:
-    parts: list[list[tuple[Ints, Bools | None]]] = [[]]
-    width = 0
-    for groups, kept in sets:
-        size = int(groups.max(initial=-1)) + 1
-        if size == 0:
-            continue
-        if parts[-1] and width + size > most:
-            parts.append([])
-            width = 0
-        parts[-1].append((groups, kept))
-        width += size
-    return [part for part in parts if part]
 
 
 def _block(
