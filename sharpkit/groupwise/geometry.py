@@ -7,7 +7,7 @@ nothing is ever divided by a weight and a weight of exactly 0 simply stays 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,6 +35,10 @@ class Direction:
     coefficient: Tensor  # (groups,) float64; NaN where the gradient is not finite
     factors: Factors = field(default_factory=dict)  # weights whose part is DᵀA, never formed
     doubtful: Tensor | None = None  # (groups,) bool: the norm may have left float32 on the way
+
+
+# gradient (groups, *shape) and weights (*shape), by name, to unit vectors (see `directed`)
+DirectionRule = Callable[[Tensors, Tensors], Tensors]
 
 
 def norm(tensors: Tensors, p: float = 2.0) -> Tensor:
@@ -144,15 +148,38 @@ def steepest(
         doubtful = None if careful else found.doubtful
         return Direction(gradient, found.coefficient, factors, doubtful)
     if p == torch.inf:
-        top = largest(gradient)
-        unit = torch.where(torch.isfinite(top), (top > 0).double(), torch.nan)
-        return Direction({k: g.sign() for k, g in gradient.items()}, unit)
+        return Direction({k: g.sign() for k, g in gradient.items()}, _moving(largest(gradient)))
     gradient, _ = normalised(gradient)
     if p == 1.0:
         return _largest_entry(gradient)
     q = p / (p - 1.0)
     powers = {name: g.sign() * g.abs() ** (q - 1.0) for name, g in gradient.items()}
     return Direction(powers, _reciprocal(norm(powers, p)))
+
+
+def directed(rule: DirectionRule, gradient: Tensors, weights: Tensors) -> Direction:
+    """The direction of every group by a rule of one's own; 0 where its gradient is exactly 0.
+
+    Args:
+        rule: Is given the gradient with respect to u, each group's times a power of two that takes
+            its largest entry to between 1 and 2, and the weights; returns points u of the unit
+            ball, (groups, *shape).
+        gradient: Of any scale.
+        weights: Without group axis.
+    """
+    gradient, _ = normalised(gradient)
+    unit = _moving(largest(gradient))
+    stays = unit == 0
+    found = {
+        name: t.masked_fill(stays.view(-1, *[1] * (t.ndim - 1)), 0.0)
+        for name, t in rule(gradient, weights).items()
+    }
+    return Direction(found, unit)
+
+
+def _moving(top: Tensor) -> Tensor:
+    """1 where a largest entry is not 0, NaN where it is not finite."""
+    return torch.where(torch.isfinite(top), (top > 0).double(), torch.nan)
 
 
 def of_length(length: Tensor) -> Direction:
@@ -178,7 +205,6 @@ def _largest_entry(gradient: Tensors) -> Direction:
     top = largest(gradient)
     free = top > 0  # groups whose one entry is not placed yet
     tensors: Tensors = {}
-    finite = torch.isfinite(top)
     for name, g in gradient.items():
         flat = g.reshape(len(g), -1)
         value, index = flat.abs().max(1)
@@ -187,7 +213,14 @@ def _largest_entry(gradient: Tensors) -> Direction:
         entry = flat.gather(1, place).sign() * here.unsqueeze(1)
         tensors[name] = torch.zeros_like(flat).scatter_(1, place, entry).view_as(g)
         free = free & ~here
-    return Direction(tensors, torch.where(finite, (top > 0).double(), torch.nan))
+    return Direction(tensors, _moving(top))
+
+
+def inner(a: Tensors, b: Tensors) -> Tensor:
+    """The inner product over all parameters together, accumulated in float64; shape (groups,)."""
+    return torch.stack([(t.double() * b[k]).reshape(len(t), -1).sum(1) for k, t in a.items()]).sum(
+        0
+    )
 
 
 def project(point: Tensors, rho: float, p: float) -> Tensors:

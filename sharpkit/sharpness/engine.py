@@ -22,20 +22,15 @@ from torch import Tensor
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.precision import may_use_tf32
-from sharpkit.errors import ModelError
+from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.fallback import Disagreement
-from sharpkit.groupwise.geometry import Direction, Tensors
+from sharpkit.groupwise.geometry import Direction
 from sharpkit.groupwise.in_place import InPlace, Moved
 from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.objective import Objective
-from sharpkit.sharpness.ascent import (
-    Ascent,
-    gaussian_direction,
-    projected_ascent,
-    random_point,
-    scaled,
-)
+from sharpkit.sharpness.ascent_rules import Ascent
+from sharpkit.sharpness.ball import Ball, gaussian_direction, random_point, scaled
 from sharpkit.sharpness.blocks import Blocks, concatenated
 from sharpkit.sharpness.passes import Alone, Passes
 
@@ -168,7 +163,7 @@ class Sweep:
         count = len(examples)
         if self.side is None or self.objective.alone == 1 or count < 2:
             return
-        if not self.ascent.needs_gradient:
+        if not self.ascent.rule.needs_gradient:
             return
         side = self.side.gradients(examples, count, self.factored).merged(count)
         one = self.alone.gradients(examples, count)
@@ -218,7 +213,7 @@ class Sweep:
         """A single m whose groups are all alone goes the way of a loop by hand."""
         f, ascent = self.objective, self.ascent
         alone = self.side is None or self.block >= f.alone
-        plain = ascent.kind == "one_step" and ascent.p == 2.0 and not self.careful
+        plain = ascent.rule.linearised and ascent.p == 2.0 and not self.careful
         known = f.model.dtype in (torch.float32, torch.float64) and not f.model.has_complex
         if len(self.levels) > 1 or not (alone and plain and known):
             return None
@@ -259,7 +254,7 @@ class Sweep:
                 continue
             examples, groups = self._examples(a, b), (b - a) // size
             passes = self._passes(groups, size)
-            if self.ascent.needs_gradient:
+            if self.ascent.rule.needs_gradient:
                 blocks = passes.gradients(examples, groups, self.factored)
             else:
                 blocks = passes.losses_only(examples, groups)
@@ -300,65 +295,39 @@ class Sweep:
             passes = self._passes(count, size)
         assert passes is not None
         with self.objective.model.evaluating():
-            if self.ascent.kind == "average":
-                increases = self._average(level, passes, examples, blocks.loss)
-            else:
-                increases = self._ascend(level, passes, examples, blocks)
+            increases = self.ascent.rule.increases(
+                self._ball(level, passes, examples, blocks), self.rhos
+            )
+        if increases.shape != (len(self.rhos), count):
+            raise ArgumentError(
+                f"the rule {self.ascent.rule.name!r} gave increases of shape "
+                f"{tuple(increases.shape[1:])}: expected one for each group, ({count},)"
+            )
         level.increases.append(increases)
         level.sizes += [size] * count
         level.weights.append(blocks.weight)
 
-    def _ascend(self, level: Level, passes: Passes, examples: Examples, blocks: Blocks) -> Tensor:
-        ascent, groups = self.ascent, len(blocks)
-        first = geometry.steepest(
-            scaled(blocks.tensors, self.scale), ascent.p, blocks.factors, careful=self.careful
-        )
-        moves = first.coefficient != 0
-        self._note(first, blocks.exponent < torch.inf)
-        level.zero_gradients.append((~moves).sum())
-        if ascent.kind in ("pgd", "apgd"):
-            rows = [
-                projected_ascent(
-                    ascent, self.weights, self.scale, first, blocks.loss, rho,
-                    partial(passes.slopes, examples, groups),
-                    partial(passes.losses, examples, groups),
-                    partial(self._random_point, level, groups, rho),
-                    careful=self.careful,
-                    note=self._note,
-                )
-                for rho in self.rhos
-            ]  # fmt: skip
-        else:
-            rows = [self._one_step(passes, examples, first, rho) - blocks.loss for rho in self.rhos]
-        # without a gradient there is no perturbation: exactly 0, not the rounding of two passes
-        increases = torch.stack(rows)
-        return increases if ascent.restarts > 1 else increases.masked_fill(~moves, 0.0)
-
-    def _one_step(self, passes: Passes, examples: Examples, first: Direction, rho: float) -> Tensor:
-        amount = rho * first.coefficient
-        at = geometry.moved(self.weights, scaled(first.tensors, self.scale), amount)
-        thin = {name: (a, d * geometry.expand(amount, d)) for name, (a, d) in first.factors.items()}
-        return passes.losses(examples, len(amount), at, thin)
-
-    def _average(self, level: Level, passes: Passes, examples: Examples, base: Tensor) -> Tensor:
-        packing, steps = self.alone.packing, self.ascent.steps
-        total = torch.zeros(len(self.rhos), len(base), dtype=torch.float64, device=base.device)
-        for sample in range(steps):
-            direction = gaussian_direction(
-                self.ascent, self.objective.weights, level.m, len(level.sizes), len(base), sample
+    def _ball(self, level: Level, passes: Passes, examples: Examples, blocks: Blocks) -> Ball:
+        ascent, groups, join = self.ascent, len(blocks), self.alone.packing.joined
+        first = Direction({}, torch.zeros_like(blocks.loss))
+        if ascent.rule.needs_gradient:
+            first = geometry.steepest(
+                scaled(blocks.tensors, self.scale), ascent.p, blocks.factors, careful=self.careful
             )
-            step = scaled(packing.joined(direction.tensors), self.scale)
-            for i, rho in enumerate(self.rhos):
-                at = geometry.moved(self.weights, step, rho * direction.coefficient)
-                total[i] += passes.losses(examples, len(base), at) - base
-        return total / steps
+            self._note(first, blocks.exponent < torch.inf)
+            level.zero_gradients.append((first.coefficient == 0).sum())
+        keys = ascent.seed, ascent.p, self.objective.weights, level.m, len(level.sizes), groups
 
-    def _random_point(self, level: Level, groups: int, rho: float, restart: int) -> Tensors:
-        return self.alone.packing.joined(
-            random_point(
-                self.ascent, self.objective.weights, level.m, len(level.sizes), groups, rho, restart
-            )
-        )
+        def gaussian(sample: int) -> Direction:
+            found = gaussian_direction(*keys, sample)
+            return Direction(join(found.tensors), found.coefficient)
+
+        return Ball(
+            ascent.p, ascent.steps, ascent.restarts, self.weights, self.scale, blocks.loss,
+            partial(passes.slopes, examples, groups), partial(passes.losses, examples, groups),
+            gaussian, lambda rho, restart: join(random_point(*keys, rho, restart)),
+            blocks.tensors, first, self.careful, self._note,
+        )  # fmt: skip
 
     def _examples(self, start: int, stop: int) -> Examples:
         f = self.objective.model
