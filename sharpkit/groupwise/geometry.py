@@ -83,6 +83,16 @@ def length_of_one(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def step_of_one(
+    gradient: Sequence[Tensor], amount: Tensor, scale: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """T ∘ (amount · gradient) of a single group, in as few calls as they allow."""
+    step = list(torch._foreach_mul(gradient, amount.to(gradient[0].dtype)))
+    if scale is not None:
+        torch._foreach_mul_(step, scale)
+    return step
+
+
 def _in_memory_order(t: Tensor) -> Tensor:
     if t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last):
         return t.permute(0, 2, 3, 1)

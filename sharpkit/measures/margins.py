@@ -158,9 +158,9 @@ def normalized_margin(model: nn.Module, data: Data, *, percentile: float = 10.0)
         >>> round(normalized_margin(model, data), 6)  # (20 − 15) / (5 · 5)
         0.2
     """
-    from sharpkit.measures.layers import weight_layers
     from sharpkit.measures.passes import images
     from sharpkit.measures.spectral import spectral_norm
+    from sharpkit.measures.weight_layers import weight_layers
 
     margin = output_margin(model, data, percentile=percentile)
     inputs = images(load_in_order(data), "the normalised margin")

@@ -33,9 +33,9 @@ from sharpkit.groupwise.fallback import (
 from sharpkit.groupwise.objective import Objective
 from sharpkit.groupwise.packing import Packing
 from sharpkit.sharpness.ascent_rules import Ascent, AscentLike, ascent_rule
-from sharpkit.sharpness.engine import Care, Doubtful, Level, Sweep
 from sharpkit.sharpness.passes import Alone, Passes
-from sharpkit.sharpness.plan import plan_of, transformed
+from sharpkit.sharpness.sweep import Care, Doubtful, Level, Sweep
+from sharpkit.sharpness.sweep_plan import sweep_plan, transformed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -231,7 +231,7 @@ def m_sharpness(
         parts = examples.chunks(len(examples))
         loss_fn = loss_fn.where_all_count(part.labels for part in parts)
         probe = examine(function, loss_fn, examples, found)
-        plan = plan_of(
+        plan = sweep_plan(
             function, loss_fn, weights, probe, ms, chunk, memory_budget,
             allows_factors=rule.allows_factors,
         )  # fmt: skip

@@ -33,10 +33,10 @@ from sharpkit.groupwise.objective import (
     leaf_gradient,
 )
 from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.training.batch_norm_statistics import Recorder, Statistics
 from sharpkit.training.group_perturbation import Steps, step_of_one, steps_of_groups
 from sharpkit.training.noise import Noise
 from sharpkit.training.radius import Radii
-from sharpkit.training.statistics import Recorder, Statistics
 from sharpkit.training.variants import PLAIN_SAM, SamVariant, combined
 
 

@@ -121,8 +121,6 @@ def step_of_one(
     amount = torch.where(length > 0, 1.0 / length, length)  # NaN stays NaN
     if scale is None:
         amount = amount * radii.common
-    ascent = list(torch._foreach_mul(ascent, amount.to(ascent[0].dtype)))
-    if factors is not None:
-        torch._foreach_mul_(ascent, factors)
-    torch._foreach_add_(ascent, [weights[name] for name in used])
-    return {**weights, **dict(zip(used, ascent, strict=True))}, doubtful
+    at = geometry.step_of_one(ascent, amount, factors)
+    torch._foreach_add_(at, [weights[name] for name in used])
+    return {**weights, **dict(zip(used, at, strict=True))}, doubtful

@@ -13,11 +13,11 @@ from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, DataError, DivergedError
 from sharpkit.groupwise.fallback import Engine
-from sharpkit.training import ranks
+from sharpkit.training.batch_norm_statistics import Recorder, tracked_layers
 from sharpkit.training.group_passes import Task
 from sharpkit.training.group_step import run
+from sharpkit.training.parallel import averaged_over_ranks, on_any_rank
 from sharpkit.training.radius import Radii, checked_radius
-from sharpkit.training.statistics import Recorder, tracked_layers
 from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
 
@@ -138,11 +138,11 @@ def accumulate(
     value, found = result.value, result.gradient
     diverged = scaler is None and not result.finite
     if isinstance(model, DistributedDataParallel):
-        diverged = ranks.anywhere(model, [diverged])[0]  # or the others would wait for this one
+        diverged = on_any_rank(model, [diverged])[0]  # or the others would wait for this one
     if diverged:
         raise DivergedError(f"the loss is not finite (here: {float(value)}): training has diverged")
     if isinstance(model, DistributedDataParallel):
-        found = ranks.averaged(model, found, list(shared.values()))
+        found = averaged_over_ranks(model, found, list(shared.values()))
     new = {
         parameter: function.native(name, gradient)
         for name, parameter, gradient in zip(shared, own, found, strict=True)

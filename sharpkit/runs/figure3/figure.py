@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from sharpkit.contract.rules import measuring_rules, refuse_other_rules
+from sharpkit.contract.measuring_rules import measuring_rules, refuse_other_rules
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError

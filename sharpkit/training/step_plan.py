@@ -47,7 +47,7 @@ _AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2}
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """How groups of one size are evaluated, for one model, loss and device."""
 
     groups: int  # at a time; 1 where they run as fast alone
@@ -64,10 +64,10 @@ class Plan:
     careful: bool = False  # found to have gradients whose squares leave float32
 
 
-_PLANS: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
+_PLANS: WeakKeyDictionary[nn.Module, dict[Any, StepPlan]] = WeakKeyDictionary()
 
 
-def plan_for(task: Task) -> Plan:
+def step_plan(task: Task) -> StepPlan:
     """The plan for groups like the first; the same object for every step that is alike."""
     function, kind = task.model, task.model.device.type
     group = task.examples.slice(0, task.m)
@@ -94,7 +94,7 @@ def plan_for(task: Task) -> Plan:
     return plans[key]
 
 
-def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
+def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> StepPlan:
     function, weights, loss = task.model, task.shared, task.loss
     attributes = Attributes(function.model)
     with torch.enable_grad(), function.assigned(weights):
@@ -125,7 +125,7 @@ def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
     one_batch = not found.refused and not sees_weights and draws.are_of_examples
     one_batch = one_batch and (groups == 1 or _keeps_groups_apart(task, replay))
     attributes.restore()
-    return Plan(
+    return StepPlan(
         groups,
         factored,
         layout,

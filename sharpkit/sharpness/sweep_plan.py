@@ -40,7 +40,7 @@ _GPU_BATCHES = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """How examples are cut (see `Objective`), for one model, loss and device.
 
     `memory` counts the bytes of a chunk: activations, and gradients and perturbed weights of its
@@ -77,7 +77,7 @@ class Plan:
         return OneBatchPasses(passes, compile=compile)
 
 
-def plan_of(
+def sweep_plan(
     function: FunctionalModel,
     loss: MeanLoss,
     weights: Tensors,
@@ -87,7 +87,7 @@ def plan_of(
     memory_budget: int | None,
     *,
     allows_factors: bool,
-) -> Plan:
+) -> SweepPlan:
     """The plan for a model.
 
     Args:
@@ -130,7 +130,7 @@ def plan_of(
     if math.gcd(*ms) >= found.alone(device):
         own = sum(w.nbytes for w in weights.values())
         memory = min(batch, max(ms)) * per_example + 3 * own  # home, moved, gradient
-    return Plan(function, loss, weights, size, batch, layout, found, memory, unused)
+    return SweepPlan(function, loss, weights, size, batch, layout, found, memory, unused)
 
 
 def _layout(function: FunctionalModel, probe: Probe) -> torch.memory_format:
