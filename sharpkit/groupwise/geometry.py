@@ -83,9 +83,7 @@ def length_of_one(tensors: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def step_of_one(
-    gradient: Sequence[Tensor], amount: Tensor, scale: Sequence[Tensor] | None
-) -> list[Tensor]:
+def step_of_one(gradient: list[Tensor], amount: Tensor, scale: list[Tensor] | None) -> list[Tensor]:
     """T ∘ (amount · gradient) of a single group, in as few calls as they allow."""
     step = list(torch._foreach_mul(gradient, amount.to(gradient[0].dtype)))
     if scale is not None:
