@@ -34,8 +34,9 @@ from sharpkit.groupwise.objective import Objective
 from sharpkit.groupwise.packing import Packing
 from sharpkit.sharpness.ascent_rules import Ascent, AscentLike, ascent_rule
 from sharpkit.sharpness.passes import Alone, Passes
-from sharpkit.sharpness.sweep import Care, Doubtful, Level, Sweep
+from sharpkit.sharpness.sweep import Care, Sweep
 from sharpkit.sharpness.sweep_plan import sweep_plan, transformed
+from sharpkit.sharpness.unseen import Doubtful, Level
 
 if TYPE_CHECKING:
     import pandas as pd
