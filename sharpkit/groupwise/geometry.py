@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import low_rank
 
 Tensors = dict[str, Tensor]  # name -> (groups, *shape)
@@ -174,15 +175,31 @@ def directed(rule: DirectionRule, gradient: Tensors, weights: Tensors) -> Direct
             ball, (groups, *shape).
         gradient: Of any scale.
         weights: Without group axis.
+
+    Raises:
+        ArgumentError: If the rule gives other names or shapes than it was given.
     """
     gradient, _ = normalised(gradient)
     unit = _moving(largest(gradient))
+    found = in_form_of(gradient, rule(gradient, weights), "the direction of a rule")
     stays = unit == 0
-    found = {
-        name: t.masked_fill(stays.view(-1, *[1] * (t.ndim - 1)), 0.0)
-        for name, t in rule(gradient, weights).items()
-    }
+    found = {k: t.masked_fill(stays.view(-1, *[1] * (t.ndim - 1)), 0.0) for k, t in found.items()}
     return Direction(found, unit)
+
+
+def in_form_of(like: Tensors, found: Tensors, what: str) -> Tensors:
+    """What a rule of one's own gave, if it has the names and shapes that it was given.
+
+    Raises:
+        ArgumentError: If it has not.
+    """
+    for name, t in like.items():
+        if name not in found or found[name].shape != t.shape:
+            got = f"shape {tuple(found[name].shape)}" if name in found else "nothing"
+            raise ArgumentError(
+                f"{what} has {got} for {name!r}: expected shape {tuple(t.shape)}, a slice per group"
+            )
+    return found
 
 
 def _moving(top: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.geometry import Direction, Tensors
 
@@ -122,7 +123,12 @@ def random_point(
     """Points u, uniform in the ball of radius rho, p = 2 or infinity, one per group.
 
     Each group's numbers are seeded by (seed, m, group, restart), as in `gaussian_direction`.
+
+    Raises:
+        ArgumentError: For another p.
     """
+    if p not in (2.0, torch.inf):
+        raise ArgumentError(f"random points are drawn in balls of norm 2 or infinity, got {p}")
     numbers = range(first_group, first_group + groups)
     keys = [f"{seed}/{m}/{group}/restart {restart}" for group in numbers]
     size = _size(weights)

@@ -22,7 +22,7 @@ from sharpkit.training.m_sam import accumulate
 from sharpkit.training.noise import Noise
 from sharpkit.training.perturbation import perturb, perturb_along, real
 from sharpkit.training.radius import checked_radius, radii_of_groups
-from sharpkit.training.variants import PLAIN_SAM, SamVariant
+from sharpkit.training.variants import PLAIN_SAM, SamVariant, both
 
 
 class _Phase(Enum):
@@ -215,7 +215,8 @@ class SAM(Optimizer):
             return
         own = {str(i): real(p.grad) for i, p in enumerate(self._moved) if p.grad is not None}
         if own:
-            found = self.variant.combine(
+            found = both(
+                self.variant.combine,
                 {name: self._plain[int(name)].unsqueeze(0) for name in own},
                 {name: g.unsqueeze(0) for name, g in own.items()},
             )

@@ -77,8 +77,15 @@ def combined(
         perturbed: The same at w + ε_i.
         shares: What groups count, (groups,).
     """
-    found = rule(_unscaled(*plain), _unscaled(*perturbed))
+    found = both(rule, _unscaled(*plain), _unscaled(*perturbed))
     return {name: (g * geometry.expand(shares, g)).sum(0) for name, g in found.items()}
+
+
+def both(rule: CombineRule, plain: Tensors, perturbed: Tensors) -> Tensors:
+    """What a rule makes of both gradients; ArgumentError if that has other names or shapes."""
+    return geometry.in_form_of(
+        perturbed, rule(plain, perturbed), "the gradient that a variant combined"
+    )
 
 
 def _unscaled(tensors: Tensors, exponent: Tensor) -> Tensors:

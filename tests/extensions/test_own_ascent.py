@@ -149,5 +149,10 @@ def test_a_measure_takes_a_rule_and_notes_which():
 def test_what_is_no_rule_is_refused_with_those_there_are():
     with pytest.raises(ArgumentError, match='"one_step", "pgd", "apgd"'):
         m_sharpness(network(), batch(), m=2, rho=0.1, ascent=3)
+    with pytest.raises(ArgumentError, match="norm 2 or infinity, got 3"):
+        m_sharpness(
+            network(), batch(), m=2, rho=0.1, norm=3.0,
+            ascent=lambda ball, rho: ball.increase(ball.random_point(rho, 1)),
+        )  # fmt: skip
     with pytest.raises(ArgumentError, match=r"one for each group, \(13,\)"):
         m_sharpness(network(), batch(), m=2, rho=0.1, ascent=lambda ball, rho: ball.base.sum())

@@ -245,3 +245,9 @@ def test_what_a_variant_cannot_do_is_refused():
     opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, variant=GSAM)
     with pytest.raises(ArgumentError, match="leave out no_sync"):
         opt.step(lambda: None, no_sync=torch.enable_grad)
+    ragged = SamVariant(direction=lambda g, w: {name: t.sum() for name, t in g.items()})
+    short = SamVariant(combine=lambda plain, perturbed: {"conv.weight": plain["conv.weight"]})
+    for variant, message in ((ragged, r"shape \(\) for"), (short, "nothing for 'spare'")):
+        for engine in ("auto", "loop"):
+            with pytest.raises(ArgumentError, match=message):
+                m_sam_gradient(model, x, y, m=2, engine=engine, variant=variant)
