@@ -31,8 +31,9 @@ class SamVariant:
             T = ρ, or ρ|w| where adaptive. A group whose gradient is 0 stays where it is. None for
             SAM's T ∘ g / ‖T ∘ g‖₂. `sharpkit.sharpness.one_step_along` takes the same function.
         combine: Given the gradients at w and at w + ε, returns the gradient to step along. It must
-            be homogeneous, for a `GradScaler` multiplies both by the same factor. None for SAM's,
-            the one at w + ε.
+            be homogeneous, for a `GradScaler` multiplies both by the same factor. With
+            DistributedDataParallel both passes of plain SAM must then be synchronised. None for
+            SAM's, the one at w + ε.
 
     Example:
         Half of the plain gradient and half of the perturbed one, at w = 1 of w²/2:
