@@ -21,7 +21,7 @@ from timing import Case, Record, parser, run_cases
 
 import sharpkit
 from sharpkit.curvature import operator, problem
-from sharpkit.sharpness import engine
+from sharpkit.sharpness import sweep
 
 
 class Stopwatch:
@@ -66,7 +66,7 @@ def sharpness(arguments: argparse.Namespace) -> Iterator[Record]:
     """Contract, unused weights, and groups side by side against one after the other."""
     model, data = _data(512 if arguments.quick else 2048)
     home = sys.modules["sharpkit.sharpness.m_sharpness"]  # the package's name is the function's
-    parts = [(home, "examine"), (home, "unused"), (engine.Sweep, "compare")]
+    parts = [(home, "examine"), (home, "unused"), (sweep.Sweep, "compare")]
 
     def run() -> None:
         sharpkit.m_sharpness(model, data, m=1, rho=0.05, progress=False)

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from sharpkit.contract.examples import add_to_digest
-from sharpkit.contract.losses import Loss, MeanLoss
+from sharpkit.contract.losses import MeanLoss
 
 
-def loss_name(loss: Loss) -> str:
+def loss_name(loss: Any) -> str:
     """A short name of a loss: as it was given, or that of its class or function.
 
     Example:
@@ -33,8 +33,10 @@ def loss_name(loss: Loss) -> str:
     return "loss" if name == "<lambda>" else str(name)
 
 
-def loss_text(loss: Loss) -> str:
-    """A loss as text for the configuration of a run: a name, or name and digest of a callable.
+def loss_text(loss: Any) -> str:
+    """A loss, or another argument, as text for the configuration of a run.
+
+    That is its name, with a digest if it is a callable.
 
     The digest is of a module's attributes and tensors, and of a function's code, defaults and the
     variables that it closes over. What the code itself calls is not looked into.

@@ -6,7 +6,7 @@ from sharpkit.curvature.fisher import FisherOperator
 from sharpkit.curvature.gauss_newton import GaussNewtonOperator
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.lanczos import Tridiagonal, lanczos
-from sharpkit.curvature.layers import layer_spectra
+from sharpkit.curvature.layer_spectra import layer_spectra
 from sharpkit.curvature.operator import CurvatureOperator
 from sharpkit.curvature.quadrature import spectral_density
 from sharpkit.curvature.trace import Estimated, frobenius_norm, trace

@@ -17,26 +17,19 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from sharpkit.contract.batch_norm import BatchNormCall
 from sharpkit.curvature.convolution_rules import Statistics, is_batched, laid_out_as
 
 _aten = torch.ops.aten
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def stored_statistics(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Statistics] | None:
-    """The arguments of `F.batch_norm`, or None where statistics of the batch are used."""
-    if training or running_mean is None or running_var is None:
+def stored_statistics(call: BatchNormCall) -> Statistics | None:
+    """What a call normalises by, or None where statistics of the batch are used."""
+    mean, variance = call.running_mean, call.running_var
+    if call.training or mean is None or variance is None:
         return None
-    return input, Statistics(running_mean, running_var, weight, bias, eps)
+    return Statistics(mean, variance, call.weight, call.bias, call.eps)
 
 
 def batch_norm(x: Tensor, norm: Statistics) -> Tensor:

@@ -19,6 +19,7 @@ from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters
 from sharpkit.contract.precision import current_precision, precision
+from sharpkit.curvature.chunk_plan import ChunkPlan, chunk_plan, graph_bytes
 from sharpkit.curvature.chunks import (
     Chunk,
     Linearised,
@@ -28,11 +29,10 @@ from sharpkit.curvature.chunks import (
     recorded,
 )
 from sharpkit.curvature.compiled import CompiledProducts, try_compile
+from sharpkit.curvature.fast_rules import fast_rules
 from sharpkit.curvature.memory import gigabytes, require_memory
 from sharpkit.curvature.plain_rules import plain_rules
-from sharpkit.curvature.plan import Plan, graph_bytes, make_plan
 from sharpkit.curvature.problem import Problem, make_problem, refuse_training_mode
-from sharpkit.curvature.rules import fast_rules
 from sharpkit.curvature.second_derivatives import Mode, Moved, Product, Tensors, choose_mode
 from sharpkit.curvature.together import can_go_together, products_together
 from sharpkit.errors import ArgumentError, DataError, ModelError
@@ -118,7 +118,7 @@ class CurvatureOperator(ABC):
         self.mode, self._why_forward = choose_mode(problem, self._by_differences, self._product)
         forward = self.mode == "forward"
         known = [*problem.leaves, *problem.fixed.values()]
-        self._plan: Plan = make_plan(
+        self._plan: ChunkPlan = chunk_plan(
             problem.examples,
             (0, 0) if forward else graph_bytes(self._record_some, problem.examples, known),
             list(problem.weights.values()),

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from sharpkit.contract.batch_norm import BatchNormCall
+from sharpkit.curvature.norm_rules import stored_statistics
+
 
 class plain_rules(TorchFunctionMode):
     """Record the operations of this module as plain arithmetic.
@@ -65,24 +68,17 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
+def _batch_norm(*args: Any, **kwargs: Any) -> Tensor:
     """With stored statistics, channel by channel."""
-    if training or running_mean is None or running_var is None:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    channels = (1, -1, *[1] * (input.ndim - 2))
-    scale = torch.rsqrt(running_var + eps)
-    scale = scale if weight is None else scale * weight
-    result = (input - running_mean.view(channels)) * scale.view(channels)
-    return result if bias is None else result + bias.view(channels)
+    call = BatchNormCall(*args, **kwargs)
+    norm = stored_statistics(call)
+    if norm is None:
+        return F.batch_norm(*call)
+    channels = (1, -1, *[1] * (call.input.ndim - 2))
+    scale = torch.rsqrt(norm.variance + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    result = (call.input - norm.mean.view(channels)) * scale.view(channels)
+    return result if norm.bias is None else result + norm.bias.view(channels)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:

@@ -41,16 +41,18 @@ class BatchPasses:
         loss: The loss.
         weights: The parameters that differ from group to group, (*shape).
         rows: Rows per example of the weights whose gradient may stay in factors.
+        packed: Whether small parameters lie side by side (see `Packing`).
     """
 
     model: FunctionalModel
     loss: MeanLoss
     weights: Tensors
     rows: dict[str, int]
+    packed: bool = True
     kept: dict[Any, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.packing = Packing(self.weights, frozenset(self.rows))
+        self.packing = Packing(self.weights, frozenset(self.rows if self.packed else self.weights))
         self._stand_ins = low_rank.stand_ins(self.weights)
         self._own: list[Tensor] | None = None
         self._points: dict[tuple[int, int, frozenset[str]], tuple[Tensors, Point]] = {}
@@ -188,7 +190,12 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def batch_passes(
-    model: FunctionalModel, loss: MeanLoss, weights: Tensors, found: Survey
+    model: FunctionalModel,
+    loss: MeanLoss,
+    weights: Tensors,
+    found: Survey,
+    *,
+    packed: bool = True,
 ) -> BatchPasses:
     """The passes of a model, if every use of a weight is recognised.
 
@@ -197,10 +204,11 @@ def batch_passes(
         loss: The loss.
         weights: Those that differ from group to group.
         found: How the model uses them.
+        packed: Whether small parameters lie side by side.
 
     Raises:
         Disagreement: If it cannot run as one batch.
     """
     if found.refused:
         raise Disagreement(f"as one batch, {found.refused}")
-    return BatchPasses(model, loss, weights, found.factored(weights))
+    return BatchPasses(model, loss, weights, found.factored(weights), packed)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sharpkit.contract.batch_norm import BatchNormCall
 from sharpkit.groupwise import pooling, recurrent
 from sharpkit.groupwise.group_layers import channels_of_groups, examples_of_groups
 
@@ -22,25 +23,12 @@ def _batch_norm(
     batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
     """Channels of their own for every example in eval mode, and for every group in training."""
-    names = (
-        "input",
-        "running_mean",
-        "running_var",
-        "weight",
-        "bias",
-        "training",
-        "momentum",
-        "eps",
-    )
-    given: dict[str, Any] = {
-        "weight": None, "bias": None, "training": False, "momentum": 0.1, "eps": 1e-5,
-    }  # fmt: skip
-    given |= dict(zip(names, args, strict=False)) | kwargs
-    x, mean, variance = given["input"], given["running_mean"], given["running_var"]
+    call = BatchNormCall(*args, **kwargs)
+    x, mean, variance = call.input, call.running_mean, call.running_var
     if not batch.holds_examples(x):
         return None
-    if given["training"]:
-        return _group_statistics(batch, given)
+    if call.training:
+        return _group_statistics(batch, call)
     if mean is None or variance is None:
         return None
     n = len(x)
@@ -58,19 +46,19 @@ def _batch_norm(
 
     out = F.batch_norm(
         x.reshape(1, -1, *x.shape[2:]), repeated(mean), repeated(variance),
-        own(given["weight"]), own(given["bias"]), False, 0.0, given["eps"],
+        own(call.weight), own(call.bias), False, 0.0, call.eps,
     )  # fmt: skip
     result: Tensor = torch.ops.aten._unsafe_view(out, x.shape)
     return result
 
 
-def _group_statistics(batch: OneBatch, given: dict[str, Any]) -> Tensor | None:
+def _group_statistics(batch: OneBatch, call: BatchNormCall) -> Tensor | None:
     """BatchNorm in training: each group is normalised by its own statistics.
 
     Running statistics, if any, must have the channels of all groups, one after the other.
     """
-    groups, x = batch.point.groups, given["input"]
-    running = (given["running_mean"], given["running_var"])
+    groups, x = batch.point.groups, call.input
+    running = (call.running_mean, call.running_var)
     if any(t is not None and t.numel() != groups * x.shape[1] for t in running):
         return None
 
@@ -81,8 +69,8 @@ def _group_statistics(batch: OneBatch, given: dict[str, Any]) -> Tensor | None:
         return value.repeat(groups) if value.ndim == 1 else value.flatten()
 
     out = F.batch_norm(
-        channels_of_groups(x, groups), *running, own(given["weight"]), own(given["bias"]),
-        True, given["momentum"], given["eps"],
+        channels_of_groups(x, groups), *running, own(call.weight), own(call.bias),
+        True, call.momentum, call.eps,
     )  # fmt: skip
     return examples_of_groups(out, groups)
 
@@ -90,7 +78,7 @@ def _group_statistics(batch: OneBatch, given: dict[str, Any]) -> Tensor | None:
 def _training_batch_norm(
     batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Tensor | None:
-    training = args[5] if len(args) > 5 else kwargs.get("training", False)
+    training = BatchNormCall(*args, **kwargs).training
     return _batch_norm(batch, func, args, kwargs) if training else None
 
 

@@ -7,12 +7,13 @@ nothing is ever divided by a weight and a weight of exactly 0 simply stays 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import low_rank
 
 Tensors = dict[str, Tensor]  # name -> (groups, *shape)
@@ -35,6 +36,10 @@ class Direction:
     coefficient: Tensor  # (groups,) float64; NaN where the gradient is not finite
     factors: Factors = field(default_factory=dict)  # weights whose part is DᵀA, never formed
     doubtful: Tensor | None = None  # (groups,) bool: the norm may have left float32 on the way
+
+
+# gradient (groups, *shape) and weights (*shape), by name, to unit vectors (see `directed`)
+DirectionRule = Callable[[Tensors, Tensors], Tensors]
 
 
 def norm(tensors: Tensors, p: float = 2.0) -> Tensor:
@@ -77,6 +82,14 @@ def length_of_one(tensors: Sequence[Tensor]) -> Tensor:
         return torch.zeros((), dtype=torch.float64)
     total: Tensor = torch.linalg.vector_norm(parts[0] if len(parts) == 1 else torch.cat(parts))
     return total
+
+
+def step_of_one(gradient: list[Tensor], amount: Tensor, scale: list[Tensor] | None) -> list[Tensor]:
+    """T ∘ (amount · gradient) of a single group, in as few calls as they allow."""
+    step = list(torch._foreach_mul(gradient, amount.to(gradient[0].dtype)))
+    if scale is not None:
+        torch._foreach_mul_(step, scale)
+    return step
 
 
 def _in_memory_order(t: Tensor) -> Tensor:
@@ -144,15 +157,54 @@ def steepest(
         doubtful = None if careful else found.doubtful
         return Direction(gradient, found.coefficient, factors, doubtful)
     if p == torch.inf:
-        top = largest(gradient)
-        unit = torch.where(torch.isfinite(top), (top > 0).double(), torch.nan)
-        return Direction({k: g.sign() for k, g in gradient.items()}, unit)
+        return Direction({k: g.sign() for k, g in gradient.items()}, _moving(largest(gradient)))
     gradient, _ = normalised(gradient)
     if p == 1.0:
         return _largest_entry(gradient)
     q = p / (p - 1.0)
     powers = {name: g.sign() * g.abs() ** (q - 1.0) for name, g in gradient.items()}
     return Direction(powers, _reciprocal(norm(powers, p)))
+
+
+def directed(rule: DirectionRule, gradient: Tensors, weights: Tensors) -> Direction:
+    """The direction of every group by a rule of one's own; 0 where its gradient is exactly 0.
+
+    Args:
+        rule: Is given the gradient with respect to u, each group's times a power of two that takes
+            its largest entry to between 1 and 2, and the weights; returns points u of the unit
+            ball, (groups, *shape).
+        gradient: Of any scale.
+        weights: Without group axis.
+
+    Raises:
+        ArgumentError: If the rule gives other names or shapes than it was given.
+    """
+    gradient, _ = normalised(gradient)
+    unit = _moving(largest(gradient))
+    found = in_form_of(gradient, rule(gradient, weights), "the direction of a rule")
+    stays = unit == 0
+    found = {k: t.masked_fill(stays.view(-1, *[1] * (t.ndim - 1)), 0.0) for k, t in found.items()}
+    return Direction(found, unit)
+
+
+def in_form_of(like: Tensors, found: Tensors, what: str) -> Tensors:
+    """What a rule of one's own gave, if it has the names and shapes that it was given.
+
+    Raises:
+        ArgumentError: If it has not.
+    """
+    for name, t in like.items():
+        if name not in found or found[name].shape != t.shape:
+            got = f"shape {tuple(found[name].shape)}" if name in found else "nothing"
+            raise ArgumentError(
+                f"{what} has {got} for {name!r}: expected shape {tuple(t.shape)}, a slice per group"
+            )
+    return found
+
+
+def _moving(top: Tensor) -> Tensor:
+    """1 where a largest entry is not 0, NaN where it is not finite."""
+    return torch.where(torch.isfinite(top), (top > 0).double(), torch.nan)
 
 
 def of_length(length: Tensor) -> Direction:
@@ -178,7 +230,6 @@ def _largest_entry(gradient: Tensors) -> Direction:
     top = largest(gradient)
     free = top > 0  # groups whose one entry is not placed yet
     tensors: Tensors = {}
-    finite = torch.isfinite(top)
     for name, g in gradient.items():
         flat = g.reshape(len(g), -1)
         value, index = flat.abs().max(1)
@@ -187,7 +238,14 @@ def _largest_entry(gradient: Tensors) -> Direction:
         entry = flat.gather(1, place).sign() * here.unsqueeze(1)
         tensors[name] = torch.zeros_like(flat).scatter_(1, place, entry).view_as(g)
         free = free & ~here
-    return Direction(tensors, torch.where(finite, (top > 0).double(), torch.nan))
+    return Direction(tensors, _moving(top))
+
+
+def inner(a: Tensors, b: Tensors) -> Tensor:
+    """The inner product over all parameters together, accumulated in float64; shape (groups,)."""
+    return torch.stack([(t.double() * b[k]).reshape(len(t), -1).sum(1) for k, t in a.items()]).sum(
+        0
+    )
 
 
 def project(point: Tensors, rho: float, p: float) -> Tensors:

@@ -81,10 +81,7 @@ class InPlace:
         after = []
         for rho in rhos:
             amount = rho / length.clamp(min=_LEAST)
-            step = torch._foreach_mul(gradient, amount.to(gradient[0].dtype))
-            if scale is not None:
-                torch._foreach_mul_(step, scale)
-            torch._foreach_add_(at, step)
+            torch._foreach_add_(at, geometry.step_of_one(gradient, amount, scale))
             after.append(f.at_leaves(examples)[0])
             torch._foreach_copy_(at, home)
         return Moved(found.mean, found.weight, length, found.exponent, after)

@@ -13,8 +13,8 @@ from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.errors import DataError, ModelError
-from sharpkit.measures.layers import captured, first_layer
 from sharpkit.measures.passes import Setup, images, setup
+from sharpkit.measures.weight_layers import captured, first_layer
 
 _BLOCK = 120  # examples among which the index is taken
 _POOL = 4

@@ -10,10 +10,10 @@ from torch import nn
 from sharpkit.contract.loading import Data
 from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ModelError
-from sharpkit.measures.layers import initial_layers, weight_layers
 from sharpkit.measures.margins import margin_squared
 from sharpkit.measures.norms import frobenius_squared, products
 from sharpkit.measures.spectral import spectral_norm
+from sharpkit.measures.weight_layers import initial_layers, weight_layers
 
 
 def distance_from_initial(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sharpkit.contract.parameters import select_parameters
 from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.measures.layers import linear_maps
+from sharpkit.measures.weight_layers import linear_maps
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,9 +14,9 @@ from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import check_class_labels
 from sharpkit.contract.parameters import floating_parameters
 from sharpkit.errors import DataError, ModelError
-from sharpkit.measures.layers import layer_inputs
 from sharpkit.measures.margins import check_percentile, margins
 from sharpkit.measures.passes import Setup, setup
+from sharpkit.measures.weight_layers import layer_inputs
 
 
 def hidden_layer_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> float:

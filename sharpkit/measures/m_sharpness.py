@@ -15,6 +15,7 @@ from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.errors import ArgumentError
 from sharpkit.measures.measure import Estimate, plain
 from sharpkit.sharpness import m_sharpness
+from sharpkit.sharpness.ascent_rules import AscentLike, ascent_rule
 from sharpkit.sharpness.m_sharpness import read_grid, read_rule
 
 # options that are part of the name where they are not these, in this order
@@ -51,7 +52,7 @@ class MSharpness:
         m: Group size in examples; one or several.
         rho: Radius of the perturbation; one or several.
         loss: "cross_entropy", "mse", a torch loss module or a callable.
-        ascent: "one_step", "pgd" or "apgd".
+        ascent: "one_step", "pgd", "apgd", or a rule of your own.
         steps: Steps of "pgd" and "apgd", or directions of `average`.
         restarts: Starts of "pgd" and "apgd".
         norm: Order of the ball's norm.
@@ -87,7 +88,7 @@ class MSharpness:
 
     m: int | Sequence[int]
     rho: float | Sequence[float]
-    ascent: Literal["one_step", "pgd", "apgd"] = "one_step"
+    ascent: AscentLike = "one_step"
     steps: int = 10
     norm: float = 2.0
     adaptive: bool = False
@@ -165,8 +166,8 @@ class MSharpness:
         config = {key: plain(getattr(self, key)) for key in self.__dataclass_fields__}
         defaults = {f.name: f.default for f in self.__dataclass_fields__.values()}
         config = {k: v for k, v in config.items() if k not in _LATER or v != defaults[k]}
-        if "loss" in config:
-            config["loss"] = loss_text(self.loss)
+        for key in {"loss", "ascent"} & set(config):
+            config[key] = loss_text(config[key])
         return config | {"name": str(self.name)}
 
 
@@ -188,8 +189,10 @@ def _name(measure: MSharpness) -> str:
 def _word(key: str, value: Any) -> str:
     if key == "loss":
         return loss_name(value)
-    if key in ("adaptive", "average", "ascent"):
-        return key if value is True else str(value)
+    if key == "ascent":
+        return ascent_rule(value).name
+    if key in ("adaptive", "average"):
+        return key
     if key == "parameters":
         return value if isinstance(value, str) else "+".join(value)
     if isinstance(value, float) and math.isfinite(value):

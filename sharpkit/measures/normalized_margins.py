@@ -8,10 +8,10 @@ from torch import nn
 
 from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.errors import DataError, ModelError
-from sharpkit.measures.layers import weight_layers
 from sharpkit.measures.margins import output_margin
 from sharpkit.measures.passes import images
 from sharpkit.measures.spectral import spectral_norm
+from sharpkit.measures.weight_layers import weight_layers
 
 
 def normalized_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> float:

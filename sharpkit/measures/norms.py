@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sharpkit.contract.loading import Data
 from sharpkit.errors import ModelError
-from sharpkit.measures.layers import WeightLayer, weight_layers
 from sharpkit.measures.margins import margin_squared
+from sharpkit.measures.weight_layers import WeightLayer, weight_layers
 
 
 def parameter_count(model: nn.Module) -> float:

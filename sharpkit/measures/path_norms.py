@@ -12,10 +12,10 @@ from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ModelError
-from sharpkit.measures.layers import BatchNorm, fold, trace
 from sharpkit.measures.margins import margin_squared
 from sharpkit.measures.passes import images
 from sharpkit.measures.squared_network import SquaredConstants
+from sharpkit.measures.weight_layers import BatchNorm, fold, wiring
 
 
 def path_norm(model: nn.Module, data: Data, *, percentile: float = 10.0) -> dict[str, float]:
@@ -61,7 +61,7 @@ def path_norm(model: nn.Module, data: Data, *, percentile: float = 10.0) -> dict
     """
     select_parameters(model)
     inputs = images(load_in_order(data, n=1), "the path norm")
-    found = trace(model, data)
+    found = wiring(model, data)
     with frozen(model), torch.no_grad():
         function = FunctionalModel(model)
         ones = torch.ones(inputs.shape, dtype=torch.float64, device=function.device)

@@ -9,11 +9,11 @@ from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.measures.layers import first_layer
 from sharpkit.measures.margin_gradients import layer_margins
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import Setup, images, mean_of, setup
 from sharpkit.measures.robustness import moved, same_class_pairs
+from sharpkit.measures.weight_layers import first_layer
 
 _FLOOR = 1e-7  # of the gradient's norm and the spread, as in the authors' program
 _TRIMMED = 0.05  # share of the features' variances left out at either end

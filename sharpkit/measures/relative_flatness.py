@@ -9,9 +9,9 @@ from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import check_class_labels
 from sharpkit.errors import ModelError
-from sharpkit.measures.layers import called_layers
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import mean_of, setup
+from sharpkit.measures.weight_layers import called_layers
 
 
 def relative_flatness(model: nn.Module, data: Data) -> Estimate:

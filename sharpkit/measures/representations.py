@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.errors import DataError, ModelError
-from sharpkit.measures.layers import captured, weight_layers
 from sharpkit.measures.passes import setup
+from sharpkit.measures.weight_layers import captured, weight_layers
 
 
 def features(

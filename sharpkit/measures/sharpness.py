@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -11,6 +10,7 @@ from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.contract.losses import cross_entropy
 from sharpkit.measures.measure import Estimate
 from sharpkit.sharpness import m_sharpness
+from sharpkit.sharpness.ascent_rules import AscentLike
 
 
 def worst_case_sharpness(
@@ -20,7 +20,7 @@ def worst_case_sharpness(
     rho: float = 0.05,
     norm: float = 2.0,
     adaptive: bool = False,
-    ascent: Literal["one_step", "pgd", "apgd"] = "pgd",
+    ascent: AscentLike = "pgd",
     steps: int = 10,
     restarts: int = 1,
     logit_normalized: bool = False,

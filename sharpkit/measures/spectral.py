@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sharpkit.contract.loading import Data
 from sharpkit.errors import ModelError
-from sharpkit.measures.layers import Convolution, WeightLayer, weight_layers
 from sharpkit.measures.margins import margin_squared
 from sharpkit.measures.norms import frobenius_squared, products
+from sharpkit.measures.weight_layers import Convolution, WeightLayer, weight_layers
 
 _DENSE = 64  # up to this many inputs a convolution is written out as a matrix
 # residual of the eigenvalue: with 1e-6, Lanczos steps can end at a close neighbour of the largest

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.errors import DataError, ModelError
-from sharpkit.measures.layers import Convolution, called_layers
 from sharpkit.measures.margin_gradients import LayerMargins, layer_margins
 from sharpkit.measures.passes import setup
+from sharpkit.measures.weight_layers import Convolution, called_layers
 
 _FLOOR = 1e-6  # of the gradient's norm, as in the authors' program
 

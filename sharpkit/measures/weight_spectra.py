@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.measures.heavy_tails import spectrum
-from sharpkit.measures.layers import linear_maps
+from sharpkit.measures.weight_layers import linear_maps
 
 _BANDWIDTH = 0.1  # of the kernel density of eigenvalues whose mean is 1
 _GRID = 1000

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from sharpkit.contract.loading import load_examples
-from sharpkit.contract.rules import measuring_rules
+from sharpkit.contract.measuring_rules import measuring_rules
 from sharpkit.device import check_device
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError

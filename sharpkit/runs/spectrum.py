@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_examples
-from sharpkit.contract.rules import measuring_rules, refuse_other_rules
+from sharpkit.contract.measuring_rules import measuring_rules, refuse_other_rules
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.grids import Spacing

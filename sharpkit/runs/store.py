@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.contract.rules import refuse_other_rules
+from sharpkit.contract.measuring_rules import refuse_other_rules
 from sharpkit.doors import reading
 from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, parse_setting

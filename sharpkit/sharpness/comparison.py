@@ -19,6 +19,7 @@ from sharpkit.contract.mean_loss import loss_of
 from sharpkit.contract.modules import unwrapped
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
+from sharpkit.sharpness.ascent_rules import AscentLike
 from sharpkit.sharpness.m_sharpness import SharpnessResult, m_sharpness
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def compare_models(
     m: int | Sequence[int],
     rho: float | Sequence[float],
     loss: Loss = "cross_entropy",
-    ascent: Literal["one_step", "pgd", "apgd"] = "one_step",
+    ascent: AscentLike = "one_step",
     steps: int = 10,
     restarts: int = 1,
     norm: float = 2.0,
@@ -145,7 +146,7 @@ def compare_models(
         m: Group size in examples; one or several.
         rho: Radius; one or several.
         loss: As for `m_sharpness`, as are the following.
-        ascent: "one_step", "pgd" or "apgd".
+        ascent: "one_step", "pgd", "apgd", or a rule of your own.
         steps: Steps of "pgd" and "apgd", or directions of `average`.
         restarts: Starts of "pgd" and "apgd".
         norm: Order of the ball's norm.

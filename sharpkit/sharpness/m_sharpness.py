@@ -32,10 +32,11 @@ from sharpkit.groupwise.fallback import (
 from sharpkit.groupwise.objective import Objective
 from sharpkit.groupwise.packing import Packing
 from sharpkit.progress import progress_bar
-from sharpkit.sharpness.ascent import Ascent
-from sharpkit.sharpness.engine import Care, Doubtful, Level, Sweep
+from sharpkit.sharpness.ascent_rules import Ascent, AscentLike, ascent_rule
 from sharpkit.sharpness.passes import Alone, Passes
-from sharpkit.sharpness.plan import plan_of, transformed
+from sharpkit.sharpness.sweep import Care, Sweep
+from sharpkit.sharpness.sweep_plan import sweep_plan, transformed
+from sharpkit.sharpness.unseen import Doubtful, Level
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +121,7 @@ def m_sharpness(
     m: int | Sequence[int],
     rho: float | Sequence[float],
     loss: Loss = "cross_entropy",
-    ascent: Literal["one_step", "pgd", "apgd"] = "one_step",
+    ascent: AscentLike = "one_step",
     steps: int = 10,
     restarts: int = 1,
     norm: float = 2.0,
@@ -163,7 +164,8 @@ def m_sharpness(
         ascent: "one_step", the closed form of the linearised maximum, as in SAM; "pgd", `steps`
             projected steps from 0; or "apgd", the same with momentum and steps that halve. The
             best point met is kept: a lower bound of the maximum, which 10 steps of "pgd" may miss
-            by a third.
+            by a third. A rule of your own is an `AscentRule`, or a function (ball, rho) -> the
+            increases of the groups (see `sharpkit.sharpness.Ball`).
         steps: Steps of "pgd" and "apgd", or directions of `average`.
         restarts: Starts of "pgd" and "apgd"; the first is at the weights, others at random points
             of the ball. The value can only grow with them.
@@ -230,7 +232,7 @@ def m_sharpness(
         parts = examples.chunks(len(examples))
         loss_fn = loss_fn.where_all_count(part.labels for part in parts)
         probe = examine(function, loss_fn, examples, found)
-        plan = plan_of(
+        plan = sweep_plan(
             function, loss_fn, weights, probe, ms, chunk, memory_budget,
             allows_factors=rule.allows_factors,
         )  # fmt: skip
@@ -253,7 +255,7 @@ def m_sharpness(
             return sweep
 
         def measured(objective: Objective, side: Passes | None) -> Sweep:
-            packing = Packing(weights) if side is None else side.packing
+            packing = Packing(weights, rule.apart(weights)) if side is None else side.packing
             alone = Alone(objective, packing)
             for care in Care:
                 sweep = Sweep(objective, examples, ms, rhos, rule, alone, side, care=care)
@@ -273,7 +275,7 @@ def m_sharpness(
             if math.gcd(*ms) >= objective.alone:
                 return measured(objective, None)
             return first_that_works(
-                lambda: measured(objective, plan.one_batch(compile=compile)),
+                lambda: measured(objective, plan.one_batch(rule, compile=compile)),
                 lambda: measured(objective, transformed(objective, probe, rule)),
             )
 
@@ -328,7 +330,7 @@ def read_grid(
 
 
 def read_rule(
-    ascent: str,
+    ascent: AscentLike,
     steps: int,
     norm: float,
     adaptive: bool,
@@ -337,21 +339,22 @@ def read_rule(
     restarts: int = 1,
 ) -> Ascent:
     """The ascent that these arguments describe."""
-    if ascent not in ("one_step", "pgd", "apgd"):
-        raise ArgumentError(f'ascent must be "one_step", "pgd" or "apgd", got {ascent!r}')
+    rule = ascent_rule(ascent)
     if not norm >= 1:
         raise ArgumentError(f"norm must be at least 1, got {norm}")
     if steps < 1:
         raise ArgumentError(f"steps must be at least 1, got {steps}")
-    if restarts < 1 or (restarts > 1 and ascent == "one_step"):
+    if restarts < 1 or (restarts > 1 and not rule.projected):
         raise ArgumentError(f'restarts = {restarts}: expected 1, or more with "pgd" or "apgd"')
-    if average and ascent != "one_step":
+    if average and not rule.linearised:
         raise ArgumentError(
-            f'average=True has no maximum to ascend to: leave out ascent="{ascent}"'
+            f'average=True has no maximum to ascend to: leave out ascent="{rule.name}"'
         )
-    if ascent != "one_step" and norm not in (2.0, math.inf):
-        raise ArgumentError(f'"{ascent}" projects on balls of norm 2 or infinity only, got {norm}')
-    kind = "average" if average else ascent
+    if rule.projected and norm not in (2.0, math.inf):
+        raise ArgumentError(
+            f'"{rule.name}" projects on balls of norm 2 or infinity only, got {norm}'
+        )
+    kind = "average" if average else rule
     return Ascent(kind, float(norm), adaptive, steps, 0 if seed is None else seed, restarts)
 
 

@@ -5,11 +5,13 @@ from sharpkit.training.fit import FitResult, fit
 from sharpkit.training.m_sam import m_sam_gradient
 from sharpkit.training.sam import SAM
 from sharpkit.training.settings import FitSettings
+from sharpkit.training.variants import SamVariant
 
 __all__ = [
     "SAM",
     "FitResult",
     "FitSettings",
+    "SamVariant",
     "build_architecture",
     "fit",
     "m_sam_gradient",

@@ -40,6 +40,7 @@ from sharpkit.training.run_directory import (
     fingerprint,
 )
 from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
+from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +85,7 @@ def fit(
     m: int | None = None,
     rho: float = 0.05,
     adaptive: bool = False,
+    variant: SamVariant = PLAIN_SAM,
     batch_size: int = 128,
     lr: float = 0.1,
     momentum: float = 0.9,
@@ -132,6 +134,7 @@ def fit(
             the batch, or a process's share of it.
         rho: SAM's radius.
         adaptive: SAM's perturbation in units of |w| (ASAM).
+        variant: Of SAM, with a first or second step of its own.
         batch_size: Examples of a step, over all processes together.
         lr: Learning rate of the first step. 0.1 is for networks with BatchNorm; those without it
             (the plain vgg and nin) want 0.05 or less.
@@ -180,6 +183,8 @@ def fit(
         epochs, optimizer, m, rho, adaptive, batch_size, lr, momentum, weight_decay, schedule,
         augmentation, label_noise, stop_at_loss, seed,
     )  # fmt: skip
+    if variant != PLAIN_SAM and optimizer != "sam":
+        raise ArgumentError('variant belongs to SAM: give optimizer="sam" with it')
     loss_fn = resolve_loss(loss)
     ranks = Ranks.current()
     if device is not None:
@@ -200,12 +205,13 @@ def fit(
         "initial weights": fingerprint(*model.state_dict().values()),
         # noted where it is another than what every training once had
         **({} if loss_fn.given == "cross_entropy" else {"loss": loss_text(loss_fn)}),
+        **({} if variant == PLAIN_SAM else {"variant": loss_text(variant)}),
         **({"provenance": dict(provenance)} if provenance else {}),
     }
     path = None if out is None else Path(out)
     directory = RunDirectory(path, config, writes=ranks.rank == 0)
     with sole_driver(path if ranks.rank == 0 else None), _reproducible(place):
-        training = Training(model, examples, held_out, settings, ranks, directory, loss_fn)
+        training = Training(model, examples, held_out, settings, ranks, directory, loss_fn, variant)
         board = path / "tensorboard" if path and tensorboard and ranks.rank == 0 else None
         training.run(set(keep), evaluate_every, board, progress=progress and ranks.rank == 0)
     return FitResult(model.eval(), _frame(training.history), path)

@@ -8,7 +8,7 @@ all groups of a chunk as one ordinary batch, all of them under vmap, or a group 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,16 +26,18 @@ from sharpkit.groupwise.geometry import Tensors
 from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient
 from sharpkit.groupwise.group_terms import group_losses
 from sharpkit.groupwise.objective import (
+    PlainGradient,
     examples_in_layout,
     grouped,
     in_layout,
     leaf_gradient,
 )
 from sharpkit.groupwise.one_batch import OneBatch, Point
-from sharpkit.training.group_ascent import Steps, step_of_one, steps_of_groups
+from sharpkit.training.batch_norm_statistics import Recorder, Statistics
+from sharpkit.training.group_perturbation import Steps, step_of_one, steps_of_groups
 from sharpkit.training.noise import Noise
 from sharpkit.training.radius import Radii
-from sharpkit.training.statistics import Recorder, Statistics
+from sharpkit.training.variants import PLAIN_SAM, SamVariant, combined
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Task:
         examples: The batch.
         m: Examples per group.
         scale: Multiplies the loss whose gradient is taken.
+        variant: Of SAM.
     """
 
     model: FunctionalModel
@@ -61,10 +64,23 @@ class Task:
     examples: Examples
     m: int
     scale: Callable[[Tensor], Tensor] = lambda loss: loss
+    variant: SamVariant = PLAIN_SAM
 
     def weighted(self, weight: Tensor) -> Tensor:
         """What groups of such weights count in the batch."""
         return weight / len(self.examples)
+
+    def again(self, noise: Noise) -> AbstractContextManager[None]:
+        """The same random numbers for the second pass as for the first."""
+        return noise.replayed(then_on=self.variant.direction is not None)
+
+    def combined(
+        self, plain: tuple[Tensors, Tensor], perturbed: tuple[Tensors, Tensor], shares: Tensor
+    ) -> list[Tensor | None]:
+        """What the variant makes of the gradients of groups (see `variants.combined`)."""
+        assert self.variant.combine is not None
+        found = combined(self.variant.combine, plain, perturbed, self.scale(shares))
+        return [found[name] for name in self.shared]
 
 
 class Found(NamedTuple):
@@ -96,7 +112,9 @@ class AsOneBatch:
 
     def __init__(self, task: Task, factored: dict[str, int], *, careful: bool) -> None:
         self.task, self._careful, self._thin = task, careful, frozenset(factored)
-        self._passes = BatchPasses(task.model, task.loss, task.shared, factored)
+        self._passes = BatchPasses(
+            task.model, task.loss, task.shared, factored, packed=not task.variant.by_name
+        )
         self._leaves = {name: w.detach().requires_grad_() for name, w in task.shared.items()}
         self._stand_ins = low_rank.stand_ins(task.shared)
         join = self._passes.packing.joined
@@ -113,12 +131,19 @@ class AsOneBatch:
             terms = first.terms
             steps = steps_of_groups(
                 self._weights, first.packs, first.factors, terms.exponent, task.radii,
-                self._scale, careful=self._careful,
+                self._scale, task.variant.direction, careful=self._careful,
             )  # fmt: skip
-            del first
-            noise.replay()
             shares = task.weighted(terms.weight)
-            after, gradient = self._second_pass(examples, groups, steps, shares)
+            with task.again(noise):
+                if task.variant.combine is None:
+                    del first
+                    after, gradient = self._second_pass(examples, groups, steps, shares)
+                else:
+                    second = self._passes.gradients(examples, groups, at=steps.at)
+                    after = (second.terms.mean * shares).sum()
+                    gradient = task.combined(
+                        (first.packs, terms.exponent), (second.packs, second.terms.exponent), shares
+                    )
         return Found(terms.mean, terms.weight, after, gradient, statistics, steps.doubtful)
 
     def _second_pass(
@@ -209,24 +234,40 @@ class Vectorised:
                 task.recorder.over_groups,
             )  # fmt: skip
 
+        def second(at: Tensors, inputs: Inputs, labels: Tensor) -> GroupGradient:
+            return group_gradient(task.model, task.loss, at, {}, {}, inputs, labels)
+
         with without_checkpointing():
             found = vmap(first, randomness="different")(*grouped(examples, groups))
             steps = steps_of_groups(
-                task.shared, found.dense, {}, found.exponent, task.radii, self._scale, careful=True
-            )
-            noise.replay()
+                task.shared, found.dense, {}, found.exponent, task.radii, self._scale,
+                task.variant.direction, careful=True,
+            )  # fmt: skip
             shares = task.weighted(found.weight)
-            with torch.enable_grad():
-                leaves = [w.detach().requires_grad_() for w in task.shared.values()]
-                at = at_own_values(dict(zip(task.shared, leaves, strict=True)), steps.at)
-                losses: Tensor = vmap(self._loss, randomness="different")(
-                    at, *grouped(examples, groups)
-                )
-                total = (losses.double() * shares).sum()
-                gradient = torch.autograd.grad(task.scale(total), leaves, allow_unused=True)
-        return Found(
-            found.mean, found.weight, total.detach(), gradient, found.noted, steps.doubtful
-        )
+            gradient: Sequence[Tensor | None]
+            with task.again(noise):
+                if task.variant.combine is None:
+                    after, gradient = self._second_pass(examples, groups, steps, shares)
+                else:
+                    one = vmap(second, randomness="different")(steps.at, *grouped(examples, groups))
+                    after = (one.mean * shares).sum()
+                    gradient = task.combined(
+                        (found.dense, found.exponent), (one.dense, one.exponent), shares
+                    )
+        return Found(found.mean, found.weight, after, gradient, found.noted, steps.doubtful)
+
+    def _second_pass(
+        self, examples: Examples, groups: int, steps: Steps, shares: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        with torch.enable_grad():
+            leaves = [w.detach().requires_grad_() for w in self.task.shared.values()]
+            at = at_own_values(dict(zip(self.task.shared, leaves, strict=True)), steps.at)
+            losses: Tensor = vmap(self._loss, randomness="different")(
+                at, *grouped(examples, groups)
+            )
+            total = (losses.double() * shares).sum()
+            gradient = torch.autograd.grad(self.task.scale(total), leaves, allow_unused=True)
+        return total.detach(), gradient
 
     def _loss(self, at: Tensors, inputs: Inputs, labels: Tensor) -> Tensor:
         f = self.task
@@ -274,22 +315,43 @@ class Alone:
                 first = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
             at, doubtful = step_of_one(
                 self._weights, self._real(first.gradient), first.exponent, task.radii,
-                self._scale, careful=self._careful, scaled=self._scaled,
+                self._scale, task.variant.direction, careful=self._careful, scaled=self._scaled,
             )  # fmt: skip
             loss, weight = first.mean, first.weight
-            del first
-            noise.replay()
+            share = task.weighted(weight)
             self._move(leaves, at)
-            with torch.enable_grad():
-                mean = task.loss(model.outputs(examples.inputs), examples.labels)
-                total = mean * task.weighted(weight).to(mean.dtype)
-                found = torch.autograd.grad(task.scale(total), leaves, allow_unused=True)
+            with task.again(noise):
+                if task.variant.combine is None:
+                    del first
+                    after, gradient = self._second_pass(examples, leaves, share)
+                else:
+                    second = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
+                    after = second.mean * share
+                    gradient = task.combined(
+                        self._group_of(first), self._group_of(second), share.unsqueeze(0)
+                    )
             self._move(leaves, self._weights)
+        return Found(loss.unsqueeze(0), weight.unsqueeze(0), after, gradient, statistics, doubtful)
+
+    def _second_pass(
+        self, examples: Examples, leaves: list[Tensor], share: Tensor
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        task = self.task
+        with torch.enable_grad():
+            mean = task.loss(task.model.outputs(examples.inputs), examples.labels)
+            total = mean * share.to(mean.dtype)
+            found = torch.autograd.grad(task.scale(total), leaves, allow_unused=True)
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
-        return Found(
-            loss.unsqueeze(0), weight.unsqueeze(0), total.detach().double(), self._real(dense),
-            statistics, doubtful,
-        )  # fmt: skip
+        return total.detach().double(), self._real(dense)
+
+    def _group_of(self, found: PlainGradient) -> tuple[Tensors, Tensor]:
+        """A gradient with an axis of one group, 0 where nothing is used, and its exponent."""
+        gradient = dict(zip(self._weights, self._real(found.gradient), strict=True))
+        dense = {
+            name: (torch.zeros_like(self._weights[name]) if g is None else g).unsqueeze(0)
+            for name, g in gradient.items()
+        }
+        return dense, found.exponent.unsqueeze(0)
 
     def _move(self, leaves: list[Tensor], to: Tensors) -> None:
         for leaf, (name, value) in zip(leaves, to.items(), strict=True):

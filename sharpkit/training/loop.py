@@ -25,6 +25,7 @@ from sharpkit.training.sam import SAM
 from sharpkit.training.schedules import SCHEDULES
 from sharpkit.training.settings import FitSettings
 from sharpkit.training.streams import global_stream, stream, stream_seed
+from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
 _EVALUATION_BATCH = 500
 _CHECK_EVERY = 50  # steps between looks at the loss, each of which waits for the GPU
@@ -42,6 +43,7 @@ class Training:
         ranks: Ranks,
         directory: RunDirectory,
         loss: MeanLoss,
+        variant: SamVariant = PLAIN_SAM,
     ) -> None:
         parameter = next(model.parameters())
         self.loss = loss
@@ -51,7 +53,7 @@ class Training:
         self.train = Examples(train.inputs, noisy).to(self.device, parameter.dtype)
         self.test = None if test is None else test.to(self.device, parameter.dtype)
         self.steps = len(train) // settings.batch_size
-        self.optimizer = _optimizer(model, settings)
+        self.optimizer = _optimizer(model, settings, variant)
         self.history = directory.restore(model, self.optimizer)
 
     @property
@@ -162,7 +164,7 @@ class Training:
         return type(error)(f"training stopped in epoch {epoch}: {error}; {advice}")
 
 
-def _optimizer(model: nn.Module, settings: FitSettings) -> Optimizer:
+def _optimizer(model: nn.Module, settings: FitSettings, variant: SamVariant) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     kwargs: dict[str, Any] = {
         "lr": settings.lr,
@@ -171,8 +173,9 @@ def _optimizer(model: nn.Module, settings: FitSettings) -> Optimizer:
     }
     if settings.optimizer == "sam":
         return SAM(
-            parameters, torch.optim.SGD, rho=settings.rho, adaptive=settings.adaptive, **kwargs
-        )
+            parameters, torch.optim.SGD, rho=settings.rho, adaptive=settings.adaptive,
+            variant=variant, **kwargs,
+        )  # fmt: skip
     return torch.optim.SGD(parameters, **kwargs)
 
 

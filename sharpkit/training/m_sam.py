@@ -13,11 +13,12 @@ from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, DataError, DivergedError
 from sharpkit.groupwise.fallback import Engine
-from sharpkit.training import ranks
+from sharpkit.training.batch_norm_statistics import Recorder, tracked_layers
 from sharpkit.training.group_passes import Task
 from sharpkit.training.group_step import run
+from sharpkit.training.parallel import averaged_over_ranks, on_any_rank
 from sharpkit.training.radius import Radii, checked_radius
-from sharpkit.training.statistics import Recorder, tracked_layers
+from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
 
 def m_sam_gradient(
@@ -31,6 +32,7 @@ def m_sam_gradient(
     adaptive: bool = False,
     engine: Engine = "auto",
     scaler: torch.amp.GradScaler | None = None,
+    variant: SamVariant = PLAIN_SAM,
 ) -> Tensor:
     """Add the m-SAM gradient of a batch to `.grad`, so that any torch optimizer can step.
 
@@ -64,6 +66,7 @@ def m_sam_gradient(
             the model cannot be vectorised (then it warns).
         scaler: Scales the gradients for float16 autocast; then a loss that is not finite is left
             to the scaler, which skips the step.
+        variant: Another direction of ε_i, or another gradient than the one at w + ε_i.
 
     Returns:
         Tensor: The mean loss at the unperturbed weights, a scalar without history.
@@ -92,8 +95,9 @@ def m_sam_gradient(
     names = [name for name, p in unwrapped(model).named_parameters() if p.requires_grad]
     radii = Radii(dict.fromkeys(names, radius), frozenset(names if adaptive else ()))
     return accumulate(
-        model, inputs, labels, m=m, radii=radii, loss=loss, engine=engine, scaler=scaler
-    )
+        model, inputs, labels, m=m, radii=radii, loss=loss, engine=engine, scaler=scaler,
+        variant=variant,
+    )  # fmt: skip
 
 
 def accumulate(
@@ -106,6 +110,7 @@ def accumulate(
     loss: Loss,
     engine: Engine = "auto",
     scaler: torch.amp.GradScaler | None = None,
+    variant: SamVariant = PLAIN_SAM,
 ) -> Tensor:
     """As `m_sam_gradient`, for the parameters that `radii` names, each with its own radius."""
     if isinstance(m, bool) or not isinstance(m, int) or m < 1:
@@ -126,17 +131,18 @@ def accumulate(
         scaler.scale(torch.zeros((), device=function.device))  # its state is made at first use
     task = Task(
         function, loss_fn, shared, radii, Recorder(tracked_layers(network)), examples,
-        min(m, len(examples)), **({} if scaler is None else {"scale": scaler.scale}),
+        min(m, len(examples)), variant=variant,
+        **({} if scaler is None else {"scale": scaler.scale}),
     )  # fmt: skip
     result = run(task, engine)
     value, found = result.value, result.gradient
     diverged = scaler is None and not result.finite
     if isinstance(model, DistributedDataParallel):
-        diverged = ranks.anywhere(model, [diverged])[0]  # or the others would wait for this one
+        diverged = on_any_rank(model, [diverged])[0]  # or the others would wait for this one
     if diverged:
         raise DivergedError(f"the loss is not finite (here: {float(value)}): training has diverged")
     if isinstance(model, DistributedDataParallel):
-        found = ranks.averaged(model, found, list(shared.values()))
+        found = averaged_over_ranks(model, found, list(shared.values()))
     new = {
         parameter: function.native(name, gradient)
         for name, parameter, gradient in zip(shared, own, found, strict=True)

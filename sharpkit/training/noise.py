@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,15 @@ class Noise:
     def of(cls, parameters: Iterable[Tensor]) -> Noise:
         """The state of every device that holds parameters."""
         return cls(*{p.device for p in parameters})
+
+    @contextmanager
+    def replayed(self, *, then_on: bool) -> Iterator[None]:
+        """Inside, the same numbers again; afterwards others, if some were drawn in between."""
+        here = Noise(*self._cuda) if then_on else None
+        self.replay()
+        yield
+        if here is not None:
+            here.replay()
 
     def replay(self) -> None:
         """Put the state back as it was."""

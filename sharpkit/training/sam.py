@@ -17,11 +17,12 @@ from sharpkit.contract.examples import Inputs
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.training.ascent import perturb
 from sharpkit.training.buffers import BufferGuard
 from sharpkit.training.m_sam import accumulate
 from sharpkit.training.noise import Noise
+from sharpkit.training.perturbation import perturb, perturb_along, real
 from sharpkit.training.radius import checked_radius, radii_of_groups
+from sharpkit.training.variants import PLAIN_SAM, SamVariant, both
 
 
 class _Phase(Enum):
@@ -68,6 +69,7 @@ class SAM(Optimizer):
             shared with this object, so schedulers of `lr` or `rho` act on either.
         rho: Radius of the perturbation, at least 0; 0.05 is the paper's for CIFAR.
         adaptive: Measure ε relative to |w| elementwise (then ρ is 10 times larger or more).
+        variant: Another direction of ε, or another gradient than g(w + ε): see `SamVariant`.
         base_kwargs: Passed to `base_optimizer`.
 
     Raises:
@@ -103,6 +105,7 @@ class SAM(Optimizer):
         *,
         rho: float = 0.05,
         adaptive: bool = False,
+        variant: SamVariant = PLAIN_SAM,
         **base_kwargs: Any,
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
@@ -111,6 +114,7 @@ class SAM(Optimizer):
                 f"passed to SAM; got {type(base_optimizer).__name__}"
             )
         self._reset()
+        self.variant = variant
         super().__init__(params, {"rho": checked_radius(rho), "adaptive": adaptive})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         closure = inspect.signature(self.base_optimizer.step).parameters.get("closure")
@@ -127,6 +131,7 @@ class SAM(Optimizer):
         self._phase = _Phase.IDLE
         self._moved: list[Tensor] = []
         self._copies: list[Tensor] = []
+        self._plain: list[Tensor] = []  # gradients at w, where the variant combines them
         self._guard = BufferGuard()
         self._finite = True
 
@@ -169,7 +174,13 @@ class SAM(Optimizer):
         self._moved, self._copies = every, [p.detach().clone() for p in every]
         self._phase = _Phase.PERTURBED
         self._guard.start()
-        self._finite = perturb(groups, rhos, [bool(g["adaptive"]) for g in self.param_groups])
+        if self.variant.combine is not None:
+            self._plain = [real(p.grad).clone() for p in every if p.grad is not None]
+        adaptive = [bool(group["adaptive"]) for group in self.param_groups]
+        if self.variant.direction is None:
+            self._finite = perturb(groups, rhos, adaptive)
+        else:
+            self._finite = perturb_along(self.variant.direction, groups, rhos, adaptive)
         torch.clear_autocast_cache()  # it may hold half-precision copies of w
         if zero_grad:
             self.zero_grad()
@@ -195,7 +206,22 @@ class SAM(Optimizer):
                 torch._foreach_copy_(self._moved, self._copies)
             torch.clear_autocast_cache()
             self._guard.stop()
-        self._moved, self._copies, self._phase = [], [], _Phase.IDLE
+        self._moved, self._copies, self._plain, self._phase = [], [], [], _Phase.IDLE
+
+    @torch.no_grad()
+    def _combine(self) -> None:
+        """Replace the gradients of the perturbed weights by what the variant makes of both."""
+        if self._phase is not _Phase.PERTURBED or self.variant.combine is None:
+            return
+        own = {str(i): real(p.grad) for i, p in enumerate(self._moved) if p.grad is not None}
+        if own:
+            found = both(
+                self.variant.combine,
+                {name: self._plain[int(name)].unsqueeze(0) for name in own},
+                {name: g.unsqueeze(0) for name, g in own.items()},
+            )
+            for name, g in own.items():
+                g.copy_(found[name][0])
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -219,6 +245,7 @@ class SAM(Optimizer):
             self.restore()
             raise
         if self._phase is _Phase.PERTURBED:
+            self._combine()
             self.restore()
             self._phase = _Phase.READY
 
@@ -240,7 +267,8 @@ class SAM(Optimizer):
 
         Raises:
             ArgumentError: Without a closure, unless `first_step` (or `perturbed`, or
-                `accumulate_groups`) came before; or with one after it.
+                `accumulate_groups`) came before; or with one after it; or with `no_sync` for a
+                variant that combines the gradients of both passes.
         """
         if closure is None:
             return self._finish()
@@ -249,12 +277,17 @@ class SAM(Optimizer):
                 f"step(closure) makes a whole step, but one has begun ({self._phase.value}): "
                 "call step() to finish it, or restore() to drop it"
             )
+        if no_sync is not None and self.variant.combine is not None:
+            raise ArgumentError(
+                f"the variant {self.variant.name!r} combines the gradients of both passes, which "
+                "must then be the same on all ranks: leave out no_sync"
+            )
         noise = Noise.of(p for group in self.param_groups for p in group["params"])
         self.zero_grad()
         with torch.enable_grad(), no_sync() if no_sync is not None else nullcontext():
             loss = closure()
-        with self.perturbed(), torch.enable_grad():
-            noise.replay()
+        drawn = self.variant.direction is not None
+        with self.perturbed(), torch.enable_grad(), noise.replayed(then_on=drawn):
             closure()
         self._finish()
         return loss
@@ -265,6 +298,7 @@ class SAM(Optimizer):
                 "SAM needs two passes: give step() a closure that computes the loss and calls its "
                 "backward, or call first_step() and a second backward pass before it"
             )
+        self._combine()
         self.restore()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and (bool(found_inf) or not self._finite):
@@ -295,7 +329,9 @@ class SAM(Optimizer):
         if self._phase is _Phase.PERTURBED:
             raise ArgumentError("the weights are perturbed: call second_step() or restore() first")
         radii = radii_of_groups(self.param_groups, unwrapped(model))
-        value = accumulate(model, inputs, labels, m=m, radii=radii, loss=loss, scaler=scaler)
+        value = accumulate(
+            model, inputs, labels, m=m, radii=radii, loss=loss, scaler=scaler, variant=self.variant
+        )
         self._phase, self._finite = _Phase.READY, True
         return value
 
@@ -327,7 +363,8 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: nothing of a step half made."""
-        return {**super().__getstate__(), "base_optimizer": self.base_optimizer}
+        kept = {"base_optimizer": self.base_optimizer, "variant": self.variant}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

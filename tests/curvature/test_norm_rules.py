@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sharpkit.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
-from sharpkit.curvature.rules import fast_rules
+from sharpkit.curvature.fast_rules import fast_rules
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

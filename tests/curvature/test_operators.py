@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sharpkit.contract.precision import precision
 from sharpkit.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
-from sharpkit.curvature.rules import fast_rules
+from sharpkit.curvature.fast_rules import fast_rules
 
 
 @pytest.mark.parametrize(("name", "loss"), PROBLEMS)

@@ -4,7 +4,7 @@ from measure_helpers import convolutional, convolutional_data, folded
 from torch import nn
 
 from sharpkit.errors import ModelError
-from sharpkit.measures.layers import initial_layers, weight_layers
+from sharpkit.measures.weight_layers import initial_layers, weight_layers
 
 DATA = torch.zeros(2, 3, dtype=torch.float64), torch.tensor([0, 1])
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from sharpkit.errors import ModelError
 from sharpkit.measures import spectral_norm, spectral_norms
-from sharpkit.measures.layers import weight_layers
+from sharpkit.measures.weight_layers import weight_layers
 
 CONVOLUTIONS = {
     "plain": (nn.Conv2d(3, 4, 3), (3, 8, 7)),

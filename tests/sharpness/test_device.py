@@ -15,7 +15,7 @@ from dispatch import VIEWS, Calls, counted
 from networks import NETWORKS
 
 from sharpkit.contract.losses import resolve_loss
-from sharpkit.sharpness import engine
+from sharpkit.sharpness import sweep
 from sharpkit.sharpness.m_sharpness import m_sharpness
 
 LOSS = resolve_loss("cross_entropy")
@@ -41,12 +41,12 @@ def test_a_chunk_takes_few_calls_more_than_a_gradient_and_a_forward_pass(name, m
             LOSS(model(x[:32]), y[:32])
 
     found = []
-    chunk = engine.Sweep._chunk
+    chunk = sweep.Sweep._chunk
 
     def watched(self, start, stop):
         found.append(counted(lambda: chunk(self, start, stop)))
 
-    monkeypatch.setattr(engine.Sweep, "_chunk", watched)
+    monkeypatch.setattr(sweep.Sweep, "_chunk", watched)
     measure(model, x, y, m=1)
     ratio = without_views(found[-1]) / without_views(counted(plain))
     assert ratio <= most

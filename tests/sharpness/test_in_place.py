@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 import sharpkit
 from sharpkit.errors import ModelError
-from sharpkit.sharpness.engine import Care, Sweep
+from sharpkit.sharpness.sweep import Care, Sweep
 
 measured = partial(sharpkit.m_sharpness, engine="loop", seed=None, progress=False)
 

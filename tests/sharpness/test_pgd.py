@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sharpkit.groupwise import geometry
-from sharpkit.sharpness.ascent import Ascent, projected_ascent, random_point, scaled
+from sharpkit.sharpness.ascent_rules import Ascent
+from sharpkit.sharpness.ball import Ball, random_point, scaled
 
 KINDS = ["pgd", "apgd"]
 NORMS = [2.0, math.inf]
@@ -45,14 +46,16 @@ class Problem:
         gradient, base = self.gradients(origin)
         first = geometry.steepest(scaled(gradient, self.scale), ascent.p)
 
-        def start(restart):
-            return random_point(ascent, self.weights, 4, first_group, self.groups, rho, restart)
+        def start(rho, restart):
+            keys = ascent.seed, ascent.p, self.weights, 4, first_group, self.groups
+            return random_point(*keys, rho, restart)
 
+        ball = Ball(
+            ascent.p, ascent.steps, ascent.restarts, self.weights, self.scale, base,
+            with_grad(self.gradients), self.losses, None, start, gradient, first,
+        )  # fmt: skip
         with torch.no_grad():
-            passes = (with_grad(self.gradients), self.losses)
-            return projected_ascent(
-                ascent, self.weights, self.scale, first, base, rho, *passes, start
-            )
+            return ascent.rule.increases(ball, [rho])[0]
 
 
 def with_grad(f):
@@ -253,7 +256,7 @@ def test_a_diverged_loss_is_not_skipped(kind, steps):
 @pytest.mark.parametrize("p", NORMS)
 def test_random_points_are_uniform_in_the_ball(p):
     weights = {"a": torch.zeros(2), "b": torch.zeros(())}
-    u = random_point(Ascent(p=p), weights, 1, 0, 2000, 2.0, 1)
+    u = random_point(0, p, weights, 1, 0, 2000, 2.0, 1)
     rows = torch.cat([u["a"], u["b"].unsqueeze(1)], 1).double()
     radii = rows.norm(p=p, dim=1) / 2
     assert radii.max() <= 1 + 1e-6
@@ -284,7 +287,8 @@ def plain_increase(problem, group, ascent, rho):
     for restart in range(ascent.restarts):
         u = torch.zeros_like(w0)
         if restart:
-            point = random_point(ascent, problem.weights, 4, group, 1, rho, restart)
+            keys = ascent.seed, ascent.p, problem.weights, 4, group, 1
+            point = random_point(*keys, rho, restart)
             u = flat({k: t[0] for k, t in point.items()})
         best = max(best, climb(u, loss, direction, project, rho, ascent.steps) - base)
     return best

@@ -20,9 +20,9 @@ from sharpkit.groupwise import pooling
 from sharpkit.training import (
     build_architecture,
     group_passes,
-    group_plan,
     group_step,
     m_sam_gradient,
+    step_plan,
 )
 
 m_sam = importlib.import_module("sharpkit.training.m_sam")
@@ -188,7 +188,7 @@ def test_the_second_pass_forms_no_gradient_per_group_for_layers(monkeypatch):
     monkeypatch.setattr(group_passes, "_At", Recorded)
     model, x, y = CASES[1].make()
     m_sam_gradient(model.eval(), x, y, m=1, rho=0.2)
-    (plan,) = group_plan._PLANS[model].values()
+    (plan,) = step_plan._PLANS[model].values()
     assert plan.one_batch and plan.groups >= 24
     assert set(plan.factored) == {"6.weight", "8.weight"}  # perturbed by factors
     # BatchNorm's weight and bias, of two groups that are compared with a loop, and of all
@@ -200,8 +200,8 @@ def test_the_answer_does_not_depend_on_the_chunk(monkeypatch):
     model.eval()
     found = []
     for groups in (1, 2, 5, 24):
-        monkeypatch.setattr(group_plan, "_groups_at_a_time", lambda *a, g=groups: g)
-        group_plan._PLANS.clear()
+        monkeypatch.setattr(step_plan, "_groups_at_a_time", lambda *a, g=groups: g)
+        step_plan._PLANS.clear()
         model.zero_grad()
         m_sam_gradient(model, x, y, m=1, rho=0.1)
         found.append(grads(model))
@@ -360,8 +360,8 @@ def test_a_model_without_trainable_parameters_is_refused():
 # --- groups as one batch --------------------------------------------------------------------------
 
 
-def plan_of(model: nn.Module) -> group_plan.Plan:
-    return list(group_plan._PLANS[model].values())[-1]
+def plan_of(model: nn.Module) -> step_plan.StepPlan:
+    return list(step_plan._PLANS[model].values())[-1]
 
 
 class Text(nn.Module):
@@ -602,7 +602,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("engine", ["auto", "vectorized", "loop"])
 @pytest.mark.parametrize("m", [1, 12, 24])
 def test_the_host_waits_as_often_for_many_groups_as_for_few(engine, m, monkeypatch):
-    monkeypatch.setattr(group_plan, "_groups_at_a_time", lambda *a: 1 if m == 24 else 2)
+    monkeypatch.setattr(step_plan, "_groups_at_a_time", lambda *a: 1 if m == 24 else 2)
     waits = []
     for repeats in (4, 8):
         model, x, y = CASES[1].make(torch.float32)
@@ -635,7 +635,7 @@ def resnet20() -> nn.Module:
 def test_a_step_gives_a_gpu_few_calls(make, shape, most, monkeypatch):
     """All groups of a batch in one chunk, in calls of a plain gradient; a GPU waits for calls."""
     monkeypatch.setattr(pooling, "is_plain", lambda *a, **k: False)  # which only a CPU does
-    monkeypatch.setattr(group_plan, "_groups_at_a_time", lambda *a: 32)
+    monkeypatch.setattr(step_plan, "_groups_at_a_time", lambda *a: 32)
     torch.manual_seed(0)
     model, x, y = make().eval(), torch.randn(32, *shape), torch.arange(32) % 10
     m_sam_gradient(model, x, y, m=1)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.contract.rules import measuring_rules, refuse_other_rules
+from sharpkit.contract.measuring_rules import measuring_rules, refuse_other_rules
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.device import check_device
 from sharpkit.display import readable

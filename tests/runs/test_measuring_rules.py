@@ -12,8 +12,8 @@ from torch import nn
 from zoos import write_small_zoo
 
 import sharpkit as sk
+from sharpkit.contract.measuring_rules import RULES, measuring_rules, refuse_other_rules
 from sharpkit.contract.precision import current_precision, precision
-from sharpkit.contract.rules import RULES, measuring_rules, refuse_other_rules
 from sharpkit.errors import RunError
 from sharpkit.runs import score_models
 from sharpkit.runs.figure3 import figure3

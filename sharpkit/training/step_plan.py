@@ -47,7 +47,7 @@ _AGREEMENT = {torch.float64: 1e-6, torch.float32: 5e-2}
 
 
 @dataclass
-class Plan:
+class StepPlan:
     """How groups of one size are evaluated, for one model, loss and device."""
 
     groups: int  # at a time; 1 where they run as fast alone
@@ -58,15 +58,16 @@ class Plan:
     writes: list[tuple[nn.Module, str]]  # attributes that a forward pass changes
     loss_sees_weights: bool
     one_batch: bool  # whether the model may run as one batch; False once it has not
+    unused: frozenset[str]  # weights that the loss does not depend on
     compared: bool = False  # whether groups side by side were found to be right
     loop_only: bool = False  # found not to be vectorisable
     careful: bool = False  # found to have gradients whose squares leave float32
 
 
-_PLANS: WeakKeyDictionary[nn.Module, dict[Any, Plan]] = WeakKeyDictionary()
+_PLANS: WeakKeyDictionary[nn.Module, dict[Any, StepPlan]] = WeakKeyDictionary()
 
 
-def plan_for(task: Task) -> Plan:
+def step_plan(task: Task) -> StepPlan:
     """The plan for groups like the first; the same object for every step that is alike."""
     function, kind = task.model, task.model.device.type
     group = task.examples.slice(0, task.m)
@@ -74,6 +75,7 @@ def plan_for(task: Task) -> Plan:
         tuple((tuple(t.shape), t.dtype) for t in pytree.tree_leaves(group.inputs)),
         tuple((name, tuple(p.shape)) for name, p in task.shared.items()),
         task.radii.adaptive,
+        task.variant,
         function.device,
         function.dtype,
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
@@ -92,7 +94,7 @@ def plan_for(task: Task) -> Plan:
     return plans[key]
 
 
-def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
+def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> StepPlan:
     function, weights, loss = task.model, task.shared, task.loss
     attributes = Attributes(function.model)
     with torch.enable_grad(), function.assigned(weights):
@@ -106,12 +108,15 @@ def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
         sees_weights = loss(fixed, group.labels).requires_grad
         if not loss.exact:
             _check_loss(task)
-    per_group = task.m * try_gradient(function, loss, weights, group).bytes
+    tried = try_gradient(function, loss, weights, group)
+    per_group = task.m * tried.bytes
     size = min(task.m, 2)  # statistics of a group need two examples
     with Draws() as draws, without_checkpointing():
         found = survey(function, weights, group, size)
     rows = {name: count for name, count in found.rows.items() if name not in task.radii.adaptive}
     factored = {k: count for k, count in rows.items() if count and pays(weights[k], count * task.m)}
+    if task.variant.by_name:
+        factored = {}
     dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
     layout = torch.contiguous_format
     if _prefers_channels_last(task, found):
@@ -120,7 +125,7 @@ def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
     one_batch = not found.refused and not sees_weights and draws.are_of_examples
     one_batch = one_batch and (groups == 1 or _keeps_groups_apart(task, replay))
     attributes.restore()
-    return Plan(
+    return StepPlan(
         groups,
         factored,
         layout,
@@ -129,6 +134,7 @@ def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> Plan:
         function.habits.attributes,
         sees_weights,
         one_batch,
+        frozenset(tried.unused),
     )
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sharpkit.contract.batch_norm import BatchNormCall
 from sharpkit.curvature.convolution_rules import (
     Convolved,
     Statistics,
@@ -72,9 +73,10 @@ class fast_rules(TorchFunctionMode):
             if call is not None:
                 return self._convolution(call)
         elif func is F.batch_norm:
-            norm = stored_statistics(*args, **kwargs)
+            given = BatchNormCall(*args, **kwargs)
+            norm = stored_statistics(given)
             if norm is not None:
-                return self._batch_norm(*norm)
+                return self._batch_norm(given.input, norm)
         elif func is torch.relu or (func is F.relu and not _in_place(*args, **kwargs)):
             return self._relu(args[0] if args else kwargs["input"])
         elif func is torch.max_pool2d or func is F.max_pool2d:

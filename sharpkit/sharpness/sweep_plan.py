@@ -27,7 +27,7 @@ from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import Objective, in_layout
 from sharpkit.groupwise.packing import Packing
 from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
-from sharpkit.sharpness.ascent import Ascent
+from sharpkit.sharpness.ascent_rules import Ascent
 from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 
 # activations of a chunk up to which a larger one was faster on a CPU: enough work for the calls
@@ -40,7 +40,7 @@ _GPU_BATCHES = 4
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """How examples are cut (see `Objective`), for one model, loss and device.
 
     `memory` counts the bytes of a chunk: activations, and gradients and perturbed weights of its
@@ -65,17 +65,19 @@ class Plan:
             1 if loop else self.survey.alone(self.function.device), self.layout,
         )  # fmt: skip
 
-    def one_batch(self, *, compile: bool) -> OneBatchPasses:
+    def one_batch(self, rule: Ascent, *, compile: bool) -> OneBatchPasses:
         """Groups as one ordinary batch.
 
         Raises:
             Disagreement: If the model uses a weight in a way that is not known.
         """
-        passes = batch_passes(self.function, self.loss, self.weights, self.survey)
+        passes = batch_passes(
+            self.function, self.loss, self.weights, self.survey, packed=rule.rule.packed
+        )
         return OneBatchPasses(passes, compile=compile)
 
 
-def plan_of(
+def sweep_plan(
     function: FunctionalModel,
     loss: MeanLoss,
     weights: Tensors,
@@ -85,7 +87,7 @@ def plan_of(
     memory_budget: int | None,
     *,
     allows_factors: bool,
-) -> Plan:
+) -> SweepPlan:
     """The plan for a model.
 
     Args:
@@ -128,7 +130,7 @@ def plan_of(
     if math.gcd(*ms) >= found.alone(device):
         own = sum(w.nbytes for w in weights.values())
         memory = min(batch, max(ms)) * per_example + 3 * own  # home, moved, gradient
-    return Plan(function, loss, weights, size, batch, layout, found, memory, unused)
+    return SweepPlan(function, loss, weights, size, batch, layout, found, memory, unused)
 
 
 def _layout(function: FunctionalModel, probe: Probe) -> torch.memory_format:
@@ -157,7 +159,7 @@ def transformed(objective: Objective, probe: Probe, rule: Ascent) -> Transformed
         raise Disagreement(reason)
     few = probe.examples.slice(0, 1)
     rows = factored_weights(f.model, f.weights, few) if rule.allows_factors else {}
-    return Transformed(objective, Packing(f.weights, frozenset(rows)), rows)
+    return Transformed(objective, Packing(f.weights, rule.apart(f.weights, rows)), rows)
 
 
 def factored_weights(

@@ -5,39 +5,32 @@ divisor of all m); the gradient of a larger group is the mean of its base groups
 pass serves every m and rho. A group whose gradient is complete is perturbed and evaluated at once,
 so memory stays at a few chunks. How groups are evaluated is up to `passes`.
 
-What is to be looked at (losses that are not finite, zero gradients) stays on the device until many
-chunks are done: a GPU is not waited for in between.
+What is to be looked at (see `unseen`) stays on the device until many chunks are done.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.precision import may_use_tf32
-from sharpkit.errors import ModelError
+from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.fallback import Disagreement
-from sharpkit.groupwise.geometry import Direction, Tensors
+from sharpkit.groupwise.geometry import Direction
 from sharpkit.groupwise.in_place import InPlace, Moved
 from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.objective import Objective
-from sharpkit.sharpness.ascent import (
-    Ascent,
-    gaussian_direction,
-    projected_ascent,
-    random_point,
-    scaled,
-)
+from sharpkit.sharpness.ascent_rules import Ascent
+from sharpkit.sharpness.ball import Ball, gaussian_direction, random_point, scaled
 from sharpkit.sharpness.blocks import Blocks, concatenated
 from sharpkit.sharpness.passes import Alone, Passes
+from sharpkit.sharpness.unseen import Level, Unseen
 
 # relative to the largest entry; a rule that is lost changes much more
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -51,38 +44,6 @@ class Care(IntEnum):
     NONE = 0  # as they are, which only weights that move in place do
     SCALED = 1  # times a power of two that takes the slopes of the loss to 1
     ALL = 2  # and their squares added up likewise (see `geometry.steepest`)
-
-
-class Doubtful(Exception):
-    """A gradient's norm may have left the dtype: the measurement is to be made with care."""
-
-
-@dataclass
-class Level:
-    """The groups of one m, in their order.
-
-    Attributes:
-        m: Group size.
-        factored: Weights whose gradient stays in factors.
-        pending: The mean gradient of a group that is not complete yet.
-        increases: (rho, groups) float64 each.
-        sizes: Examples of every group.
-        weights: By which groups are averaged, (groups,) each.
-        zero_gradients: Groups that do not move, a scalar each.
-    """
-
-    m: int
-    factored: frozenset[str] = frozenset()
-    pending: Blocks | None = None
-    increases: list[Tensor] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    zero_gradients: list[Tensor] = field(default_factory=list)
-
-    @property
-    def start(self) -> int:
-        """The first example of the next group."""
-        return sum(self.sizes)
 
 
 class Sweep:
@@ -126,11 +87,7 @@ class Sweep:
         self.in_place = self._moves_in_place()
         self._moved: list[Moved] = []  # by single groups, in their order
         self._chunks = 0
-        # what was found and not looked at yet: where groups start, their losses, and sizes,
-        self._losses: list[tuple[int, Tensor, int]] = []
-        self._doubts: list[Tensor] = []  # groups whose gradient's norm is doubtful,
-        self._lost: list[Tensor] = []  # and groups whose gradient is not finite
-        self._seen = dict.fromkeys(ms, 0)
+        self._unseen = Unseen(objective, examples, rhos)
 
     def extend(self, start: int, stop: int, advance: Callable[[int], object]) -> None:
         """Measure the groups that examples start to stop complete; all of them at the end."""
@@ -168,7 +125,7 @@ class Sweep:
         count = len(examples)
         if self.side is None or self.objective.alone == 1 or count < 2:
             return
-        if not self.ascent.needs_gradient:
+        if not self.ascent.rule.needs_gradient:
             return
         side = self.side.gradients(examples, count, self.factored).merged(count)
         one = self.alone.gradients(examples, count)
@@ -218,7 +175,7 @@ class Sweep:
         """A single m whose groups are all alone goes the way of a loop by hand."""
         f, ascent = self.objective, self.ascent
         alone = self.side is None or self.block >= f.alone
-        plain = ascent.kind == "one_step" and ascent.p == 2.0 and not self.careful
+        plain = ascent.rule.linearised and ascent.p == 2.0 and not self.careful
         known = f.model.dtype in (torch.float32, torch.float64) and not f.model.has_complex
         if len(self.levels) > 1 or not (alone and plain and known):
             return None
@@ -229,7 +186,7 @@ class Sweep:
     def _group(self, in_place: InPlace, start: int, stop: int) -> None:
         found = in_place.group(self._examples(start, stop), self.rhos)
         self._moved.append(found)
-        self._losses.append((start, found.loss.unsqueeze(0), stop - start))
+        self._unseen.losses.append((start, found.loss.unsqueeze(0), stop - start))
         self.levels[0].sizes.append(stop - start)
 
     def _gather(self) -> None:
@@ -243,9 +200,9 @@ class Sweep:
         )
         after = torch.stack([torch.stack(found.after) for found in self._moved], 1)
         direction = geometry.of_length(length)
-        self._note(direction, exponent < torch.inf)
+        self._unseen.note(direction, exponent < torch.inf)
         if self.care == Care.NONE:
-            self._doubts.append((~(length >= geometry.LEAST_UNSCALED)).any())  # also NaN
+            self._unseen.doubts.append((~(length >= geometry.LEAST_UNSCALED)).any())  # also NaN
         stays = direction.coefficient == 0
         level.increases.append((after - loss).masked_fill(stays, 0.0))
         level.weights.append(weight)
@@ -259,11 +216,11 @@ class Sweep:
                 continue
             examples, groups = self._examples(a, b), (b - a) // size
             passes = self._passes(groups, size)
-            if self.ascent.needs_gradient:
+            if self.ascent.rule.needs_gradient:
                 blocks = passes.gradients(examples, groups, self.factored)
             else:
                 blocks = passes.losses_only(examples, groups)
-            self._losses.append((a, blocks.loss, size))
+            self._unseen.losses.append((a, blocks.loss, size))
             for level in self.levels:
                 self._add(level, blocks)
 
@@ -300,138 +257,45 @@ class Sweep:
             passes = self._passes(count, size)
         assert passes is not None
         with self.objective.model.evaluating():
-            if self.ascent.kind == "average":
-                increases = self._average(level, passes, examples, blocks.loss)
-            else:
-                increases = self._ascend(level, passes, examples, blocks)
+            increases = self.ascent.rule.increases(
+                self._ball(level, passes, examples, blocks), self.rhos
+            )
+        if increases.shape != (len(self.rhos), count):
+            raise ArgumentError(
+                f"the rule {self.ascent.rule.name!r} gave increases of shape "
+                f"{tuple(increases.shape[1:])}: expected one for each group, ({count},)"
+            )
         level.increases.append(increases)
         level.sizes += [size] * count
         level.weights.append(blocks.weight)
 
-    def _ascend(self, level: Level, passes: Passes, examples: Examples, blocks: Blocks) -> Tensor:
-        ascent, groups = self.ascent, len(blocks)
-        first = geometry.steepest(
-            scaled(blocks.tensors, self.scale), ascent.p, blocks.factors, careful=self.careful
-        )
-        moves = first.coefficient != 0
-        self._note(first, blocks.exponent < torch.inf)
-        level.zero_gradients.append((~moves).sum())
-        if ascent.kind in ("pgd", "apgd"):
-            rows = [
-                projected_ascent(
-                    ascent, self.weights, self.scale, first, blocks.loss, rho,
-                    partial(passes.slopes, examples, groups),
-                    partial(passes.losses, examples, groups),
-                    partial(self._random_point, level, groups, rho),
-                    careful=self.careful,
-                    note=self._note,
-                )
-                for rho in self.rhos
-            ]  # fmt: skip
-        else:
-            rows = [self._one_step(passes, examples, first, rho) - blocks.loss for rho in self.rhos]
-        # without a gradient there is no perturbation: exactly 0, not the rounding of two passes
-        increases = torch.stack(rows)
-        return increases if ascent.restarts > 1 else increases.masked_fill(~moves, 0.0)
-
-    def _one_step(self, passes: Passes, examples: Examples, first: Direction, rho: float) -> Tensor:
-        amount = rho * first.coefficient
-        at = geometry.moved(self.weights, scaled(first.tensors, self.scale), amount)
-        thin = {name: (a, d * geometry.expand(amount, d)) for name, (a, d) in first.factors.items()}
-        return passes.losses(examples, len(amount), at, thin)
-
-    def _average(self, level: Level, passes: Passes, examples: Examples, base: Tensor) -> Tensor:
-        packing, steps = self.alone.packing, self.ascent.steps
-        total = torch.zeros(len(self.rhos), len(base), dtype=torch.float64, device=base.device)
-        for sample in range(steps):
-            direction = gaussian_direction(
-                self.ascent, self.objective.weights, level.m, len(level.sizes), len(base), sample
+    def _ball(self, level: Level, passes: Passes, examples: Examples, blocks: Blocks) -> Ball:
+        ascent, groups, join = self.ascent, len(blocks), self.alone.packing.joined
+        first = Direction({}, torch.zeros_like(blocks.loss))
+        if ascent.rule.needs_gradient:
+            first = geometry.steepest(
+                scaled(blocks.tensors, self.scale), ascent.p, blocks.factors, careful=self.careful
             )
-            step = scaled(packing.joined(direction.tensors), self.scale)
-            for i, rho in enumerate(self.rhos):
-                at = geometry.moved(self.weights, step, rho * direction.coefficient)
-                total[i] += passes.losses(examples, len(base), at) - base
-        return total / steps
+            self._unseen.note(first, blocks.exponent < torch.inf)
+            level.zero_gradients.append((first.coefficient == 0).sum())
+        keys = ascent.seed, ascent.p, self.objective.weights, level.m, len(level.sizes), groups
 
-    def _random_point(self, level: Level, groups: int, rho: float, restart: int) -> Tensors:
-        return self.alone.packing.joined(
-            random_point(
-                self.ascent, self.objective.weights, level.m, len(level.sizes), groups, rho, restart
-            )
-        )
+        def gaussian(sample: int) -> Direction:
+            found = gaussian_direction(*keys, sample)
+            return Direction(join(found.tensors), found.coefficient)
+
+        return Ball(
+            ascent.p, ascent.steps, ascent.restarts, self.weights, self.scale, blocks.loss,
+            partial(passes.slopes, examples, groups), partial(passes.losses, examples, groups),
+            gaussian, lambda rho, restart: join(random_point(*keys, rho, restart)),
+            blocks.tensors, first, self.careful, self._unseen.note,
+        )  # fmt: skip
+
+    def _look(self) -> None:
+        """Look at all that was found since the last time, at once (see `Unseen.look`)."""
+        self._gather()
+        self._unseen.look(self.levels)
 
     def _examples(self, start: int, stop: int) -> Examples:
         f = self.objective.model
         return self.examples.slice(start, stop).to(f.device, f.dtype)
-
-    def _note(self, direction: Direction, counted: Tensor | None = None) -> None:
-        """Keep in mind the groups whose direction may be wrong."""
-        self._lost.append(torch.isnan(direction.coefficient).sum())
-        if direction.doubtful is not None:
-            doubt = direction.doubtful
-            self._doubts.append((doubt if counted is None else doubt & counted).any())
-
-    def _look(self) -> None:
-        """Look at all that was found since the last time, at once.
-
-        Raises:
-            Doubtful: If norms must be taken with care.
-            Disagreement: If a loss is finite only when its group is evaluated alone.
-            ModelError: If a loss or gradient is not finite.
-        """
-        self._gather()
-        if not self._losses:
-            return
-        device = self._losses[0][1].device
-        fresh = {v.m: v.increases[self._seen[v.m] :] for v in self.levels}
-        increases = [x.flatten() for found in fresh.values() for x in found]
-        flags = torch.stack(
-            [
-                _all_finite([loss for _, loss, _ in self._losses], device),
-                ~torch.stack([*self._doubts, torch.tensor(False, device=device)]).any(),
-                torch.stack([*self._lost, torch.tensor(0, device=device)]).sum() == 0,
-                _all_finite(increases, device),
-            ]
-        )
-        known, certain, found, finite = flags.tolist()
-        if not known:
-            self._explain_loss()
-        if not certain:
-            raise Doubtful
-        if not found:
-            raise ModelError(
-                f"the gradient of {int(sum(self._lost))} groups has NaN or infinite entries, "
-                "although the loss is finite"
-            )
-        if not finite:
-            self._explain_increase(fresh)
-        self._seen = {level.m: len(level.increases) for level in self.levels}
-        self._losses, self._doubts, self._lost = [], [], []
-
-    def _explain_loss(self) -> None:
-        f = self.objective
-        for start, loss, size in self._losses:
-            bad = (~torch.isfinite(loss)).nonzero()
-            if not len(bad):
-                continue
-            first = start + int(bad[0]) * size
-            alone, _ = f.losses(f.weights, self._examples(first, first + size))
-            if bool(torch.isfinite(alone)):
-                raise Disagreement("a weight is used otherwise than it was at first")
-            raise ModelError(
-                f"the loss is not finite at the unperturbed weights (examples {first} to "
-                f"{first + size - 1} in the order measured)"
-            )
-
-    def _explain_increase(self, fresh: dict[int, list[Tensor]]) -> None:
-        for m, found in fresh.items():
-            bad = ~torch.isfinite(torch.cat(found, 1)).all(1) if found else torch.zeros(0)
-            if bool(bad.any()):
-                rho = self.rhos[int(bad.nonzero()[0])]
-                raise ModelError(
-                    f"the loss is not finite at the perturbed weights (m = {m}, rho = {rho})"
-                )
-
-
-def _all_finite(parts: list[Tensor], device: torch.device) -> Tensor:
-    return torch.isfinite(torch.cat([*parts, torch.zeros(1, device=device)])).all()

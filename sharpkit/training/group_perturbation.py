@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.groupwise import geometry
-from sharpkit.groupwise.geometry import Factors, Tensors
+from sharpkit.groupwise.geometry import DirectionRule, Factors, Tensors
 from sharpkit.training.radius import Radii
 
 
@@ -33,6 +33,7 @@ def steps_of_groups(
     exponent: Tensor,
     radii: Radii,
     scale: Tensors | None,
+    direction: DirectionRule | None = None,
     *,
     careful: bool,
 ) -> Steps:
@@ -45,13 +46,17 @@ def steps_of_groups(
         exponent: +inf where a gradient is 0 for certain, (groups,).
         radii: Of the parameters.
         scale: T of the weights, (...); None if it is the same number for all parameters.
+        direction: Of a variant of SAM (see `SamVariant`); then there are no packs and factors.
         careful: Scale the gradients before their squares are added up.
     """
     amounts = {name: radii.rho[name] for name in factors}
     if scale is not None:
         gradients = {name: g * scale[name] for name, g in gradients.items()}
         factors = {name: (a, d * amounts[name]) for name, (a, d) in factors.items()}
-    unit = geometry.steepest(gradients, 2.0, factors, careful=careful)
+    if direction is None:
+        unit = geometry.steepest(gradients, 2.0, factors, careful=careful)
+    else:
+        unit = geometry.directed(direction, gradients, weights)
     amount = unit.coefficient * (radii.common if scale is None else 1.0)
     at, thin = {}, {}
     for name, g in unit.tensors.items():
@@ -74,6 +79,7 @@ def step_of_one(
     exponent: Tensor,
     radii: Radii,
     scale: Tensors | None,
+    direction: DirectionRule | None = None,
     *,
     careful: bool,
     scaled: bool = True,
@@ -86,6 +92,7 @@ def step_of_one(
         exponent: +inf where the gradient is 0 for certain, a scalar.
         radii: Of the parameters.
         scale: T of the weights; None if it is the same number for all parameters.
+        direction: As above.
         careful: As above.
         scaled: Whether the gradient is times a power of two.
 
@@ -93,10 +100,11 @@ def step_of_one(
         tuple: w + ε, and whether the norm may be wrong.
     """
     used = {n: g for n, g in zip(weights, gradients, strict=True) if g is not None}
-    if careful or not used:
+    if careful or not used or direction is not None:
         steps = steps_of_groups(
-            weights, {name: g.unsqueeze(0) for name, g in used.items()}, {},
-            exponent.unsqueeze(0), radii, scale, careful=True,
+            {name: weights[name] for name in used},
+            {name: g.unsqueeze(0) for name, g in used.items()}, {},
+            exponent.unsqueeze(0), radii, scale, direction, careful=True,
         ) if used else None  # fmt: skip
         moved = {} if steps is None else {name: t[0] for name, t in steps.at.items()}
         return {**weights, **moved}, torch.zeros_like(exponent, dtype=torch.bool)
@@ -113,8 +121,6 @@ def step_of_one(
     amount = torch.where(length > 0, 1.0 / length, length)  # NaN stays NaN
     if scale is None:
         amount = amount * radii.common
-    ascent = list(torch._foreach_mul(ascent, amount.to(ascent[0].dtype)))
-    if factors is not None:
-        torch._foreach_mul_(ascent, factors)
-    torch._foreach_add_(ascent, [weights[name] for name in used])
-    return {**weights, **dict(zip(used, ascent, strict=True))}, doubtful
+    at = geometry.step_of_one(ascent, amount, factors)
+    torch._foreach_add_(at, [weights[name] for name in used])
+    return {**weights, **dict(zip(used, at, strict=True))}, doubtful

@@ -47,7 +47,7 @@ class WeightLayer:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Wiring:
     """What one forward pass tells: per module its first input's shape, and direct neighbours."""
 
     input_shapes: dict[nn.Module, tuple[int, ...]]
@@ -56,9 +56,9 @@ class Trace:
     activations: dict[nn.Module, nn.Module]  # layer -> activation whose input is its output
 
 
-def trace(model: nn.Module, data: Data) -> Trace:
+def wiring(model: nn.Module, data: Data) -> Wiring:
     """Run the first example through a model in eval mode and note who follows whom."""
-    found = Trace({}, {}, {}, {})
+    found = Wiring({}, {}, {}, {})
     # tensor id -> producer, the tensor (kept, so that ids stay unique) and its version, which
     # an operation in place changes
     producers: dict[int, tuple[nn.Module, Tensor, int]] = {}
@@ -122,7 +122,7 @@ def weight_layers(model: nn.Module, data: Data) -> list[WeightLayer]:
         [('0.weight', (4, 1, 3, 3)), ('2.weight', (2, 16))]
     """
     select_parameters(model)  # refuses NaN
-    found = trace(model, data)
+    found = wiring(model, data)
     layers = []
     for name, module, parameter in linear_maps(model):
         weight = parameter.double()
@@ -140,13 +140,13 @@ def weight_layers(model: nn.Module, data: Data) -> list[WeightLayer]:
     return layers
 
 
-def called_layers(model: nn.Module, data: Data) -> tuple[list[nn.Module], Trace]:
-    """The linear and convolutional layers in the order of their first call, and the trace.
+def called_layers(model: nn.Module, data: Data) -> tuple[list[nn.Module], Wiring]:
+    """The linear and convolutional layers in the order of their first call, and the wiring.
 
     Raises:
         ModelError: If none is called.
     """
-    found = trace(model, data)
+    found = wiring(model, data)
     layers: list[nn.Module] = [
         m for m in found.input_shapes if isinstance(m, nn.Linear | Convolution)
     ]

@@ -28,7 +28,7 @@ _CPU_FEW_BYTES = 128 * 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChunkPlan:
     """Chunks of nearly equal size, the first `keep` of which stay in memory.
 
     Attributes:
@@ -67,13 +67,13 @@ def graph_bytes(
     return per_example, max(small - few * per_example, 0)
 
 
-def make_plan(
+def chunk_plan(
     examples: Examples,
     graph: tuple[int, int],
     weights: Sequence[Tensor],
     chunk: int | Literal["auto"],
     memory_budget: int | None,
-) -> Plan:
+) -> ChunkPlan:
     """Choose the chunks, each of examples of one shape, and keep as many as the budget allows.
 
     Args:
@@ -101,7 +101,7 @@ def make_plan(
         keep * size, device, f"keeping {keep} of {count} chunks", "pass a smaller memory_budget"
     )
     together = vectors_together(size, weights, available_memory(device))
-    return Plan(bounds, keep, keep * size, budget, together)
+    return ChunkPlan(bounds, keep, keep * size, budget, together)
 
 
 def _evenly(start: int, stop: int, most: int) -> list[tuple[int, int]]:

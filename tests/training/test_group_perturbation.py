@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharpkit.training.group_ascent import step_of_one, steps_of_groups
+from sharpkit.training.group_perturbation import step_of_one, steps_of_groups
 from sharpkit.training.radius import Radii
 
 SHAPES = {"a": (3, 2), "b": (70, 1000), "c": ()}  # b is one whose squares are added up in blocks

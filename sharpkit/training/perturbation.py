@@ -8,6 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sharpkit.groupwise import geometry
+from sharpkit.groupwise.geometry import DirectionRule, Tensors
+
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of every tensor in float64, safe from under- and overflow; shape (tensors,).
@@ -46,7 +49,7 @@ def perturb(
         bool: Whether the gradient is finite.
     """
     moving = [
-        ([_real(p) for p in group], [_real(p.grad) for p in group if p.grad is not None], rho, own)
+        ([real(p) for p in group], [real(p.grad) for p in group if p.grad is not None], rho, own)
         for group, rho, own in zip(parameters, rhos, adaptive, strict=True)
         if group and rho > 0
     ]
@@ -67,7 +70,35 @@ def perturb(
     return True
 
 
-def _real(tensor: Tensor) -> Tensor:
+@torch.no_grad()
+def perturb_along(
+    direction: DirectionRule,
+    parameters: Sequence[Sequence[Tensor]],
+    rhos: Sequence[float],
+    adaptive: Sequence[bool],
+) -> bool:
+    """The same along a direction of one's own (see `SamVariant`), by positions of parameters."""
+    weights: Tensors = {}
+    scale: Tensors = {}
+    ascent: Tensors = {}
+    for group, rho, own in zip(parameters, rhos, adaptive, strict=True):
+        for p in group:
+            assert p.grad is not None
+            name, w = str(len(weights)), real(p)
+            weights[name], scale[name] = w, rho * w.abs() if own else torch.full_like(w, rho)
+            ascent[name] = (scale[name] * real(p.grad)).unsqueeze(0)
+    if not weights:
+        return True
+    unit = geometry.directed(direction, ascent, weights)
+    if not math.isfinite(float(unit.coefficient)):
+        return False
+    for name, w in weights.items():
+        w.add_(scale[name] * unit.tensors[name][0])
+    return True
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, a complex one as pairs; a view."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
