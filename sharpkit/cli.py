@@ -199,6 +199,7 @@ def train_zoo_command(
     """
     from dataclasses import replace
 
+    from sharpkit.workers import Workers
     from sharpkit.zoo.plans import read_plan
     from sharpkit.zoo.training import train_zoo
 
@@ -214,9 +215,7 @@ def train_zoo_command(
         seed=plan.seed,
         shipped_test=plan.shipped_test,
         limit=limit,
-        workers=workers,
-        backend=backend,
-        address=address,
+        workers=Workers(workers, backend=backend, address=address),
         device=_device(device),
     )
     _say(
@@ -313,6 +312,7 @@ def score(
     """
     from sharpkit.measures import MSharpness
     from sharpkit.runs import score_zoo
+    from sharpkit.workers import Workers
 
     if (path is None) == (not checkpoint):
         raise click.UsageError("give either the PATH of a zoo, or --checkpoint")
@@ -341,12 +341,14 @@ def score(
         limit=limit,
         seed=seed,
         device=device,
-        backend=backend,
-        workers=workers,
-        threads=threads,
-        timeout=timeout,
-        memory=None if memory is None else int(memory * 2**30),
-        address=address,
+        workers=Workers(
+            workers,
+            backend=backend,
+            threads=threads,
+            timeout=timeout,
+            memory=None if memory is None else int(memory * 2**30),
+            address=address,
+        ),
         test_metrics=test_metrics,
     )
     _finish_score(scores, out)
@@ -834,6 +836,7 @@ def figure3_command(
       sharpkit figure3 --preset mini --panels right --out runs/mini
     """
     from sharpkit.runs.figure3 import figure3
+    from sharpkit.workers import Workers
 
     result = figure3(
         preset,
@@ -842,9 +845,7 @@ def figure3_command(
         data=data,
         zoo=zoo_path,
         build=build,
-        workers=workers,
-        backend=backend,
-        address=address,
+        workers=Workers(workers, backend=backend, address=address),
         device=_device(device),
     )
     _say(f"{result.picture} and tables beside it")

@@ -13,7 +13,7 @@ from sharpkit.evaluation import combined_predictor, evaluate_measures
 from sharpkit.evaluation.arguments import LEAST
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.runs.directions import column_direction
-from sharpkit.runs.score import Scores
+from sharpkit.runs.scores import Scores
 from sharpkit.runs.store import TEST_METRICS
 from sharpkit.runs.targets import Target, larger_is_worse, target_values, with_target
 from sharpkit.workers import error_message

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from sharpkit.contract.precision import current_precision, measuring_precision
+from sharpkit.digests import digest_of_files, stamp
 from sharpkit.errors import RunError, SharpkitError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
-from sharpkit.runs.fingerprint import digest, stamp
 from sharpkit.runs.provenance import (
     device_name,
     dtype_name,
@@ -166,7 +166,7 @@ def hash_data(store: Store, name: str, task: Task) -> str:
     known_hash, known_stamp = store.data(name)
     if known_hash and now == known_stamp:
         return known_hash
-    found = digest(map(task.local, files))
+    found = digest_of_files(map(task.local, files))
     store.set_data(name, found, now)
     return found
 
@@ -201,4 +201,4 @@ def _digest_if_there(task: Task, files: Iterable[Path], stamp: str) -> str:
 
 @lru_cache(maxsize=2)  # several measures of a model come one after the other
 def _digest_of_copies(files: tuple[Path, ...], stamp: str) -> str:
-    return digest(files)
+    return digest_of_files(files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,18 +18,19 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from sharpkit.contract.examples import Examples, add_to_digest
+from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_examples, load_in_order
 from sharpkit.contract.loss_text import loss_text
 from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.precision import current_precision
 from sharpkit.device import check_device
+from sharpkit.digests import described, digest
 from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.evaluation._grid import normal_id
-from sharpkit.lock import sole_driver
 from sharpkit.measures.measure import Measure, evaluate_measure
 from sharpkit.progress import progress_bar
+from sharpkit.run_directory import sole_driver
 from sharpkit.runs.directions import stated_directions
 from sharpkit.runs.held_out import held_out_metrics
 from sharpkit.runs.model_metrics import accuracy_and_loss
@@ -41,16 +41,14 @@ from sharpkit.runs.provenance import (
     peak_memory,
     restart_peak_memory,
 )
-from sharpkit.runs.score import (
-    STORE_NAME,
-    Scores,
+from sharpkit.runs.request import (
     check_request,
     named_measures,
     recorded_threads,
     run_config,
     settings_hashes,
-    warn_if_all_failed,
 )
+from sharpkit.runs.scores import STORE_NAME, Scores, warn_if_all_failed
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.runs.tables import write_scores
 from sharpkit.workers import error_message
@@ -438,13 +436,14 @@ def _model_configs(store: Store, hparams: Mapping[str, Any]) -> dict[str, dict[s
 
 def _hash_examples(examples: Examples) -> str:
     """SHA-256 of the examples in their order."""
-    whole = hashlib.sha256()
-    for part in examples.chunks(len(examples)):
-        leaves, structure = pytree.tree_flatten(part.inputs)
-        whole.update(str(structure).encode())
-        for leaf in [*leaves, part.labels]:
-            add_to_digest(whole, leaf)
-    return whole.hexdigest()
+
+    def parts() -> Iterator[str | Tensor]:
+        for part in examples.chunks(len(examples)):
+            leaves, structure = pytree.tree_flatten(part.inputs)
+            yield str(structure)
+            yield from described([*leaves, part.labels])
+
+    return digest(parts())
 
 
 def _hash_model(model: nn.Module) -> str:
@@ -453,15 +452,15 @@ def _hash_model(model: nn.Module) -> str:
     Also of which parameters are frozen: they are left out of what is measured.
     """
     held = [name for name, p in model.named_parameters() if not p.requires_grad]
-    whole = hashlib.sha256(f"{model!r} {held}".encode())
-    for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items():
-        whole.update(name.encode())
-        if isinstance(value, Tensor):
-            add_to_digest(whole, value)
-        else:
-            whole.update(repr(value).encode())
-    return whole.hexdigest()
+
+    def parts() -> Iterator[str | Tensor]:
+        yield f"{model!r} {held}"
+        for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items():
+            yield name
+            yield from described([value]) if isinstance(value, Tensor) else [repr(value)]
+
+    return digest(parts())
 
 
 def _joined(*hashes: str) -> str:
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    return digest([" ".join(hashes)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_examples
-from sharpkit.contract.rules import measuring_rules, refuse_other_rules
+from sharpkit.contract.rules import measuring_rules
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.grids import Spacing
@@ -28,13 +27,13 @@ from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.quadrature import spectral_density
 from sharpkit.data.npz import read_npz
 from sharpkit.device import check_device
+from sharpkit.digests import digest
 from sharpkit.display import readable
 from sharpkit.doors import parse_json, reading
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path, disk_errors, remove_leftovers, write_csv
-from sharpkit.lock import sole_driver
+from sharpkit.run_directory import claim, sole_driver
 from sharpkit.safe_text import printable
-from sharpkit.settings import changes, read_claim
 from sharpkit.workers import error_message
 
 if TYPE_CHECKING:
@@ -181,7 +180,7 @@ def spectrum(
     silent = None if progress else True
     with sole_driver(root), disk_errors(root):
         remove_leftovers(root / _MODELS)
-        _claim(root, settings)
+        claim(root / _CONFIG, asdict(settings))
         bar = tqdm(models.items(), desc="spectrum", unit="model", disable=silent)
         for name, build in bar:
             bar.set_postfix_str(printable(name))
@@ -266,19 +265,6 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _claim(root: Path, settings: _Settings) -> None:
-    """Write down what the directory is for, or refuse one that is for something else."""
-    config = root / _CONFIG
-    wanted = asdict(settings)
-    if not config.is_file():
-        _replace(config, json.dumps(wanted, indent=2))
-        return
-    there = read_claim(config)
-    if changed := changes(there, wanted):
-        refuse_other_rules(there, root)
-        raise RunError(f"{root} holds a run with other settings ({changed}): choose another")
-
-
 def _write(
     root: Path,
     densities: dict[str, SpectralDensity],
@@ -360,26 +346,25 @@ def _names(parameters: str | Iterable[str]) -> list[str]:
 def _file_name(name: str) -> str:
     """A readable file name that no other model name shares."""
     plain = re.sub(r"[^\w.-]+", "_", name)[:80]
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return plain if plain == name else f"{plain}-{digest([name])[:8]}"
 
 
-def _digest(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 of named tensors: names, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            sha.update(flat.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+def _named(tensors: Mapping[str, Any]) -> str:
+    """Digest of names, dtypes, shapes and bytes."""
+    return digest(
+        part
+        for name, t in tensors.items()
+        if isinstance(t, Tensor)
+        for part in (f"{name} {t.dtype} {tuple(t.shape)}", t)
+    )
 
 
 def _digest_of_model(model: nn.Module) -> str:
-    """SHA-256 of the state, and of which parameters are frozen: they are left out."""
+    """That of the state, and of which parameters are frozen: they are left out."""
     held = [name for name, p in model.named_parameters() if not p.requires_grad]
-    return hashlib.sha256(f"{_digest(model.state_dict())} {held}".encode()).hexdigest()
+    return digest([f"{_named(model.state_dict())} {held}"])
 
 
 def _digest_of_examples(examples: Examples) -> str:
     leaves = pytree.tree_leaves((examples.inputs, examples.labels))
-    return _digest({str(i): leaf for i, leaf in enumerate(leaves)})
+    return _named({str(i): leaf for i, leaf in enumerate(leaves)})

@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.contract.rules import refuse_other_rules
+from sharpkit.digests import stamp
 from sharpkit.doors import reading
 from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, parse_setting
-from sharpkit.runs.fingerprint import stamp
+from sharpkit.run_directory import changes, refuse_another
 from sharpkit.runs.schema import VERSION, is_empty, prepare, version
-from sharpkit.settings import changes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -376,14 +375,12 @@ class Store:
 
     def _agree_on(self, config: dict[str, Any]) -> None:
         with self._transaction() as db:
-            changed = changes(self.config, config)
-            if changed and self._has_results():
-                refuse_other_rules(self.config, self.path)
-                raise RunError(
-                    f"{self.path}: the run was started with another configuration ({changed}). "
-                    "Give it the same one, or another directory"
-                )
-            if changed:  # all that there can be are failures of a configuration given up
+            there = self.config
+            if self._has_results():
+                refuse_another(there, config, self.path)
+            elif changes(
+                there, config
+            ):  # all that there can be are failures of a configuration given up
                 db.execute("DELETE FROM items")
                 db.execute("DELETE FROM tasks")
             self._note(db, "config", config)

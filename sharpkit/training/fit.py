@@ -29,7 +29,7 @@ from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.device import check_device
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.lock import sole_driver
+from sharpkit.run_directory import sole_driver
 from sharpkit.training.loop import Training, classifies, outputs_of
 from sharpkit.training.parallel import Ranks
 from sharpkit.training.run_directory import (

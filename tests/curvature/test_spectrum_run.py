@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sharpkit.errors import ArgumentError, RunError
-from sharpkit.lock import sole_driver
+from sharpkit.run_directory import sole_driver
 from sharpkit.runs.spectrum import _read, spectrum
 
 DATA = torch.randn(20, 3), torch.randint(0, 2, (20,))

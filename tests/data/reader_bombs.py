@@ -32,10 +32,10 @@ from sharpkit.data import load_dataset
 from sharpkit.data.idx import read_idx
 from sharpkit.doors import MAX_DIRECTORY_BYTES
 from sharpkit.errors import RunError, SharpkitError
+from sharpkit.run_directory import read_claim
 from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
 from sharpkit.runs.spectrum import _read as read_spectrum
 from sharpkit.runs.trained import load_trained
-from sharpkit.settings import read_claim
 from sharpkit.training.run_directory import RunDirectory
 from sharpkit.zoo.plans import read_plan
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import sharpkit as sk
 from sharpkit.errors import ArgumentError, DivergedError, ModelError, RunError
-from sharpkit.lock import sole_driver
+from sharpkit.run_directory import sole_driver
 from sharpkit.training import loop
 from sharpkit.training.run_directory import RunDirectory
 
