@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,14 +25,13 @@ from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.quadrature import spectral_density
-from sharpkit.data.npz import read_npz
 from sharpkit.device import check_device
 from sharpkit.digests import digest
 from sharpkit.display import readable
-from sharpkit.doors import parse_json, reading
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path, disk_errors, remove_leftovers, write_csv
 from sharpkit.run_directory import claim, sole_driver
+from sharpkit.runs.saved_spectrum import read_spectrum, save_spectrum
 from sharpkit.safe_text import printable
 from sharpkit.workers import error_message
 
@@ -41,12 +40,6 @@ if TYPE_CHECKING:
 
 _CONFIG, _SUMMARY, _MODELS = "config.json", "summary.json", "models"
 _RANKS = 5
-_NUMBERS = {
-    "parameters", "loss", "lambda_max", "lambda_max_over_lambda_5", "eigenvalues",
-    "residual_norms", "lambda_min", "trace", "trace_std_error", "frobenius_norm",
-    "frobenius_norm_std_error", "seconds",
-}  # fmt: skip
-_KINDS = {"spacing": "U", "size": "iu", "breakdowns": "iu"}  # of arrays; the others are floats
 
 
 @readable(lambda s: f"{len(s.densities)} models, {len(s.failures)} failed")
@@ -212,7 +205,7 @@ def _measured(
     """The spectrum of one model, from its file if that is of the same weights."""
     weights = _digest_of_model(model)
     if path.is_file():
-        known = _read(path)
+        known = read_spectrum(path)
         if known is not None and known[2] == weights:
             return known[:2]
     dataset: Any = examples.inputs, examples.labels
@@ -239,7 +232,7 @@ def _measured(
         )
         top = top_eigenvalues(operator, min(_RANKS, size), seed=settings.seed, progress=progress)
         numbers = _numbers(operator.loss, density, top.values, top.residual_norms)
-    _save(path, density, numbers, weights)
+    save_spectrum(path, density, numbers, weights)
     return density, numbers
 
 
@@ -294,44 +287,6 @@ def _write(
     with atomic_path(root / "spectrum.png") as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
     pyplot.close(figure)
-
-
-def _save(path: Path, density: SpectralDensity, numbers: dict[str, Any], weights: str) -> None:
-    arrays: dict[str, Any] = {f.name: np.asarray(getattr(density, f.name)) for f in fields(density)}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file, **arrays, numbers=np.asarray(json.dumps(numbers)), weights_digest=weights
-        )
-
-
-def _read(path: Path) -> tuple[SpectralDensity, dict[str, Any], str] | None:
-    """What `_save` wrote; None if the file is damaged."""
-    names = [*(f.name for f in fields(SpectralDensity)), "numbers", "weights_digest"]
-    try:
-        saved = read_npz(path, names, RunError)
-        with reading(path, RunError, "a spectrum"):
-            values: dict[str, Any] = {f.name: saved[f.name] for f in fields(SpectralDensity)}
-            numbers = parse_json(path, str(saved["numbers"]), RunError)
-            weights = str(saved["weights_digest"])
-            _require_fit(values, numbers)
-            scalars = {k: v.item() for k, v in values.items() if v.ndim == 0}
-            return SpectralDensity(**{**values, **scalars}), numbers, weights
-    except RunError:  # it is computed again
-        return None
-
-
-def _require_fit(values: Mapping[str, Any], numbers: Any) -> None:
-    """Refuse arrays that are not those of a spectrum."""
-    probes, steps = values["nodes"].shape
-    points = values["grid"].shape
-    shapes = {"weights": (probes, steps), "breakdowns": (probes,), "density": points}
-    shapes |= {"std_error": points}
-    for name, value in values.items():
-        kinds = _KINDS.get(name, "f")
-        if value.dtype.kind not in kinds or value.shape != shapes.get(name, value.shape):
-            raise ValueError(f"{name} is {value.dtype} of shape {value.shape}")
-    if str(values["spacing"]) not in get_args(Spacing) or set(numbers) != _NUMBERS:
-        raise ValueError("its grid or numbers are others")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -28,7 +28,7 @@ from sharpkit.digests import digest
 from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, DataError, RunError
 from sharpkit.files import disk_errors, remove_leftovers
-from sharpkit.run_directory import claim, sole_driver
+from sharpkit.run_directory import claim, read_claim, sole_driver
 from sharpkit.safe_text import printable
 from sharpkit.workers import Failure, Workers, on_one_thread, run_items
 from sharpkit.zoo.files import read_json
@@ -137,7 +137,7 @@ def train_zoo(
             remove_leftovers(folder, *(p for p in folder.rglob("*") if p.is_dir()))
         writer = ZooWriter(root, shard_size=min(_SHARD_SIZE, max(len(train), shipped)))
         with disk_errors(root):
-            claim(root / "training" / f"{task}.json", plan)
+            _claim(root / "training" / f"{task}.json", plan)
             writer.write_dataset(task, "train", *train.tensors)
             writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
         configs = root / "reference_data" / task / "model_configs.json"
@@ -225,6 +225,17 @@ def _check(grid: Mapping[str, Sequence[Any]], train: TensorDataset, test: Tensor
                 f"{name} data: expected images float32 (n, c, h, w) and labels int64 (n,), got "
                 f"{shapes}, {kinds}; images without channels become so by x[:, None]"
             )
+
+
+def _claim(path: Path, plan: Mapping[str, Any]) -> None:
+    """Refuse another plan, and the same grid in another order: that numbers the models."""
+    claim(path, plan)
+    there, now = list(read_claim(path)["grid"]), list(plan["grid"])
+    if there != now:
+        raise RunError(
+            f"{path}: was started with the grid in the order {', '.join(there)}, now it is "
+            f"{', '.join(now)}, which numbers the models in another way: give it in the same order"
+        )
 
 
 def _finished(configs: Path) -> dict[str, Any]:

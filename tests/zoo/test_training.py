@@ -188,6 +188,12 @@ def test_a_directory_of_another_run_is_refused(trained, changes, named):
         train(trained, **changes)
 
 
+def test_the_same_grid_in_another_order_is_refused(trained):
+    reverse = dict(reversed(GRID.items()))
+    with pytest.raises(RunError, match=r"in the order .*numbers the models"):
+        train(trained, grid=reverse)
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [

@@ -37,7 +37,7 @@ _CONFIG = "config.json"
 Row = dict[str, float]
 
 
-class RunDirectory:
+class RunFiles:
     """Where a training keeps its files; without a path, nothing is written.
 
     Args:
@@ -82,15 +82,13 @@ class RunDirectory:
             return [dict(row) for row in content["history"]]
 
     def begin(self) -> None:
-        """Remove what a killed process left half written, and write config.json.
+        """Write config.json.
 
         Raises:
             RunError: If the directory has a config.json of something else.
         """
         if self._writes:
             _check_ours(self._directory / _CONFIG)
-            for litter in self._directory.glob(".*.tmp"):
-                litter.unlink(missing_ok=True)
             self._write(_CONFIG, json.dumps(self._config, indent=1).encode() + b"\n")
 
     def require_kept(self, epochs: Iterable[int]) -> None:
