@@ -33,10 +33,9 @@ from sharpkit.runs.request import (
     run_config,
     settings_hashes,
 )
-from sharpkit.runs.scores import STORE_NAME, Scores, warn_if_all_failed
+from sharpkit.runs.scores import STORE_NAME, Scores, finished
 from sharpkit.runs.shared_data import share
 from sharpkit.runs.store import TEST_METRICS, Key, Outcome, Store
-from sharpkit.runs.tables import write_scores
 from sharpkit.workers import Backend, Failure, Workers, as_workers, error_message, run_items
 from sharpkit.zoo import Task
 
@@ -137,11 +136,7 @@ def score_zoo(
                             Outcome(error=result.message) if isinstance(result, Failure) else result
                         )
                         items.record(item[:3], outcome)
-    scores = Scores(store)
-    warn_if_all_failed(scores)
-    if run is not None:
-        write_scores(scores.frame(), run)
-    return scores
+    return finished(store, run)
 
 
 class _Items:

@@ -46,9 +46,8 @@ from sharpkit.runs.request import (
     run_config,
     settings_hashes,
 )
-from sharpkit.runs.scores import STORE_NAME, Scores, warn_if_all_failed
+from sharpkit.runs.scores import STORE_NAME, Scores, finished
 from sharpkit.runs.store import Key, Outcome, Store
-from sharpkit.runs.tables import write_scores
 from sharpkit.workers import error_message
 from sharpkit.workers.threads import limited_threads
 
@@ -187,11 +186,7 @@ def score_models(
                 scorer.score(name, model, None if initial is None else initial[name], bar)
                 gc.collect()  # modules may refer to themselves, and the next needs the memory
         scorer.settle()
-    scores = Scores(store)
-    warn_if_all_failed(scores)
-    if run is not None:
-        write_scores(scores.frame(), run)
-    return scores
+    return finished(store, run)
 
 
 @dataclass(frozen=True)

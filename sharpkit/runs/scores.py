@@ -11,6 +11,7 @@ from sharpkit.display import html_of, lines_of
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path, write_csv
 from sharpkit.runs.store import Store
+from sharpkit.runs.tables import write_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,16 +147,20 @@ class Scores:
         self._store.close()
 
 
-def warn_if_all_failed(scores: Scores) -> None:
-    """Say first that there is nothing, where a table would only be empty."""
-    failures = scores.failures
-    if len(failures) and scores.frame().empty:
+def finished(store: Store, run: Path | None) -> Scores:
+    """The scores at the end of a run, its tables written; a warning if nothing could be scored."""
+    scores = Scores(store)
+    frame, failures = scores.frame(), scores.failures
+    if len(failures) and frame.empty:
         first = failures.iloc[0]
         warnings.warn(
             f"nothing could be scored: all {len(failures)} attempts failed, the first "
             f"({first.model}, {first.measure}) with: {first.error}. `.failures` has all",
             stacklevel=3,
         )
+    if run is not None:
+        write_scores(frame, run)
+    return scores
 
 
 def _metrics(entry: Any) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from sharpkit.errors import ArgumentError
@@ -12,7 +12,7 @@ Backend = Literal["inline", "processes", "ray"]
 
 @dataclass(frozen=True)
 class Workers:
-    """Who computes the models, trainings or spectra of a run; it changes no result.
+    """Who computes the models, trainings or spectra of a run; only `threads` may change a bit.
 
     Every function with an argument `workers` takes one of these, or a number n for `Workers(n)`.
 
@@ -102,4 +102,4 @@ def on_one_thread(workers: int | Workers) -> Workers:
             f"threads = {given.threads}, but a training uses one, so that its bits depend on "
             "nothing else: leave threads out, and give more workers"
         )
-    return given
+    return replace(given, threads=1)

@@ -229,6 +229,6 @@ def test_a_number_of_workers_is_so_many_processes_at_a_time(tmp_path):
 
 
 def test_trainings_do_not_take_more_threads():
-    assert on_one_thread(3) == Workers(3)
+    assert on_one_thread(3) == Workers(3, threads=1)
     with pytest.raises(ArgumentError, match="threads = 2, but a training uses one"):
         on_one_thread(Workers(3, threads=2))

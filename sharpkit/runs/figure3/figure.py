@@ -129,11 +129,11 @@ def figure3(
     unknown = [panel for panel in panels if panel not in PANELS]
     if unknown or not panels:
         raise ArgumentError(f"panels is {list(panels)}, expected some of {', '.join(PANELS)}")
-    one_thread = replace(on_one_thread(workers), threads=1)
+    given = on_one_thread(workers)
     root = Path(out)
     with sole_driver(root):
         _claim(root, plan, panels)
-        driver = _Driver(one_thread, device, progress, {})
+        driver = _Driver(given, device, progress, {})
         spectra = densities = test_error = power = None
         if "left" in panels or "middle" in panels:
             examples = ArrayExamples.of(*plan.data.load())
