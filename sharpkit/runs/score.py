@@ -9,7 +9,8 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,33 +140,32 @@ def score_zoo(
     return finished(store, run)
 
 
+@dataclass
 class _Items:
     """The driver's side of the work items: opens the data of each task, and writes the results."""
 
-    def __init__(
-        self,
-        store: Store,
-        tasks: Mapping[str, Task],
-        config: Mapping[str, Any],
-        backend: Backend,
-        scratch: Path,
-        bar: tqdm[Any],
-        split: _Split,
-    ) -> None:
-        self._store, self._tasks, self._config = store, tasks, config
-        self._backend, self._scratch, self._bar, self._split = backend, scratch, bar, split
-        self._data_hashes: dict[str, str] = {}
-        self._left: Counter[str] = Counter()
-        measures = {**config["measures"], TEST_METRICS: {}}
-        self._settings = settings_hashes({**config, "measures": measures})
+    store: Store
+    tasks: Mapping[str, Task]
+    config: Mapping[str, Any]
+    backend: Backend
+    scratch: Path
+    bar: tqdm[Any]
+    split: _Split
+    data_hashes: dict[str, str] = field(default_factory=dict)
+    left: Counter[str] = field(default_factory=Counter)  # items of a task that are to do
+
+    @cached_property
+    def _settings(self) -> dict[str, str]:
+        measures = {**self.config["measures"], TEST_METRICS: {}}
+        return settings_hashes({**self.config, "measures": measures})
 
     def of(self, keys: Sequence[Key]) -> Iterator[WorkItem]:
         """The items of some keys, task by task; a task is opened when its turn comes."""
-        self._left = Counter(task for task, _, _ in keys)
-        for name, task in self._tasks.items():
+        self.left = Counter(task for task, _, _ in keys)
+        for name, task in self.tasks.items():
             with suppress(_Unopened), _opening():  # told when its turn comes
                 configs = task.model_configs
-                self._store.add_task(name, configs)
+                self.store.add_task(name, configs)
         for name, of_task in itertools.groupby(keys, lambda key: key[0]):
             group = list(of_task)
             try:
@@ -175,7 +175,7 @@ class _Items:
                 for key in group:
                     self.record(key, Outcome(error=str(error)))
             else:
-                handle = share(data, self._backend, self._folder(name))
+                handle = share(data, self.backend, self._folder(name))
                 del data  # of many tasks, one at a time is in memory
                 yield from (WorkItem(*key, handle) for key in group)
 
@@ -183,30 +183,30 @@ class _Items:
         """Write what became of an item."""
         task, _, measure = key
         complete = replace(
-            outcome, data_hash=self._data_hashes.get(task), settings_hash=self._settings[measure]
+            outcome, data_hash=self.data_hashes.get(task), settings_hash=self._settings[measure]
         )
-        self._store.add(*key, complete)
-        self._left[task] -= 1
-        if self._left[task] == 0:
+        self.store.add(*key, complete)
+        self.left[task] -= 1
+        if self.left[task] == 0:
             shutil.rmtree(self._folder(task), ignore_errors=True)
-        self._bar.update()
+        self.bar.update()
 
     def _open(self, name: str) -> TensorDataset:
         """The subset that all models of a task are measured on, or all of its test data."""
-        task = self._tasks[name]
+        task = self.tasks[name]
         task.model_configs  # noqa: B018  (raises if they cannot be read)
-        if self._split == "test":  # whose files are among those of each item
+        if self.split == "test":  # whose files are among those of each item
             return copy.copy(task).dataset("test")
-        self._data_hashes[name] = hash_data(self._store, name, task)
-        if self._backend != "inline":
+        self.data_hashes[name] = hash_data(self.store, name, task)
+        if self.backend != "inline":
             task = copy.copy(task)  # a task keeps its data; here it is not needed again
         examples = load_examples(
-            task.dataset("train"), n=self._config["n"], seed=self._config["seed"]
+            task.dataset("train"), n=self.config["n"], seed=self.config["seed"]
         )
         return TensorDataset(examples.inputs, examples.labels)
 
     def _folder(self, task: str) -> Path:
-        return self._scratch / f"{self._split}-{list(self._tasks).index(task)}"
+        return self.scratch / f"{self.split}-{list(self.tasks).index(task)}"
 
 
 class _Unopened(Exception):

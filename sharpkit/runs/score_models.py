@@ -21,7 +21,6 @@ from sharpkit.contract.examples import Examples
 from sharpkit.contract.loading import Data, load_examples, load_in_order
 from sharpkit.contract.loss_text import loss_text
 from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
-from sharpkit.contract.precision import current_precision
 from sharpkit.device import check_device
 from sharpkit.digests import described, digest
 from sharpkit.errors import RunError
@@ -32,13 +31,7 @@ from sharpkit.runs.directions import stated_directions
 from sharpkit.runs.held_out import held_out_metrics
 from sharpkit.runs.model_metrics import accuracy_and_loss
 from sharpkit.runs.own_models import Model, check_models, hash_model, level_table, ready
-from sharpkit.runs.provenance import (
-    device_name,
-    dtype_name,
-    environment,
-    peak_memory,
-    restart_peak_memory,
-)
+from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_memory
 from sharpkit.runs.request import (
     check_request,
     named_measures,
@@ -287,10 +280,7 @@ class _Scorer:
             outcome,
             data_hash=self.hashes[0],
             settings_hash=self.settings[measure],
-            device=device_name(self.device),
-            precision=current_precision(),
-            peak_memory=peak_memory(self.device),
-            environment=environment(),
+            **circumstances(self.device),
         )
         self.store.add(_TASK, name, measure, complete)
 

@@ -271,9 +271,9 @@ def _write(
     from sharpkit.plot.canvas import DPI
     from sharpkit.plot.spectrum import spectrum as draw
 
-    _replace(
-        root / _SUMMARY, json.dumps({"models": summary, "failures": failures}, indent=2) + "\n"
-    )
+    with atomic_path(root / _SUMMARY) as temporary:
+        text = json.dumps({"models": summary, "failures": failures}, indent=2)
+        temporary.write_text(text + "\n")
     if not densities:
         return
     for file, tables in (
@@ -287,11 +287,6 @@ def _write(
     with atomic_path(root / "spectrum.png") as temporary:
         figure.savefig(temporary, dpi=DPI, format="png")
     pyplot.close(figure)
-
-
-def _replace(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
 
 
 def _names(parameters: str | Iterable[str]) -> list[str]:

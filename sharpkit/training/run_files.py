@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 
 from sharpkit.contract.examples import Examples
 from sharpkit.digests import described, digest
-from sharpkit.doors import MAX_CONFIG_BYTES, read_json, reading, shown
+from sharpkit.doors import reading, shown
 from sharpkit.errors import RunError
 from sharpkit.files import atomic_path, disk_errors
-from sharpkit.run_directory import refuse_another
+from sharpkit.run_directory import read_claim, refuse_another
 from sharpkit.tensor_files import read_torch
 
 COLUMNS = [
@@ -214,8 +214,8 @@ def _check_ours(path: Path) -> None:
     if not path.exists():
         return
     try:
-        there = read_json(path, RunError, MAX_CONFIG_BYTES)
+        there = read_claim(path)
     except RunError:
-        there = None
-    if not isinstance(there, dict) or "initial weights" not in there:
+        there = {}
+    if "initial weights" not in there:
         raise RunError(f"{path}: is not of sharpkit.fit; choose another directory")

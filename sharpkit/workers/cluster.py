@@ -37,7 +37,7 @@ def run_on_ray(
     on_gpu = torch.device(device).type == "cuda"
     requests = {"num_cpus": threads, "num_gpus": int(on_gpu), "memory": memory, "max_retries": 1}
     running, stopped = dict[Any, tuple[Any, float]](), _Stopped()
-    with _cluster(workers.address) as ray, _cancelled_at_the_end(running):
+    with _cluster(workers.address, running) as ray:
         compute = ray.remote(**requests)(_compute)
         function_ref = ray.put(function)
         source = iter(items)
@@ -69,8 +69,8 @@ def run_on_ray(
 
 
 @contextmanager
-def _cluster(address: str | None) -> Iterator[Any]:
-    """The module `ray`, connected; a cluster that is started here is shut down at the end."""
+def _cluster(address: str | None, running: Mapping[Any, Any]) -> Iterator[Any]:
+    """The module `ray`, connected; at the end, what runs is cancelled, what was started ends."""
     try:
         import ray
     except ImportError as error:
@@ -93,21 +93,11 @@ def _cluster(address: str | None) -> Iterator[Any]:
     except ray.exceptions.RayError as error:
         raise RunError(f"the Ray cluster is lost: {error_message(error)}") from error
     finally:
-        if starts:
-            ray.shutdown()
-
-
-@contextmanager
-def _cancelled_at_the_end(running: Mapping[Any, Any]) -> Iterator[None]:
-    """Whatever still runs when the block ends is not wanted any more."""
-    import ray
-
-    try:
-        yield
-    finally:
         for ref in running:
             with suppress(ray.exceptions.RayError):
                 ray.cancel(ref, force=True)
+        if starts:
+            ray.shutdown()
 
 
 def _room(threads: int, on_gpu: bool) -> int:

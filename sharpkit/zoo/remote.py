@@ -198,7 +198,8 @@ class Mirror:
                 note = _note_of(path, note_path)
                 if note is None or (note.size, note.version) != (info["size"], version_of(info)):
                     part = note_path.with_suffix(".part")
-                    self._download(name, info, part)
+                    fs, url = self._connect()[0], self._url_of(name)
+                    download(fs, self._head + name, info, part, url)
                     if version_of(self._info(name)) != version_of(info):
                         continue
                     note_path.unlink(missing_ok=True)  # in no moment it tells of another copy
@@ -213,9 +214,6 @@ class Mirror:
             except Exception as error:  # each library has errors of its own
                 reason = f"{type(error).__name__}: {error}"
         raise DownloadError(f"{self._url_of(name)}: cannot be copied here ({reason})")
-
-    def _download(self, name: str, info: Mapping[str, Any], part: Path) -> None:
-        download(self._connect()[0], self._head + name, info, part, self._url_of(name))
 
     def _connect(self) -> tuple[Any, str]:
         """The file system, and the folder's name in it."""
