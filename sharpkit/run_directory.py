@@ -60,7 +60,7 @@ def claim(path: Path, config: Mapping[str, Any]) -> None:
     """
     config = json.loads(json.dumps(config))
     if path.exists():
-        refuse_another(read_claim(path), config, path.parent)
+        refuse_another(read_claim(path), config, path)
     else:
         write_claim(path, config)
 

@@ -260,7 +260,7 @@ def _claim(root: Path, plan: Plan, panels: Collection[str]) -> None:
         if (root / _MEASURED[panel]).is_dir():
             refuse_other_rules(there.get(panel, {}), root)
     known = {part: there[part] for part in wanted if part in there}
-    refuse_another(known, {part: wanted[part] for part in known}, root)
+    refuse_another(known, {part: wanted[part] for part in known}, path)
     write_claim(path, there | wanted)
 
 
