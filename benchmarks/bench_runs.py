@@ -67,7 +67,7 @@ def watched(self, *arguments):
 if __name__ == "__main__":
     Store.add = watched
     zoo = sk.load_zoo(sys.argv[1])
-    sk.score_zoo(zoo, norm, out=sys.argv[2], backend="processes", workers=1, progress=False)
+    sk.score_zoo(zoo, norm, out=sys.argv[2], workers=sk.Workers(1, "processes"), progress=False)
     total = time.perf_counter() - began
     print(json.dumps({"first": first, "memory": memory, "total": total}))
 """
@@ -196,9 +196,7 @@ def scored(limit: int | None, measure, backend: str, workers: int):
             measure,
             out=folder / "run",
             limit=limit,
-            backend=backend,
-            workers=workers,
-            threads=1,
+            workers=sk.Workers(workers, backend, threads=1),
             progress=False,
         )
         wall = time.perf_counter() - began

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "fuzz"))
 
 from fuzzing import KINDS, try_case, write_seeds
 
-from sharpkit.workers import Failure, run_items
+from sharpkit.workers import Failure, Workers, run_items
 
 
 def case(folder: Path, item: tuple[str, int], device: str) -> tuple[str, float]:
@@ -47,10 +47,7 @@ def main() -> None:
         results = run_items(
             partial(case, Path(folder)),
             items,
-            backend="processes",
-            workers=1,
-            timeout=10,
-            memory=2**30,
+            Workers(1, "processes", timeout=10, memory=2**30),
         )
         for (kind, seed), result in tqdm(results, total=len(items)):
             if isinstance(result, Failure):

@@ -58,6 +58,9 @@ from .training import (
     fit as fit,
     m_sam_gradient as m_sam_gradient,
 )
+from .workers import (
+    Workers as Workers,
+)
 from .zoo import (
     ModelEntry as ModelEntry,
     Task as Task,

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from sharpkit.doors import MAX_CONFIG_BYTES, parse_json, reading, shown
-from sharpkit.errors import ArgumentError, RunError
-from sharpkit.files import read_regular
+from sharpkit.doors import shown
+from sharpkit.errors import ArgumentError
 
 T = TypeVar("T")
-_MAX_SHOWN = 500  # characters of a setting in an error
 _LARGEST = 10**308  # a larger integer may have no float
-
-
-def read_claim(path: Path) -> dict[str, Any]:
-    """What a run has noted of its settings.
-
-    Args:
-        path: Of the JSON file.
-
-    Raises:
-        RunError: It cannot be read, or is no object.
-    """
-    where = f"{path} is damaged; delete it, or choose another directory"
-    with reading(where, RunError, "a JSON file"):
-        content = parse_json(where, read_regular(path, MAX_CONFIG_BYTES), RunError)
-    if not isinstance(content, dict):
-        raise RunError(f"{where}: found {shown(content)}, expected an object")
-    return content
-
-
-def changes(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Which settings differ, for the error that refuses to mix two runs; "" if none does.
-
-    Example:
-        >>> changes({"lr": 0.1, "seed": 0}, {"lr": 0.2, "seed": 0})
-        'lr: 0.1 there, 0.2 now'
-    """
-    return "; ".join(
-        f"{shown(key)[1:-1]}: {_brief(there.get(key))} there, {_brief(now.get(key))} now"
-        for key in dict.fromkeys([*there, *now])
-        if there.get(key) != now.get(key)
-    )
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:

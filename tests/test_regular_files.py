@@ -13,17 +13,16 @@ import pytest
 from sharpkit.data.idx import read_idx
 from sharpkit.data.images import read_image_tree
 from sharpkit.data.matlab import read_matlab
+from sharpkit.digests import digest_of_files
 from sharpkit.doors import read_toml
 from sharpkit.errors import ArgumentError, DataError, ModelError, RunError, ZooFormatError
 from sharpkit.evaluation.legend import write_with_legend
 from sharpkit.files import atomic_path, disk_errors, read_regular, write_csv
-from sharpkit.lock import sole_driver
 from sharpkit.plot.canvas import new_figure, save
+from sharpkit.run_directory import read_claim, sole_driver
 from sharpkit.runs.checkpoints import load_arrays
-from sharpkit.runs.fingerprint import digest
 from sharpkit.runs.tables import write_scores
 from sharpkit.runs.trained import load_trained
-from sharpkit.settings import read_claim
 from sharpkit.tensor_files import read_safetensors, read_torch
 from sharpkit.zoo.files import read_json
 from sharpkit.zoo.tfrecord import _count_records, read_shards
@@ -160,7 +159,7 @@ def test_what_would_block_or_never_end_is_not_read(tmp_path, reader, make):
     read, error = READERS[reader]
     with pytest.raises(error, match=r"not a regular file|has 1,099,511,627,776 bytes; at most"):
         read(path)
-    assert digest([path]) == ""  # as of a file that cannot be read
+    assert digest_of_files([path]) == ""  # as of a file that cannot be read
 
 
 def test_a_hole_in_a_shard_is_not_counted_record_by_record(tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -77,9 +78,6 @@ LOSS = click.option(
     callback=_loss,
     help='"cross_entropy", "mse", or module:callable for (outputs, labels) -> mean loss.',
 )
-ADDRESS = click.option(
-    "--address", help='Of the Ray cluster, such as "auto"; by default, one is started.'
-)
 
 
 def of_m_sharpness(command: _Command) -> _Command:
@@ -96,24 +94,75 @@ def of_m_sharpness(command: _Command) -> _Command:
     return command
 
 
-def of_workers(what: str) -> Callable[[_Command], _Command]:
-    """Where several of `what` are computed at a time."""
+def of_workers(what: str, *, limits: bool = False) -> Callable[[_Command], _Command]:
+    """Who computes several of `what`, given to the command as one `workers`.
+
+    Args:
+        what: For the help.
+        limits: Whether one of them may be limited: in threads, seconds and memory; then they are in
+            worker processes unless --backend says otherwise.
+    """
 
     def options(command: _Command) -> _Command:
-        for option in (
-            ADDRESS,
-            click.option(
-                "--backend",
-                type=click.Choice(["processes", "inline", "ray"]),
-                help="Worker processes, this process, or a Ray cluster whose nodes share the disk "
-                "of --out; by default, this process for one worker and worker processes for more.",
-            ),
-            click.option("--workers", default=1, show_default=True, help=f"{what} at a time."),
-        ):
-            command = option(command)
-        return command
+        @functools.wraps(command)
+        def with_workers(*arguments: Any, **options: Any) -> Any:
+            from sharpkit.workers import Workers
+
+            memory = options.pop("memory", None)
+            return command(
+                *arguments,
+                workers=Workers(
+                    options.pop("workers"),
+                    backend=options.pop("backend"),
+                    threads=options.pop("threads", None),
+                    timeout=options.pop("timeout", None),
+                    memory=None if memory is None else int(memory * 2**30),
+                    address=options.pop("address"),
+                ),
+                **options,
+            )
+
+        for option in (*(_LIMITS if limits else ()), _ADDRESS, *_workers(what, limits)):
+            with_workers = option(with_workers)
+        return cast("_Command", with_workers)
 
     return options
+
+
+_ADDRESS = click.option(
+    "--address", help='Of the Ray cluster, such as "auto"; by default, one is started.'
+)
+_LIMITS = (
+    click.option("--memory", type=float, help="GiB that one model may take."),
+    click.option("--timeout", type=float, help="Seconds that one model may take per measure."),
+    click.option("--threads", type=int, help="CPU threads per model; those of the run, or 1."),
+)
+
+
+def _workers(what: str, limits: bool) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    places = click.Choice(["processes", "inline", "ray"])
+    if limits:
+        return (
+            click.option(
+                "--workers", type=int, help=f"{what} at a time; one per core or GPU by default."
+            ),
+            click.option(
+                "--backend",
+                default="processes",
+                show_default=True,
+                type=places,
+                help="Worker processes, this process, or a Ray cluster; the results are the same.",
+            ),
+        )
+    return (
+        click.option(
+            "--backend",
+            type=places,
+            help="Worker processes, this process, or a Ray cluster whose nodes share the disk of "
+            "--out; by default, this process for one worker and worker processes for more.",
+        ),
+        click.option("--workers", default=1, show_default=True, help=f"{what} at a time."),
+    )
 
 
 def of_evaluation(command: _Command) -> _Command:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sharpkit.cli.options import ADDRESS, BUILD, DEVICE, LOSS, OUT, SEED, N, of_m_sharpness, zoo_at
+from sharpkit.cli.options import (
+    BUILD,
+    DEVICE,
+    LOSS,
+    OUT,
+    SEED,
+    N,
+    of_m_sharpness,
+    of_workers,
+    zoo_at,
+)
 from sharpkit.cli.shell import say
 
 if TYPE_CHECKING:
@@ -39,23 +49,12 @@ _OF_ZOOS = ("tasks", "limit", "backend", "workers", "threads", "timeout", "memor
 @click.option("--limit", type=int, help="Only the first models of each task.")
 @SEED
 @DEVICE
-@click.option(
-    "--backend",
-    default="processes",
-    show_default=True,
-    type=click.Choice(["processes", "inline", "ray"]),
-    help="Worker processes, this process, or a Ray cluster; the results are the same.",
-)
-@click.option("--workers", type=int, help="Models at a time; one per core or GPU by default.")
-@click.option("--threads", type=int, help="CPU threads per model; those of the run, or 1.")
-@click.option("--timeout", type=float, help="Seconds that one model may take per measure.")
-@click.option("--memory", type=float, help="GiB that one model may take.")
+@of_workers("Models", limits=True)
 @click.option(
     "--test-metrics",
     is_flag=True,
     help="Also calibration, and accuracy on blurred, noisy, pale and shifted test images.",
 )
-@ADDRESS
 @click.pass_context
 def score(
     context: click.Context,
@@ -99,8 +98,6 @@ def score(
         given = _without_options_of_zoos(context, options)
         scores = choosing.score_checkpoints(checkpoint, build, data, measures, m_sharpness, **given)
     else:
-        memory = options.pop("memory")
-        options["memory"] = None if memory is None else int(memory * 2**30)
         scores = choosing.score_tasks(zoo_at(path), tasks, measures, m_sharpness, **options)
     _finish(scores, options["out"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, groupby, pairwise
@@ -201,12 +200,6 @@ def standard_tensor(array: NDArray[Any]) -> Tensor:
     """
     writeable = array if array.flags.writeable else array.copy()  # torch warns of others
     return torch.from_numpy(writeable).clone(memory_format=torch.contiguous_format)
-
-
-def add_to_digest(digest: hashlib._Hash, tensor: Tensor) -> None:
-    """Feed a hash with the shape, dtype and values of a tensor."""
-    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _cut(part: _Part, start: int, stop: int) -> _Part:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from sharpkit.contract.examples import add_to_digest
 from sharpkit.contract.losses import MeanLoss
+from sharpkit.digests import described, digest
 
 
 def loss_name(loss: Any) -> str:
@@ -53,26 +52,21 @@ def loss_text(loss: Any) -> str:
         return loss_text(loss.given)
     if isinstance(loss, str):
         return loss
-    whole = hashlib.sha256()
-    _feed(whole, loss, set())
-    return f"{loss_name(loss)} {whole.hexdigest()[:16]}"
+    return f"{loss_name(loss)} {digest(_walk(loss, set()))[:16]}"
 
 
-def _feed(digest: hashlib._Hash, value: Any, seen: set[int]) -> None:
-    """Feed a hash with all that a value consists of; `seen` stops at what refers to itself."""
-    digest.update(f"<{type(value).__module__}.{type(value).__qualname__}>".encode())
+def _walk(value: Any, seen: set[int]) -> Iterator[str | Tensor]:
+    """All that a value consists of, for `digest`; `seen` stops at what refers to itself."""
+    yield f"<{type(value).__module__}.{type(value).__qualname__}>"
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        digest.update(repr(value).encode())
-        return
-    if isinstance(value, Tensor):
-        add_to_digest(digest, value)
-        return
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    for part in _parts(value):
-        _feed(digest, part, seen)
-    digest.update(b"</>")
+        yield repr(value)
+    elif isinstance(value, Tensor):
+        yield from described([value])
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for part in _parts(value):
+            yield from _walk(part, seen)
+        yield "</>"
 
 
 def _parts(value: Any) -> list[Any]:

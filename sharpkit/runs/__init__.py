@@ -7,8 +7,9 @@ from sharpkit.runs.held_out import (
     held_out_metrics,
     negative_log_likelihood,
 )
-from sharpkit.runs.score import Scores, score_zoo
+from sharpkit.runs.score import score_zoo
 from sharpkit.runs.score_models import score_models
+from sharpkit.runs.scores import Scores
 from sharpkit.runs.targets import selection_regret
 
 __all__ = [

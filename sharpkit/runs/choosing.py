@@ -17,8 +17,9 @@ from sharpkit.measures.attention_geometry import has_attention
 from sharpkit.measures.catalog import chosen_measures
 from sharpkit.measures.recorded import KINDS
 from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
-from sharpkit.runs.score import Scores, score_zoo
+from sharpkit.runs.score import score_zoo
 from sharpkit.runs.score_models import score_models
+from sharpkit.runs.scores import Scores
 from sharpkit.runs.trained import is_trained, load_trained, same_examples, trained_data
 from sharpkit.safe_text import printable
 from sharpkit.zoo import Task, Zoo

@@ -15,7 +15,7 @@ from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.evaluation.statistics import HEADLINES, TABLE
 from sharpkit.runs.directions import column_direction
 from sharpkit.runs.kept_evaluations import kept_table
-from sharpkit.runs.score import Scores
+from sharpkit.runs.scores import Scores
 from sharpkit.runs.store import TEST_METRICS
 from sharpkit.runs.targets import Target, larger_is_worse, target_values, with_target
 from sharpkit.workers import error_message

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sharpkit.evaluation.legend import write_with_legend
 from sharpkit.files import write_csv
 from sharpkit.runs.evaluate import combine, evaluate
-from sharpkit.runs.score import Scores
+from sharpkit.runs.scores import Scores
 from sharpkit.runs.summary import summary
 from sharpkit.runs.targets import selection_regret
 

@@ -9,18 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sharpkit.contract.precision import current_precision, measuring_precision
-from sharpkit.errors import RunError, SharpkitError
+from sharpkit.contract.precision import measuring_precision
+from sharpkit.digests import digest_of_files, stamp
+from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
 from sharpkit.progress import progress_bar
-from sharpkit.runs.fingerprint import digest, stamp
-from sharpkit.runs.provenance import (
-    device_name,
-    dtype_name,
-    environment,
-    peak_memory,
-    restart_peak_memory,
-)
+from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_memory
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
@@ -81,11 +75,8 @@ class Scorer:
             seconds=time.perf_counter() - began,
             weights_hash=weights_hash,
             weights_stamp=weights_stamp,
-            device=device_name(device),
             dtype=dtype,
-            precision=current_precision(),
-            peak_memory=peak_memory(device),
-            environment=environment(),
+            **circumstances(device),
         )
 
 
@@ -133,14 +124,14 @@ def pending(
             files = model_files(tasks[name][model], measures[measure])
             now = _stamp(tasks[name], files)
             if known_hash and now != known_stamp:
-                found = _digest_if_there(tasks[name], files, now)
+                found = _digest(tasks[name], files, now)
                 if found and found != known_hash:
                     continue
                 if found:
                     restamped[key] = now
         except MemoryError:
             raise
-        except Exception:  # it cannot be compared, which is no reason to drop what was found
+        except Exception:  # gone, or no answer, which is no reason to drop what was found
             pass
         done.add(key)
     store.restamp(restamped)
@@ -165,7 +156,7 @@ def hash_data(store: Store, name: str, task: Task) -> str:
     known_hash, known_stamp = store.data(name)
     if known_hash and now == known_stamp:
         return known_hash
-    found = digest(map(task.local, files))
+    found = digest_of_files(map(task.local, files))
     store.set_data(name, found, now)
     return found
 
@@ -191,13 +182,6 @@ def _digest(task: Task, files: Iterable[Path], stamp: str) -> str:
     return _digest_of_copies(tuple(map(task.local, files)), stamp)
 
 
-def _digest_if_there(task: Task, files: Iterable[Path], stamp: str) -> str:
-    try:
-        return _digest(task, files, stamp)
-    except SharpkitError:  # gone from the server, or it does not answer
-        return ""
-
-
 @lru_cache(maxsize=2)  # several measures of a model come one after the other
 def _digest_of_copies(files: tuple[Path, ...], stamp: str) -> str:
-    return digest(files)
+    return digest_of_files(files)

@@ -10,16 +10,28 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import sharpkit
+from sharpkit.contract.precision import current_precision
 from sharpkit.memory import process_status
 
 
+def circumstances(device: str) -> dict[str, Any]:
+    """What an `Outcome` has of this process and its device, at the end of a measurement."""
+    return {
+        "device": _device_name(device),
+        "precision": current_precision(),
+        "peak_memory": _peak_memory(device),
+        "environment": _environment(),
+    }
+
+
 @cache
-def environment() -> str:
+def _environment() -> str:
     """Versions and machine of this process, as JSON."""
     packages = {"sharpkit": own_version(), "torch": version("torch"), "numpy": version("numpy")}
     python = {"python": platform.python_version(), "platform": platform.platform()}
@@ -35,7 +47,7 @@ def own_version() -> str:
 
 
 @cache
-def device_name(device: str) -> str:
+def _device_name(device: str) -> str:
     """The name of a GPU, or of the processor."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(torch.device(device))
@@ -60,7 +72,7 @@ def restart_peak_memory(device: str) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory(device: str) -> int:
+def _peak_memory(device: str) -> int:
     """Bytes of GPU memory allocated at the peak, or resident bytes of the process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(torch.device(device))

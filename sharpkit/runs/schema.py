@@ -10,32 +10,23 @@ from sharpkit.errors import RunError
 
 VERSION = 4
 
-_FIRST = """
+# version -> the statements that lead to it from the one before; a release adds, and never edits
+_STEPS = {
+    2: """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE tasks (task TEXT PRIMARY KEY, model_configs TEXT NOT NULL);
+CREATE TABLE tasks (
+    task TEXT PRIMARY KEY, model_configs TEXT NOT NULL, data_hash TEXT, data_stamp TEXT
+);
 CREATE TABLE items (
     task TEXT, model TEXT, measure TEXT, error TEXT, seconds REAL,
+    weights_hash TEXT, weights_stamp TEXT, data_hash TEXT, settings_hash TEXT, device TEXT,
+    dtype TEXT, peak_memory INTEGER, environment INTEGER,
     PRIMARY KEY (task, model, measure)
 );
 CREATE TABLE results (
     task TEXT, model TEXT, measure TEXT, setting TEXT, value REAL NOT NULL, std_error REAL,
     PRIMARY KEY (task, model, measure, setting)
 );
-"""
-# version -> the statements that lead to it from the one before; a release adds, and never edits
-_STEPS = {
-    1: _FIRST,
-    2: """
-ALTER TABLE tasks ADD COLUMN data_hash TEXT;
-ALTER TABLE tasks ADD COLUMN data_stamp TEXT;
-ALTER TABLE items ADD COLUMN weights_hash TEXT;
-ALTER TABLE items ADD COLUMN weights_stamp TEXT;
-ALTER TABLE items ADD COLUMN data_hash TEXT;
-ALTER TABLE items ADD COLUMN settings_hash TEXT;
-ALTER TABLE items ADD COLUMN device TEXT;
-ALTER TABLE items ADD COLUMN dtype TEXT;
-ALTER TABLE items ADD COLUMN peak_memory INTEGER;
-ALTER TABLE items ADD COLUMN environment INTEGER;
 CREATE TABLE environments (id INTEGER PRIMARY KEY, content TEXT UNIQUE NOT NULL);
 """,
     3: "ALTER TABLE items ADD COLUMN precision TEXT;",
@@ -58,7 +49,7 @@ def prepare(db: sqlite3.Connection, path: Path | None) -> None:
         tables = _tables(db)
         if tables and "meta" not in tables:
             raise RunError(f"{path}: a database of something else, with {min(tables)}")
-        found = version(db, path) if tables else 0
+        found = version(db, path) if tables else min(_STEPS) - 1
         for number in range(found + 1, VERSION + 1):
             for statement in filter(str.strip, _STEPS[number].split(";")):
                 db.execute(statement)
@@ -84,7 +75,8 @@ def version(db: sqlite3.Connection, path: Path | None) -> int:
     found = str(row[0]) if row else ""
     if found not in map(str, _STEPS):
         raise RunError(
-            f"{path}: store version {found}; this version of sharpkit knows 1 to {VERSION}"
+            f"{path}: store version {found}; this version of sharpkit knows {min(_STEPS)} to "
+            f"{VERSION}"
         )
     return int(found)
 

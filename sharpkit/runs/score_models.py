@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,44 +17,32 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
-from sharpkit.contract.examples import Examples, add_to_digest
-from sharpkit.contract.holding import frozen
+from sharpkit.contract.examples import Examples
 from sharpkit.contract.loading import Data, load_examples, load_in_order
 from sharpkit.contract.loss_text import loss_text
 from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
-from sharpkit.contract.precision import current_precision
 from sharpkit.device import check_device
-from sharpkit.errors import ArgumentError, ModelError, RunError
-from sharpkit.evaluation.grid import normal_id
-from sharpkit.lock import sole_driver
+from sharpkit.digests import described, digest
+from sharpkit.errors import RunError
 from sharpkit.measures.measure import Measure, evaluate_measure
 from sharpkit.progress import progress_bar
+from sharpkit.run_directory import sole_driver
 from sharpkit.runs.directions import stated_directions
 from sharpkit.runs.held_out import held_out_metrics
 from sharpkit.runs.model_metrics import accuracy_and_loss
-from sharpkit.runs.provenance import (
-    device_name,
-    dtype_name,
-    environment,
-    peak_memory,
-    restart_peak_memory,
-)
-from sharpkit.runs.score import (
-    STORE_NAME,
-    Scores,
+from sharpkit.runs.own_models import Model, check_models, hash_model, level_table, ready
+from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_memory
+from sharpkit.runs.request import (
     check_request,
     named_measures,
     recorded_threads,
     run_config,
     settings_hashes,
-    warn_if_all_failed,
 )
+from sharpkit.runs.scores import STORE_NAME, Scores, finished
 from sharpkit.runs.store import Key, Outcome, Store
-from sharpkit.runs.tables import write_scores
 from sharpkit.workers import error_message
 from sharpkit.workers.threads import limited_threads
-
-Model: TypeAlias = "nn.Module | Callable[[], nn.Module]"
 
 _TASK = "models"
 _UNKNOWN = {"train_acc": math.nan, "test_acc": math.nan}
@@ -150,8 +136,8 @@ def score_models(
     """
     named = named_measures(measures)
     loss_fn = resolve_loss(loss)
-    _check_models(models, initial)
-    hparams = _hyperparameters(models, hyperparameters)
+    check_models(models, initial)
+    hparams = level_table(models, hyperparameters)
     check_request(named, n)
     check_device(device)
     whole, unseen = load_in_order(train), load_in_order(test)
@@ -193,11 +179,7 @@ def score_models(
                 scorer.score(name, model, None if initial is None else initial[name], bar)
                 gc.collect()  # modules may refer to themselves, and the next needs the memory
         scorer.settle()
-    scores = Scores(store)
-    warn_if_all_failed(scores)
-    if run is not None:
-        write_scores(scores.frame(), run)
-    return scores
+    return finished(store, run)
 
 
 @dataclass(frozen=True)
@@ -222,8 +204,8 @@ class _Scorer:
         """All measures of one model; whatever it does, nothing is raised."""
         began = time.perf_counter()
         try:
-            with _ready(source, self.device) as model:
-                weights = _hash_model(model)
+            with ready(source, self.device) as model:
+                weights = hash_model(model)
                 self._note_metrics(name, model, weights)
                 for measure in self.measures:
                     self._measure(name, measure, model, weights, initial)
@@ -273,8 +255,8 @@ class _Scorer:
             with ExitStack() as stack:
                 before = None
                 if initial is not None and getattr(called, "needs_initial", False):
-                    before = stack.enter_context(_ready(initial, self.device))
-                    weights = _joined(weights, _hash_model(before))
+                    before = stack.enter_context(ready(initial, self.device))
+                    weights = _joined(weights, hash_model(before))
                 if getattr(called, "needs_metrics", False):
                     weights = _joined(weights, self.hashes[1])
                 outcome = replace(outcome, weights_hash=weights)
@@ -298,34 +280,9 @@ class _Scorer:
             outcome,
             data_hash=self.hashes[0],
             settings_hash=self.settings[measure],
-            device=device_name(self.device),
-            precision=current_precision(),
-            peak_memory=peak_memory(self.device),
-            environment=environment(),
+            **circumstances(self.device),
         )
         self.store.add(_TASK, name, measure, complete)
-
-
-@contextmanager
-def _ready(source: Model, device: str) -> Iterator[nn.Module]:
-    """The module on the device and in eval mode; afterwards as it was, and where it was.
-
-    Raises:
-        ModelError: If a function returns something else, or the module is on several devices.
-    """
-    model = source if isinstance(source, nn.Module) else source()
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"the function returned {type(model).__name__}: expected an nn.Module")
-    homes = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
-    if len(homes) > 1:
-        raise ModelError(f"the model is on {', '.join(sorted(map(str, homes)))}: expected one")
-    model.to(device)
-    try:
-        with frozen(model):
-            yield model
-    finally:
-        for home in homes:
-            model.to(home)
 
 
 def _as_data(examples: Examples) -> Data:
@@ -338,81 +295,6 @@ def _as_data(examples: Examples) -> Data:
     if isinstance(examples.inputs, Tensor):
         return TensorDataset(examples.inputs, examples.labels)
     return examples.inputs, examples.labels
-
-
-def _check_models(models: Mapping[str, Model], initial: Mapping[str, Model] | None) -> None:
-    for label, given in (("models", models), ("initial", {} if initial is None else initial)):
-        _check_mapping(label, given, "names to modules")
-        for name, source in given.items():
-            if not isinstance(name, str):
-                raise ArgumentError(f"{label}: found the name {name!r}, expected text")
-            if not callable(source):  # a module is callable, too
-                raise ArgumentError(
-                    f"{label}, {name}: found {type(source).__name__}, expected an nn.Module or a "
-                    "function that returns one"
-                )
-    if not models:
-        raise ArgumentError("no models are given: expected a mapping of names to modules")
-    if len({normal_id(name) for name in models}) < len(models):
-        raise ArgumentError(
-            'two names of models differ only by spaces or a leading "model_": rename one'
-        )
-    if initial is not None:
-        _check_names("initial", initial, models)
-
-
-def _check_mapping(label: str, given: Any, of: str) -> None:
-    if not isinstance(given, Mapping | nn.ModuleDict):
-        raise ArgumentError(f"{label}: found {type(given).__name__}, expected a mapping of {of}")
-
-
-def _check_names(label: str, given: Mapping[str, Any], models: Mapping[str, Model]) -> None:
-    missing = [name for name in models if name not in given]
-    unknown = [name for name in given if name not in models]
-    if missing:
-        raise ArgumentError(f"{label} lacks the models {', '.join(missing)}")
-    if unknown:
-        raise ArgumentError(f"{label} names models that are not given: {', '.join(unknown)}")
-
-
-def _hyperparameters(
-    models: Mapping[str, Model], given: Mapping[str, Mapping[str, Any]] | None
-) -> dict[str, dict[str, Any]]:
-    """Model -> hparams as in a model_configs.json, the values that occur as the possible ones."""
-    if given is None:
-        return {name: {} for name in models}
-    _check_mapping("hyperparameters", given, "models to hyperparameters")
-    _check_names("hyperparameters", given, models)
-    for model in models:
-        _check_mapping(f"hyperparameters of {model}", given[model], "names to values")
-    first = next(iter(models))
-    names = list(given[first])
-    rows: dict[str, dict[str, Any]] = {}
-    for model in models:
-        if set(given[model]) != set(names):
-            raise ArgumentError(
-                f"hyperparameters of {model}: found {', '.join(map(str, given[model])) or 'none'}, "
-                f"expected those of {first}: {', '.join(map(str, names)) or 'none'}"
-            )
-        rows[model] = {name: _plain(model, name, given[model][name]) for name in names}
-    levels = {name: list({str(r[name]): r[name] for r in rows.values()}.values()) for name in names}
-    return {
-        model: {
-            name: {"possible_values": levels[name], "current_value": row[name]} for name in names
-        }
-        for model, row in rows.items()
-    }
-
-
-def _plain(model: str, name: str, value: Any) -> Any:
-    """A value that JSON can hold; numpy's and torch's scalars become Python's."""
-    value = value.item() if hasattr(value, "item") else value
-    if not isinstance(value, str | int | float | bool):
-        raise ArgumentError(
-            f"hyperparameters of {model}, {name}: found {type(value).__name__}, expected a "
-            "number, text or bool"
-        )
-    return value
 
 
 def _model_configs(store: Store, hparams: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -438,30 +320,15 @@ def _model_configs(store: Store, hparams: Mapping[str, Any]) -> dict[str, dict[s
 
 def _hash_examples(examples: Examples) -> str:
     """SHA-256 of the examples in their order."""
-    whole = hashlib.sha256()
-    for part in examples.chunks(len(examples)):
-        leaves, structure = pytree.tree_flatten(part.inputs)
-        whole.update(str(structure).encode())
-        for leaf in [*leaves, part.labels]:
-            add_to_digest(whole, leaf)
-    return whole.hexdigest()
 
+    def parts() -> Iterator[str | Tensor]:
+        for part in examples.chunks(len(examples)):
+            leaves, structure = pytree.tree_flatten(part.inputs)
+            yield str(structure)
+            yield from described([*leaves, part.labels])
 
-def _hash_model(model: nn.Module) -> str:
-    """SHA-256 of a module's printed form and state, buffers outside the state dict too.
-
-    Also of which parameters are frozen: they are left out of what is measured.
-    """
-    held = [name for name, p in model.named_parameters() if not p.requires_grad]
-    whole = hashlib.sha256(f"{model!r} {held}".encode())
-    for name, value in {**dict(model.named_buffers()), **model.state_dict()}.items():
-        whole.update(name.encode())
-        if isinstance(value, Tensor):
-            add_to_digest(whole, value)
-        else:
-            whole.update(repr(value).encode())
-    return whole.hexdigest()
+    return digest(parts())
 
 
 def _joined(*hashes: str) -> str:
-    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+    return digest([" ".join(hashes)])

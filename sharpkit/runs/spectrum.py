@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,22 +18,21 @@ from torch.utils.data import TensorDataset
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_examples
-from sharpkit.contract.measuring_rules import measuring_rules, refuse_other_rules
+from sharpkit.contract.measuring_rules import measuring_rules
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.hessian import HessianOperator
 from sharpkit.curvature.quadrature import spectral_density
-from sharpkit.data.npz import read_npz
 from sharpkit.device import check_device
+from sharpkit.digests import digest
 from sharpkit.display import readable
-from sharpkit.doors import parse_json, reading
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.files import atomic_path, disk_errors, remove_leftovers, write_csv
-from sharpkit.lock import sole_driver
 from sharpkit.progress import progress_bar
+from sharpkit.run_directory import claim, sole_driver
+from sharpkit.runs.saved_spectrum import read_spectrum, save_spectrum
 from sharpkit.safe_text import printable
-from sharpkit.settings import changes, read_claim
 from sharpkit.workers import error_message
 
 if TYPE_CHECKING:
@@ -42,12 +40,6 @@ if TYPE_CHECKING:
 
 _CONFIG, _SUMMARY, _MODELS = "config.json", "summary.json", "models"
 _RANKS = 5
-_NUMBERS = {
-    "parameters", "loss", "lambda_max", "lambda_max_over_lambda_5", "eigenvalues",
-    "residual_norms", "lambda_min", "trace", "trace_std_error", "frobenius_norm",
-    "frobenius_norm_std_error", "seconds",
-}  # fmt: skip
-_KINDS = {"spacing": "U", "size": "iu", "breakdowns": "iu"}  # of arrays; the others are floats
 
 
 @readable(lambda s: f"{len(s.densities)} models, {len(s.failures)} failed")
@@ -180,7 +172,7 @@ def spectrum(
     failures: dict[str, str] = {}
     with sole_driver(root), disk_errors(root):
         remove_leftovers(root / _MODELS)
-        _claim(root, settings)
+        claim(root / _CONFIG, asdict(settings))
         bar = progress_bar(
             iterable=models.items(), desc="spectrum", unit="model", progress=progress
         )
@@ -214,7 +206,7 @@ def _measured(
     """The spectrum of one model, from its file if that is of the same weights."""
     weights = _digest_of_model(model)
     if path.is_file():
-        known = _read(path)
+        known = read_spectrum(path)
         if known is not None and known[2] == weights:
             return known[:2]
     dataset: Any = examples.inputs, examples.labels
@@ -241,7 +233,7 @@ def _measured(
         )
         top = top_eigenvalues(operator, min(_RANKS, size), seed=settings.seed, progress=progress)
         numbers = _numbers(operator.loss, density, top.values, top.residual_norms)
-    _save(path, density, numbers, weights)
+    save_spectrum(path, density, numbers, weights)
     return density, numbers
 
 
@@ -267,19 +259,6 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _claim(root: Path, settings: _Settings) -> None:
-    """Write down what the directory is for, or refuse one that is for something else."""
-    config = root / _CONFIG
-    wanted = asdict(settings)
-    if not config.is_file():
-        _replace(config, json.dumps(wanted, indent=2))
-        return
-    there = read_claim(config)
-    if changed := changes(there, wanted):
-        refuse_other_rules(there, root)
-        raise RunError(f"{root} holds a run with other settings ({changed}): choose another")
-
-
 def _write(
     root: Path,
     densities: dict[str, SpectralDensity],
@@ -292,9 +271,9 @@ def _write(
     from sharpkit.plot.canvas import forget, save_picture
     from sharpkit.plot.spectrum import spectrum as draw
 
-    _replace(
-        root / _SUMMARY, json.dumps({"models": summary, "failures": failures}, indent=2) + "\n"
-    )
+    with atomic_path(root / _SUMMARY) as temporary:
+        text = json.dumps({"models": summary, "failures": failures}, indent=2)
+        temporary.write_text(text + "\n")
     if not densities:
         return
     for file, tables in (
@@ -309,49 +288,6 @@ def _write(
     forget(figure)
 
 
-def _save(path: Path, density: SpectralDensity, numbers: dict[str, Any], weights: str) -> None:
-    arrays: dict[str, Any] = {f.name: np.asarray(getattr(density, f.name)) for f in fields(density)}
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(
-            file, **arrays, numbers=np.asarray(json.dumps(numbers)), weights_digest=weights
-        )
-
-
-def _read(path: Path) -> tuple[SpectralDensity, dict[str, Any], str] | None:
-    """What `_save` wrote; None if the file is damaged."""
-    names = [*(f.name for f in fields(SpectralDensity)), "numbers", "weights_digest"]
-    try:
-        saved = read_npz(path, names, RunError)
-        with reading(path, RunError, "a spectrum"):
-            values: dict[str, Any] = {f.name: saved[f.name] for f in fields(SpectralDensity)}
-            numbers = parse_json(path, str(saved["numbers"]), RunError)
-            weights = str(saved["weights_digest"])
-            _require_fit(values, numbers)
-            scalars = {k: v.item() for k, v in values.items() if v.ndim == 0}
-            return SpectralDensity(**{**values, **scalars}), numbers, weights
-    except RunError:  # it is computed again
-        return None
-
-
-def _require_fit(values: Mapping[str, Any], numbers: Any) -> None:
-    """Refuse arrays that are not those of a spectrum."""
-    probes, steps = values["nodes"].shape
-    points = values["grid"].shape
-    shapes = {"weights": (probes, steps), "breakdowns": (probes,), "density": points}
-    shapes |= {"std_error": points}
-    for name, value in values.items():
-        kinds = _KINDS.get(name, "f")
-        if value.dtype.kind not in kinds or value.shape != shapes.get(name, value.shape):
-            raise ValueError(f"{name} is {value.dtype} of shape {value.shape}")
-    if str(values["spacing"]) not in get_args(Spacing) or set(numbers) != _NUMBERS:
-        raise ValueError("its grid or numbers are others")
-
-
-def _replace(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
-
-
 def _names(parameters: str | Iterable[str]) -> list[str]:
     return [parameters] if isinstance(parameters, str) else list(parameters)
 
@@ -359,26 +295,25 @@ def _names(parameters: str | Iterable[str]) -> list[str]:
 def _file_name(name: str) -> str:
     """A readable file name that no other model name shares."""
     plain = re.sub(r"[^\w.-]+", "_", name)[:80]
-    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return plain if plain == name else f"{plain}-{digest([name])[:8]}"
 
 
-def _digest(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 of named tensors: names, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            sha.update(flat.view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
+def _named(tensors: Mapping[str, Any]) -> str:
+    """Digest of names, dtypes, shapes and bytes."""
+    return digest(
+        part
+        for name, t in tensors.items()
+        if isinstance(t, Tensor)
+        for part in (f"{name} {t.dtype} {tuple(t.shape)}", t)
+    )
 
 
 def _digest_of_model(model: nn.Module) -> str:
-    """SHA-256 of the state, and of which parameters are frozen: they are left out."""
+    """That of the state, and of which parameters are frozen: they are left out."""
     held = [name for name, p in model.named_parameters() if not p.requires_grad]
-    return hashlib.sha256(f"{_digest(model.state_dict())} {held}".encode()).hexdigest()
+    return digest([f"{_named(model.state_dict())} {held}"])
 
 
 def _digest_of_examples(examples: Examples) -> str:
     leaves = pytree.tree_leaves((examples.inputs, examples.labels))
-    return _digest({str(i): leaf for i, leaf in enumerate(leaves)})
+    return _named({str(i): leaf for i, leaf in enumerate(leaves)})

@@ -7,23 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sqlite3
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.contract.measuring_rules import refuse_other_rules
 from sharpkit.doors import reading
 from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, parse_setting
-from sharpkit.runs.fingerprint import stamp
-from sharpkit.runs.schema import VERSION, is_empty, prepare, version
-from sharpkit.settings import changes
+from sharpkit.run_directory import changes, refuse_another
+from sharpkit.runs.store_file import open_to_read, open_to_write
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,10 +27,13 @@ if TYPE_CHECKING:
 Key = tuple[str, str, str]  # task, model, measure
 TEST_METRICS = "test_metrics"  # stands for a measure whose values are columns of the metrics
 _DAMAGED = "its stored values are damaged (wrong checksum); the same run computes them again"
-_CHECKED = (  # columns of an item that its checksum covers
-    "task, model, measure, error, seconds, weights_hash, data_hash, settings_hash, device, dtype, "
-    "precision, peak_memory"
-)
+# what an item's checksum covers of it
+_KEY = ("task", "model", "measure")
+_FACTS = (
+    "seconds", "weights_hash", "data_hash", "settings_hash", "device", "dtype", "precision",
+    "peak_memory",
+)  # fmt: skip
+_CHECKED = ", ".join((*_KEY, "error", *_FACTS))
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,9 @@ class Store:
         self.path, self.closed = path, False
         self._checked: tuple[tuple[int, int], set[Key]] | None = None
         with reading(path, RunError, "a sharpkit results store"):
-            self._db = _open_to_read(path) if config is None else self._open_to_write(config)
+            self._db = open_to_read(path) if config is None else open_to_write(path)
+            if config is not None:
+                self._agree_on(json.loads(json.dumps(config)))
 
     def close(self) -> None:
         """Close the file; nothing can be read any more."""
@@ -149,18 +150,7 @@ class Store:
             db.executemany(
                 "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", [(*key, *row) for row in values]
             )
-            checked = (
-                *key,
-                outcome.error,
-                outcome.seconds,
-                outcome.weights_hash,
-                outcome.data_hash,
-                outcome.settings_hash,
-                outcome.device,
-                outcome.dtype,
-                outcome.precision,
-                outcome.peak_memory,
-            )
+            checked = (*key, outcome.error, *(getattr(outcome, fact) for fact in _FACTS))
             db.execute(
                 f"INSERT OR REPLACE INTO items ({_CHECKED}, weights_stamp, environment, checksum) "
                 f"VALUES ({'?, ' * len(checked)}?, "
@@ -288,8 +278,7 @@ class Store:
         import pandas as pd
 
         environments = {id_: _environment(text) for id_, text in self._environments().items()}
-        columns = ["task", "model", "measure", "seconds", "weights_hash", "data_hash"]
-        columns += ["settings_hash", "device", "dtype", "precision", "peak_memory"]
+        columns = [*_KEY, *_FACTS]
         rows = self._rows(f"SELECT {', '.join(columns)}, environment FROM items")
         return pd.DataFrame(
             [dict(zip(columns, row, strict=False)) | environments.get(row[-1], {}) for row in rows],
@@ -358,32 +347,12 @@ class Store:
             "INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (key, text, _checksum(key, text))
         )
 
-    def _open_to_write(self, config: Mapping[str, Any]) -> sqlite3.Connection:
-        try:
-            # a second process that opens the same run waits for the first
-            self._db = sqlite3.connect(
-                self.path if self.path else ":memory:", isolation_level=None, timeout=60
-            )
-            prepare(self._db, self.path)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._agree_on(json.loads(json.dumps(config)))
-        except sqlite3.OperationalError as error:
-            raise RunError(
-                f"{self.path}: cannot be written ({error}): free space or permissions, then start "
-                "again"
-            ) from error
-        return self._db
-
     def _agree_on(self, config: dict[str, Any]) -> None:
         with self._transaction() as db:
-            changed = changes(self.config, config)
-            if changed and self._has_results():
-                refuse_other_rules(self.config, self.path)
-                raise RunError(
-                    f"{self.path}: the run was started with another configuration ({changed}). "
-                    "Give it the same one, or another directory"
-                )
-            if changed:  # all that there can be are failures of a configuration given up
+            there = self.config
+            if self._has_results():
+                refuse_another(there, config, self.path)
+            elif changes(there, config):  # all that there is are failures of what was given up
                 db.execute("DELETE FROM items")
                 db.execute("DELETE FROM tasks")
             self._note(db, "config", config)
@@ -391,65 +360,6 @@ class Store:
     def _has_results(self) -> bool:
         row = self._db.execute("SELECT 1 FROM items WHERE error IS NULL LIMIT 1").fetchone()
         return row is not None
-
-
-def _open_to_read(path: Path | None) -> sqlite3.Connection:
-    """A connection that cannot write; also for a store in a directory that cannot be written."""
-    if path is None:
-        raise RunError("a store in memory needs a configuration")
-    uri = path.resolve().as_uri()
-    try:
-        return _current(sqlite3.connect(f"{uri}?mode=ro", uri=True, timeout=60), path)
-    except sqlite3.OperationalError:
-        if _logs(path):  # which only a writer can apply, and without them results are missing
-            return _current(_recovered(path), path)
-        return _current(sqlite3.connect(f"{uri}?mode=ro&immutable=1", uri=True, timeout=60), path)
-
-
-def _current(db: sqlite3.Connection, path: Path) -> sqlite3.Connection:
-    """The store as it is, or brought up to date in memory if it is older or was never filled."""
-    try:
-        if not is_empty(db) and version(db, path) == VERSION:
-            return db
-        copy = sqlite3.connect(":memory:", isolation_level=None)
-        db.backup(copy)
-    except BaseException:
-        db.close()
-        raise
-    db.close()
-    prepare(copy, path)
-    return copy
-
-
-def _logs(path: Path) -> list[Path]:
-    """What a killed process has written beside a store and not yet into it."""
-    beside = [path.with_name(f"{path.name}-{end}") for end in ("wal", "journal")]
-    return [log for log in beside if log.is_file() and log.stat().st_size]
-
-
-def _recovered(path: Path) -> sqlite3.Connection:
-    """A copy in memory of a store where nothing can be written, what its logs hold included."""
-    parts = [path, *_logs(path)]
-    try:
-        with tempfile.TemporaryDirectory(prefix="sharpkit-") as folder:
-            before = stamp(parts)
-            for part in parts:
-                shutil.copyfile(part, Path(folder, part.name))
-            if stamp(parts) != before:
-                raise RunError(
-                    f"{path}: a process writes to it while this one can only read it. Read it "
-                    "where it is written, or when that process has ended"
-                )
-            with closing(sqlite3.connect(Path(folder, path.name))) as db:
-                copy = sqlite3.connect(":memory:", isolation_level=None)
-                db.backup(copy)
-    except OSError as error:
-        raise RunError(
-            f"{path}: has a log of a killed process, and cannot be copied to apply it "
-            f"({error.strerror or error}). Copy {', '.join(p.name for p in parts)} to a place that "
-            "can be written, and read the copy"
-        ) from error
-    return copy
 
 
 def _environment(text: str) -> dict[str, Any]:

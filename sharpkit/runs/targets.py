@@ -14,7 +14,7 @@ from sharpkit.evaluation.grid import normal_id
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sharpkit.runs.score import Scores
+    from sharpkit.runs.scores import Scores
 
 # a column of `Scores.metrics()`, or model -> value, or task -> model -> value
 Target: TypeAlias = "str | Mapping[str, float] | Mapping[str, Mapping[str, float]]"

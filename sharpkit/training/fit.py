@@ -29,13 +29,13 @@ from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.device import check_device
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.lock import sole_driver
+from sharpkit.run_directory import sole_driver
 from sharpkit.training.loop import Training, classifies, outputs_of
 from sharpkit.training.parallel import Ranks
-from sharpkit.training.run_directory import (
+from sharpkit.training.run_files import (
     COLUMNS,
     Row,
-    RunDirectory,
+    RunFiles,
     examples_fingerprint,
     fingerprint,
 )
@@ -147,7 +147,7 @@ def fit(
             before training.
         stop_at_loss: Stop after the first evaluated epoch whose train_loss is at most this.
         seed: Of every random choice here. The initial weights are the caller's.
-        out: Run directory (see `run_directory`); None keeps nothing.
+        out: Run directory (see `training.run_files`); None keeps nothing.
         keep: Epochs whose weights are kept as `epoch-K.safetensors`; 0 is before training.
         evaluate_every: Epochs from one evaluation to the next; the last epoch is always evaluated.
         tensorboard: Log to `out`/tensorboard as well.
@@ -209,7 +209,7 @@ def fit(
         **({"provenance": dict(provenance)} if provenance else {}),
     }
     path = None if out is None else Path(out)
-    directory = RunDirectory(path, config, writes=ranks.rank == 0)
+    directory = RunFiles(path, config, writes=ranks.rank == 0)
     with sole_driver(path if ranks.rank == 0 else None), _reproducible(place):
         training = Training(model, examples, held_out, settings, ranks, directory, loss_fn, variant)
         board = path / "tensorboard" if path and tensorboard and ranks.rank == 0 else None

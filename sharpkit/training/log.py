@@ -11,7 +11,7 @@ from typing import Any
 from sharpkit.errors import ArgumentError
 from sharpkit.files import disk_errors
 from sharpkit.progress import progress_bar
-from sharpkit.training.run_directory import Row
+from sharpkit.training.run_files import Row
 
 
 class Reporter:

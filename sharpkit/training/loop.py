@@ -20,7 +20,7 @@ from sharpkit.errors import DataError, DivergedError, ModelError
 from sharpkit.training.augmentation import Augmenter, noisy_labels
 from sharpkit.training.log import Reporter, reporting
 from sharpkit.training.parallel import Ranks
-from sharpkit.training.run_directory import Row, RunDirectory
+from sharpkit.training.run_files import Row, RunFiles
 from sharpkit.training.sam import SAM
 from sharpkit.training.schedules import SCHEDULES
 from sharpkit.training.settings import FitSettings
@@ -41,7 +41,7 @@ class Training:
         test: Examples | None,
         settings: FitSettings,
         ranks: Ranks,
-        directory: RunDirectory,
+        directory: RunFiles,
         loss: MeanLoss,
         variant: SamVariant = PLAIN_SAM,
     ) -> None:

@@ -3,23 +3,17 @@
 Knows nothing of zoos, runs or measures.
 """
 
-from sharpkit.workers.items import (
-    Backend,
-    Failure,
-    attempt,
-    check_limits,
-    default_backend,
-    error_message,
-    run_items,
-)
+from sharpkit.workers.items import run_items
+from sharpkit.workers.outcome import Failure, error_message
+from sharpkit.workers.settings import Backend, Workers, as_workers, on_one_thread
 
 __all__ = [
     "Backend",
     "Failure",
-    "attempt",
-    "check_limits",
-    "default_backend",
+    "Workers",
+    "as_workers",
     "error_message",
+    "on_one_thread",
     "run_items",
 ]
 

@@ -7,8 +7,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.memory import limit_memory
-from sharpkit.workers.items import Failure, attempt, error_message
+from sharpkit.workers.outcome import Failure, attempt, error_message
+from sharpkit.workers.settings import Workers
 from sharpkit.workers.threads import limited_threads
 from sharpkit.workers.worker import LOOK_EVERY, MOST_STOPPED
 
@@ -26,53 +27,23 @@ _LONGEST_GET = 600.0  # seconds to bring a result from another node
 
 
 def run_on_ray(
-    function: Callable[[Any, str], Any],
-    items: Iterable[Any],
-    *,
-    workers: int | None,
-    threads: int,
-    timeout: float | None,
-    memory: int | None,
-    device: str,
-    address: str | None,
+    function: Callable[[Any, str], Any], items: Iterable[Any], workers: Workers, device: str
 ) -> Generator[tuple[Any, Any]]:
     """`run_items` in Ray tasks, each with its CPUs, GPU and memory requested.
 
     The time of an item counts from when it is handed to Ray, which has room for it.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise ArgumentError("backend \"ray\" needs Ray: pip install 'sharpkit[ray]'") from error
-
-    starts = not ray.is_initialized()
-    if starts:
-        try:
-            ray.init(
-                address=address,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except (OSError, RuntimeError, TimeoutError) as error:
-            name = "of this machine starts" if address is None else f"at {address!r}"
-            raise RunError(f"no Ray cluster {name}: {error_message(error)}") from error
+    threads, memory, timeout = workers.threads or 1, workers.memory, workers.timeout
     on_gpu = torch.device(device).type == "cuda"
     requests = {"num_cpus": threads, "num_gpus": int(on_gpu), "memory": memory, "max_retries": 1}
     running, stopped = dict[Any, tuple[Any, float]](), _Stopped()
-
-    def room() -> int:
-        if workers is not None:
-            return workers
-        resources = ray.cluster_resources()  # nodes come and go
-        return max(1, int(resources.get("GPU", 0) if on_gpu else resources["CPU"] // threads))
-
-    try:
+    with _cluster(workers.address, running) as ray:
         compute = ray.remote(**requests)(_compute)
         function_ref = ray.put(function)
         source = iter(items)
         while True:
-            while len(running) < room() and (item := next(source, _NOTHING)) is not _NOTHING:
+            room = workers.count or _room(threads, on_gpu)
+            while len(running) < room and (item := next(source, _NOTHING)) is not _NOTHING:
                 try:
                     ref = compute.remote(function_ref, item, device, threads, memory)
                 except TypeError as error:  # Ray's, of what it cannot pickle; pages long
@@ -95,6 +66,30 @@ def run_on_ray(
                 # until its place is free, so that the next one's time does not begin before
                 ray.wait([ref], timeout=_LONGEST_CANCEL)
                 yield item, Failure(f"stopped after {timeout:g} s")
+
+
+@contextmanager
+def _cluster(address: str | None, running: Mapping[Any, Any]) -> Iterator[Any]:
+    """The module `ray`, connected; at the end, what runs is cancelled, what was started ends."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ArgumentError("backend \"ray\" needs Ray: pip install 'sharpkit[ray]'") from error
+
+    starts = not ray.is_initialized()
+    if starts:
+        try:
+            ray.init(
+                address=address,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (OSError, RuntimeError, TimeoutError) as error:
+            name = "of this machine starts" if address is None else f"at {address!r}"
+            raise RunError(f"no Ray cluster {name}: {error_message(error)}") from error
+    try:
+        yield ray
     except ray.exceptions.RayError as error:
         raise RunError(f"the Ray cluster is lost: {error_message(error)}") from error
     finally:
@@ -103,6 +98,14 @@ def run_on_ray(
                 ray.cancel(ref, force=True)
         if starts:
             ray.shutdown()
+
+
+def _room(threads: int, on_gpu: bool) -> int:
+    """Items that the cluster has room for now: nodes come and go."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return max(1, int(resources.get("GPU", 0) if on_gpu else resources["CPU"] // threads))
 
 
 def _finished(refs: list[Any], seconds: float) -> list[Any]:

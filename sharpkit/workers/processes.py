@@ -19,8 +19,9 @@ import torch
 
 from sharpkit.errors import RunError
 from sharpkit.memory import available_memory
-from sharpkit.workers.items import Failure
+from sharpkit.workers.outcome import Failure
 from sharpkit.workers.serving import Ready, Refused
+from sharpkit.workers.settings import Workers
 from sharpkit.workers.worker import LOOK_EVERY, Died, Worker
 
 _MOST_FAILED_STARTS = 3  # in a row; more means that no worker can start
@@ -35,18 +36,15 @@ class _Job:
 
 
 def run_in_processes(
-    function: Callable[[Any, str], Any],
-    items: Iterable[Any],
-    *,
-    devices: Sequence[str],
-    threads: int,
-    timeout: float | None,
-    memory: int | None,
+    function: Callable[[Any, str], Any], items: Iterable[Any], workers: Workers, device: str
 ) -> Generator[tuple[Any, Any]]:
-    """`run_items` in one process per device given."""
-    if memory is None and all(torch.device(d).type == "cpu" for d in devices):
+    """`run_items` in worker processes of this machine."""
+    threads, memory = workers.threads or 1, workers.memory
+    devices = _devices(device, workers.count, threads)
+    if memory is None and torch.device(device).type == "cpu":
         memory = (available_memory(torch.device("cpu")) or 0) // len(devices) or None
-    crew = _Crew(cloudpickle.dumps((function, threads, memory)), iter(items), devices, timeout)
+    setup = cloudpickle.dumps((function, threads, memory))
+    crew = _Crew(setup, iter(items), devices, workers.timeout)
     try:
         while crew.fill():
             yield from crew.finished()
@@ -163,3 +161,15 @@ class _Crew:
             self._again.append(job)
         else:
             self._again.appendleft(job)
+
+
+def _devices(device: str, workers: int | None, threads: int) -> list[str]:
+    """The device of every worker."""
+    if torch.device(device).type == "cpu":
+        from joblib import cpu_count
+
+        return [device] * (workers or max(1, cpu_count() // threads))
+    names = [device]
+    if device == "cuda":
+        names = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [names[i % len(names)] for i in range(workers or len(names))]

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from sharpkit.memory import limit_memory
-from sharpkit.workers.items import Failure, attempt, error_message
+from sharpkit.workers.outcome import Failure, attempt, error_message
 from sharpkit.workers.threads import limited_threads
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import cloudpickle
 
-from sharpkit.workers.items import Failure, error_message
+from sharpkit.workers.outcome import Failure, error_message
 from sharpkit.workers.serving import serve
 
 LOOK_EVERY = 1.0  # seconds between looks at a process

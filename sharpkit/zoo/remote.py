@@ -6,14 +6,11 @@ makes their folders here; a file comes when it is asked for.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 import os
 import re
-import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,13 +21,10 @@ from sharpkit.errors import ArgumentError, DownloadError, SharpkitError, ZooForm
 from sharpkit.files import cache_folder
 from sharpkit.settings import from_table
 from sharpkit.zoo.files import is_litter, read_json, write_json
+from sharpkit.zoo.remote_copy import download, version_of
 
 _ATTEMPTS = 3
 _PAUSE = 0.5  # seconds, doubled after each attempt
-# what file systems tell about a file that changes when its content does
-_VERSION_FIELDS = """ETag etag generation VersionId version_id blob_id lfs md5Hash crc32c
-Content-MD5 content_md5 Digest CRC LastModified last_modified Last-Modified updated modify mtime
-created ino"""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -165,7 +159,7 @@ class Mirror:
                 info = self._info(name)
             except Exception:  # libraries have errors of their own; told when the file is read
                 return "missing"
-            listed = _Listed(info.get("size"), _version(info))
+            listed = _Listed(info.get("size"), version_of(info))
         return f"{listed.size}:{listed.version}"
 
     def fetch(self, path: Path) -> Path:
@@ -202,15 +196,16 @@ class Mirror:
             try:
                 info = self._info(name)
                 note = _note_of(path, note_path)
-                if note is None or (note.size, note.version) != (info["size"], _version(info)):
+                if note is None or (note.size, note.version) != (info["size"], version_of(info)):
                     part = note_path.with_suffix(".part")
-                    self._download(name, info, part)
-                    if _version(self._info(name)) != _version(info):
+                    fs, url = self._connect()[0], self._url_of(name)
+                    download(fs, self._head + name, info, part, url)
+                    if version_of(self._info(name)) != version_of(info):
                         continue
                     note_path.unlink(missing_ok=True)  # in no moment it tells of another copy
                     part.replace(path)
                 size, modified = info["size"], path.stat().st_mtime_ns
-                write_json(note_path, asdict(_Note(size, _version(info), listed, modified)))
+                write_json(note_path, asdict(_Note(size, version_of(info), listed, modified)))
                 return
             except FileNotFoundError as error:
                 raise ZooFormatError(f"{self._url_of(name)}: file is missing") from error
@@ -219,39 +214,6 @@ class Mirror:
             except Exception as error:  # each library has errors of its own
                 reason = f"{type(error).__name__}: {error}"
         raise DownloadError(f"{self._url_of(name)}: cannot be copied here ({reason})")
-
-    def _download(self, name: str, info: Mapping[str, Any], part: Path) -> None:
-        """Copy a file and check it."""
-        from fsspec.callbacks import Callback
-
-        size = info.get("size")
-        if size is None:
-            raise DownloadError(
-                f"{self._url_of(name)}: the server does not tell its size, "
-                "so a copy that is cut off would not be noticed"
-            )
-        free = shutil.disk_usage(part.parent).free
-        if size > free:
-            raise DownloadError(
-                f"{self._url_of(name)}: has {size:,} bytes; {part.parent} has {free:,} free"
-            )
-
-        def stop_at_size(_: int | None, value: int, **__: Any) -> None:
-            if value > size:
-                raise OSError(f"the server sends more than the {size:,} bytes that it told")
-
-        self._connect()[0].get_file(
-            self._head + name, str(part), callback=Callback(hooks={"size": stop_at_size})
-        )
-        if part.stat().st_size != size:
-            raise OSError(f"got {part.stat().st_size:,} of {size:,} bytes")
-        with part.open("rb+") as file:
-            for algorithm, expected in _checksums(info):
-                file.seek(0)
-                found = hashlib.file_digest(file, algorithm).hexdigest()
-                if found != expected:
-                    raise OSError(f"{algorithm} is {found}, the server told {expected}")
-            os.fsync(file.fileno())
 
     def _connect(self) -> tuple[Any, str]:
         """The file system, and the folder's name in it."""
@@ -298,7 +260,7 @@ class Mirror:
             if not any(map(is_litter, parts)):
                 path = "/".join(filter(None, (self._top, *parts)))
                 size = info.get("size")
-                listed[path] = _Listed(size, "" if size is None else _version(info))
+                listed[path] = _Listed(size, "" if size is None else version_of(info))
         if not listed:
             raise ZooFormatError(f"{self.url}: nothing there")
         return listed
@@ -339,21 +301,6 @@ class Mirror:
 
     def _unreachable(self, error: Exception) -> DownloadError:
         return DownloadError(f"{self.url}: cannot be read ({type(error).__name__}: {error})")
-
-
-def _version(info: Mapping[str, Any]) -> str:
-    """A short form of all that tells one version of a file from another; "" if nothing does."""
-    told = {key: str(info[key]) for key in _VERSION_FIELDS.split() if info.get(key) is not None}
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] if told else ""
-
-
-def _checksums(info: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    """Algorithm and hexadecimal checksum, as far as the server tells one of the whole content."""
-    for key in ("md5Hash", "Content-MD5"):
-        if info.get(key):
-            yield "md5", base64.b64decode(info[key]).hex()
-    if sha256 := getattr(info.get("lfs"), "sha256", None):
-        yield "sha256", sha256
 
 
 def _note_of(path: Path, note_path: Path) -> _Note | None:

@@ -9,8 +9,6 @@ only and each model trains on one thread, so neither workers nor interruptions c
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -26,15 +24,16 @@ from torch.utils.data import TensorDataset
 
 from sharpkit.contract.examples import standard_tensor
 from sharpkit.device import check_device
+from sharpkit.digests import digest
 from sharpkit.display import readable
 from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, DataError, RunError
 from sharpkit.files import disk_errors, remove_leftovers
-from sharpkit.lock import sole_driver
 from sharpkit.progress import progress_bar
+from sharpkit.run_directory import claim, read_claim, sole_driver
 from sharpkit.safe_text import printable
-from sharpkit.workers import Backend, Failure, default_backend, run_items
-from sharpkit.zoo.files import read_json, write_json
+from sharpkit.workers import Failure, Workers, on_one_thread, run_items
+from sharpkit.zoo.files import read_json
 from sharpkit.zoo.keras import build_model
 from sharpkit.zoo.plans import ZooPlan
 from sharpkit.zoo.recipe import Recipe, TrainedModel, train_model
@@ -89,9 +88,7 @@ def train_zoo(
     seed: int = 0,
     shipped_test: int | None = None,
     limit: int | None = None,
-    workers: int = 1,
-    backend: Backend | None = None,
-    address: str | None = None,
+    workers: int | Workers = 1,
     device: str = "cpu",
     progress: bool = True,
 ) -> TrainingReport:
@@ -112,10 +109,8 @@ def train_zoo(
         shipped_test: How many test examples, from the first, are written as the zoo's test split;
             their accuracy is recorded as `shipped_test_acc`. Default all.
         limit: Train only the first models of the grid; the rest can follow later.
-        workers: Models at a time.
-        backend: "inline", "processes" or "ray"; None for this process with one worker and worker
-            processes with more. A script that starts them needs `if __name__ == "__main__":`.
-        address: Of the Ray cluster, such as "auto"; None for a local one.
+        workers: How many models at a time, or who trains them (`Workers`). A script that starts
+            processes needs `if __name__ == "__main__":`.
         device: Where to train, such as "cpu" or "cuda".
         progress: Whether to show a progress bar.
 
@@ -145,6 +140,7 @@ def train_zoo(
     recipe = Recipe() if recipe is None else recipe
     check_device(device)
     _check(grid, train, test)
+    trainers = on_one_thread(workers)
     shipped = len(test) if shipped_test is None else min(shipped_test, len(test))
     settings = {str(i): setting for i, setting in enumerate(_settings(grid))}
     recipes = {i: replace(recipe, **setting) for i, setting in settings.items()}
@@ -154,7 +150,7 @@ def train_zoo(
         "recipe": asdict(recipe),
         "seed": seed,
         "shipped_test": shipped,
-        "data": _digest(train, test),
+        "data": digest([*train.tensors, *test.tensors]),
     }
     root = Path(out)
     with sole_driver(root):
@@ -163,7 +159,7 @@ def train_zoo(
             remove_leftovers(folder, *(p for p in folder.rglob("*") if p.is_dir()))
         writer = ZooWriter(root, shard_size=min(_SHARD_SIZE, max(len(train), shipped)))
         with disk_errors(root):
-            _claim(root / "training" / f"{task}.json", json.loads(json.dumps(plan)))
+            _claim(root / "training" / f"{task}.json", plan)
             writer.write_dataset(task, "train", *train.tensors)
             writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
         configs = root / "reference_data" / task / "model_configs.json"
@@ -172,14 +168,7 @@ def train_zoo(
         todo = {i: recipes[i] for i in wanted if i not in done}
         arrays = [t.numpy() for data in (train, test) for t in data.tensors]
         train_one = partial(_train_one, arrays, seed, shipped)
-        results = run_items(
-            train_one,
-            todo.items(),
-            backend=backend or default_backend(workers),
-            workers=workers,
-            device=device,
-            address=address,
-        )
+        results = run_items(train_one, todo.items(), trainers, device=device)
         failed: dict[str, str] = {}
         bar = progress_bar(
             total=len(wanted),
@@ -285,11 +274,15 @@ def _check(grid: Mapping[str, Sequence[Any]], train: TensorDataset, test: Tensor
             )
 
 
-def _digest(*datasets: TensorDataset) -> str:
-    digest = hashlib.sha256()
-    for tensor in (t for data in datasets for t in data.tensors):
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _claim(path: Path, plan: Mapping[str, Any]) -> None:
+    """Refuse another plan, and the same grid in another order: that numbers the models."""
+    claim(path, plan)
+    there, now = list(read_claim(path)["grid"]), list(plan["grid"])
+    if there != now:
+        raise RunError(
+            f"{path}: was started with the grid in the order {', '.join(there)}, now it is "
+            f"{', '.join(now)}, which numbers the models in another way: give it in the same order"
+        )
 
 
 def _finished(configs: Path) -> dict[str, Any]:
@@ -298,16 +291,3 @@ def _finished(configs: Path) -> dict[str, Any]:
     if not isinstance(done, dict):
         raise RunError(f"{configs}: found {shown(done)}, expected an object with a name per model")
     return done
-
-
-def _claim(path: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or refuse a directory that holds the results of another one."""
-    if not path.exists():
-        write_json(path, plan)
-    elif (there := read_json(path)) != plan:
-        before = there if isinstance(there, dict) else {}
-        changed = [key for key in plan if before.get(key) != plan[key]]
-        raise RunError(
-            f"{path.parent.parent} holds a zoo trained with another {', '.join(changed)}; "
-            "choose a new directory or give the same arguments"
-        )

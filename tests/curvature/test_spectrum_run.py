@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from sharpkit.errors import ArgumentError, RunError
-from sharpkit.lock import sole_driver
-from sharpkit.runs.spectrum import _read, spectrum
+from sharpkit.run_directory import sole_driver
+from sharpkit.runs.saved_spectrum import read_spectrum
+from sharpkit.runs.spectrum import spectrum
 
 DATA = torch.randn(20, 3), torch.randint(0, 2, (20,))
 QUICK = {"steps": 6, "probes": 2, "progress": False}
@@ -63,7 +64,7 @@ def test_other_weights_or_a_damaged_file_are_computed_anew(tmp_path):
 def test_a_damaged_file_is_noticed_wherever_it_is_damaged(tmp_path):
     spectrum({"a": net(1)}, DATA, tmp_path, **QUICK)
     path = tmp_path / "models" / "a.npz"
-    content, (density, numbers, weights) = path.read_bytes(), _read(path)
+    content, (density, numbers, weights) = path.read_bytes(), read_spectrum(path)
     rng = np.random.default_rng(0)
     ends = [*range(0, len(content), 7919), len(content) - 1]  # also cut off
     damages = [content[:end] for end in ends]
@@ -74,7 +75,7 @@ def test_a_damaged_file_is_noticed_wherever_it_is_damaged(tmp_path):
     noticed = 0
     for damaged in damages:
         path.write_bytes(damaged)
-        found = _read(path)
+        found = read_spectrum(path)
         noticed += found is None
         if found is not None:  # a bit that means nothing, such as in a date
             assert found[1:] == (numbers, weights)

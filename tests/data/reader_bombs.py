@@ -32,11 +32,11 @@ from sharpkit.data import load_dataset
 from sharpkit.data.idx import read_idx
 from sharpkit.doors import MAX_DIRECTORY_BYTES
 from sharpkit.errors import RunError, SharpkitError
+from sharpkit.run_directory import read_claim
 from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
-from sharpkit.runs.spectrum import _read as read_spectrum
+from sharpkit.runs.saved_spectrum import read_spectrum
 from sharpkit.runs.trained import load_trained
-from sharpkit.settings import read_claim
-from sharpkit.training.run_directory import RunDirectory
+from sharpkit.training.run_files import RunFiles
 from sharpkit.zoo.plans import read_plan
 
 MIB = 2**20
@@ -316,7 +316,7 @@ def checkpoint_of_deflated_records(path: Path) -> Read:
     path.rename(path.with_name("checkpoint.pt"))
     model = small()
     optimizer = torch.optim.SGD(model.parameters())
-    return lambda: RunDirectory(path.parent, {}).restore(model, optimizer)
+    return lambda: RunFiles(path.parent, {}).restore(model, optimizer)
 
 
 def safetensors_with_a_long_header(path: Path) -> Read:

@@ -30,7 +30,8 @@ from sharpkit.data.idx import read_idx
 from sharpkit.errors import RunError, SharpkitError
 from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
 from sharpkit.runs.figure3 import figure, plan as figure3_plan
-from sharpkit.runs.spectrum import _read as read_spectrum, spectrum as measure_spectra
+from sharpkit.runs.saved_spectrum import read_spectrum
+from sharpkit.runs.spectrum import spectrum as measure_spectra
 from sharpkit.runs.trained import load_trained, same_examples, trained_data
 from sharpkit.zoo import fetch, plans as zoo_plans, training as training_of_zoos
 

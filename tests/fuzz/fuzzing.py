@@ -35,7 +35,7 @@ from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.runs.figure3 import read_plan as read_figure
 from sharpkit.runs.spectrum import spectrum
 from sharpkit.runs.trained import load_trained, trained_data
-from sharpkit.training.run_directory import RunDirectory
+from sharpkit.training.run_files import RunFiles
 from sharpkit.zoo import ZooWriter, build_model, load_weights, load_zoo, read_weights
 from sharpkit.zoo.archive import unpack_zip
 from sharpkit.zoo.info import zoo_info
@@ -240,19 +240,19 @@ class _Stopped(Exception):
 
 def _keep_checkpoint(folder: Path) -> None:
     """A training that ends after its first epoch, and leaves its checkpoint."""
-    save = RunDirectory.save
+    save = RunFiles.save
 
-    def save_and_stop(self: RunDirectory, *arguments: Any) -> None:
+    def save_and_stop(self: RunFiles, *arguments: Any) -> None:
         save(self, *arguments)
         raise _Stopped
 
-    RunDirectory.save = save_and_stop  # type: ignore[method-assign]
+    RunFiles.save = save_and_stop  # type: ignore[method-assign]
     try:
         sk.fit(network(), examples(), out=folder, **FIT)
     except _Stopped:
         pass
     finally:
-        RunDirectory.save = save  # type: ignore[method-assign]
+        RunFiles.save = save  # type: ignore[method-assign]
 
 
 # --- readers ----------------------------------------------------------------------------------

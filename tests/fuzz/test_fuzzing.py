@@ -8,7 +8,7 @@ from functools import partial
 from fuzzing import KINDS, try_case, write_seeds
 from pace import start_seconds
 
-from sharpkit.workers import Failure, run_items
+from sharpkit.workers import Failure, Workers, run_items
 
 CASES = 20  # of each kind
 
@@ -24,10 +24,8 @@ def test_damaged_files_load_or_are_refused_within_time_and_memory(tmp_path):
     for item, outcome in run_items(
         partial(case, tmp_path),
         items,
-        backend="processes",
-        workers=1,
-        timeout=5 + 2 * start_seconds(),  # a case takes 10 ms, the first also imports
-        memory=2**30,
+        # a case takes 10 ms, the first also imports
+        Workers(1, "processes", timeout=5 + 2 * start_seconds(), memory=2**30),
     ):
         assert not isinstance(outcome, Failure), (item, outcome)
         assert not outcome.startswith("ESCAPED"), outcome

@@ -49,7 +49,7 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(zoo):
-    return sk.score_zoo(zoo, MEASURES, n=20, threads=1, progress=False).frame()
+    return sk.score_zoo(zoo, MEASURES, n=20, workers=sk.Workers(threads=1), progress=False).frame()
 
 
 def assert_same_bits(scores, table):
@@ -62,7 +62,7 @@ def test_worker_processes_give_the_same_bits_and_leave_no_data_behind(
 ):
     out = tmp_path / "run"
     scores = sk.score_zoo(
-        zoo, MEASURES, out=out, n=20, backend="processes", workers=workers, progress=False
+        zoo, MEASURES, out=out, n=20, workers=sk.Workers(workers, "processes"), progress=False
     )
     assert_same_bits(scores, table)
     assert scores.config["threads"] == 1
@@ -77,28 +77,28 @@ def images(request, tmp_path_factory):
     """A zoo of images, and what this process makes of every standard measure."""
     path = tmp_path_factory.mktemp("images") / "zoo"
     zoo = sk.load_zoo(write_image_zoo(path, channels=request.param))
-    return zoo, every_measure(zoo, "inline", threads=1)
+    return zoo, every_measure(zoo, sk.Workers(threads=1))
 
 
-def every_measure(zoo, backend, **limits):
+def every_measure(zoo, workers):
     measures = [m for m in sk.measures.standard_measures() if m.name != "m_sharpness"]
     measures.append(sk.MSharpness(m=[1, 4, 24], rho=0.1))
-    scores = sk.score_zoo(zoo, measures, backend=backend, progress=False, **limits)
+    scores = sk.score_zoo(zoo, measures, workers=workers, progress=False)
     assert scores.failures.empty
     return scores.frame()
 
 
 def test_every_measure_has_the_same_bits_in_a_worker(images):
     zoo, expected = images
-    found = every_measure(zoo, "processes", workers=1)
+    found = every_measure(zoo, sk.Workers(1, "processes"))
     pd.testing.assert_frame_equal(found, expected, check_exact=True)
 
 
 def test_another_backend_goes_on_with_the_same_run(zoo, table, tmp_path):
     out = tmp_path / "run"
     arguments = {"out": out, "n": 20, "progress": False}
-    sk.score_zoo(zoo, MEASURES, limit=3, threads=1, **arguments).close()
-    scores = sk.score_zoo(zoo, MEASURES, backend="processes", workers=1, **arguments)
+    sk.score_zoo(zoo, MEASURES, limit=3, workers=sk.Workers(threads=1), **arguments).close()
+    scores = sk.score_zoo(zoo, MEASURES, workers=sk.Workers(1, "processes"), **arguments)
     assert_same_bits(scores, table)
     scores.close()
     finished = sk.score_zoo(zoo, MEASURES, **arguments)  # with the threads of the run
@@ -114,9 +114,7 @@ def test_a_model_that_kills_or_hangs_its_worker_costs_nothing_else(zoo, tmp_path
     scores = sk.score_zoo(
         zoo["a"],
         Deadly(marker),
-        backend="processes",
-        workers=2,
-        timeout=timeout,
+        workers=sk.Workers(2, timeout=timeout),
         progress=False,
     )
     assert scores.failures["model"].tolist() == ["5"]
@@ -167,13 +165,15 @@ def ray():
 
 
 def test_ray_gives_the_same_bits(ray, zoo, table):
-    scores = sk.score_zoo(zoo, MEASURES, n=20, backend="ray", workers=2, progress=False)
+    scores = sk.score_zoo(zoo, MEASURES, n=20, workers=sk.Workers(2, "ray"), progress=False)
     assert_same_bits(scores, table)
 
 
 def test_every_measure_has_the_same_bits_on_ray(ray, images):
     zoo, expected = images
-    pd.testing.assert_frame_equal(every_measure(zoo, "ray"), expected, check_exact=True)
+    pd.testing.assert_frame_equal(
+        every_measure(zoo, sk.Workers(backend="ray")), expected, check_exact=True
+    )
 
 
 def test_ray_survives_a_model_that_kills_or_hangs_its_worker(ray, zoo, tmp_path):
@@ -182,7 +182,8 @@ def test_ray_survives_a_model_that_kills_or_hangs_its_worker(ray, zoo, tmp_path)
         weight = next(zoo["a"][id_].load().parameters())
         torch.save(float(weight.detach()[0, 0]), f"{marker}.{name}")
     timeout = round(5 + 4 * start_seconds())  # an item's time counts from before its process starts
-    scores = sk.score_zoo(zoo["a"], Deadly(marker), backend="ray", timeout=timeout, progress=False)
+    workers = sk.Workers(backend="ray", timeout=timeout)
+    scores = sk.score_zoo(zoo["a"], Deadly(marker), workers=workers, progress=False)
     assert scores.failures["model"].tolist() == ["5"]
     assert scores.failures["error"].tolist() == [f"stopped after {timeout} s"]
     assert len(scores.frame()) == 7

@@ -154,7 +154,9 @@ def test_the_left_table_has_the_largest_eigenvalues_of_the_loss(preset, made):
 
 def test_the_right_table_is_that_of_evaluate(preset, made):
     zoo = sk.load_zoo(read_plan(preset).power.zoo)
-    scores = sk.score_zoo(zoo, sk.MSharpness(m=[1, 4, 24], rho=0.1), threads=1, progress=False)
+    scores = sk.score_zoo(
+        zoo, sk.MSharpness(m=[1, 4, 24], rho=0.1), workers=sk.Workers(threads=1), progress=False
+    )
     expected = sk.evaluate(scores)
     found = made[0].predictive_power
     assert list(found["m"]) == [1, 4, 24]

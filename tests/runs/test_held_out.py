@@ -203,8 +203,8 @@ def test_a_second_start_computes_nothing_again(run, monkeypatch):
 
 def test_worker_processes_give_the_same(run):
     scores = sk.score_zoo(
-        sk.embedded_zoo(), MEASURE, n=16, limit=2, test_metrics=True, backend="processes",
-        workers=2, threads=torch.get_num_threads(), progress=False,
+        sk.embedded_zoo(), MEASURE, n=16, limit=2, test_metrics=True,
+        workers=sk.Workers(2, threads=torch.get_num_threads()), progress=False,
     )  # fmt: skip
     columns = [*COLUMNS, *CORRUPTED]
     expected = sk.Scores.open(run).metrics().set_index("model").loc[["0", "1"], columns]

@@ -18,7 +18,7 @@ from sharpkit.errors import RunError
 from sharpkit.runs import score_models
 from sharpkit.runs.figure3 import figure3
 from sharpkit.runs.spectrum import spectrum
-from sharpkit.workers import run_items
+from sharpkit.workers import Workers, run_items
 
 TRAIN = torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
 OLD = "measured by rules 1, now rules 2 apply: frozen parameters are left out .* another directory"
@@ -207,7 +207,7 @@ def precision_of_item(item, device):
 @pytest.mark.parametrize("kind", ["full", "tf32"])
 def test_workers_compute_at_the_precision_of_the_driver(backend, kind):
     with precision(kind):
-        results = run_items(precision_of_item, [1], backend=backend, workers=1)
+        results = run_items(precision_of_item, [1], Workers(1, backend))
     assert list(results) == [(1, kind)]
 
 
@@ -215,7 +215,7 @@ def test_workers_compute_at_the_precision_of_the_driver(backend, kind):
 def test_every_value_is_kept_with_the_precision_it_was_computed_at(zoo, backend):
     with precision("tf32"):
         scores = sk.score_zoo(
-            zoo, AllowsTF32(), n=8, limit=1, backend=backend, workers=1, progress=False
+            zoo, AllowsTF32(), n=8, limit=1, workers=Workers(1, backend), progress=False
         )
     assert scores.frame()["value"].tolist() == [1.0]
     assert scores.provenance()["precision"].tolist() == ["tf32"]

@@ -21,7 +21,7 @@ from zoos import finished_models, write_small_zoo
 
 import sharpkit as sk
 from sharpkit.errors import ArgumentError, RunError, ScoreError
-from sharpkit.lock import sole_driver
+from sharpkit.run_directory import sole_driver
 
 MEASURE = sk.MSharpness(m=[1, 4], rho=[0.05, 0.1])
 
@@ -240,11 +240,11 @@ def test_a_run_may_be_configured_with_numpys_numbers(zoo_path, tmp_path):
     assert again.provenance()["settings_hash"].nunique() == 1
 
 
-@pytest.mark.parametrize("backend", ["inline", "processes"])
-def test_a_device_that_is_not_there_is_refused_at_once(zoo_path, tmp_path, backend):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_device_that_is_not_there_is_refused_at_once(zoo_path, tmp_path, workers):
     task = sk.load_zoo(zoo_path)["first"]
     with pytest.raises(ArgumentError, match="device 'abacus' cannot be used: Expected one of cpu"):
-        sk.score_zoo(task, MEASURE, out=tmp_path / "run", device="abacus", backend=backend)
+        sk.score_zoo(task, MEASURE, out=tmp_path / "run", device="abacus", workers=workers)
     assert not (tmp_path / "run").exists()
 
 

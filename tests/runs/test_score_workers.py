@@ -17,27 +17,27 @@ def zoo(tmp_path_factory):
 @pytest.mark.parametrize(
     ("asked", "used"),
     [
-        ({}, "inline"),
-        ({"workers": 1}, "inline"),
-        ({"workers": 4}, "processes"),
-        ({"workers": 1, "backend": "processes"}, "processes"),
+        ({}, sk.Workers(1, "inline")),
+        ({"workers": 1}, sk.Workers(1, "inline")),
+        ({"workers": 4}, sk.Workers(4, "processes")),
+        ({"workers": sk.Workers(1, "processes")}, sk.Workers(1, "processes")),
     ],
 )
 def test_several_workers_are_processes(zoo, monkeypatch, asked, used):
-    seen = {}
+    seen = []
 
-    def run_items(function, items, **options):
-        seen.update(options)
+    def run_items(function, items, workers, *, device):
+        seen.append((workers.count, workers.place))
         yield from ()
 
     monkeypatch.setattr("sharpkit.runs.score.run_items", run_items)
     sk.score_zoo(zoo, sk.MSharpness(m=1, rho=0.1), progress=False, **asked)
-    assert seen["backend"] == used and seen["workers"] == asked.get("workers")
+    assert seen == [(used.count, used.place)]
 
 
 def test_several_workers_in_one_process_are_refused(zoo):
     with pytest.raises(ArgumentError, match=r"workers = 4, but backend .inline. has only this"):
-        sk.score_zoo(zoo, sk.MSharpness(m=1, rho=0.1), backend="inline", workers=4)
+        sk.score_zoo(zoo, sk.MSharpness(m=1, rho=0.1), workers=sk.Workers(4, "inline"))
 
 
 def test_a_zoo_of_which_nothing_can_be_scored_says_with_what(zoo):

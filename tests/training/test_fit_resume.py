@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import sharpkit as sk
 from sharpkit.errors import ArgumentError, DivergedError, ModelError, RunError
-from sharpkit.lock import sole_driver
+from sharpkit.run_directory import sole_driver
 from sharpkit.training import loop
-from sharpkit.training.run_directory import RunDirectory
+from sharpkit.training.run_files import RunFiles
 
 KINDS = {"sgd": {}, "sam": {"optimizer": "sam", "m": 4, "rho": 0.1}}
 
@@ -85,7 +85,7 @@ import os, signal, sys, torch
 torch.set_num_threads(1)
 from fits import fit
 from sharpkit.files import atomic_path
-import sharpkit.training.run_directory as directory
+import sharpkit.training.run_files as directory
 from contextlib import contextmanager
 
 count = 0
@@ -321,7 +321,7 @@ def test_the_directory_of_something_else_is_left_alone(tmp_path, content):
 
 def test_nothing_is_written_without_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    RunDirectory(None, {}).begin()
+    RunFiles(None, {}).begin()
     assert fit().path is None
     assert not list(tmp_path.iterdir())
 

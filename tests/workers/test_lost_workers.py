@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from sharpkit.errors import RunError
-from sharpkit.workers import Failure, run_items, worker
+from sharpkit.workers import Failure, Workers, run_items, worker
+
+ONE_PROCESS = Workers(1, "processes")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "waitid"), reason="the system does not tell")
 
@@ -88,7 +90,7 @@ def _load(sent, marker):
 def test_an_item_whose_worker_is_lost_is_done_by_another(tmp_path, moment, sent):
     large = ("quick", 0, "", bytes(2**23))
     items = [(moment, sent, str(tmp_path / "tried")), large, ("quick", 1, "")]
-    results = list(run_items(work, items, backend="processes", workers=1))
+    results = list(run_items(work, items, ONE_PROCESS))
     assert {result for _, result in results} == {"done"}
     assert len(results) == len(items)  # none is lost, none is doubled
 
@@ -97,7 +99,7 @@ def test_an_item_whose_worker_is_lost_is_done_by_another(tmp_path, moment, sent)
 def test_a_worker_lost_while_it_starts_is_replaced(tmp_path, sent):
     function = AtLoading(sent, tmp_path / "tried")
     items = [("quick", k, "") for k in range(3)]
-    results = list(run_items(function, items, backend="processes", workers=1))
+    results = list(run_items(function, items, ONE_PROCESS))
     assert [result for _, result in results] == ["done"] * 3
 
 
@@ -107,12 +109,12 @@ def test_a_worker_that_never_gets_ready_is_no_endless_wait(monkeypatch):
     monkeypatch.setattr(processes, "_LEAST_START", 0.2)
     monkeypatch.setattr(processes, "_MOST_FAILED_STARTS", 1)
     with pytest.raises(RunError, match=r"do not start \(not ready after 0.2 s\)"):
-        list(run_items(work, [("quick", 0, "")], backend="processes", workers=1, timeout=0.1))
+        list(run_items(work, [("quick", 0, "")], Workers(1, "processes", timeout=0.1)))
 
 
 def test_many_quick_items_do_not_hide_one_that_hangs():
     items = itertools.chain([("native", 0, "")], (("quick", k, "") for k in itertools.count()))
-    results = run_items(work, items, backend="processes", workers=2, timeout=1.0)
+    results = run_items(work, items, Workers(2, timeout=1.0))
     assert next(r for item, r in results if item[0] == "native") == Failure("stopped after 1 s")
     results.close()
 
@@ -123,7 +125,7 @@ def test_what_cannot_be_pickled_is_told_for_its_item_alone():
             return int, ("many",)
 
     items = [("quick", 0, "", (k for k in ())), ("quick", 1, "", Unreadable()), ("quick", 2, "")]
-    results = [r for _, r in run_items(work, items, backend="processes", workers=1)]
+    results = [r for _, r in run_items(work, items, ONE_PROCESS)]
     assert "cannot be sent to a worker" in results[0].message
     assert "its worker cannot read it: ValueError" in results[1].message
     assert results[2] == "done"
@@ -138,15 +140,15 @@ def test_a_function_that_workers_cannot_load_is_told_with_the_reason():
             raise AssertionError
 
     with pytest.raises(RunError, match=r"cannot load what they shall do.*invalid literal"):
-        list(run_items(Unloadable(), [0], backend="processes", workers=1))
+        list(run_items(Unloadable(), [0], ONE_PROCESS))
 
 
 def test_a_script_without_a_main_guard_is_told_so(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from sharpkit.workers import run_items\n\n"
+        "from sharpkit.workers import Workers, run_items\n\n"
         "large = bytes(2**20)  # more than a pipe takes at once\n"
-        "list(run_items(lambda item, device: large[item], [0, 1], backend='processes'))\n"
+        "list(run_items(lambda item, device: large[item], [0, 1], Workers(backend='processes')))\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
     assert done.returncode == 1

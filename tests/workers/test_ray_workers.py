@@ -11,7 +11,7 @@ import pytest
 from clusters import local_ray
 
 from sharpkit.errors import RunError
-from sharpkit.workers import cluster, run_items
+from sharpkit.workers import Workers, cluster, run_items
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_what_happens_to_one_item_is_told_of_it_alone(ray, tmp_path, monkeypatch
         ("generator", (k for k in ())),
         *(("plain", k) for k in range(3)),
     ]
-    results = {item[0]: result for item, result in run_items(work, items, backend="ray")}
+    results = {item[0]: result for item, result in run_items(work, items, Workers(backend="ray"))}
     if sys.platform == "linux":
         assert results["signal once"] == "done"
     assert results["plain"] == "done"
@@ -61,4 +61,4 @@ def test_a_cluster_that_is_not_there_is_told(ray, monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(RunError, match=r"no Ray cluster at '192.0.2.1:1': .*nobody answers"):
-        list(run_items(work, [("plain", 0)], backend="ray", address="192.0.2.1:1"))
+        list(run_items(work, [("plain", 0)], Workers(backend="ray", address="192.0.2.1:1")))

@@ -19,7 +19,7 @@ from sharpkit.curvature.memory import default_budget
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.groupwise.memory import default_memory_budget
 from sharpkit.memory import available_memory
-from sharpkit.workers import Failure, run_items
+from sharpkit.workers import Failure, Workers, on_one_thread, run_items
 
 
 def time_limit():
@@ -48,6 +48,13 @@ def work(item, device):
         raise ValueError("two\nlines")
     if kind == "allocate":
         return len(torch.ones(arguments[0]))
+    if kind == "meet":
+        folder, name, number = arguments
+        Path(folder, name).touch()
+        deadline = time.monotonic() + 100
+        while len(list(Path(folder).iterdir())) < number and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return os.getpid() if time.monotonic() < deadline else "alone"
     if kind == "unsendable":
         return (k for k in range(3))
     return os.getpid()
@@ -60,15 +67,15 @@ def results(tmp_path_factory):
     items = [("sum", 0), ("die",), ("hang",), ("die once", str(marker)), ("raise",)]
     items += [("unsendable",), ("allocate", 2**28), ("allocate", 2**10)]
     items += [("sum", k) for k in range(1, 20)]
-    limits = {"workers": 2, "timeout": time_limit(), "memory": 2**29}
-    results = list(run_items(work, items, backend="processes", **limits))
+    limits = Workers(2, timeout=time_limit(), memory=2**29)
+    results = list(run_items(work, items, limits))
     assert len(results) == len(items)  # none is lost, none is doubled
     return dict(results)
 
 
 def test_results_are_those_of_this_process_bit_for_bit(results):
     sums = [("sum", k) for k in range(20)]
-    expected = dict(run_items(work, sums, threads=1))
+    expected = dict(run_items(work, sums, Workers(threads=1)))
     assert {item: results[item] for item in sums} == expected
     assert all(result[:2] == ("cpu", 1) for result in expected.values())
 
@@ -116,12 +123,12 @@ def budgets(item, device):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can limit the memory")
 def test_measures_cut_their_data_to_the_memory_of_the_worker():
     limit = 2**30
-    with_limit = {"backend": "processes", "workers": 1, "memory": limit}
-    ((_, (chunk, kept, free)),) = run_items(budgets, [0], **with_limit)
+    with_limit = Workers(1, "processes", memory=limit)
+    ((_, (chunk, kept, free)),) = run_items(budgets, [0], with_limit)
     assert chunk == limit // 2  # what m-sharpness lays its chunks out for
     assert kept <= limit // 2  # the graphs that curvature keeps
     assert limit - 2**27 < free <= limit
-    results = dict(run_items(sharpness, [None, 4 * 2**30], **with_limit))
+    results = dict(run_items(sharpness, [None, 4 * 2**30], with_limit))
     expected = sharpness(2**28, "cpu")
     assert results[None] == pytest.approx(expected, rel=1e-4)  # chunks change the rounding only
     # the whole machine's budget is too much: chunks are halved until they fit
@@ -130,12 +137,12 @@ def test_measures_cut_their_data_to_the_memory_of_the_worker():
 
 def test_threads_are_as_they_were_before():
     before = torch.get_num_threads()
-    assert next(run_items(work, [("sum", 0)], threads=before + 1))[1][1] == before + 1
+    assert next(run_items(work, [("sum", 0)], Workers(threads=before + 1)))[1][1] == before + 1
     assert torch.get_num_threads() == before
 
 
 def test_workers_end_when_the_results_are_not_wanted_any_more():
-    results = run_items(work, [("pid",), ("hang",)], backend="processes", workers=1)
+    results = run_items(work, [("pid",), ("hang",)], Workers(1, "processes"))
     _, pid = next(results)
     results.close()
     assert not Path(f"/proc/{pid}").exists()
@@ -147,11 +154,11 @@ def test_workers_end_with_their_driver(tmp_path, sent):
     script = tmp_path / "driver.py"
     script.write_text(
         "import os, time\n"
-        "from sharpkit.workers import run_items\n\n"
+        "from sharpkit.workers import Workers, run_items\n\n"
         "def work(item, device):\n"
         "    return os.getpid() if item == 0 else time.sleep(100)\n\n"
         'if __name__ == "__main__":\n'
-        '    for _, pid in run_items(work, [0, 1], backend="processes", workers=1):\n'
+        '    for _, pid in run_items(work, [0, 1], Workers(1, "processes")):\n'
         "        print(pid, flush=True)\n"
     )
     with subprocess.Popen(
@@ -184,21 +191,44 @@ def test_workers_that_cannot_start_are_an_error_and_no_endless_loop(tmp_path):
             raise AssertionError
 
     with pytest.raises(RunError, match=r"do not start \(exit code 3\)"):
-        next(run_items(Unloadable(), [1, 2], backend="processes", workers=1))
+        next(run_items(Unloadable(), [1, 2], Workers(1, "processes")))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"workers": 0}, "workers must be at least 1"),
+        ({"count": 0}, "workers must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),
         ({"memory": 0, "backend": "processes"}, "memory must be at least 1"),
         ({"timeout": 0.0, "backend": "processes"}, "timeout must be a positive"),
         ({"timeout": float("nan"), "backend": "processes"}, "timeout must be a positive"),
         ({"timeout": 1.0}, 'nothing can end an item of backend "inline"'),
         ({"backend": "threads"}, "backend must be"),
+        ({"count": 4, "backend": "inline"}, 'workers = 4, but backend "inline" has only this'),
+        ({"count": 4, "address": "auto"}, 'of a Ray cluster, but the backend is "processes"'),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ArgumentError, match=message):
-        run_items(work, [], **arguments)
+        Workers(**arguments)
+
+
+@pytest.mark.parametrize("workers", ["4", None, 4.0, {"count": 4}])
+def test_workers_are_a_number_or_a_value_of_their_own(workers):
+    with pytest.raises(ArgumentError, match=r"expected a number or sharpkit.Workers"):
+        run_items(work, [], workers)
+
+
+def test_a_number_of_workers_is_so_many_processes_at_a_time(tmp_path):
+    ((_, pid),) = run_items(work, [("pid",)], 1)
+    assert pid == os.getpid()
+    found = {
+        pid for _, pid in run_items(work, [("meet", tmp_path, str(k), 3) for k in range(3)], 3)
+    }
+    assert len(found) == 3 and not found & {os.getpid(), "alone"}
+
+
+def test_trainings_do_not_take_more_threads():
+    assert on_one_thread(3) == Workers(3, threads=1)
+    with pytest.raises(ArgumentError, match="threads = 2, but a training uses one"):
+        on_one_thread(Workers(3, threads=2))

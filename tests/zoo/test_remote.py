@@ -149,7 +149,7 @@ def test_a_copy_is_used_again_without_a_download(zoo_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("it is here already")
 
-    monkeypatch.setattr(remote.Mirror, "_download", refuse)
+    monkeypatch.setattr(remote, "download", refuse)
     after = sk.load_zoo(url)["tiny"]["10"].load().state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
@@ -345,12 +345,13 @@ def test_a_local_url_is_read_in_place(zoo_path, cache):
 
 
 def test_worker_processes_share_the_copies(zoo_path):
-    here = sk.score_zoo(sk.load_zoo(zoo_path), MEASURE, n=8, threads=1, progress=False)
+    here = sk.score_zoo(
+        sk.load_zoo(zoo_path), MEASURE, n=8, workers=sk.Workers(threads=1), progress=False
+    )
     there = sk.score_zoo(
         sk.load_zoo(in_folder(zoo_path)),
         MEASURE,
         n=8,
-        backend="processes",
         workers=2,
         progress=False,
     )
@@ -364,7 +365,7 @@ def test_processes_that_want_the_same_file_get_it_whole(zoo_path):
     def digest(item, device):
         return hashlib.sha256(fetched(entry)).hexdigest()
 
-    results = dict(run_items(digest, range(6), backend="processes", workers=3))
+    results = dict(run_items(digest, range(6), 3))
     content = (zoo_path / "input_data" / "tiny" / "model_10" / "weights.hdf5").read_bytes()
     assert results == dict.fromkeys(range(6), hashlib.sha256(content).hexdigest())
 

@@ -17,7 +17,8 @@ from torch.utils.data import TensorDataset
 
 from sharpkit.data.idx import read_idx
 from sharpkit.errors import ArgumentError, DataError, ModelError, RunError
-from sharpkit.lock import sole_driver
+from sharpkit.run_directory import sole_driver
+from sharpkit.workers import Workers
 from sharpkit.zoo import build_model, load_zoo
 from sharpkit.zoo.fashion_mnist import fashion_mnist
 from sharpkit.zoo.recipe import Recipe, _optimizer, train_model
@@ -114,7 +115,7 @@ def test_neither_workers_nor_random_state_change_a_number(trained, tmp_path):
 def test_backends_train_the_same_zoo(trained, tmp_path, backend):
     if backend == "ray":
         pytest.importorskip("ray", reason="Ray is not installed: pip install 'sharpkit[ray]'")
-    train(tmp_path, workers=1, backend=backend)
+    train(tmp_path, workers=Workers(1, backend=backend))
     assert same_zoo(trained, tmp_path)
 
 
@@ -183,8 +184,14 @@ def test_a_missed_target_is_tried_again_from_other_random_numbers():
     [({"seed": 3}, "seed"), ({"grid": {"width": [3]}}, "grid"), ({"recipe": Recipe()}, "recipe")],
 )
 def test_a_directory_of_another_run_is_refused(trained, changes, named):
-    with pytest.raises(RunError, match=f"another {named};"):
+    with pytest.raises(RunError, match=rf"another configuration \({named}: "):
         train(trained, **changes)
+
+
+def test_the_same_grid_in_another_order_is_refused(trained):
+    reverse = dict(reversed(GRID.items()))
+    with pytest.raises(RunError, match=r"in the order .*numbers the models"):
+        train(trained, grid=reverse)
 
 
 @pytest.mark.parametrize(

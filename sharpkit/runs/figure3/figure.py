@@ -16,10 +16,10 @@ from sharpkit.device import check_device
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.evaluation.legend import write_with_legend
-from sharpkit.files import atomic_path, write_csv
-from sharpkit.lock import sole_driver
+from sharpkit.files import write_csv
 from sharpkit.measures import MSharpness
 from sharpkit.progress import progress_bar
+from sharpkit.run_directory import read_claim, refuse_another, sole_driver, write_claim
 from sharpkit.runs.evaluate import evaluate
 from sharpkit.runs.figure3.plan import Plan, read_plan
 from sharpkit.runs.figure3.spectra import Snapshot, measure
@@ -35,8 +35,7 @@ from sharpkit.runs.figure3.trainings import (
 )
 from sharpkit.runs.score import score_zoo
 from sharpkit.safe_text import printable
-from sharpkit.settings import changes, read_claim
-from sharpkit.workers import Backend, Failure, default_backend, run_items
+from sharpkit.workers import Failure, Workers, on_one_thread, run_items
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,9 +87,7 @@ def figure3(
     panels: Collection[str] = PANELS,
     data: str | None = None,
     zoo: str | None = None,
-    workers: int = 1,
-    backend: Backend | None = None,
-    address: str | None = None,
+    workers: int | Workers = 1,
     device: str = "cpu",
     build: str | None = None,
     progress: bool = True,
@@ -114,11 +111,9 @@ def figure3(
         panels: Which of "left", "middle" and "right".
         data: Another folder with the data set's files, or another data set, for the trainings.
         zoo: Another zoo for the right panel.
-        workers: Trainings, spectra and models at a time.
-        backend: "inline", "processes" or "ray"; None for this process with one worker and worker
-            processes with more. A script that uses processes needs the usual
-            `if __name__ == "__main__":`; the nodes of a Ray cluster must share the disk of `out`.
-        address: Of the Ray cluster, such as "auto"; None for a local one.
+        workers: How many trainings, spectra and models at a time, or who computes them
+            (`Workers`). A script that uses processes needs the usual `if __name__ == "__main__":`;
+            the nodes of a Ray cluster must share the disk of `out`.
         device: Where to train and measure, such as "cpu" or "cuda".
         build: As for `read_plan`.
         progress: Whether to show progress bars.
@@ -149,12 +144,11 @@ def figure3(
     unknown = [panel for panel in panels if panel not in PANELS]
     if unknown or not panels:
         raise ArgumentError(f"panels is {list(panels)}, expected some of {', '.join(PANELS)}")
+    given = on_one_thread(workers)
     root = Path(out)
     with sole_driver(root):
         _claim(root, plan, panels)
-        driver = _Driver(
-            backend or default_backend(workers), workers, address, device, progress, {}
-        )
+        driver = _Driver(given, device, progress, {})
         spectra = densities = test_error = power = None
         if "left" in panels or "middle" in panels:
             examples = ArrayExamples.of(*plan.data.load())
@@ -173,9 +167,7 @@ def figure3(
 class _Driver:
     """How work items are done, and which of them failed."""
 
-    backend: Backend
-    workers: int
-    address: str | None
+    workers: Workers
     device: str
     progress: bool
     failures: dict[str, str]
@@ -183,14 +175,7 @@ class _Driver:
     def results(self, label: str, function: Callable[..., Any], items: Sequence[Any]) -> list[Any]:
         """What a function gives for the items, in their order; failures are noted and left out."""
         found: dict[Any, Any] = {}
-        outcomes = run_items(
-            function,
-            items,
-            backend=self.backend,
-            workers=self.workers,
-            device=self.device,
-            address=self.address,
-        )
+        outcomes = run_items(function, items, self.workers, device=self.device)
         bar = progress_bar(total=len(items), desc=label, progress=self.progress)
         with closing(outcomes), bar:
             for item, result in outcomes:
@@ -263,10 +248,7 @@ def _predictive_power(driver: _Driver, plan: Plan, root: Path) -> pd.DataFrame:
         MSharpness(m=list(power.m), rho=power.rho),
         out=root / "scores",
         n=power.n,
-        threads=1,
-        backend=driver.backend,
         workers=driver.workers,
-        address=driver.address,
         device=driver.device,
         progress=driver.progress,
     )
@@ -279,26 +261,22 @@ def _predictive_power(driver: _Driver, plan: Plan, root: Path) -> pd.DataFrame:
 
 
 def _claim(root: Path, plan: Plan, panels: Collection[str]) -> None:
-    """Write down what the directory is for, or refuse one that is for something else."""
+    """Note what the panels are made of, or refuse a directory that has them of something else."""
     path = root / "figure3.json"
-    wanted = json.loads(json.dumps(asdict(plan))) | dict.fromkeys(_MEASURED, measuring_rules())
-    needed = {"power"} if set(panels) == {"right"} else {"data", "training", "spectra"}
-    needed |= {"power"} if "right" in panels else set()
     measured = set(panels) & set(_MEASURED)
-    needed |= measured
+    parts = measured | ({"power"} if "right" in panels else set())
+    parts |= {"data", "training", "spectra"} if set(panels) != {"right"} else set()
+    wanted = json.loads(json.dumps(asdict(plan))) | dict.fromkeys(_MEASURED, measuring_rules())
+    wanted = {part: wanted[part] for part in sorted(parts)}
     there = read_claim(path) if path.is_file() else {}
     if not all(isinstance(part, dict) for part in there.values()):
         raise RunError(f"{path} is damaged: delete it, or choose another directory")
-    changed = [key for key in needed if key in there and there[key] != wanted[key]]
     for panel in sorted(measured):
         if (root / _MEASURED[panel]).is_dir():
             refuse_other_rules(there.get(panel, {}), root)
-    if changed:
-        listed = "; ".join(f"{key}: {changes(there[key], wanted[key])}" for key in sorted(changed))
-        raise RunError(f"{path.parent} holds a figure of other settings ({listed}): choose another")
-    with atomic_path(path) as temporary:
-        merged = {**there, **{key: wanted[key] for key in sorted(needed)}}
-        temporary.write_text(json.dumps(merged, indent=1) + "\n")
+    known = {part: there[part] for part in wanted if part in there}
+    refuse_another(known, {part: wanted[part] for part in known}, path)
+    write_claim(path, there | wanted)
 
 
 def _written(table: pd.DataFrame, path: Path) -> pd.DataFrame:

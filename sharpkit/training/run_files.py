@@ -9,7 +9,6 @@ model.safetensors      the final weights
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -20,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sharpkit.contract.examples import Examples, add_to_digest
-from sharpkit.doors import MAX_CONFIG_BYTES, read_json, reading, shown
+from sharpkit.contract.examples import Examples
+from sharpkit.digests import described, digest
+from sharpkit.doors import reading, shown
 from sharpkit.errors import RunError
 from sharpkit.files import atomic_path, disk_errors
-from sharpkit.settings import changes
+from sharpkit.run_directory import read_claim, refuse_another
 from sharpkit.tensor_files import read_torch
 
 COLUMNS = [
@@ -37,7 +37,7 @@ _CONFIG = "config.json"
 Row = dict[str, float]
 
 
-class RunDirectory:
+class RunFiles:
     """Where a training keeps its files; without a path, nothing is written.
 
     Args:
@@ -71,7 +71,9 @@ class RunDirectory:
         where = f"{path}: the checkpoint is corrupt; remove it to train from the start"
         content = _read(path, where)
         with reading(where, RunError, "one of sharpkit.fit"):
-            _compare(path, content["config"], self._config)
+            if not isinstance(content["config"], dict):
+                raise ValueError(f"its config is {shown(content['config'])}")
+            refuse_another(content["config"], self._config, path)
             _require_history(content["history"])
             _require_state(content["model"], model.state_dict())
             _require_optimizer(content["optimizer"], optimizer)
@@ -80,15 +82,13 @@ class RunDirectory:
             return [dict(row) for row in content["history"]]
 
     def begin(self) -> None:
-        """Remove what a killed process left half written, and write config.json.
+        """Write config.json.
 
         Raises:
             RunError: If the directory has a config.json of something else.
         """
         if self._writes:
             _check_ours(self._directory / _CONFIG)
-            for litter in self._directory.glob(".*.tmp"):
-                litter.unlink(missing_ok=True)
             self._write(_CONFIG, json.dumps(self._config, indent=1).encode() + b"\n")
 
     def require_kept(self, epochs: Iterable[int]) -> None:
@@ -148,10 +148,7 @@ class RunDirectory:
 
 def fingerprint(*tensors: Tensor) -> str:
     """16 hexadecimal digits that identify values, shapes and dtypes."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        add_to_digest(digest, tensor)
-    return digest.hexdigest()[:16]
+    return digest(described(tensors))[:16]
 
 
 def examples_fingerprint(examples: Examples | None) -> str | None:
@@ -172,16 +169,6 @@ def _read(path: Path, where: str) -> dict[str, Any]:
     if content["format"] != _FORMAT:
         raise RunError(f"{path}: checkpoint format {shown(content['format'])}, expected {_FORMAT}")
     return content
-
-
-def _compare(path: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    if not isinstance(there, dict):
-        raise ValueError(f"its config is {shown(there)}")
-    if changed := changes(there, now):
-        raise RunError(
-            f"{path}: belongs to a training with another configuration ({changed}). "
-            "Give it the same one, or another directory"
-        )
 
 
 def _require_history(rows: Any) -> None:
@@ -227,8 +214,8 @@ def _check_ours(path: Path) -> None:
     if not path.exists():
         return
     try:
-        there = read_json(path, RunError, MAX_CONFIG_BYTES)
+        there = read_claim(path)
     except RunError:
-        there = None
-    if not isinstance(there, dict) or "initial weights" not in there:
+        there = {}
+    if "initial weights" not in there:
         raise RunError(f"{path}: is not of sharpkit.fit; choose another directory")

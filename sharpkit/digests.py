@@ -1,14 +1,37 @@
-"""Whether files and settings are those that a result was computed from."""
+"""Whether tensors, files and settings are those that a result was computed from."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from sharpkit.files import open_regular
+
+
+def digest(parts: Iterable[str | Tensor]) -> str:
+    """SHA-256 of texts and of the bytes of tensors, of any device and layout, in their order.
+
+    Example:
+        >>> digest(["a", torch.zeros(2)]) == digest(["a" + bytes(8).decode()])
+        True
+    """
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part.encode() if isinstance(part, str) else _bytes(part))
+    return whole.hexdigest()
+
+
+def described(tensors: Iterable[Tensor]) -> Iterator[str | Tensor]:
+    """Parts for `digest`: shape and dtype of each tensor before its bytes."""
+    for tensor in tensors:
+        yield f"{tuple(tensor.shape)} {tensor.dtype}"
+        yield tensor
 
 
 def stamp(paths: Iterable[Path]) -> str:
@@ -21,11 +44,11 @@ def stamp(paths: Iterable[Path]) -> str:
     return " ".join(map(_stamp, paths))
 
 
-def digest(paths: Iterable[Path]) -> str:
+def digest_of_files(paths: Iterable[Path]) -> str:
     """SHA-256 over the contents of files in order; empty if one cannot be read.
 
     Example:
-        >>> digest([])
+        >>> digest_of_files([])
         'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855'
     """
     whole = hashlib.sha256()
@@ -45,8 +68,11 @@ def digest_of_settings(settings: Mapping[str, Any]) -> str:
         >>> digest_of_settings({"a": 1, "b": 2}) == digest_of_settings({"b": 2, "a": 1})
         True
     """
-    text = json.dumps(settings, sort_keys=True, default=repr)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digest([json.dumps(settings, sort_keys=True, default=repr)])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _stamp(path: Path) -> str:
