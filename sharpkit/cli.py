@@ -21,7 +21,7 @@ from sharpkit.safe_text import printable
 if TYPE_CHECKING:
     from sharpkit.measures import Measure, MSharpness
     from sharpkit.runs import Scores
-    from sharpkit.zoo import Task, Zoo
+    from sharpkit.zoo import PgdlTask, Zoo
 
 
 class _Numbers(click.ParamType):  # type: ignore[type-arg]  # not generic in click 8.1
@@ -199,8 +199,8 @@ def train_zoo_command(
     """
     from dataclasses import replace
 
-    from sharpkit.zoo.plans import read_plan
-    from sharpkit.zoo.training import train_zoo
+    from sharpkit.zoo_training.grid_file import read_plan
+    from sharpkit.zoo_training.zoo import train_zoo
 
     plan = read_plan(grid)
     if data is not None:
@@ -769,7 +769,7 @@ def train(
           --augmentation flip-crop --epochs 50 --out runs/sam16
       torchrun --nproc-per-node 2 -m sharpkit train embedded --epochs 20 --out runs/two
     """
-    from sharpkit.data import load_dataset
+    from sharpkit.datasets import load_dataset
     from sharpkit.runs.trained import provenance
     from sharpkit.training import build_architecture, fit
     from sharpkit.training.parallel import Ranks, process_group
@@ -898,7 +898,7 @@ def _measures(names: str, m_sharpness: MSharpness, left_out: Set[str]) -> list[M
     return [known[name] for name in wanted]
 
 
-def _unsuitable(tasks: Mapping[str, Task]) -> set[str]:
+def _unsuitable(tasks: Mapping[str, PgdlTask]) -> set[str]:
     """Measures that no model of these tasks can have, judged by the first of each."""
     from sharpkit.measures.attention_geometry import has_attention
     from sharpkit.measures.catalog import OF_IMAGES

@@ -43,7 +43,7 @@ from sharpkit.workers import (
     error_message,
     run_items,
 )
-from sharpkit.zoo import Task
+from sharpkit.zoo.task import Task, tasks_by_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -252,7 +252,7 @@ def score_zoo(
         >>> len(scores.frame())
         4
     """
-    tasks = {zoo.name: zoo} if isinstance(zoo, Task) else dict(zoo)
+    tasks = tasks_by_name(zoo)
     named = named_measures(measures)
     check_request(named, n, limit)
     backend = backend or default_backend(workers or 1)

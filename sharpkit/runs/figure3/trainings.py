@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -13,8 +13,9 @@ from torch.utils.data import TensorDataset
 from sharpkit.contract.examples import standard_tensor
 from sharpkit.errors import RunError
 from sharpkit.runs.figure3.plan import Plan
-from sharpkit.training import build_architecture, fit
+from sharpkit.training import build_architecture
 from sharpkit.training.augmentation import noisy_labels
+from sharpkit.training.fit import fit_with
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,25 +112,14 @@ def train(
         run: Which training.
         device: Where.
     """
-    training = plan.training
-    result = fit(
+    settings = plan.training.settings(**asdict(run) | {"rho": run.rho or 0.0})
+    result = fit_with(
+        settings,
         build(plan, examples, run.seed),
         *examples.datasets(),
-        epochs=training.epochs,
-        optimizer=cast(Any, run.optimizer),
-        m=run.m,
-        rho=0.0 if run.rho is None else run.rho,
-        batch_size=training.batch_size,
-        lr=run.lr,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        schedule=cast(Any, training.schedule),
-        augmentation=cast(Any, training.augmentation),
-        label_noise=training.label_noise,
-        seed=run.seed,
         out=root / "trainings" / run.name,
         keep=plan.spectra.epochs if run in kept else (),
-        evaluate_every=training.epochs,
+        evaluate_every=settings.epochs,
         device=device,
         progress=False,
     )

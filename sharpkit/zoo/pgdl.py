@@ -1,26 +1,26 @@
-"""The PGDL competition's directory tree as mappings: Zoo -> Task -> ModelEntry.
+"""The PGDL competition's files of a task: config.json, HDF5 weights, shards, model_configs.json.
 
-Opening a zoo reads directory listings and each task's model_configs.json, nothing else; configs,
-weights and data are read when asked for.
+Opening a task reads the listing of its directory, nothing else; configs, weights and data are read
+when asked for.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sharpkit.doors import reading, shown
-from sharpkit.errors import ArgumentError, SharpkitError, ZooFormatError
+from sharpkit.errors import ArgumentError, ZooFormatError
 from sharpkit.safe_text import printable
-from sharpkit.zoo.files import list_directory, read_json
+from sharpkit.zoo.files import is_file, is_folder, list_directory, read_json
 from sharpkit.zoo.grid import check_grid, possible_values
-from sharpkit.zoo.remote import Mirror, is_remote, local_path
+from sharpkit.zoo.remote import Mirror
+from sharpkit.zoo.task import Split, Weights
 
 if TYPE_CHECKING:
     from torch.utils.data import TensorDataset
@@ -33,116 +33,7 @@ _SHARD = re.compile(r"shard_([0-9]+)\.tfrecord")
 _SHOWN = 20  # ids in a message
 
 
-def load_zoo(path: str | Path) -> Zoo:
-    """Open a zoo of trained networks in the PGDL competition's layout.
-
-    Accepts the root (`input_data` beside `reference_data`), `input_data` itself, a folder of
-    tasks, or one task; model_configs.json may also lie beside the models. Models that the file
-    does not list, entries without a model, and incomplete or doubled grids are warned about.
-
-    Of a zoo elsewhere, opening reads the listing and model_configs.json; any other file is copied
-    into the cache (`SHARPKIT_CACHE`, or the platform's) when it is used, and again if it changes.
-
-    Args:
-        path: The directory, or a URL that fsspec knows, such as "s3://bucket/zoo", "gs://...",
-            "hf://datasets/...", "https://..." (each needs a package: `sharpkit[remote]`).
-
-    Returns:
-        Zoo: Task name to `Task`.
-
-    Raises:
-        ZooFormatError: Nothing there, no model, or (for a single task) no usable
-            model_configs.json. Of several tasks the good ones load and the others are warned about.
-        ArgumentError: A URL of an unknown protocol, or of one whose package is missing.
-        DownloadError: The server cannot be reached, or refuses.
-
-    Source:
-        Jiang et al., NeurIPS 2020 Competition: Predicting Generalization in Deep Learning.
-
-    Example:
-        >>> import torch
-        >>> from sharpkit.zoo import embedded_zoo
-        >>> zoo = load_zoo(embedded_zoo().path)  # your own directory, such as "public_data"
-        >>> model = zoo["fashion_mnist_14x14"]["20"].load()
-        >>> model(torch.zeros(1, 1, 14, 14)).shape
-        torch.Size([1, 10])
-    """
-    zoo = find_tasks(path)
-    for task in zoo.values():
-        try:
-            messages = task.check()
-        except SharpkitError as error:
-            if len(zoo) == 1:
-                raise
-            messages = [str(error)]
-        for message in messages:
-            warnings.warn(f"task {task.name}: {message}", UserWarning, stacklevel=2)
-    return zoo
-
-
-def find_tasks(path: str | Path) -> Zoo:
-    """The tasks below a path or URL, without opening any file; see `load_zoo`."""
-    mirror = Mirror(str(path)) if is_remote(path) else None
-    path = local_path(path) if mirror is None else mirror.path
-    refused: dict[str, str] = {}
-    for root in _candidates(path):
-        if _model_directories(root):
-            return Zoo(path, [_task(root.resolve().name, root, mirror)])
-        tasks = []
-        for folder in list_directory(root):
-            if not _is_folder(folder) or folder.name == "reference_data":
-                continue
-            try:
-                if _model_directories(folder):
-                    tasks.append(_task(folder.name, folder, mirror))
-                # beside input_data, any folder may lie among the tasks
-                elif root.name == "input_data" or _is_folder(folder / "dataset_1"):
-                    raise ZooFormatError(f"{folder}: task has no model_<id> directory")
-            except ZooFormatError as error:
-                refused[printable(folder.name)] = printable(str(error))
-        if tasks:
-            for message in refused.values():
-                warnings.warn(message, UserWarning, stacklevel=3)
-            return Zoo(path, tasks, refused)
-    raise ZooFormatError(
-        next(iter(refused.values()), "")
-        or f"{path if mirror is None else mirror.url}: no model found; expected "
-        "input_data/<task>/model_<id>/, or a task with model_<id> directories"
-    )
-
-
-class Zoo(Mapping[str, "Task"]):
-    """Tasks by name, in alphabetical order.
-
-    Args:
-        path: The directory that was opened.
-        tasks: Its tasks.
-        refused: Name, made printable, of each folder that cannot be used as a task, and why.
-    """
-
-    def __init__(
-        self, path: Path, tasks: list[Task], refused: Mapping[str, str] | None = None
-    ) -> None:
-        self.path, self.refused = path, dict(refused or {})
-        self._tasks = {task.name: task for task in tasks}
-
-    def __getitem__(self, name: str) -> Task:
-        if name not in self._tasks:
-            raise KeyError(f"no task {name!r} in {self.path}; it has {', '.join(self._tasks)}")
-        return self._tasks[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tasks)
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __repr__(self) -> str:
-        inside = ", ".join(f"{t.name}: {len(t)} models" for t in self._tasks.values())
-        return f"Zoo({str(self.path)!r}, {{{inside}}})"
-
-
-class Task(Mapping[str, "ModelEntry"]):
+class PgdlTask(Mapping[str, "PgdlModel"]):
     """Models by id, in numeric order, with the data they were trained on.
 
     Args:
@@ -153,12 +44,12 @@ class Task(Mapping[str, "ModelEntry"]):
 
     def __init__(self, name: str, path: Path, mirror: Mirror | None = None) -> None:
         self.name, self.path, self.mirror = name, path, mirror
-        directories = _model_directories(path)
+        directories = model_directories(path)
         ids = sorted(directories, key=lambda id_: (int(id_), id_))
-        self._models = {id_: ModelEntry(self, id_, directories[id_]) for id_ in ids}
+        self._models = {id_: PgdlModel(self, id_, directories[id_]) for id_ in ids}
         self._datasets: dict[str, TensorDataset] = {}
 
-    def __getitem__(self, id_: str) -> ModelEntry:
+    def __getitem__(self, id_: str) -> PgdlModel:
         if str(id_) not in self._models:
             raise KeyError(f"no model {id_!r} in task {self.name} ({len(self)} models)")
         return self._models[str(id_)]
@@ -207,7 +98,7 @@ class Task(Mapping[str, "ModelEntry"]):
             here.parent / "reference_data" / name / "model_configs.json",
         ]
         for place in places:
-            if _is_file(place) if self.mirror is None else self.mirror.has(place):
+            if is_file(place) if self.mirror is None else self.mirror.has(place):
                 return place
         raise ZooFormatError(
             f"{self.path}: model_configs.json is missing; looked for {', '.join(map(str, places))}"
@@ -235,7 +126,7 @@ class Task(Mapping[str, "ModelEntry"]):
         with reading(self.model_configs_path, ZooFormatError, "hyperparameters of a grid"):
             return messages + check_grid(configs)
 
-    def shards(self, split: Literal["train", "test"]) -> list[Path]:
+    def shards(self, split: Split) -> list[Path]:
         """The files of a split in numeric order, not all here if the task is remote; see `local`.
 
         Raises:
@@ -245,7 +136,7 @@ class Task(Mapping[str, "ModelEntry"]):
         if split not in ("train", "test"):
             raise ArgumentError(f"split is {split!r}; expected 'train' or 'test'")
         folder = self.path / "dataset_1" / split
-        if not _is_folder(folder):
+        if not is_folder(folder):
             raise ZooFormatError(f"{folder}: this task has no {split} data")
         numbered = [
             (int(match[1]), entry)
@@ -260,7 +151,11 @@ class Task(Mapping[str, "ModelEntry"]):
                 raise ZooFormatError(f"{folder}: shard_{number + 1}.tfrecord is missing")
         return [entry for _, entry in sorted(numbered)]
 
-    def dataset(self, split: Literal["train", "test"] = "train") -> TensorDataset:
+    def files(self, split: Split = "train") -> list[Path]:
+        """The shards of a split."""
+        return self.shards(split)
+
+    def dataset(self, split: Split = "train") -> TensorDataset:
         """The examples of a split, decoded once and kept in memory.
 
         Args:
@@ -278,7 +173,7 @@ class Task(Mapping[str, "ModelEntry"]):
             import torch
             from torch.utils.data import TensorDataset
 
-            from sharpkit.zoo.tfrecord import read_shards
+            from sharpkit.zoo.shards.tfrecord import read_shards
 
             stored, labels = read_shards(list(map(self.local, self.shards(split))))
             inputs = torch.from_numpy(stored)
@@ -291,7 +186,7 @@ class Task(Mapping[str, "ModelEntry"]):
         return list_directory(folder) if self.mirror is None else self.mirror.children(folder)
 
 
-class ModelEntry:
+class PgdlModel:
     """One trained network: its architecture, weights, hyperparameters and accuracies.
 
     Args:
@@ -300,7 +195,7 @@ class ModelEntry:
         path: Its directory.
     """
 
-    def __init__(self, task: Task, id: str, path: Path) -> None:
+    def __init__(self, task: PgdlTask, id: str, path: Path) -> None:
         self.task, self.id, self.path = task, id, path
 
     def __repr__(self) -> str:
@@ -316,17 +211,21 @@ class ModelEntry:
 
     def build(self, device: str = "meta") -> KerasModel:
         """The architecture without this model's weights; on "meta" nothing is allocated."""
-        from sharpkit.zoo.keras import build_model
+        from sharpkit.zoo.keras.model import build_model
 
         return build_model(self.config, model_name=str(self.path / "config.json"), device=device)
 
-    def weights_path(self, weights: Literal["final", "initial"] = "final") -> Path:
+    def weights_path(self, weights: Weights = "final") -> Path:
         """The weight file of the trained or the freshly initialised network; see `Task.local`."""
         if weights not in WEIGHT_FILES:
             raise ArgumentError(f"weights is {weights!r}; expected 'final' or 'initial'")
         return self.path / WEIGHT_FILES[weights]
 
-    def load(self, weights: Literal["final", "initial"] = "final") -> KerasModel:
+    def files(self, weights: Weights = "final") -> list[Path]:
+        """config.json and the weight file."""
+        return [self.path / "config.json", self.weights_path(weights)]
+
+    def load(self, weights: Weights = "final") -> KerasModel:
         """The network as a torch module in eval mode.
 
         Args:
@@ -340,7 +239,7 @@ class ModelEntry:
             ZooFormatError: Unknown layer or keyword, damaged weights, shapes that do not agree,
                 NaN or infinite weights; names the file and the layer.
         """
-        from sharpkit.zoo.weights import load_weights
+        from sharpkit.zoo.keras.weights import load_weights
 
         path = self.weights_path(weights)
         model = self.build()
@@ -391,50 +290,13 @@ class ModelEntry:
         return ZooFormatError(f"{self.task.model_configs_path}: model {self.id}: {message}")
 
 
-def _task(name: str, path: Path, mirror: Mirror | None) -> Task:
-    """A task, unless its path is one that no table and no database can keep."""
-    try:
-        str(path.resolve()).encode()
-    except UnicodeEncodeError:
-        raise ZooFormatError(
-            f"{path}: the name of this folder, or of one above it, is not UTF-8; rename it"
-        ) from None
-    return Task(name, path, mirror)
-
-
-def _candidates(path: Path) -> Iterator[Path]:
-    """Directories that may hold tasks: input_data below the path, the path, one folder deeper."""
-    children = list_directory(path)  # raises if there is nothing to read
-    if _is_folder(path / "input_data"):
-        yield path / "input_data"
-        return
-    yield path
-    for child in children:
-        if _is_folder(child / "input_data"):
-            yield child / "input_data"
-
-
-def _model_directories(path: Path) -> dict[str, Path]:
+def model_directories(path: Path) -> dict[str, Path]:
     """Model id to directory, for each `model_<id>` directly below a path."""
     return {
         match[1]: entry
         for entry in list_directory(path)
-        if (match := _MODEL.fullmatch(entry.name)) and _is_folder(entry)
+        if (match := _MODEL.fullmatch(entry.name)) and is_folder(entry)
     }
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # such as one inside a folder that may not be entered
-        return False
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
 
 
 def _normal_ids(path: Path, entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,11 +33,19 @@ from sharpkit.lock import sole_driver
 from sharpkit.safe_text import printable
 from sharpkit.workers import Backend, Failure, default_backend, run_items
 from sharpkit.zoo.files import read_json, write_json
-from sharpkit.zoo.keras import build_model
-from sharpkit.zoo.recipe import Recipe, TrainedModel, train_model
+from sharpkit.zoo.keras.model import build_model
 from sharpkit.zoo.writer import ZooWriter
+from sharpkit.zoo_training.model import TrainedModel, train_model
+from sharpkit.zoo_training.recipe import Recipe
 
 _SHARD_SIZE = 10_000
+# what earlier versions wrote into a zoo's files
+_RENAMED = {
+    "learning_rate": "lr",
+    "scale_learning_rate": "scale_lr",
+    "target_loss": "stop_at_loss",
+    "max_epochs": "epochs",
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,7 @@ def train_zoo(
         >>> import tempfile
         >>> x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 2
         >>> data = TensorDataset(x, y)
-        >>> easy = Recipe(target_loss=0.8)
+        >>> easy = Recipe(stop_at_loss=0.8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     train_zoo({"width": [4, 8]}, data, data, folder, recipe=easy).trained
         ['0', '1']
@@ -141,7 +149,7 @@ def train_zoo(
             remove_leftovers(folder, *(p for p in folder.rglob("*") if p.is_dir()))
         writer = ZooWriter(root, shard_size=min(_SHARD_SIZE, max(len(train), shipped)))
         with disk_errors(root):
-            _claim(root / "training" / f"{task}.json", json.loads(json.dumps(plan)))
+            names = _claim(root / "training" / f"{task}.json", json.loads(json.dumps(plan)))
             writer.write_dataset(task, "train", *train.tensors)
             writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
         configs = root / "reference_data" / task / "model_configs.json"
@@ -173,7 +181,9 @@ def train_zoo(
                     bar.write(f"model {i} failed: {printable(result.message)}", file=sys.stderr)
                 else:
                     with disk_errors(root):
-                        _write(writer, task, i, result, settings[i], grid)
+                        setting = {names[name]: value for name, value in settings[i].items()}
+                        possible = {names[name]: list(values) for name, values in grid.items()}
+                        _write(writer, task, i, result, setting, possible)
                 bar.update()
     trained = [i for i in todo if i not in failed]
     return TrainingReport(root, trained, skipped, {i: failed[i] for i in todo if i in failed})
@@ -196,7 +206,7 @@ def _write(
     id_: str,
     trained: TrainedModel,
     setting: dict[str, Any],
-    grid: Mapping[str, Sequence[Any]],
+    possible: dict[str, list[Any]],
 ) -> None:
     model = build_model(trained.config, device="meta")
     initial, final = (
@@ -210,7 +220,7 @@ def _write(
         model,
         initial=initial,
         hyperparameters=setting,
-        possible_values={name: list(values) for name, values in grid.items()},
+        possible_values=possible,
         metrics=trained.metrics,
     )
 
@@ -253,14 +263,30 @@ def _finished(configs: Path) -> dict[str, Any]:
     return done
 
 
-def _claim(path: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or refuse a directory that holds the results of another one."""
+def _claim(path: Path, plan: dict[str, Any]) -> dict[str, str]:
+    """Write the plan, or refuse a directory that holds the results of another one.
+
+    Returns:
+        dict: Field of the grid to what this zoo calls it, as a zoo of an earlier version keeps its
+        names.
+    """
     if not path.exists():
         write_json(path, plan)
-    elif (there := read_json(path)) != plan:
-        before = there if isinstance(there, dict) else {}
-        changed = [key for key in plan if before.get(key) != plan[key]]
+        return {name: name for name in plan["grid"]}
+    there = read_json(path)
+    before = {k: _renamed(v) for k, v in there.items()} if isinstance(there, dict) else {}
+    changed = [key for key in {**plan, **before} if before.get(key) != plan.get(key)]
+    # the order of a grid numbers its models
+    if not changed and list(before["grid"]) != list(plan["grid"]):
+        changed = ["grid"]
+    if changed:
         raise RunError(
             f"{path.parent.parent} holds a zoo trained with another {', '.join(changed)}; "
             "choose a new directory or give the same arguments"
         )
+    return dict(zip(plan["grid"], there["grid"], strict=True))
+
+
+def _renamed(part: Any) -> Any:
+    """A part of a plan in today's names."""
+    return {_RENAMED.get(k, k): v for k, v in part.items()} if isinstance(part, dict) else part
