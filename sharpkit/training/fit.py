@@ -173,43 +173,10 @@ def fit(
         (5, 8)
     """
     settings = FitSettings(
-        epochs=epochs,
-        optimizer=optimizer,
-        m=m,
-        rho=rho,
-        adaptive=adaptive,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        augmentation=augmentation,
-        label_noise=label_noise,
-        stop_at_loss=stop_at_loss,
-        seed=seed,
-    )
-    return fit_with(
-        settings, model, train, test, loss=loss, out=out, keep=keep, evaluate_every=evaluate_every,
-        tensorboard=tensorboard, provenance=provenance, device=device, progress=progress,
+        epochs=epochs, optimizer=optimizer, m=m, rho=rho, adaptive=adaptive, batch_size=batch_size,
+        lr=lr, momentum=momentum, weight_decay=weight_decay, schedule=schedule,
+        augmentation=augmentation, label_noise=label_noise, stop_at_loss=stop_at_loss, seed=seed,
     )  # fmt: skip
-
-
-def fit_with(
-    settings: FitSettings,
-    model: nn.Module,
-    train: Data,
-    test: Data | None = None,
-    *,
-    loss: Loss = "cross_entropy",
-    out: str | Path | None = None,
-    keep: Collection[int] = (),
-    evaluate_every: int = 1,
-    tensorboard: bool = False,
-    provenance: Mapping[str, Any] | None = None,
-    device: str | torch.device | None = None,
-    progress: bool = True,
-) -> FitResult:
-    """`fit`, with the settings as one value; everything else is explained there."""
     loss_fn = resolve_loss(loss)
     ranks = Ranks.current()
     if device is not None:

@@ -67,16 +67,15 @@ def load_zoo(path: str | Path) -> Zoo:
         torch.Size([1, 10])
     """
     zoo = find_tasks(path)
-    messages = list(zoo.refused.values())
     for task in zoo.values():
         try:
-            messages += [f"task {task.name}: {message}" for message in task.check()]
+            messages = task.check()
         except SharpkitError as error:
             if len(zoo) == 1:
                 raise
-            messages.append(f"task {task.name}: {error}")
-    for message in messages:
-        warnings.warn(message, UserWarning, stacklevel=2)
+            messages = [str(error)]
+        for message in messages:
+            warnings.warn(f"task {task.name}: {message}", UserWarning, stacklevel=2)
     return zoo
 
 
@@ -88,6 +87,8 @@ def find_tasks(path: str | Path) -> Zoo:
     for known in FORMATS.values():
         tasks, refused = known.find(path, mirror)
         if tasks:
+            for message in refused.values():
+                warnings.warn(message, UserWarning, stacklevel=3)
             return Zoo(path, tasks, refused)
         reasons += refused.values()
     expected = "; or ".join(known.expected for known in FORMATS.values())

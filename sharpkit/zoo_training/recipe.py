@@ -29,7 +29,7 @@ class Recipe(TrainingSettings):
     - "nin": the first convolution of a block has stride 2, the others are 1x1; dropout after each
       block; a 1x1 convolution to the classes and global average pooling. Its NiN family.
 
-    The settings of training have the names and meanings that they have in `sharpkit.fit`.
+    `batch_size`, `momentum`, `weight_decay` and `stop_at_loss` are as in `sharpkit.fit`.
 
     Args:
         architecture: "cnn", "vgg" or "nin".
@@ -43,11 +43,7 @@ class Recipe(TrainingSettings):
         epochs: An attempt that has not reached `stop_at_loss` by then has failed.
         m: Group size of m-SAM; 0 for the whole batch.
         rho: Radius of SAM; 0 for plain SGD.
-        batch_size: Examples in a step.
         lr: Step size in the first epoch (at batch size 16, with `scale_lr`).
-        momentum: Momentum of SGD.
-        weight_decay: L2 coefficient of SGD.
-        stop_at_loss: Training stops after the first epoch with at most this training loss.
         scale_lr: Whether the step size grows with the square root of the batch size.
         decay: Factor on the step size.
         decay_epochs: Epochs after which the factor applies; empty for every one.

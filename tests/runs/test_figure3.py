@@ -181,7 +181,7 @@ def test_neither_workers_nor_an_interruption_change_a_number(preset, made, tmp_p
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
-    monkeypatch.setattr(trainings, "fit_with", interrupted)
+    monkeypatch.setattr(trainings, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         figure3(preset, out=tmp_path, progress=False)
     monkeypatch.undo()

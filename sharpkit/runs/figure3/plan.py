@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from sharpkit.datasets import DataSource
 from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
 from sharpkit.settings import from_table, preset_path
-from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
+from sharpkit.training.settings import Augmentation, FitSettings, Schedule
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,23 @@ class Training:
                     f"{name} is {shown(list(values))}, expected distinct values, none < 0"
                 )
         axes = {"seed": self.seeds, "m": self.m, "rho": self.rho, "lr": self.lr}
-        first: dict[str, Any] = {name: values[0] for name, values in axes.items()}
+        first = {name: values[0] for name, values in axes.items()}
         for name, values in axes.items():
             for value in values:
-                self.settings(optimizer="sam", **{**first, name: value})
+                self.settings(optimizer="sam", **first | {name: value})
 
-    def settings(
-        self, *, optimizer: OptimizerName, m: int | None, rho: float, lr: float, seed: int
-    ) -> FitSettings:
+    def settings(self, **varied: Any) -> FitSettings:
         """Those of one training.
+
+        Args:
+            varied: optimizer, m, rho, lr and seed.
 
         Raises:
             ArgumentError: One is out of range.
         """
-        return FitSettings(
-            epochs=self.epochs,
-            optimizer=optimizer,
-            m=m,
-            rho=rho,
-            batch_size=self.batch_size,
-            lr=lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            schedule=self.schedule,
-            augmentation=self.augmentation,
-            label_noise=self.label_noise,
-            seed=seed,
-        )
+        known = {field.name for field in fields(FitSettings)}
+        same = {name: value for name, value in vars(self).items() if name in known}
+        return FitSettings(**same | varied)
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from torch.utils.data import TensorDataset
 from sharpkit.contract.examples import standard_tensor
 from sharpkit.errors import RunError
 from sharpkit.runs.figure3.plan import Plan
-from sharpkit.training import build_architecture
+from sharpkit.training import build_architecture, fit
 from sharpkit.training.augmentation import noisy_labels
-from sharpkit.training.fit import fit_with
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,14 +111,13 @@ def train(
         run: Which training.
         device: Where.
     """
-    settings = plan.training.settings(**asdict(run) | {"rho": run.rho or 0.0})
-    result = fit_with(
-        settings,
+    result = fit(
         build(plan, examples, run.seed),
         *examples.datasets(),
+        **plan.training.settings(**asdict(run) | {"rho": run.rho or 0.0}).asdict(),
         out=root / "trainings" / run.name,
         keep=plan.spectra.epochs if run in kept else (),
-        evaluate_every=settings.epochs,
+        evaluate_every=plan.training.epochs,
         device=device,
         progress=False,
     )
