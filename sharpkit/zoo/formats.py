@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from sharpkit.errors import SharpkitError, ZooFormatError
-from sharpkit.zoo.pgdl import PgdlTask
-from sharpkit.zoo.pgdl_tree import EXPECTED, pgdl_tasks
+from sharpkit.zoo.pgdl import EXPECTED, PgdlTask, pgdl_tasks
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
 
 # a directory (and, if remote, its mirror) -> tasks, and folders that are none with the reason

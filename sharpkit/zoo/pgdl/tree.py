@@ -8,7 +8,7 @@ from pathlib import Path
 from sharpkit.errors import ZooFormatError
 from sharpkit.safe_text import printable
 from sharpkit.zoo.files import is_folder, list_directory
-from sharpkit.zoo.pgdl import PgdlTask, model_directories
+from sharpkit.zoo.pgdl.task import PgdlTask, model_directories
 from sharpkit.zoo.remote import Mirror
 
 EXPECTED = "input_data/<task>/model_<id>/, or a task with model_<id> directories"
