@@ -79,7 +79,8 @@ class Recipe(TrainingSettings):
         check_choice("architecture", self.architecture, ("cnn", "vgg", "nin"))
         for name, least in _LEAST.items():
             check_whole(name, getattr(self, name), least)
-        for name in ("init_gain", "decay", "stop_at_loss"):
+        check_number("stop_at_loss", self.stop_at_loss, lambda v: v > 0, "a loss > 0")  # not None
+        for name in ("init_gain", "decay"):
             check_number(name, getattr(self, name), lambda v: 0 < v < math.inf, f"{name} > 0")
         check_number("dropout", self.dropout, lambda v: 0 <= v < 1, "0 <= dropout < 1")
         layers = self.num_conv_blocks * (self.convs_per_block + 2) + 2 * self.num_dense_layers
