@@ -42,7 +42,7 @@ name = "{data}"
 [recipe]
 dense_units = 8
 batch_size = 8
-target_loss = 0.8
+stop_at_loss = 0.8
 [grid]
 width = [3, 5]
 dropout = [0.0, 0.3]

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sharpkit.zoo import build_model
-from sharpkit.zoo.plans import read_plan
+from sharpkit.zoo_training.grid_file import read_plan
 
 INPUTS = {"task1": (32, 32, 3), "task2": (32, 32, 3), "task8": (28, 28, 1)}
 

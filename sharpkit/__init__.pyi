@@ -16,7 +16,7 @@ from .curvature import (
     top_eigenvalues as top_eigenvalues,
     trace as trace,
 )
-from .data import (
+from .datasets import (
     load_dataset as load_dataset,
 )
 from .evaluation import (
@@ -72,7 +72,7 @@ from .zoo import (
     write_zoo as write_zoo,
     zoo_info as zoo_info,
 )
-from .zoo.training import (
+from .zoo_training import (
     TrainingReport as TrainingReport,
     train_zoo as train_zoo,
 )

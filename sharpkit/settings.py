@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError
@@ -65,7 +65,8 @@ def checked(value: Any, hint: Any, where: str) -> Any:
 
     Args:
         value: From the file.
-        hint: int, float, str, bool, a dataclass, `tuple[X, ...]`, or one of these `| None`.
+        hint: int, float, str, bool, a dataclass, `Literal[...]`, `tuple[X, ...]`, or one of these
+            `| None`.
         where: File and field, for errors.
 
     Raises:
@@ -75,10 +76,15 @@ def checked(value: Any, hint: Any, where: str) -> Any:
         >>> checked([1, 2.5], tuple[float, ...], "my.toml, rho")
         (1.0, 2.5)
     """
-    if isinstance(hint, UnionType):
+    if get_origin(hint) in (Union, UnionType):
         if value is None:
             return None
         (hint,) = (part for part in get_args(hint) if part is not NoneType)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            known = ", ".join(map(repr, get_args(hint)))
+            raise ArgumentError(f"{where}: found {shown(value)}, expected one of {known}")
+        return value
     if get_origin(hint) is tuple:
         return checked_list(value, get_args(hint)[0], where)
     if is_dataclass(hint):

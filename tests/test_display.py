@@ -28,7 +28,7 @@ from sharpkit.evaluation import (
 )
 from sharpkit.files import atomic_path
 from sharpkit.runs.spectrum import Spectra
-from sharpkit.zoo.layout import find_tasks
+from sharpkit.zoo.formats import find_tasks
 
 DATA = torch.randn(300, 4, generator=torch.Generator().manual_seed(0)), torch.arange(300) % 3
 

@@ -25,7 +25,7 @@ from sharpkit.runs.tables import write_scores
 from sharpkit.runs.trained import load_trained
 from sharpkit.tensor_files import read_safetensors, read_torch
 from sharpkit.zoo.files import read_json
-from sharpkit.zoo.tfrecord import _count_records, read_shards
+from sharpkit.zoo.shards.tfrecord import _count_records, read_shards
 
 TABLE = pd.DataFrame({"task": ["=cmd|' /C calc'!A0", "t\x1b[2J"], "value": [-0.5, 1.0]})
 

@@ -78,8 +78,8 @@ def train(grid: str, out: Path, data: str | None, **options: Any) -> None:
     Example:
       sharpkit zoo train mini --data /usr/share/datasets/fashion-mnist --workers 2 --out zoo
     """
-    from sharpkit.zoo.plans import read_plan
-    from sharpkit.zoo.training import train_plan
+    from sharpkit.zoo_training.grid_file import read_plan
+    from sharpkit.zoo_training.zoo import train_plan
 
     report = train_plan(read_plan(grid), out, data, **options)
     say(

@@ -16,6 +16,7 @@ from sharpkit.containers import open_expanded
 from sharpkit.data.images import Split
 from sharpkit.data.matlab import read_matlab
 from sharpkit.doors import reading
+from sharpkit.download import fetch_file
 from sharpkit.errors import DataError, DownloadError
 from sharpkit.files import cache_folder, read_regular
 
@@ -84,8 +85,6 @@ def _file(root: Path | None, remote: _Remote) -> Path:
         if not (root / remote.name).is_file():
             raise DataError(f"{root}: {remote.name} is missing; it is at {remote.url}")
         return root / remote.name
-    from sharpkit.zoo.fetch import fetch_file
-
     target = cache_folder() / "datasets" / remote.name
     try:
         return fetch_file(remote.url, target, size=remote.size, sha256=remote.sha256)

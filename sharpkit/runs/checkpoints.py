@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from sharpkit.data.datasets import ARRAYS, load_dataset
 from sharpkit.data.npz import has_arrays, read_npz
+from sharpkit.datasets import ARRAYS, load_dataset
 from sharpkit.doors import reading, shown
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.importing import import_callable

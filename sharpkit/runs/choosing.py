@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ from sharpkit.runs.score_models import score_models
 from sharpkit.runs.scores import Scores
 from sharpkit.runs.trained import is_trained, load_trained, same_examples, trained_data
 from sharpkit.safe_text import printable
-from sharpkit.zoo import Task, Zoo
+from sharpkit.zoo import PgdlModel, Task, Zoo
 
 Loaders = dict[str, Callable[[], nn.Module]]
 
@@ -149,11 +150,16 @@ def traits_of_tasks(tasks: Mapping[str, Task]) -> dict[str, bool]:
     """What the first model of some task has: images, attention, a recorded length of training."""
     found = {"images": False, "attention": False, "recorded": False}
     for task in tasks.values():
-        for entry in list(task.values())[:1]:
+        for id_ in islice(task, 1):
             with suppress(SharpkitError):  # told when the model is scored
-                found["images"] |= len(entry.config.get("input_shape", ())) == 3
+                entry = task[id_]
                 found["recorded"] |= not set(KINDS).isdisjoint(entry.metrics)
-                found["attention"] |= has_attention(entry.build())
+                if isinstance(entry, PgdlModel):  # which tells without weights and data
+                    found["images"] |= len(entry.config.get("input_shape", ())) == 3
+                    found["attention"] |= has_attention(entry.build())
+                else:
+                    found["images"] |= len(task.dataset("train")[0][0].shape) == 3
+                    found["attention"] |= has_attention(entry.load())
     return found
 
 

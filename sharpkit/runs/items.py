@@ -18,7 +18,7 @@ from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_mem
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
-from sharpkit.zoo import ModelEntry, Task
+from sharpkit.zoo.task import Task
 
 
 class WorkItem(NamedTuple):
@@ -47,15 +47,16 @@ class Scorer:
     def __call__(self, item: WorkItem, device: str) -> Outcome:
         """The values, or the error, with where they come from."""
         began = time.perf_counter()
-        entry, measure = self.tasks[item.task][item.model], self.measures[item.measure]
-        files = model_files(entry, measure)
+        task, measure = self.tasks[item.task], self.measures[item.measure]
+        entry = task[item.model]
+        files = model_files(task, item.model, measure)
         # before anything is loaded: a file that changes meanwhile will not fit its hash
-        weights_stamp, weights_hash = _stamp(entry.task, files), ""
+        weights_stamp, weights_hash = _stamp(task, files), ""
         restart_peak_memory(device)
         values: dict[str, Estimate] = {}
         dtype, message = None, None
         try:
-            weights_hash = _digest(entry.task, files, weights_stamp)
+            weights_hash = _digest(task, files, weights_stamp)
             model = entry.load().to(device)
             dtype = dtype_name(model)
             with measuring_precision():  # also for a user's own measures
@@ -80,14 +81,14 @@ class Scorer:
         )
 
 
-def model_files(entry: ModelEntry, measure: Measure) -> tuple[Path, ...]:
+def model_files(task: Task, model: str, measure: Measure) -> tuple[Path, ...]:
     """The files that a measure of a model depends on, beside the training data."""
-    files = [entry.path / "config.json", entry.weights_path()]
+    files = [*task[model].files()]
     if getattr(measure, "needs_initial", False):
-        files.append(entry.weights_path("initial"))
+        files += task[model].files("initial")
     if getattr(measure, "needs_test_data", False):
-        files += entry.task.shards("test")
-    return tuple(files)
+        files += task.files("test")
+    return tuple(dict.fromkeys(files))
 
 
 def pending(
@@ -121,7 +122,7 @@ def pending(
         if data_hash and data[name] and data_hash != data[name]:
             continue
         try:
-            files = model_files(tasks[name][model], measures[measure])
+            files = model_files(tasks[name], model, measures[measure])
             now = _stamp(tasks[name], files)
             if known_hash and now != known_stamp:
                 found = _digest(tasks[name], files, now)
@@ -151,12 +152,12 @@ def hash_data(store: Store, name: str, task: Task) -> str:
         ZooFormatError: They are missing.
         DownloadError: They are remote and cannot be copied.
     """
-    files = task.shards("train")
+    files = task.files("train")
     now = _stamp(task, files)
     known_hash, known_stamp = store.data(name)
     if known_hash and now == known_stamp:
         return known_hash
-    found = digest_of_files(map(task.local, files))
+    found = digest_of_files(_local(task, files))
     store.set_data(name, found, now)
     return found
 
@@ -179,7 +180,11 @@ def _stamp(task: Task, files: Iterable[Path]) -> str:
 
 
 def _digest(task: Task, files: Iterable[Path], stamp: str) -> str:
-    return _digest_of_copies(tuple(map(task.local, files)), stamp)
+    return _digest_of_copies(_local(task, files), stamp)
+
+
+def _local(task: Task, files: Iterable[Path]) -> tuple[Path, ...]:
+    return tuple(files if task.mirror is None else map(task.mirror.fetch, files))
 
 
 @lru_cache(maxsize=2)  # several measures of a model come one after the other

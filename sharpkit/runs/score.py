@@ -38,7 +38,7 @@ from sharpkit.runs.scores import STORE_NAME, Scores, finished
 from sharpkit.runs.shared_data import share
 from sharpkit.runs.store import TEST_METRICS, Key, Outcome, Store
 from sharpkit.workers import Backend, Failure, Workers, as_workers, error_message, run_items
-from sharpkit.zoo import Task
+from sharpkit.zoo.task import Task, tasks_by_name
 
 _SCRATCH_NAME = ".data"
 _Split = Literal["train", "test"]
@@ -101,7 +101,7 @@ def score_zoo(
         >>> len(scores.frame())
         4
     """
-    tasks = {zoo.name: zoo} if isinstance(zoo, Task) else dict(zoo)
+    tasks = tasks_by_name(zoo)
     named = named_measures(measures)
     check_request(named, n, limit)
     given = as_workers(workers)

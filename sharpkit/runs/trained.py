@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from sharpkit.data import load_dataset
+from sharpkit.datasets import load_dataset
 from sharpkit.doors import MAX_CONFIG_BYTES, read_json, reading, shown
 from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.runs.checkpoints import load_checkpoint

@@ -180,8 +180,9 @@ def fit(
         (5, 8)
     """
     settings = FitSettings(
-        epochs, optimizer, m, rho, adaptive, batch_size, lr, momentum, weight_decay, schedule,
-        augmentation, label_noise, stop_at_loss, seed,
+        epochs=epochs, optimizer=optimizer, m=m, rho=rho, adaptive=adaptive, batch_size=batch_size,
+        lr=lr, momentum=momentum, weight_decay=weight_decay, schedule=schedule,
+        augmentation=augmentation, label_noise=label_noise, stop_at_loss=stop_at_loss, seed=seed,
     )  # fmt: skip
     if variant != PLAIN_SAM and optimizer != "sam":
         raise ArgumentError('variant belongs to SAM: give optimizer="sam" with it')

@@ -1,4 +1,4 @@
-"""Everything that decides how `fit` trains, checked once."""
+"""The settings of a training, checked once: one vocabulary wherever networks are trained."""
 
 from __future__ import annotations
 
@@ -17,8 +17,48 @@ Schedule: TypeAlias = Literal["cosine", "step", "constant"]
 Augmentation: TypeAlias = Literal["flip", "crop", "flip-crop"]
 
 
-@dataclass(frozen=True)
-class FitSettings:
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What every training has: the same names in `fit`, a zoo's `Recipe`, TOML files and the shell.
+
+    Args:
+        epochs: Epochs at most.
+        m: SAM's group size; None for the batch.
+        rho: SAM's radius.
+        batch_size: Examples of a step.
+        lr: Learning rate of the first step.
+        momentum: Of SGD, which also takes SAM's steps.
+        weight_decay: Of SGD: the L2 coefficient.
+        stop_at_loss: Stop after the first evaluated epoch whose training loss is at most this.
+
+    Raises:
+        ArgumentError: For a value out of range.
+    """
+
+    epochs: int
+    m: int | None = None
+    rho: float = 0.05
+    batch_size: int = 128
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    stop_at_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("epochs", self.epochs, 1)
+        check_whole("batch_size", self.batch_size, 1)
+        check_number("lr", self.lr, lambda v: 0 < v < math.inf, "lr > 0")
+        check_number("momentum", self.momentum, lambda v: 0 <= v < 1, "0 <= momentum < 1")
+        check_number(
+            "weight_decay", self.weight_decay, lambda v: 0 <= v < math.inf, "a number >= 0"
+        )
+        checked_radius(self.rho)
+        if self.stop_at_loss is not None:
+            check_number("stop_at_loss", self.stop_at_loss, lambda v: v > 0, "a loss > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(TrainingSettings):
     """The settings of `fit`, which explains them; together with model and data they fix the result.
 
     Raises:
@@ -30,37 +70,22 @@ class FitSettings:
         sharpkit.errors.ArgumentError: momentum is 1.5: expected 0 <= momentum < 1
     """
 
-    epochs: int
     optimizer: OptimizerName = "sgd"
-    m: int | None = None
-    rho: float = 0.05
     adaptive: bool = False
-    batch_size: int = 128
-    lr: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
     schedule: Schedule = "cosine"
     augmentation: Augmentation | None = None
     label_noise: float = 0.0
-    stop_at_loss: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of("optimizer", self.optimizer, ("sgd", "sam"))
-        _one_of("schedule", self.schedule, tuple(SCHEDULES))
-        _one_of("augmentation", self.augmentation, (None, *AUGMENTATIONS))
-        _whole("epochs", self.epochs, 1)
-        _whole("batch_size", self.batch_size, 1)
-        _whole("seed", self.seed, 0)
-        _number("lr", self.lr, lambda v: 0 < v < math.inf, "lr > 0")
-        _number("momentum", self.momentum, lambda v: 0 <= v < 1, "0 <= momentum < 1")
-        _number("weight_decay", self.weight_decay, lambda v: 0 <= v < math.inf, "a number >= 0")
-        _number("label_noise", self.label_noise, lambda v: 0 <= v <= 1, "0 to 1")
-        checked_radius(self.rho)
+        super().__post_init__()
+        check_choice("optimizer", self.optimizer, ("sgd", "sam"))
+        check_choice("schedule", self.schedule, tuple(SCHEDULES))
+        check_choice("augmentation", self.augmentation, (None, *AUGMENTATIONS))
+        check_whole("seed", self.seed, 0)
+        check_number("label_noise", self.label_noise, lambda v: 0 <= v <= 1, "0 to 1")
         if self.m is not None:
-            _whole("m", self.m, 1)
-        if self.stop_at_loss is not None:
-            _number("stop_at_loss", self.stop_at_loss, lambda v: v > 0, "a loss > 0")
+            check_whole("m", self.m, 1)
         if self.optimizer == "sgd" and (self.m is not None or self.adaptive):
             raise ArgumentError('m and adaptive belong to SAM: give optimizer="sam" with them')
 
@@ -69,16 +94,19 @@ class FitSettings:
         return asdict(self)
 
 
-def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    """ArgumentError unless a setting has one of some values."""
     if value not in known:
         raise ArgumentError(f"{name} is {value!r}: expected one of {', '.join(map(repr, known))}")
 
 
-def _whole(name: str, value: Any, least: int) -> None:
+def check_whole(name: str, value: Any, least: int) -> None:
+    """ArgumentError unless a setting is a whole number, and at least this."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ArgumentError(f"{name} is {value!r}: expected a whole number >= {least}")
 
 
-def _number(name: str, value: Any, fine: Callable[[float], bool], expected: str) -> None:
+def check_number(name: str, value: Any, fine: Callable[[float], bool], expected: str) -> None:
+    """ArgumentError unless a setting is a number in its range."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not fine(value):
         raise ArgumentError(f"{name} is {value!r}: expected {expected}")

@@ -1,16 +1,20 @@
-"""Zoos of trained networks in the PGDL layout, read and written without TensorFlow."""
+"""Zoos of trained networks: what a task is, and the PGDL format, read and written."""
 
 from sharpkit.zoo.embedded import embedded_zoo
 from sharpkit.zoo.fetch import fetch_zoo
+from sharpkit.zoo.formats import Zoo, load_zoo
 from sharpkit.zoo.grid import check_grid
 from sharpkit.zoo.info import zoo_info
 from sharpkit.zoo.keras import KerasModel, build_model, load_weights, read_weights, write_weights
-from sharpkit.zoo.layout import ModelEntry, Task, Zoo, load_zoo
+from sharpkit.zoo.pgdl import PgdlModel, PgdlTask
+from sharpkit.zoo.task import ModelEntry, Task
 from sharpkit.zoo.writer import ZooWriter, write_zoo
 
 __all__ = [
     "KerasModel",
     "ModelEntry",
+    "PgdlModel",
+    "PgdlTask",
     "Task",
     "Zoo",
     "ZooWriter",

@@ -20,7 +20,7 @@ from sharpkit.errors import ZooFormatError
 from sharpkit.files import cache_folder, read_regular, remove_leftovers, temporary_folder
 
 if TYPE_CHECKING:
-    from sharpkit.zoo.layout import Zoo
+    from sharpkit.zoo.formats import Zoo
 
 ARCHIVE_NAME = "embedded_zoo.tar.xz"
 _verified: set[Path] = set()  # folders that this process has compared with the archive's checksums
@@ -52,7 +52,7 @@ def embedded_zoo() -> Zoo:
         >>> round(zoo["fashion_mnist_14x14"]["0"].generalization_gap, 3)
         0.165
     """
-    from sharpkit.zoo.layout import load_zoo
+    from sharpkit.zoo.formats import load_zoo
 
     return load_zoo(_unpacked(Path(str(files("sharpkit"))) / "data" / ARCHIVE_NAME, cache_folder()))
 

@@ -40,6 +40,22 @@ def list_directory(path: Path) -> list[Path]:
     return [e for e in entries if not is_litter(e.name)]
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path is a folder that can be looked at."""
+    try:
+        return path.is_dir()
+    except OSError:  # such as one inside a folder that may not be entered
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether a path is a file that can be looked at."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def is_litter(name: str) -> bool:
     """Whether a name is one of those macOS scatters: .DS_Store, __MACOSX, ._*."""
     return name in (".DS_Store", "__MACOSX") or name.startswith("._")

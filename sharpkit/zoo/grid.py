@@ -74,6 +74,35 @@ def possible_values(model_configs: Mapping[str, Any]) -> dict[str, list[Any]]:
     return {name: list(values.values()) for name, values in union.items()}
 
 
+def model_configs(
+    hyperparameters: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, Any]]:
+    """What a `Task` of any format has as its `model_configs`, from two plain mappings.
+
+    Args:
+        hyperparameters: Model id -> hyperparameter -> value, the same hyperparameters for all.
+        metrics: Model id -> train_acc, test_acc, ... -> value.
+
+    Example:
+        >>> model_configs({"a": {"lr": 0.1}, "b": {"lr": 1.0}}, {"a": {}, "b": {}})["b"]["hparams"]
+        {'lr': {'possible_values': [0.1, 1.0], 'current_value': 1.0}}
+    """
+    values: dict[str, dict[str, Any]] = {}  # each once by str(), as everywhere in a grid
+    for setting in hyperparameters.values():
+        for name, value in setting.items():
+            values.setdefault(name, {}).setdefault(str(value), value)
+    return {
+        id_: {
+            "hparams": {
+                name: {"possible_values": [*values[name].values()], "current_value": value}
+                for name, value in setting.items()
+            },
+            "metrics": dict(metrics[id_]),
+        }
+        for id_, setting in hyperparameters.items()
+    }
+
+
 def _hyperparameters(entry: Any) -> dict[str, dict[str, Any]]:
     """The usable `hparams` of an entry, else nothing."""
     hparams = entry.get("hparams") if isinstance(entry, Mapping) else None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sharpkit.doors import reading
 from sharpkit.errors import SharpkitError, ZooFormatError
-from sharpkit.zoo.layout import ModelEntry, Task, Zoo, find_tasks
+from sharpkit.zoo.formats import Zoo, find_tasks
+from sharpkit.zoo.pgdl import PgdlModel, PgdlTask
+from sharpkit.zoo.task import Split, Weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 COLUMNS = ["task", "model", "layers", "parameters", "train_acc", "test_acc"]
 COLUMNS += ["generalization_gap", "problem"]
 
-_SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
-_WEIGHTS: tuple[Literal["final", "initial"], ...] = ("final", "initial")
+_SPLITS: tuple[Split, ...] = ("train", "test")
+_WEIGHTS: tuple[Weights, ...] = ("final", "initial")
 _FORWARD = 16  # examples of the trial run
 _MAX_WORK = 2**36  # multiplications of the trial run, some seconds
 _MAX_NUMBERS = 2**26  # in the largest input or output of a layer in the trial run
@@ -67,7 +69,7 @@ def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
     return frame.astype(counts)
 
 
-def _task_problems(task: Task, deep: bool) -> list[str]:
+def _task_problems(task: PgdlTask, deep: bool) -> list[str]:
     """What is wrong with the files that the models of a task share."""
     problems = []
     try:
@@ -90,7 +92,7 @@ def _task_problems(task: Task, deep: bool) -> list[str]:
     return problems
 
 
-def _dataset_problems(task: Task, split: Literal["train", "test"]) -> list[str]:
+def _dataset_problems(task: PgdlTask, split: Split) -> list[str]:
     """Whether shards that are each in order also fit together."""
     try:
         task.dataset(split)
@@ -99,10 +101,10 @@ def _dataset_problems(task: Task, split: Literal["train", "test"]) -> list[str]:
     return []
 
 
-def _shard_problem(task: Task, shard: Path, deep: bool) -> str:
+def _shard_problem(task: PgdlTask, shard: Path, deep: bool) -> str:
     if not deep:
         return f"{shard}: shard is empty" if _size(task, shard) == 0 else ""
-    from sharpkit.zoo.tfrecord import read_shards
+    from sharpkit.zoo.shards.tfrecord import read_shards
 
     try:
         read_shards([task.local(shard)])
@@ -111,14 +113,14 @@ def _shard_problem(task: Task, shard: Path, deep: bool) -> str:
     return ""
 
 
-def _size(task: Task, path: Path) -> int | None:
+def _size(task: PgdlTask, path: Path) -> int | None:
     """Bytes of a file; None if a server does not tell."""
     if task.mirror is not None:
         return task.mirror.size(path)
     return path.stat().st_size if path.is_file() else 0
 
 
-def _trial_inputs(task: Task) -> tuple[Tensor, int]:
+def _trial_inputs(task: PgdlTask) -> tuple[Tensor, int]:
     """A few training examples and the highest label; no example if the data cannot be read."""
     try:
         inputs, labels = task.dataset("train").tensors
@@ -127,7 +129,7 @@ def _trial_inputs(task: Task) -> tuple[Tensor, int]:
     return inputs[:_FORWARD], int(labels.max())
 
 
-def _model_row(entry: ModelEntry, trial: tuple[Tensor, int] | None) -> dict[str, Any]:
+def _model_row(entry: PgdlModel, trial: tuple[Tensor, int] | None) -> dict[str, Any]:
     """A model's row; every check runs, whatever the others find."""
     row: dict[str, Any] = {"task": entry.task.name, "model": entry.id}
     problems: list[str] = []
@@ -149,9 +151,9 @@ def _model_row(entry: ModelEntry, trial: tuple[Tensor, int] | None) -> dict[str,
 
 
 def _weight_problems(
-    entry: ModelEntry, weights: Literal["final", "initial"], trial: tuple[Tensor, int] | None
+    entry: PgdlModel, weights: Weights, trial: tuple[Tensor, int] | None
 ) -> list[str]:
-    from sharpkit.zoo.weights import check_weights
+    from sharpkit.zoo.keras.weights import check_weights
 
     try:
         if trial is not None:
@@ -167,7 +169,7 @@ def _weight_problems(
 
 
 def _forward_problems(
-    entry: ModelEntry, weights: Literal["final", "initial"], inputs: Tensor, highest: int
+    entry: PgdlModel, weights: Weights, inputs: Tensor, highest: int
 ) -> list[str]:
     """Load the weights and run the trial inputs, or zeros if there are none."""
     model = entry.load(weights)

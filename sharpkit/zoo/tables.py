@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sharpkit.zoo.layout import ModelEntry, Task
+    from sharpkit.zoo.pgdl import PgdlModel, PgdlTask
 
 
-def tasks_table(zoo: Mapping[str, Task]) -> pd.DataFrame:
+def tasks_table(zoo: Mapping[str, PgdlTask]) -> pd.DataFrame:
     """One row per task: task, models, path (or URL)."""
     import pandas as pd
 
@@ -19,7 +19,7 @@ def tasks_table(zoo: Mapping[str, Task]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "models", "path"])
 
 
-def models_table(models: Sequence[ModelEntry]) -> pd.DataFrame:
+def models_table(models: Sequence[PgdlModel]) -> pd.DataFrame:
     """One row per model: task, model, hyperparameters, metrics.
 
     A hyperparameter and a metric of the same name are two columns.

@@ -13,9 +13,9 @@ from torch import Tensor
 from sharpkit.errors import ArgumentError, DataError, ZooFormatError
 from sharpkit.zoo.files import read_json, write_json
 from sharpkit.zoo.keras import KerasModel
-from sharpkit.zoo.layout import WEIGHT_FILES, Task
-from sharpkit.zoo.tfrecord import write_shard
-from sharpkit.zoo.weights import write_weights
+from sharpkit.zoo.keras.weights import write_weights
+from sharpkit.zoo.pgdl import WEIGHT_FILES, PgdlTask
+from sharpkit.zoo.shards.tfrecord import write_shard
 
 
 class ZooWriter:
@@ -154,7 +154,7 @@ class ZooWriter:
         return self.path / "input_data" / task
 
 
-def write_zoo(zoo: Mapping[str, Task], path: str | Path, *, shard_size: int = 1000) -> None:
+def write_zoo(zoo: Mapping[str, PgdlTask], path: str | Path, *, shard_size: int = 1000) -> None:
     """Write tasks in the PGDL layout: a copy of a zoo, of some of its tasks, or of several zoos.
 
     Args:
@@ -179,7 +179,7 @@ def write_zoo(zoo: Mapping[str, Task], path: str | Path, *, shard_size: int = 10
         raise ZooFormatError(f"{len(failures)} parts were not written: " + "; ".join(failures))
 
 
-def _copy_task(writer: ZooWriter, name: str, task: Task) -> Iterator[str]:
+def _copy_task(writer: ZooWriter, name: str, task: PgdlTask) -> Iterator[str]:
     """Copy what can be read; yields what went wrong."""
     splits: tuple[Literal["train", "test"], ...] = ("train", "test")
     for split in splits:

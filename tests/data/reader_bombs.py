@@ -28,8 +28,8 @@ from PIL import Image
 from reader_files import FORMATS, small
 from safetensors.torch import save_file
 
-from sharpkit.data import load_dataset
 from sharpkit.data.idx import read_idx
+from sharpkit.datasets import load_dataset
 from sharpkit.doors import MAX_DIRECTORY_BYTES
 from sharpkit.errors import RunError, SharpkitError
 from sharpkit.run_directory import read_claim
@@ -37,7 +37,7 @@ from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
 from sharpkit.runs.saved_spectrum import read_spectrum
 from sharpkit.runs.trained import load_trained
 from sharpkit.training.run_files import RunFiles
-from sharpkit.zoo.plans import read_plan
+from sharpkit.zoo_training.grid_file import read_plan
 
 MIB = 2**20
 Read = Callable[[], object]

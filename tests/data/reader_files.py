@@ -25,15 +25,16 @@ from scipy.io import savemat
 from torch import nn
 
 import sharpkit as sk
-from sharpkit.data import load_dataset
+from sharpkit import download as downloading
 from sharpkit.data.idx import read_idx
+from sharpkit.datasets import load_dataset
 from sharpkit.errors import RunError, SharpkitError
 from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
 from sharpkit.runs.figure3 import figure, plan as figure3_plan
 from sharpkit.runs.saved_spectrum import read_spectrum
 from sharpkit.runs.spectrum import spectrum as measure_spectra
 from sharpkit.runs.trained import load_trained, same_examples, trained_data
-from sharpkit.zoo import fetch, plans as zoo_plans, training as training_of_zoos
+from sharpkit.zoo_training import grid_file as zoo_plans, zoo as training_of_zoos
 
 RNG = np.random.default_rng(0)
 NESTED = json.loads(60 * "[" + 60 * "]")
@@ -252,7 +253,7 @@ def notes(folder: Path) -> Case:
     path = folder / "a.zip.part.json"
     path.write_text(json.dumps({"url": "http://x", "validator": '"1"', "size": None}))
     (folder / "a.zip.part").write_bytes(b"half")
-    download = fetch._Download("http://x", folder / "a.zip", None, False)
+    download = downloading._Download("http://x", folder / "a.zip", None, False)
 
     def read() -> None:
         found = download._read_note()

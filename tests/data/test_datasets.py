@@ -17,9 +17,11 @@ from PIL import Image
 from scipy.io import savemat
 from zoos import write_small_zoo
 
-from sharpkit.data import datasets, downloads, load_dataset
+from sharpkit import datasets, download
+from sharpkit.data import downloads
+from sharpkit.datasets import load_dataset
 from sharpkit.errors import ArgumentError, DataError, DownloadError
-from sharpkit.zoo import embedded_zoo, fetch
+from sharpkit.zoo import embedded_zoo
 
 RNG = np.random.default_rng(0)
 
@@ -143,7 +145,7 @@ def test_fashion_mnist_of_debian():
 def server(cifar, monkeypatch, tmp_path):
     """CIFAR-10 as a file of a local server, and an empty cache."""
     content = tarball({name: rows.tobytes() for name, rows in cifar.items()})
-    monkeypatch.setattr(fetch, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(download, "_FIRST_PAUSE", 0.0)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("SHARPKIT_CACHE", str(tmp_path / "cache"))
     with FileServer(content).running() as running:

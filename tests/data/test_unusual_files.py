@@ -14,9 +14,9 @@ from PIL.PngImagePlugin import PngInfo
 from reader_files import pixels
 from scipy.io import savemat
 
-from sharpkit.data import load_dataset
 from sharpkit.data.images import read_image_tree
 from sharpkit.data.npz import has_arrays, read_npz
+from sharpkit.datasets import load_dataset
 from sharpkit.errors import ArgumentError, DataError
 
 # --- arrays -------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from torch.utils.data import TensorDataset
 from zoos import write_small_zoo
 
 import sharpkit as sk
-from sharpkit.data import load_dataset
 from sharpkit.data.idx import read_idx
+from sharpkit.datasets import load_dataset
 from sharpkit.errors import SharpkitError
 from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.runs.figure3 import read_plan as read_figure
@@ -38,10 +38,10 @@ from sharpkit.runs.trained import load_trained, trained_data
 from sharpkit.training.run_files import RunFiles
 from sharpkit.zoo import ZooWriter, build_model, load_weights, load_zoo, read_weights
 from sharpkit.zoo.archive import unpack_zip
+from sharpkit.zoo.formats import find_tasks
 from sharpkit.zoo.info import zoo_info
-from sharpkit.zoo.layout import find_tasks
-from sharpkit.zoo.plans import read_plan as read_grid
-from sharpkit.zoo.tfrecord import read_shards, write_shard
+from sharpkit.zoo.shards.tfrecord import read_shards, write_shard
+from sharpkit.zoo_training.grid_file import read_plan as read_grid
 
 CONFIGS: list[dict[str, Any]] = [
     {
@@ -84,8 +84,8 @@ train_size = 50
 [recipe]
 dense_units = 8
 batch_size = 8
-target_loss = 0.8
-learning_rate = 0.1
+stop_at_loss = 0.8
+lr = 0.1
 
 [grid]
 width = [3, 5]

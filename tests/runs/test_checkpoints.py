@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sharpkit.data import load_dataset
+from sharpkit.datasets import load_dataset
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.importing import import_callable
 from sharpkit.runs.checkpoints import load_arrays, load_checkpoint

@@ -22,7 +22,7 @@ from sharpkit.errors import ArgumentError, RunError
 from sharpkit.runs.figure3 import figure3, read_plan
 from sharpkit.runs.figure3.trainings import best_lr
 from sharpkit.training import build_architecture, fit
-from sharpkit.zoo.plans import read_plan as read_zoo_plan
+from sharpkit.zoo_training.grid_file import read_plan as read_zoo_plan
 
 TINY = """
 [data]

@@ -8,7 +8,7 @@ from zoos import write_small_zoo
 
 import sharpkit as sk
 from sharpkit.errors import RunError
-from sharpkit.zoo import Task
+from sharpkit.zoo import PgdlTask
 
 MEASURE = sk.MSharpness(m=[1, 4], rho=0.1)
 
@@ -20,7 +20,7 @@ def zoo(tmp_path):
 
 def raising(monkeypatch, member, error):
     """Something of task "a" raises."""
-    original = vars(Task)[member]
+    original = vars(PgdlTask)[member]
     get = getattr(original, "func", None)  # of a property that is kept
 
     def replaced(task, *arguments):
@@ -28,7 +28,7 @@ def raising(monkeypatch, member, error):
             raise error
         return original(task, *arguments) if get is None else get(task)
 
-    monkeypatch.setattr(Task, member, replaced if get is None else property(replaced))
+    monkeypatch.setattr(PgdlTask, member, replaced if get is None else property(replaced))
 
 
 @pytest.mark.parametrize(

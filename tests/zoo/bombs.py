@@ -30,7 +30,7 @@ from sharpkit.errors import SharpkitError
 from sharpkit.zoo import build_model, load_zoo, read_weights
 from sharpkit.zoo.archive import unpack_zip
 from sharpkit.zoo.files import read_json
-from sharpkit.zoo.tfrecord import read_shards, write_shard
+from sharpkit.zoo.shards.tfrecord import read_shards, write_shard
 
 Maker = Callable[[Path], Any]
 

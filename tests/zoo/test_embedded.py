@@ -15,8 +15,9 @@ import sharpkit
 from sharpkit.errors import ZooFormatError
 from sharpkit.zoo import load_zoo
 from sharpkit.zoo.embedded import ARCHIVE_NAME, _unpacked, embedded_zoo, pack_zoo
-from sharpkit.zoo.plans import read_plan
-from sharpkit.zoo.recipe import Recipe, train_model
+from sharpkit.zoo_training.grid_file import read_plan
+from sharpkit.zoo_training.model import train_model
+from sharpkit.zoo_training.recipe import Recipe
 
 PLAN = read_plan("mini")
 ARCHIVE = Path(sharpkit.__file__).parent / "data" / ARCHIVE_NAME
@@ -69,7 +70,7 @@ def accuracy(logits, labels):
 
 def test_every_model_reached_the_same_training_loss(task):
     losses = [entry.metrics["train_loss"] for entry in task.values()]
-    assert 0 < min(losses) <= max(losses) <= Recipe().target_loss
+    assert 0 < min(losses) <= max(losses) <= Recipe().stop_at_loss
 
 
 def test_gaps_spread_at_least_three_sampling_errors(task):
@@ -81,7 +82,7 @@ def test_gaps_spread_at_least_three_sampling_errors(task):
 def test_initial_weights_are_those_that_the_seed_gives(task):
     train, test = task.dataset("train"), task.dataset("test")
     for entry in list(task.values())[:: len(task) // 4]:
-        recipe = Recipe(**entry.hyperparameters, target_loss=1e9)  # one epoch
+        recipe = Recipe(**entry.hyperparameters, stop_at_loss=1e9)  # one epoch
         model = train_model(recipe, train, test, seed=(PLAN.seed, int(entry.id)))
         assert model.config == entry.config
         for name, stored in entry.load("initial").state_dict().items():

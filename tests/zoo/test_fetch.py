@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from file_server import FileServer
 
+from sharpkit import download
 from sharpkit.errors import ArgumentError, DownloadError
-from sharpkit.zoo import archive, fetch, fetch_zoo, load_zoo
+from sharpkit.zoo import archive, fetch_zoo, load_zoo
 
 
 def zipped(members, compression=zipfile.ZIP_STORED):
@@ -30,7 +31,7 @@ ARCHIVE = zipped({"public_data/a.bin": noise(0), "public_data/b/c.txt": b"hello"
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(fetch, "_FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(download, "_FIRST_PAUSE", 0.0)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
@@ -164,7 +165,9 @@ def test_another_size_than_expected_is_refused(server, tmp_path):
 
 
 def test_a_full_disk_is_noticed_beforehand(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(
+        download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})
+    )
     with pytest.raises(DownloadError, match="has 1,000 free"):
         get(server, tmp_path)
 

@@ -99,7 +99,7 @@ def test_deep_finds_labels_and_inputs_that_do_not_fit_the_network(zoo_path):
 def test_shards_that_do_not_fit_together_are_found(zoo_path, tmp_path):
     import numpy as np
 
-    from sharpkit.zoo.tfrecord import write_shard
+    from sharpkit.zoo.shards.tfrecord import write_shard
 
     write_shard(shard(zoo_path, 2), np.ones((2, 4), np.float32), np.array([0, 1]))
     [(where, problem)] = problems(zoo_path, deep=True)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from sharpkit.errors import DataError, ZooFormatError
-from sharpkit.zoo.protos import message_class
-from sharpkit.zoo.tfrecord import read_records, read_shards, write_records, write_shard
+from sharpkit.zoo.shards.protos import message_class
+from sharpkit.zoo.shards.tfrecord import read_records, read_shards, write_records, write_shard
 
 
 def shape_of(dims):

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from sharpkit.errors import ModelError, ZooFormatError
-from sharpkit.zoo import build_model, load_weights, read_weights, weights, write_weights
-from sharpkit.zoo.layer import Slot
+from sharpkit.zoo import build_model, load_weights, read_weights, write_weights
+from sharpkit.zoo.keras import weights
+from sharpkit.zoo.keras.layer import Slot
 
 
 @pytest.fixture

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from sharpkit.data.source import DataSource
+from sharpkit.datasets import DataSource
 from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
 from sharpkit.settings import from_table, preset_path
+from sharpkit.training.settings import Augmentation, FitSettings, Schedule
 
 
 @dataclass(frozen=True)
 class Training:
-    """The trainings of the left and the middle panel; the arguments of `sharpkit.fit`.
+    """The trainings of the left and the middle panel.
+
+    The fields are settings of `sharpkit.fit`, by the same names and with its defaults except for
+    the batch size; where `fit` has one m, rho, lr and seed, there are several here.
 
     Args:
         architecture: As for `build_architecture`.
@@ -37,11 +42,11 @@ class Training:
     rho: tuple[float, ...]
     lr: tuple[float, ...]
     batch_size: int = 256
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    augmentation: str | None = None
-    label_noise: float = 0.0
+    momentum: float = FitSettings.momentum
+    weight_decay: float = FitSettings.weight_decay
+    schedule: Schedule = FitSettings.schedule
+    augmentation: Augmentation | None = None
+    label_noise: float = FitSettings.label_noise
 
     def __post_init__(self) -> None:
         for name in ("seeds", "m", "rho", "lr"):
@@ -50,6 +55,24 @@ class Training:
                 raise ArgumentError(
                     f"{name} is {shown(list(values))}, expected distinct values, none < 0"
                 )
+        axes = {"seed": self.seeds, "m": self.m, "rho": self.rho, "lr": self.lr}
+        first = {name: values[0] for name, values in axes.items()}
+        for name, values in axes.items():
+            for value in values:
+                self.settings(optimizer="sam", **first | {name: value})
+
+    def settings(self, **varied: Any) -> FitSettings:
+        """Those of one training.
+
+        Args:
+            varied: optimizer, m, rho, lr and seed.
+
+        Raises:
+            ArgumentError: One is out of range.
+        """
+        known = {field.name for field in fields(FitSettings)}
+        same = {name: value for name, value in vars(self).items() if name in known}
+        return FitSettings(**same | varied)
 
 
 @dataclass(frozen=True)

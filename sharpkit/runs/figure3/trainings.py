@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -111,25 +111,13 @@ def train(
         run: Which training.
         device: Where.
     """
-    training = plan.training
     result = fit(
         build(plan, examples, run.seed),
         *examples.datasets(),
-        epochs=training.epochs,
-        optimizer=cast(Any, run.optimizer),
-        m=run.m,
-        rho=0.0 if run.rho is None else run.rho,
-        batch_size=training.batch_size,
-        lr=run.lr,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        schedule=cast(Any, training.schedule),
-        augmentation=cast(Any, training.augmentation),
-        label_noise=training.label_noise,
-        seed=run.seed,
+        **plan.training.settings(**asdict(run) | {"rho": run.rho or 0.0}).asdict(),
         out=root / "trainings" / run.name,
         keep=plan.spectra.epochs if run in kept else (),
-        evaluate_every=training.epochs,
+        evaluate_every=plan.training.epochs,
         device=device,
         progress=False,
     )

@@ -28,7 +28,7 @@ def check_message(descriptor: Any, data: bytes, where: str) -> None:
         Protocol buffers' encoding: tags, varints and lengths.
 
     Example:
-        >>> from sharpkit.zoo.protos import message_class
+        >>> from sharpkit.zoo.shards.protos import message_class
         >>> check_message(message_class("Example").DESCRIPTOR, b"\\n\\0" * 50_000, "a.tfrecord")
         Traceback (most recent call last):
         sharpkit.errors.ZooFormatError: a.tfrecord has more than 10,000 fields

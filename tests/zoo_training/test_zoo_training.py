@@ -20,12 +20,13 @@ from sharpkit.errors import ArgumentError, DataError, ModelError, RunError
 from sharpkit.run_directory import sole_driver
 from sharpkit.workers import Workers
 from sharpkit.zoo import build_model, load_zoo
-from sharpkit.zoo.fashion_mnist import fashion_mnist
-from sharpkit.zoo.recipe import Recipe, _optimizer, train_model
-from sharpkit.zoo.training import _train_one, train_zoo
+from sharpkit.zoo_training.fashion_mnist import fashion_mnist
+from sharpkit.zoo_training.model import _optimizer, train_model
+from sharpkit.zoo_training.recipe import Recipe
+from sharpkit.zoo_training.zoo import _train_one, train_zoo
 
 GRID = {"width": [3, 5], "dropout": [0.0, 0.3]}
-RECIPE = Recipe(dense_units=8, batch_size=8, target_loss=0.6, max_epochs=200)
+RECIPE = Recipe(dense_units=8, batch_size=8, stop_at_loss=0.6, epochs=200)
 
 
 def blobs(count: int, seed: int) -> TensorDataset:
@@ -86,7 +87,7 @@ def test_a_trained_zoo_loads_and_its_metrics_are_those_of_its_models(trained):
             logits, test_logits = model(x), model(test_x)
         loss = torch.nn.functional.cross_entropy(logits.double(), y).item()
         assert entry.metrics["train_loss"] == pytest.approx(loss, rel=1e-6)
-        assert loss <= RECIPE.target_loss
+        assert loss <= RECIPE.stop_at_loss
         assert entry.metrics["train_acc"] == (logits.argmax(1) == y).double().mean()
         shipped = (test_logits.argmax(1) == test_y).double().mean()
         assert entry.metrics["shipped_test_acc"] == shipped
@@ -133,7 +134,7 @@ def test_an_interrupted_run_goes_on_where_it_was(trained, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return train_model(*args, **kwargs)
 
-    monkeypatch.setattr("sharpkit.zoo.training.train_model", interrupted)
+    monkeypatch.setattr("sharpkit.zoo_training.zoo.train_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     monkeypatch.undo()
@@ -155,7 +156,7 @@ def test_what_a_killed_run_left_half_written_is_removed(trained, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_model_that_fails_is_reported_and_the_others_are_trained(tmp_path, workers):
-    report = train(tmp_path, grid={"learning_rate": [0.02, 1e30], "width": [3, 5]}, workers=workers)
+    report = train(tmp_path, grid={"lr": [0.02, 1e30], "width": [3, 5]}, workers=workers)
     assert report.trained == ["0", "1"]
     assert list(report.failed) == ["2", "3"]
     assert all("diverged" in message for message in report.failed.values())
@@ -165,16 +166,16 @@ def test_a_model_that_fails_is_reported_and_the_others_are_trained(tmp_path, wor
 
 def test_a_target_out_of_reach_is_an_error():
     with pytest.raises(ModelError, match="after 1 epochs; target 1e-09"):
-        train_model(Recipe(target_loss=1e-9, max_epochs=1), TRAIN, TEST)
+        train_model(Recipe(stop_at_loss=1e-9, epochs=1), TRAIN, TEST)
 
 
 def test_a_missed_target_is_tried_again_from_other_random_numbers():
     def loss(*seed):
-        recipe = replace(RECIPE, max_epochs=1, target_loss=1e9)
+        recipe = replace(RECIPE, epochs=1, stop_at_loss=1e9)
         return train_model(recipe, TRAIN, TEST, seed=seed).metrics["train_loss"]
 
     seed = next(s for s in range(20) if loss(s, 1) < loss(s, 0))
-    recipe = replace(RECIPE, max_epochs=1, target_loss=loss(seed, 1))
+    recipe = replace(RECIPE, epochs=1, stop_at_loss=loss(seed, 1))
     metrics = train_model(recipe, TRAIN, TEST, seed=(seed,)).metrics
     assert (metrics["attempt"], metrics["train_loss"]) == (1, loss(seed, 1))
 
@@ -194,6 +195,50 @@ def test_the_same_grid_in_another_order_is_refused(trained):
         train(trained, grid=reverse)
 
 
+OLD_NAMES = {
+    "lr": "learning_rate",
+    "scale_lr": "scale_learning_rate",
+    "stop_at_loss": "target_loss",
+    "epochs": "max_epochs",
+}
+
+
+def as_of_an_earlier_version(root, grid):
+    """A zoo whose files have the names of before; its last model is not there yet."""
+
+    def renamed(table):
+        return {OLD_NAMES.get(name, name): value for name, value in table.items()}
+
+    note = root / "training" / "task1.json"
+    plan = json.loads(note.read_text())
+    plan |= {"recipe": renamed(plan["recipe"]), "grid": renamed(plan["grid"])}
+    note.write_text(json.dumps(plan))
+    configs = root / "reference_data" / "task1" / "model_configs.json"
+    entries = json.loads(configs.read_text())
+    for entry in entries.values():
+        entry["hparams"] = renamed(entry["hparams"])
+    entries.popitem()
+    configs.write_text(json.dumps(entries))
+    return note.read_text()
+
+
+@pytest.mark.parametrize("grid", [GRID, {"lr": [0.01, 0.02], "width": [3]}])
+def test_a_zoo_of_an_earlier_version_goes_on_under_its_own_names(tmp_path, grid):
+    train(tmp_path, grid=grid)
+    before = weights(tmp_path)[1]
+    note = as_of_an_earlier_version(tmp_path, grid)
+    last = max(id_ for id_, _, _ in before)
+    report = train(tmp_path, grid=grid)
+    assert report.trained == [last]
+    assert (tmp_path / "training" / "task1.json").read_text() == note
+    task = load_zoo(tmp_path)["task1"]
+    assert task.possible_values == {OLD_NAMES.get(n, n): v for n, v in grid.items()}
+    after = weights(tmp_path)[1]
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    with pytest.raises(RunError, match="recipe: momentum"):
+        train(tmp_path, grid=grid, recipe=replace(RECIPE, momentum=0.8))
+
+
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
@@ -201,7 +246,7 @@ def test_the_same_grid_in_another_order_is_refused(trained):
         ({"width": []}, "needs distinct values"),
         ({"width": [3, 3]}, "needs distinct values"),
         ({}, "at least one"),
-        ({"dropout": [0.0, 1.0]}, "dropout is 1.0, expected less than 1"),
+        ({"dropout": [0.0, 1.0]}, "dropout is 1.0: expected 0 <= dropout < 1"),
     ],
 )
 def test_unusable_grids_are_refused(tmp_path, grid, message):
@@ -227,7 +272,7 @@ def killed(mark, *args):
 @pytest.mark.slow
 def test_a_killed_process_costs_at_most_its_own_model(trained, tmp_path, monkeypatch):
     killer = partial(killed, tmp_path / "mark")
-    monkeypatch.setattr("sharpkit.zoo.training._train_one", killer)
+    monkeypatch.setattr("sharpkit.zoo_training.zoo._train_one", killer)
     report = train(tmp_path / "zoo", workers=2)
     assert report.trained == ["0", "1", "3"]
     assert "SIGKILL" in report.failed["2"]
@@ -279,11 +324,11 @@ def test_sam_is_an_axis_of_the_grid(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "mlp"}, "expected 'cnn', 'vgg' or 'nin'"),
-        ({"width": 0}, "width is 0, expected at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0, expected more than 0"),
-        ({"momentum": 1.0}, "momentum is 1.0, expected less than 1"),
-        ({"rho": -0.1}, "rho is -0.1, expected at least 0"),
+        ({"architecture": "mlp"}, "expected one of 'cnn', 'vgg', 'nin'"),
+        ({"width": 0}, "width is 0: expected a whole number >= 1"),
+        ({"lr": 0.0}, "lr is 0.0: expected lr > 0"),
+        ({"momentum": 1.0}, "momentum is 1.0: expected 0 <= momentum < 1"),
+        ({"rho": -0.1}, "rho must be finite and at least 0, got -0.1"),
         ({"weight_decay": float("nan")}, "weight_decay is nan"),
     ],
 )
@@ -345,11 +390,11 @@ def test_the_step_size_follows_the_recipe():
             schedule.step()
         return found
 
-    grows = Recipe(learning_rate=0.02, batch_size=64, decay=0.5)
+    grows = Recipe(lr=0.02, batch_size=64, decay=0.5)
     assert rates(grows, 3) == pytest.approx([0.04, 0.02, 0.01])
     published = Recipe(
-        learning_rate=0.001,
-        scale_learning_rate=False,
+        lr=0.001,
+        scale_lr=False,
         batch_size=512,
         decay=0.2,
         decay_epochs=(2, 3),

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from sharpkit.doors import shown
 from sharpkit.errors import ModelError, ZooFormatError
 from sharpkit.files import atomic_path
-from sharpkit.zoo.hdf5 import open_layers, read_array
-from sharpkit.zoo.layer import Slot
+from sharpkit.zoo.keras.hdf5 import open_layers, read_array
+from sharpkit.zoo.keras.layer import Slot
 
 if TYPE_CHECKING:
-    from sharpkit.zoo.keras import KerasModel
+    from sharpkit.zoo.keras.model import KerasModel
 
 _ATTRIBUTE_LIMIT = 64_000  # bytes; HDF5 keeps at most 64 KiB in an object header
 _KERAS_VERSION = b"2.15.0"
@@ -43,7 +43,7 @@ def read_weights(path: str | Path) -> list[list[NDArray[np.float32]]]:
 
     Example:
         >>> import tempfile
-        >>> from sharpkit.zoo.keras import build_model
+        >>> from sharpkit.zoo.keras.model import build_model
         >>> model = build_model(
         ...     {"input_shape": [3], "model_config": [{"layer_name": "Dense", "units": 2}]})
         >>> with tempfile.TemporaryDirectory() as folder:

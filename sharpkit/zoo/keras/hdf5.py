@@ -29,7 +29,7 @@ from sharpkit.doors import (
     shown,
 )
 from sharpkit.errors import ZooFormatError
-from sharpkit.zoo.heaps import check_heaps
+from sharpkit.zoo.keras.heaps import check_heaps
 
 if TYPE_CHECKING:
     from h5py import Dataset

@@ -9,8 +9,8 @@ from math import prod
 from torch import Tensor, nn
 
 from sharpkit.doors import shown
-from sharpkit.zoo.keywords import Keywords
-from sharpkit.zoo.modules import Pointwise
+from sharpkit.zoo.keras.keywords import Keywords
+from sharpkit.zoo.keras.modules import Pointwise
 
 Shape = tuple[int, ...]
 

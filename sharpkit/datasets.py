@@ -1,8 +1,9 @@
-"""Data sets by name: training and test examples as tensors in memory."""
+"""Data sets by name: training and test examples, or a part of them, as tensors in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from sharpkit.data.images import Split, normalised, read_image_tree
 from sharpkit.data.npz import read_npz
 from sharpkit.doors import reading, shown
 from sharpkit.errors import ArgumentError, DataError
+from sharpkit.zoo import embedded_zoo, load_zoo
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
@@ -88,6 +90,54 @@ def load_dataset(name: str | Path, *, root: str | Path | None = None) -> Pair:
     raise ArgumentError(f"unknown data set {text!r}, and no such file; expected {_NAMES}")
 
 
+@dataclass(frozen=True)
+class DataSource:
+    """Where the examples come from.
+
+    Args:
+        name: As for `load_dataset`.
+        root: The folder that has the files; None for the data set's own place.
+        train_size: Training examples, a seeded choice; None for all.
+        seed: Of the choice.
+
+    Example:
+        >>> train, test = DataSource("embedded", train_size=100).load()
+        >>> len(train), len(test)
+        (100, 2000)
+    """
+
+    name: str
+    root: str | None = None
+    train_size: int | None = None
+    seed: int = 0
+
+    def at(self, place: str) -> DataSource:
+        """The same data from another folder, or another data set.
+
+        Args:
+            place: A folder with the data set's files, or what `load_dataset` takes.
+        """
+        if Path(place).is_dir() and not (Path(place) / "train").is_dir():
+            return replace(self, root=place)
+        return replace(self, name=place, root=None)
+
+    def load(self) -> tuple[TensorDataset, TensorDataset]:
+        """Training and test data: inputs (n, c, h, w) float32, labels (n,) int64.
+
+        Raises:
+            ArgumentError: No such data set, or `train_size` is out of range.
+            DataError: The files are missing or damaged.
+        """
+        train, test = load_dataset(self.name, root=self.root)
+        if self.train_size is None:
+            return train, test
+        if not 0 < self.train_size <= len(train):
+            raise ArgumentError(f"train_size is {self.train_size}, of {len(train)} examples")
+        shuffle = torch.Generator().manual_seed(self.seed)
+        part = torch.randperm(len(train), generator=shuffle)[: self.train_size].sort().values
+        return TensorDataset(*(t[part] for t in train.tensors)), test
+
+
 def _place(text: str | Path) -> Path:
     """The path that a user's text means, there or not."""
     with reading(shown(str(text)), ArgumentError, "the name of a data set, or a path"):
@@ -118,8 +168,6 @@ _IMAGES: dict[str, Callable[[Path | None], tuple[Split, Split]]] = {
 
 def _task(zoo: str, task: str) -> Pair:
     """As stored in a zoo."""
-    from sharpkit.zoo import embedded_zoo, load_zoo
-
     opened = embedded_zoo() if zoo == "embedded" else load_zoo(zoo)
     if task not in opened:
         raise ArgumentError(f"no task {task!r} in {zoo}: it has {', '.join(opened)}")

@@ -9,6 +9,7 @@ only and each model trains on one thread, so neither workers nor interruptions c
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -30,19 +31,27 @@ from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, DataError, RunError
 from sharpkit.files import disk_errors, remove_leftovers
 from sharpkit.progress import progress_bar
-from sharpkit.run_directory import claim, read_claim, sole_driver
+from sharpkit.run_directory import read_claim, refuse_another, sole_driver, write_claim
 from sharpkit.safe_text import printable
 from sharpkit.workers import Failure, Workers, on_one_thread, run_items
 from sharpkit.zoo.files import read_json
-from sharpkit.zoo.keras import build_model
-from sharpkit.zoo.plans import ZooPlan
-from sharpkit.zoo.recipe import Recipe, TrainedModel, train_model
+from sharpkit.zoo.keras.model import build_model
 from sharpkit.zoo.writer import ZooWriter
+from sharpkit.zoo_training.grid_file import ZooPlan
+from sharpkit.zoo_training.model import TrainedModel, train_model
+from sharpkit.zoo_training.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _SHARD_SIZE = 10_000
+# what earlier versions wrote into a zoo's files
+_RENAMED = {
+    "learning_rate": "lr",
+    "scale_learning_rate": "scale_lr",
+    "target_loss": "stop_at_loss",
+    "max_epochs": "epochs",
+}
 
 
 @readable(
@@ -132,7 +141,7 @@ def train_zoo(
         >>> import tempfile
         >>> x, y = torch.rand(20, 1, 8, 8), torch.arange(20) % 2
         >>> data = TensorDataset(x, y)
-        >>> easy = Recipe(target_loss=0.8)
+        >>> easy = Recipe(stop_at_loss=0.8)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     train_zoo({"width": [4, 8]}, data, data, folder, recipe=easy).trained
         ['0', '1']
@@ -159,7 +168,7 @@ def train_zoo(
             remove_leftovers(folder, *(p for p in folder.rglob("*") if p.is_dir()))
         writer = ZooWriter(root, shard_size=min(_SHARD_SIZE, max(len(train), shipped)))
         with disk_errors(root):
-            _claim(root / "training" / f"{task}.json", plan)
+            names = _claim(root / "training" / f"{task}.json", plan)
             writer.write_dataset(task, "train", *train.tensors)
             writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
         configs = root / "reference_data" / task / "model_configs.json"
@@ -184,7 +193,9 @@ def train_zoo(
                     bar.write(f"model {i} failed: {printable(result.message)}", file=sys.stderr)
                 else:
                     with disk_errors(root):
-                        _write(writer, task, i, result, settings[i], grid)
+                        setting = {names[name]: value for name, value in settings[i].items()}
+                        possible = {names[name]: list(values) for name, values in grid.items()}
+                        _write(writer, task, i, result, setting, possible)
                 bar.update()
     trained = [i for i in todo if i not in failed]
     return TrainingReport(root, trained, skipped, {i: failed[i] for i in todo if i in failed})
@@ -232,7 +243,7 @@ def _write(
     id_: str,
     trained: TrainedModel,
     setting: dict[str, Any],
-    grid: Mapping[str, Sequence[Any]],
+    possible: dict[str, list[Any]],
 ) -> None:
     model = build_model(trained.config, device="meta")
     initial, final = (
@@ -246,7 +257,7 @@ def _write(
         model,
         initial=initial,
         hyperparameters=setting,
-        possible_values={name: list(values) for name, values in grid.items()},
+        possible_values=possible,
         metrics=trained.metrics,
     )
 
@@ -274,15 +285,26 @@ def _check(grid: Mapping[str, Sequence[Any]], train: TensorDataset, test: Tensor
             )
 
 
-def _claim(path: Path, plan: Mapping[str, Any]) -> None:
-    """Refuse another plan, and the same grid in another order: that numbers the models."""
-    claim(path, plan)
-    there, now = list(read_claim(path)["grid"]), list(plan["grid"])
-    if there != now:
+def _claim(path: Path, plan: Mapping[str, Any]) -> dict[str, str]:
+    """Note the plan, or refuse the zoo of another one, and of the same grid in another order.
+
+    Returns:
+        dict: Field of the grid to what this zoo calls it, as a zoo of an earlier version keeps its
+        names.
+    """
+    now = list(plan["grid"])
+    if not path.exists():
+        write_claim(path, plan)
+        return {name: name for name in now}
+    noted = read_claim(path)
+    there = {key: _renamed(part) for key, part in noted.items()}
+    refuse_another(there, json.loads(json.dumps(plan)), path)
+    if list(there["grid"]) != now:
         raise RunError(
-            f"{path}: was started with the grid in the order {', '.join(there)}, now it is "
+            f"{path}: was started with the grid in the order {', '.join(there['grid'])}, now it is "
             f"{', '.join(now)}, which numbers the models in another way: give it in the same order"
         )
+    return dict(zip(now, noted["grid"], strict=True))
 
 
 def _finished(configs: Path) -> dict[str, Any]:
@@ -291,3 +313,8 @@ def _finished(configs: Path) -> dict[str, Any]:
     if not isinstance(done, dict):
         raise RunError(f"{configs}: found {shown(done)}, expected an object with a name per model")
     return done
+
+
+def _renamed(part: Any) -> Any:
+    """A part of a plan in today's names."""
+    return {_RENAMED.get(k, k): v for k, v in part.items()} if isinstance(part, dict) else part

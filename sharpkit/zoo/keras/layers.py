@@ -12,8 +12,8 @@ from math import prod
 from torch import nn
 
 from sharpkit.doors import shown
-from sharpkit.zoo.keywords import Keywords
-from sharpkit.zoo.layer import (
+from sharpkit.zoo.keras.keywords import Keywords
+from sharpkit.zoo.keras.layer import (
     Layer,
     Shape,
     activation,
@@ -22,7 +22,7 @@ from sharpkit.zoo.layer import (
     last_axis_only,
     window,
 )
-from sharpkit.zoo.modules import (
+from sharpkit.zoo.keras.modules import (
     AxisLast,
     AxisSecond,
     ClippedReLU,

@@ -12,12 +12,12 @@ from click.testing import CliRunner
 from paths import SHARED, needs_shared
 
 from sharpkit.cli import main
-from sharpkit.data.source import DataSource
+from sharpkit.datasets import DataSource
 from sharpkit.errors import ArgumentError
 from sharpkit.zoo import embedded_zoo, load_zoo
-from sharpkit.zoo.plans import read_plan
-from sharpkit.zoo.recipe import Recipe
-from sharpkit.zoo.training import _settings
+from sharpkit.zoo_training.grid_file import read_plan
+from sharpkit.zoo_training.recipe import Recipe
+from sharpkit.zoo_training.zoo import _settings
 
 GRID = """
 task = "toy"
@@ -29,7 +29,7 @@ name = "{data}"
 [recipe]
 dense_units = 8
 batch_size = 8
-target_loss = 0.8
+stop_at_loss = 0.8
 
 [grid]
 width = [3, 5]
@@ -75,7 +75,7 @@ def test_the_command_trains_a_zoo_and_goes_on_where_it_stopped(grid, tmp_path):
 
 
 def test_a_failed_model_shows_at_the_end_and_in_the_exit_code(grid, tmp_path):
-    text = grid.read_text().replace("dropout = [0.0, 0.3]", "learning_rate = [0.02, 1e30]")
+    text = grid.read_text().replace("dropout = [0.0, 0.3]", "lr = [0.02, 1e30]")
     grid.write_text(text)
     result = command(grid, "--out", tmp_path / "zoo")
     assert result.exit_code == 1
@@ -99,7 +99,11 @@ def test_other_data_can_be_given(grid, data, tmp_path):
         ("dense_units = 8", "units = 8", "grid.toml, recipe: unknown field 'units'"),
         ("dense_units = 8", 'width = "8"', "grid.toml, recipe, width: found '8', expected int"),
         ("dense_units = 8", "width = true", "grid.toml, recipe, width: found True, expected int"),
-        ("batch_size = 8", "batch_size = 0", "recipe: batch_size is 0, expected at least 1"),
+        (
+            "batch_size = 8",
+            "batch_size = 0",
+            "recipe: batch_size is 0: expected a whole number",
+        ),
         ("width = [3, 5]", "height = [3, 5]", "grid.toml, grid: unknown hyperparameter 'height'"),
         ("width = [3, 5]", "width = 3", "grid.toml, grid, width: found 3, expected a list"),
         ("width = [3, 5]", "width = [3, 5.5]", "grid.toml, grid, width: found 5.5, expected int"),
@@ -171,7 +175,7 @@ def test_task1_is_the_grid_of_the_published_task():
     assert published == dict(plan.grid)
     assert len(_settings(plan.grid)) == len(models)
     losses = [m["metrics"]["train_loss"] for m in models if "train_loss" in m["metrics"]]
-    assert max(losses) <= plan.recipe.target_loss
+    assert max(losses) <= plan.recipe.stop_at_loss
 
 
 def test_task2_and_task8_have_the_published_values():
@@ -180,12 +184,12 @@ def test_task2_and_task8_have_the_published_values():
     layers = [b * nin.recipe.convs_per_block for b in nin.grid["num_conv_blocks"]]
     assert layers == [6, 9, 12]
     assert len(_settings(nin.grid)) == 54
-    assert (nin.data.name, nin.recipe.learning_rate) == ("svhn", 0.01)
-    assert vgg.grid["learning_rate"] == (0.001, 0.01)
+    assert (nin.data.name, nin.recipe.lr) == ("svhn", 0.01)
+    assert vgg.grid["lr"] == (0.001, 0.01)
     assert (vgg.data.name, vgg.recipe.weight_decay) == ("fashion-mnist", 0.0001)
     for plan in (nin, vgg, read_plan("task1")):
         assert plan.recipe.decay_epochs == (300, 600, 900)
-        assert not plan.recipe.scale_learning_rate
+        assert not plan.recipe.scale_lr
 
 
 # --- the embedded zoo again --------------------------------------------------------------------
@@ -221,9 +225,10 @@ AGAIN = """
 import sys
 import numpy as np
 from sharpkit.zoo import embedded_zoo
-from sharpkit.zoo.plans import read_plan
-from sharpkit.zoo.recipe import Recipe, train_model
-from sharpkit.zoo.training import _settings
+from sharpkit.zoo_training.grid_file import read_plan
+from sharpkit.zoo_training.model import train_model
+from sharpkit.zoo_training.recipe import Recipe
+from sharpkit.zoo_training.zoo import _settings
 id_, out = int(sys.argv[1]), sys.argv[2]
 plan, task = read_plan("mini"), embedded_zoo()["fashion_mnist_14x14"]
 recipe = Recipe(**{**vars(plan.recipe), **_settings(plan.grid)[id_]})
@@ -263,7 +268,7 @@ def test_a_model_of_the_embedded_zoo_is_trained_again(tmp_path):
     assert same["initial"]
     recorded = dict(entry.metrics)
     recorded["test_acc"] = recorded["shipped_test_acc"]  # of the images that the zoo has
-    assert again["train_loss"] <= plan.recipe.target_loss
+    assert again["train_loss"] <= plan.recipe.stop_at_loss
     assert again["test_acc"] == pytest.approx(recorded["test_acc"], abs=0.02)
     if run(PROBE) != ROUNDING:
         pytest.skip("this processor or torch rounds differently: only metrics can be compared")

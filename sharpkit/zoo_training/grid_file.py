@@ -4,10 +4,10 @@ task = "my_task"                  # the zoo's task
 seed = 0
 
 [data]
-name = "cifar10"                  # as for sharpkit.data.load_dataset
+name = "cifar10"                  # as for sharpkit.load_dataset
 train_size = 10000                # all, if left out
 
-[recipe]                          # fields of sharpkit.zoo.recipe.Recipe
+[recipe]                          # fields of sharpkit.zoo_training.Recipe
 architecture = "vgg"
 convs_per_block = 2
 
@@ -25,13 +25,12 @@ from typing import Any, get_type_hints
 
 from torch.utils.data import TensorDataset
 
-from sharpkit.data.datasets import FASHION_MNIST
-from sharpkit.data.source import DataSource
+from sharpkit.datasets import FASHION_MNIST, DataSource
 from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
 from sharpkit.settings import checked_list, from_table, preset_path
-from sharpkit.zoo.fashion_mnist import fashion_mnist
-from sharpkit.zoo.recipe import Recipe
+from sharpkit.zoo_training.fashion_mnist import fashion_mnist
+from sharpkit.zoo_training.recipe import Recipe
 
 _EMBEDDED_DATA = "fashion-mnist-14x14"
 
@@ -78,7 +77,7 @@ def read_plan(grid: str | Path) -> ZooPlan:
 
     Example:
         >>> plan = read_plan("task1")
-        >>> plan.data.name, plan.grid["batch_size"], plan.recipe.target_loss
+        >>> plan.data.name, plan.grid["batch_size"], plan.recipe.stop_at_loss
         ('cifar10', (8, 32, 512), 0.01)
     """
     path = preset_path(grid, Path(__file__).parent / "presets")

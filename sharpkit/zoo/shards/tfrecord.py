@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from sharpkit.doors import MAX_RECORD_BYTES, allowed_expansion, reading, shown
 from sharpkit.errors import DataError, ZooFormatError
 from sharpkit.files import atomic_path, open_regular
-from sharpkit.zoo.protos import message_class
-from sharpkit.zoo.wire import check_message
+from sharpkit.zoo.shards.protos import message_class
+from sharpkit.zoo.shards.wire import check_message
 
 # TensorFlow's DataType numbers -> numpy dtype and the TensorProto field with its typed values
 _DTYPES: dict[int, tuple[str, str]] = {

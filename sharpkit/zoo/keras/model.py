@@ -1,7 +1,7 @@
-"""Keras layer lists and HDF5 weights as torch modules, and back, without TensorFlow.
+"""Keras layer lists as torch modules.
 
 `build_model` turns the content of a zoo's config.json into an `nn.Sequential` of ordinary torch
-modules; `load_weights` and `write_weights` move its weights from and to Keras 2 files.
+modules.
 """
 
 from __future__ import annotations
@@ -15,19 +15,9 @@ from torch import nn
 
 from sharpkit.doors import MAX_LAYERS, reading, shown
 from sharpkit.errors import ZooFormatError
-from sharpkit.zoo.keywords import Keywords
-from sharpkit.zoo.layer import Layer, Shape, Slot
-from sharpkit.zoo.layers import build_layer
-from sharpkit.zoo.weights import check_weights, load_weights, read_weights, write_weights
-
-__all__ = [
-    "KerasModel",
-    "build_model",
-    "check_weights",
-    "load_weights",
-    "read_weights",
-    "write_weights",
-]
+from sharpkit.zoo.keras.keywords import Keywords
+from sharpkit.zoo.keras.layer import Layer, Shape, Slot
+from sharpkit.zoo.keras.layers import build_layer
 
 _MAX_PARAMETERS = 2**32  # 16 GiB in float32; hundreds of times the largest public model
 _MAX_AXES = 8

@@ -1,0 +1,128 @@
+"""A model in the PGDL competition's files: config.json and HDF5 weights."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sharpkit.display import readable
+from sharpkit.doors import shown
+from sharpkit.errors import ArgumentError, ZooFormatError
+from sharpkit.zoo.files import read_json
+from sharpkit.zoo.tables import models_table
+from sharpkit.zoo.task import Weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sharpkit.zoo.keras import KerasModel
+    from sharpkit.zoo.pgdl.task import PgdlTask
+
+WEIGHT_FILES = {"final": "weights.hdf5", "initial": "weights_init.hdf5"}
+
+
+@readable(lambda e: f"{e.id} of task {e.task.name}", brief=True)
+class PgdlModel:
+    """One trained network: its architecture, weights, hyperparameters and accuracies.
+
+    Args:
+        task: The task that it belongs to.
+        id: Its id, the digits of `model_<id>`.
+        path: Its directory.
+    """
+
+    def __init__(self, task: PgdlTask, id: str, path: Path) -> None:
+        self.task, self.id, self.path = task, id, path
+
+    def frame(self) -> pd.DataFrame:
+        """One row: task, model, the hyperparameters and the metrics; see `PgdlTask.frame`."""
+        return models_table([self])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The parsed config.json."""
+        config = read_json(self.task.local(self.path / "config.json"))
+        if not isinstance(config, dict):
+            raise ZooFormatError(f"{self.path / 'config.json'}: expected a JSON object")
+        return config
+
+    def build(self, device: str = "meta") -> KerasModel:
+        """The architecture without this model's weights; on "meta" nothing is allocated."""
+        from sharpkit.zoo.keras.model import build_model
+
+        return build_model(self.config, model_name=str(self.path / "config.json"), device=device)
+
+    def weights_path(self, weights: Weights = "final") -> Path:
+        """The weight file of the trained or the freshly initialised network; see `Task.local`."""
+        if weights not in WEIGHT_FILES:
+            raise ArgumentError(f"weights is {weights!r}; expected 'final' or 'initial'")
+        return self.path / WEIGHT_FILES[weights]
+
+    def files(self, weights: Weights = "final") -> list[Path]:
+        """config.json and the weight file."""
+        return [self.path / "config.json", self.weights_path(weights)]
+
+    def load(self, weights: Weights = "final") -> KerasModel:
+        """The network as a torch module in eval mode.
+
+        Args:
+            weights: "final" for the trained weights, "initial" for those before training.
+
+        Returns:
+            KerasModel: Takes float32 (n, c, h, w), or (n, d); returns what the network's last
+            layer returns, logits in a PGDL zoo.
+
+        Raises:
+            ZooFormatError: Unknown layer or keyword, damaged weights, shapes that do not agree,
+                NaN or infinite weights; names the file and the layer.
+        """
+        from sharpkit.zoo.keras.weights import load_weights
+
+        path = self.weights_path(weights)
+        model = self.build()
+        load_weights(model, self.task.local(path))
+        return model.eval()
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Hyperparameter name to this model's value."""
+        hparams = self._section("hparams")
+        for name, h in hparams.items():
+            if not isinstance(h, dict) or "current_value" not in h:
+                raise self._config_error(f"hyperparameter {shown(name)} has no current_value")
+        return {name: h["current_value"] for name, h in hparams.items()}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """train_acc, test_acc and whatever else was recorded at the end of training."""
+        metrics = self._section("metrics")
+        for name, value in metrics.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            # an int may be beyond every float, which isfinite takes ill
+            if not is_number or not abs(value) <= sys.float_info.max:
+                raise self._config_error(
+                    f"metric {shown(name)} is {shown(value)}; expected a finite number"
+                )
+        return {name: float(value) for name, value in metrics.items()}
+
+    @property
+    def generalization_gap(self) -> float:
+        """Training accuracy minus test accuracy."""
+        metrics = self.metrics
+        for name in ("train_acc", "test_acc"):
+            if name not in metrics:
+                raise self._config_error(f"metric {name!r} is missing")
+        return metrics["train_acc"] - metrics["test_acc"]
+
+    def _section(self, key: str) -> dict[str, Any]:
+        entry = self.task.model_configs.get(self.id)
+        if entry is None:
+            raise self._config_error("no such entry")
+        section = entry.get(key) if isinstance(entry, dict) else None
+        if not isinstance(section, dict):
+            raise self._config_error(f"{key!r} is missing or not an object")
+        return section
+
+    def _config_error(self, message: str) -> ZooFormatError:
+        return ZooFormatError(f"{self.task.model_configs_path}: model {self.id}: {message}")

@@ -1,0 +1,181 @@
+"""Training of one network of a zoo: a recipe and a seed decide every weight."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from sharpkit.contract.losses import cross_entropy
+from sharpkit.errors import ModelError
+from sharpkit.training.sam import SAM
+from sharpkit.workers.threads import limited_threads
+from sharpkit.zoo.keras import KerasModel, build_model
+from sharpkit.zoo_training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A finished model, in types that pass between processes by value.
+
+    Args:
+        config: Its config.json.
+        initial: Parameter name to value before training.
+        final: The same after training.
+        metrics: Accuracies, losses, the number of epochs and the attempt, from 0.
+    """
+
+    config: dict[str, Any]
+    initial: dict[str, NDArray[np.float32]]
+    final: dict[str, NDArray[np.float32]]
+    metrics: dict[str, float]
+
+
+def train_model(
+    recipe: Recipe,
+    train: TensorDataset,
+    test: TensorDataset,
+    *,
+    seed: tuple[int, ...] = (0,),
+    shipped_test: int | None = None,
+    device: str | torch.device = "cpu",
+) -> TrainedModel:
+    """Train one network until its training loss is at most the recipe's `stop_at_loss`.
+
+    Initialisation, order of the examples and dropout have a random stream each, derived from the
+    seed and the attempt; one thread computes, so the weights are the same in every process on one
+    machine. The caller's random state stays.
+
+    Args:
+        recipe: Architecture and training.
+        train: Inputs (n, c, h, w) float32 and labels (n,) int64 to fit.
+        test: The same for `test_acc` and `test_loss`.
+        seed: Any number of non-negative integers.
+        shipped_test: `shipped_test_acc` is the accuracy on that many test examples, from the first.
+        device: Where to train.
+
+    Returns:
+        TrainedModel: Config, weights before and after training, metrics.
+
+    Raises:
+        ModelError: Every attempt diverged or missed the target within `epochs`.
+        ZooFormatError: The recipe gives no valid network.
+
+    Example:
+        >>> x, y = torch.rand(8, 1, 6, 6), torch.arange(8) % 2
+        >>> data = TensorDataset(x, y)
+        >>> model = train_model(Recipe(width=4, batch_size=4, stop_at_loss=0.7), data, data)
+        >>> model.metrics["train_loss"] <= 0.7
+        True
+    """
+    (x, y), (test_x, test_y) = ([t.to(device) for t in d.tensors] for d in (train, test))
+    config = recipe.network((x.shape[2], x.shape[3], x.shape[1]), int(y.max()) + 1)
+    with limited_threads(1), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        for attempt in range(recipe.attempts):
+            try:
+                model, initial, epochs = _attempt(config, recipe, x, y, (*seed, attempt))
+                break
+            except ModelError:
+                if attempt == recipe.attempts - 1:
+                    raise
+        train_loss, train_acc = _evaluate(model, x, y)
+        test_loss, test_acc = _evaluate(model, test_x, test_y)
+        _, shipped_acc = _evaluate(model, test_x[:shipped_test], test_y[:shipped_test])
+    metrics = {
+        "train_acc": train_acc,
+        "test_acc": test_acc,
+        "train_loss": train_loss,
+        "test_loss": test_loss,
+        "shipped_test_acc": shipped_acc,
+        "epochs": epochs,
+        "attempt": attempt,
+    }
+    return TrainedModel(config, initial, _state(model), metrics)
+
+
+def _attempt(
+    config: dict[str, Any], recipe: Recipe, x: Tensor, y: Tensor, seed: tuple[int, ...]
+) -> tuple[KerasModel, dict[str, NDArray[np.float32]], int]:
+    """The trained network, its initial weights and the number of epochs."""
+    seeds = np.random.SeedSequence(seed).generate_state(3, np.uint64).tolist()
+    torch.manual_seed(seeds[0])  # dropout draws from the global generator
+    model = build_model(config)
+    _initialise(model, recipe.init_gain, torch.Generator().manual_seed(seeds[1]))
+    initial = _state(model)
+    model.to(x.device)
+    return model, initial, _fit(model, recipe, x, y, torch.Generator().manual_seed(seeds[2]))
+
+
+def _state(model: nn.Module) -> dict[str, NDArray[np.float32]]:
+    return {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
+
+
+def _initialise(model: nn.Module, gain: float, generator: torch.Generator) -> None:
+    """Glorot-uniform kernels, zero biases, on the float16 grid so that the file compresses."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                nn.init.xavier_uniform_(p, gain, generator=generator)
+                p.copy_(p.half())
+            else:
+                p.zero_()
+
+
+def _fit(model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, shuffle: torch.Generator) -> int:
+    """SGD or SAM until the training loss is at most the target; the number of epochs."""
+    optimizer, schedule = _optimizer(model, recipe)
+    loss = math.inf
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        for batch in torch.split(torch.randperm(len(x), generator=shuffle), recipe.batch_size):
+            if isinstance(optimizer, SAM):
+                optimizer.step_batch(model, x[batch], y[batch], m=recipe.m or recipe.batch_size)
+            else:
+                optimizer.zero_grad()
+                torch.autograd.backward(nn.functional.cross_entropy(model(x[batch]), y[batch]))
+                optimizer.step()
+        schedule.step()
+        loss, _ = _evaluate(model, x, y)
+        if not math.isfinite(loss):
+            raise ModelError(f"training diverged: the loss is {loss} after epoch {epoch}")
+        if loss <= recipe.stop_at_loss:
+            return epoch
+    raise ModelError(
+        f"training loss {loss:.3g} after {recipe.epochs} epochs; target {recipe.stop_at_loss}"
+    )
+
+
+def _optimizer(
+    model: nn.Module, recipe: Recipe
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    scale = math.sqrt(recipe.batch_size / 16) if recipe.scale_lr else 1.0
+    settings: dict[str, Any] = {
+        "lr": recipe.lr * scale,
+        "momentum": recipe.momentum,
+        "weight_decay": recipe.weight_decay,
+    }
+    parameters, sgd = model.parameters(), torch.optim.SGD
+    optimizer: torch.optim.Optimizer = (
+        SAM(parameters, sgd, rho=recipe.rho, **settings)
+        if recipe.rho
+        else sgd(parameters, **settings)
+    )
+    schedules = torch.optim.lr_scheduler
+    if recipe.decay_epochs:
+        return optimizer, schedules.MultiStepLR(optimizer, recipe.decay_epochs, recipe.decay)
+    return optimizer, schedules.ExponentialLR(optimizer, recipe.decay)
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy in eval mode."""
+    model.eval()
+    logits = torch.cat([model(part) for part in torch.split(x, 1000)])
+    accuracy = (logits.argmax(1) == y).double().mean().item()
+    return cross_entropy(logits.double(), y).item(), accuracy
