@@ -11,9 +11,9 @@ import sharpkit
 ROOT = Path(sharpkit.__file__).parent
 # a room, which is a folder or a file of the package, imports from rooms further up in this list
 ROOMS = (
-    *("errors", "safe_text", "files", "doors", "containers", "settings", "tensor_files", "lock"),
-    *("importing", "memory", "compiling", "device", "display", "progress", "download"),
-    *("contract", "workers", "groupwise", "curvature", "sharpness", "training"),
+    *("errors", "safe_text", "files", "doors", "containers", "settings", "tensor_files"),
+    *("importing", "memory", "compiling", "device", "display", "progress", "download", "digests"),
+    *("contract", "run_directory", "workers", "groupwise", "curvature", "sharpness", "training"),
     *("measures", "evaluation", "plot", "data", "zoo", "datasets", "zoo_training"),
     *("runs", "report", "cli", "__main__"),
 )

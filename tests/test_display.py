@@ -100,7 +100,8 @@ RESULTS = {
     "Tridiagonal": lambda: sk.curvature.lanczos(hessian(), steps=4),
     "Zoo": sk.embedded_zoo,
 }
-SETTINGS = {"Plan"}  # read from files by public functions, but not results
+# read from files, or given to rules of one's own, by public functions, but not results
+SETTINGS = {"Plan", "AscentRule", "Ball", "Direction"}
 
 
 def rooms():
@@ -199,7 +200,7 @@ def test_a_task_whose_table_cannot_be_read_says_so_in_a_notebook(tmp_path):
     (tmp_path / "model_0").mkdir()
     task = find_tasks(tmp_path)[tmp_path.name]
     assert "model_configs.json is missing" in task._repr_html_()
-    assert repr(task) == f"Task: {tmp_path.name}, 1 models, in {tmp_path}"
+    assert repr(task) == f"PgdlTask: {tmp_path.name}, 1 models, in {tmp_path}"
 
 
 def test_a_file_that_cannot_be_written_is_named_as_it_was_asked_for(tmp_path):

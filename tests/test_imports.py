@@ -33,7 +33,7 @@ def test_no_room_imports_from_a_room_above_it() -> None:
     assert not upwards, "\n".join(upwards)
 
 
-def test_the_order_names_everyroom_of() -> None:
+def test_the_order_names_every_room() -> None:
     rooms = {room_of(module) for module in MODULES if module != "sharpkit"}
     assert rooms - set(ROOMS) == set(), "write its place in ROOMS"
 

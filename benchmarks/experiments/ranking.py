@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 
 from sharpkit.runs import Scores
-from sharpkit.runs.evaluate import measure_values
+from sharpkit.runs.measure_values import measure_values
 
 RECORDED = Path(__file__).parent / "results" / "embedded_measures.csv"
 KEYS = ["measure", "form", "m", "rho", "seconds"]

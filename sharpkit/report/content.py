@@ -23,7 +23,7 @@ from sharpkit.report.models import ModelsTable, models_table, percent_gap
 from sharpkit.report.noise import noise_bands
 from sharpkit.report.ranking import Ranking, ranking_table
 from sharpkit.report.scatter import columns_of, in_order, scatter_data
-from sharpkit.runs.evaluate import complete_measures
+from sharpkit.runs.measure_values import complete_measures
 
 if TYPE_CHECKING:
     import pandas as pd

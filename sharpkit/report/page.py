@@ -20,7 +20,7 @@ from sharpkit.files import atomic_path
 from sharpkit.report.labels import number
 from sharpkit.report.limits import NAMES
 from sharpkit.runs import Scores, evaluate
-from sharpkit.runs.evaluate import measure_values
+from sharpkit.runs.measure_values import measure_values
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,8 +13,8 @@ from sharpkit.evaluation import combined_predictor, rate_measures
 from sharpkit.evaluation.arguments import LEAST
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.evaluation.statistics import HEADLINES, TABLE
-from sharpkit.runs.directions import column_direction
 from sharpkit.runs.kept_evaluations import kept_table
+from sharpkit.runs.measure_values import complete_measures, directions_of, measure_values
 from sharpkit.runs.scores import Scores
 from sharpkit.runs.store import TEST_METRICS
 from sharpkit.runs.targets import Target, larger_is_worse, target_values, with_target
@@ -22,9 +22,6 @@ from sharpkit.workers import error_message
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-_NOT_SETTINGS = ("task", "model", "value", "std_error")
 
 
 def evaluate(
@@ -167,43 +164,6 @@ def combine(scores: Scores, *, resamples: int = 1000, seed: int = 0) -> pd.DataF
     return pd.DataFrame(rows)
 
 
-def complete_measures(values: pd.DataFrame) -> pd.DataFrame:
-    """The columns that have a finite number for every scored model."""
-    finite = np.flatnonzero(np.isfinite(values.to_numpy(dtype=np.float64)).all(axis=0))
-    return values.iloc[:, finite.tolist()]
-
-
-def measure_values(scores: Scores) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
-    """The results of each task as a table with one row per model and one column per measure.
-
-    Args:
-        scores: Of a run.
-
-    Returns:
-        dict: Task -> keys and values. Row k of the keys says what column k of the values is:
-        measure and its setting (m, rho, ...); the values' index are the model ids.
-
-    Raises:
-        ScoreError: If the run has no result yet.
-    """
-    results = scores.frame()
-    if results.empty:
-        raise ScoreError(
-            _all_failed(scores.failures) or "the run has no results yet: nothing to evaluate"
-        )
-    settings = [c for c in results.columns if c not in _NOT_SETTINGS]
-    tables = {}
-    for task in scores.model_configs:
-        rows = results[results["task"] == task]
-        if rows.empty:
-            warnings.warn(f"task {task} has no results: left out", stacklevel=3)
-            continue
-        keys = rows[settings].drop_duplicates().reset_index(drop=True)
-        columns = rows.merge(keys.assign(column=keys.index), on=settings)
-        tables[task] = keys, columns.pivot(index="model", columns="column", values="value")
-    return tables
-
-
 def _evaluated(
     task: str,
     values: pd.DataFrame,
@@ -234,28 +194,6 @@ def _evaluated(
             )
             table[name] = table[name].mask(infinite)
     return table
-
-
-def directions_of(
-    keys: pd.DataFrame, scores: Scores, *, flip: bool = False
-) -> dict[Hashable, int | None]:
-    """Column of the values -> direction of its measure; the opposite one if `flip`."""
-    noted = scores.directions
-    forms = keys["form"] if "form" in keys else [None] * len(keys)
-    pairs = zip(keys["measure"], forms, strict=True)
-    found = (column_direction(noted, measure, form) for measure, form in pairs)
-    return {k: -d if flip and d is not None else d for k, d in enumerate(found)}
-
-
-def _all_failed(failures: pd.DataFrame) -> str:
-    """How a run without a single result failed; empty if nothing has failed."""
-    if failures.empty:
-        return ""
-    first = failures.iloc[0]
-    return (
-        f"all {len(failures)} measurements failed, so there is nothing to evaluate; the first, "
-        f"{first['measure']} of model {first['model']}: {first['error']}"
-    )
 
 
 def _failed_throughout(scores: Scores, tables: list[pd.DataFrame]) -> pd.DataFrame:

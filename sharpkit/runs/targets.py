@@ -10,6 +10,7 @@ import numpy as np
 
 from sharpkit.errors import ArgumentError
 from sharpkit.evaluation.grid import normal_id
+from sharpkit.runs.measure_values import directions_of, measure_values
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -124,8 +125,6 @@ def selection_regret(
         ['picked', 'regret', 'random_regret', 'p_value']
     """
     import pandas as pd
-
-    from sharpkit.runs.evaluate import directions_of, measure_values
 
     larger_is_better = not larger_is_worse(target) if larger_is_better is None else larger_is_better
     targets = target_values(scores, target)

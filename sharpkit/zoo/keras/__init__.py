@@ -11,3 +11,5 @@ __all__ = [
     "read_weights",
     "write_weights",
 ]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed

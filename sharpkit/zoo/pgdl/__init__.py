@@ -5,3 +5,5 @@ from sharpkit.zoo.pgdl.task import PgdlTask
 from sharpkit.zoo.pgdl.tree import EXPECTED, pgdl_tasks
 
 __all__ = ["EXPECTED", "WEIGHT_FILES", "PgdlModel", "PgdlTask", "pgdl_tasks"]
+
+__dir__ = __all__.copy  # submodules can be imported, but are not listed
