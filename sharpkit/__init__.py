@@ -5,7 +5,7 @@ The public names are in `__init__.pyi`. Each is imported when it is first used.
 
 import lazy_loader
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, _, __all__ = lazy_loader.attach_stub(__name__, __file__)
 

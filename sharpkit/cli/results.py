@@ -9,7 +9,7 @@ import click
 
 from sharpkit.cli.options import RUN, of_evaluation
 from sharpkit.cli.shell import say
-from sharpkit.evaluation import STATISTICS
+from sharpkit.evaluation.statistics import HEADLINES, STATISTICS
 
 
 @click.command()
@@ -39,12 +39,12 @@ def export(run: Path, out: Path) -> None:
     "--target", help="A recorded column to predict instead of the gap, such as test_loss."
 )
 def evaluate(run: Path, target: str | None, **options: Any) -> None:
-    """Score the measures of RUN by how well they predict the generalization gap.
+    """Rate the measures of RUN by how well they predict the generalization gap.
 
-    Prints each score beside what noise scores. Writes RUN/evaluation.csv and, for several measures,
-    combined.csv: what they predict together; evaluation_columns.csv says what the columns mean.
-    With --target it writes RUN/evaluation_TARGET.csv and regret_TARGET.csv: what is lost by picking
-    the model that a measure thinks best.
+    Prints each statistic beside what noise gets. Writes RUN/evaluation.csv and, for several
+    measures, combined.csv: what they predict together; evaluation_columns.csv says what the columns
+    mean. With --target it writes RUN/evaluation_TARGET.csv and regret_TARGET.csv: what is lost by
+    picking the model that a measure thinks best.
 
     \b
     Example:
@@ -60,16 +60,16 @@ def evaluate(run: Path, target: str | None, **options: Any) -> None:
 @of_evaluation
 @click.option(
     "--statistic",
-    default="cmi_pgdl",
+    default=HEADLINES[0],
     show_default=True,
     type=click.Choice(STATISTICS),
     help="What is plotted.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Default: RUN/predictive_power.png")
 def plot(run: Path, statistic: str, out: Path | None, **options: Any) -> None:
-    """Plot the score against m (the paper's Figure 3, right), with its numbers as CSV beside it.
+    """Plot predictive power against m (the paper's Figure 3, right); its numbers go into a CSV.
 
-    The grey band is what noise scores: a point in it is no evidence.
+    The grey band is what noise gets: a point in it is no evidence.
 
     \b
     Example:
@@ -91,9 +91,9 @@ def plot(run: Path, statistic: str, out: Path | None, **options: Any) -> None:
 def report(run: Path, out: Path | None, **options: Any) -> None:
     """Write everything about RUN as one HTML page that needs no network.
 
-    The ranking with intervals, score against m, measures against the gap, mutual information by
-    conditioning set, correlations, failures, and what it takes to reproduce the run. Needs plotly:
-    pip install 'sharpkit[report]'.
+    The ranking with intervals, predictive power against m, measures against the gap, mutual
+    information by conditioning set, correlations, failures, and what it takes to reproduce the run.
+    Needs plotly: pip install 'sharpkit[report]'.
 
     \b
     Example:
