@@ -32,6 +32,7 @@ lint: $(VENV)/.installed
 
 # 12 parts, so that the pages with code are not all in one of them
 docs: $(VENV)/.installed
+	rm -rf docs/api/generated
 	$(BIN)/python -m sphinx -q -W --keep-going -E -j 12 -b html docs docs/_build/html
 
 format: $(VENV)/.installed

@@ -52,7 +52,8 @@ html_title = "sharpkit"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_math_renderer = "mathml"  # which browsers draw by themselves, also without a network
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "_templates"]
+templates_path = ["_templates"]
 suppress_warnings = ["myst.xref_missing"]  # links from the pages to files of the repository
 default_role = "code"
 

@@ -19,7 +19,7 @@ class Ball:
     """Losses of groups at the weights w + T ∘ u, with u in the ball ‖u‖_p ≤ ρ.
 
     T = 1, or |w| in the adaptive geometry; the gradient with respect to u is T ∘ g. A point u is a
-    dict of tensors (groups, *shape), by the names of the weights.
+    dict of tensors `(groups, *shape)`, by the names of the weights.
 
     Attributes:
         p: Order of the norm.

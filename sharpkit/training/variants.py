@@ -19,7 +19,7 @@ CombineRule = Callable[[Tensors, Tensors], Tensors]
 class SamVariant:
     """A variant of SAM: another first step, another second step, or both.
 
-    Both functions see dicts of tensors (groups, *shape), a slice per group of m examples; plain SAM
+    Both functions see dicts of tensors `(groups, *shape)`, a slice per group of m examples; plain SAM
     has one group. The names are those of the parameters; where an optimizer knows no names, their
     positions as text. Make one object and use it for all steps: what is found out about a model is
     kept by it.
@@ -27,7 +27,7 @@ class SamVariant:
     Attributes:
         name: What it is called.
         direction: Given T ∘ g, each group's times a power of two that takes its largest entry to
-            between 1 and 2, and the weights (*shape); returns u with ‖u‖ ≤ 1, and ε = T ∘ u, with
+            between 1 and 2, and the weights `(*shape)`; returns u with ‖u‖ ≤ 1, and ε = T ∘ u, with
             T = ρ, or ρ|w| where adaptive. A group whose gradient is 0 stays where it is. None for
             SAM's T ∘ g / ‖T ∘ g‖₂. `sharpkit.sharpness.one_step_along` takes the same function.
         combine: Given the gradients at w and at w + ε, returns the gradient to step along. It must
