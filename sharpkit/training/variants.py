@@ -19,10 +19,10 @@ CombineRule = Callable[[Tensors, Tensors], Tensors]
 class SamVariant:
     """A variant of SAM: another first step, another second step, or both.
 
-    Both functions see dicts of tensors `(groups, *shape)`, a slice per group of m examples; plain SAM
-    has one group. The names are those of the parameters; where an optimizer knows no names, their
-    positions as text. Make one object and use it for all steps: what is found out about a model is
-    kept by it.
+    Both functions see dicts of tensors `(groups, *shape)`, a slice per group of m examples; plain
+    SAM has one group. The names are those of the parameters; where an optimizer knows no names,
+    their positions as text. Make one object and use it for all steps: what is found out about a
+    model is kept by it.
 
     Attributes:
         name: What it is called.
