@@ -14,26 +14,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def levels() -> dict[str, int]:
-    """Each folder of the package -> how many folders stand below it, one on another."""
-    below: dict[str, set[str]] = {}
-    folders = {room_of(m) for m in GRAPH if m.count(".") > 1}
-    for module, imported in GRAPH.items():
+INSIDE = {
+    module: {other for other in imported if "." in other}
+    for module, imported in GRAPH.items()
+    if "." in module
+}
+
+
+def below() -> dict[str, set[str]]:
+    """Each folder of the package -> the folders that it imports."""
+    folders = {room_of(m) for m in INSIDE if m.count(".") > 1}
+    found: dict[str, set[str]] = {room: set() for room in ROOMS if room in folders}
+    for module, imported in INSIDE.items():
         room = room_of(module)
         if room in folders:
-            others = {room_of(other) for other in imported}
-            below.setdefault(room, set()).update((others & folders) - {room})
-    found: dict[str, int] = {}
-    for room in (room for room in ROOMS if room in below):
-        found[room] = max((found[other] + 1 for other in below[room]), default=0)
+            found[room] |= (set(map(room_of, imported)) & folders) - {room}
     return found
 
 
 def draw() -> Figure:
-    """The rooms, each above all that it imports; what is a single file is not shown."""
+    """The rooms, each above all that it imports, with arrows to those reached through no other."""
     import matplotlib.pyplot as plt
 
-    level = levels()
+    imported = below()
+    reached: dict[str, set[str]] = {}  # in any number of steps
+    level: dict[str, int] = {}
+    for room, others in imported.items():  # from the lowest
+        reached[room] = others.union(*(reached[other] for other in others))
+        level[room] = max((level[other] + 1 for other in others), default=0)
     rows: dict[int, list[str]] = {}
     for room, row in level.items():
         rows.setdefault(row, []).append(room)
@@ -43,19 +51,10 @@ def draw() -> Figure:
         for k, room in enumerate(row)
     }
     figure, ax = plt.subplots(figsize=(7.5, 0.85 * len(rows) + 0.4))
-    drawn = set()
-    for module, imported in GRAPH.items():
-        for other in imported:
-            pair = room_of(module), room_of(other)
-            if pair[0] == pair[1] or pair in drawn or not place.keys() >= set(pair):
-                continue
-            drawn.add(pair)
-            ax.annotate(
-                "",
-                xy=place[pair[1]],
-                xytext=place[pair[0]],
-                arrowprops={"arrowstyle": "->", "color": "0.75", "shrinkA": 12, "shrinkB": 14},
-            )
+    for room, others in imported.items():
+        for other in others - set().union(*(reached[o] for o in others)):
+            arrow = {"arrowstyle": "->", "color": "0.6", "shrinkA": 12, "shrinkB": 14}
+            ax.annotate("", xy=place[other], xytext=place[room], arrowprops=arrow)
     for room, (x, y) in place.items():
         box = {"boxstyle": "round,pad=0.4", "facecolor": "#e8f0f8", "edgecolor": "#4878a8"}
         ax.text(x, y, room, ha="center", va="center", bbox=box, fontsize=10)
