@@ -20,6 +20,7 @@ from formulas import typeset
 # the pages' cells run in kernels of their own, which inherit this
 os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two pages are built at a time
+os.environ["TQDM_DISABLE"] = "1"  # a bar would be a line for every step
 KernelManager.transport_encryption.default_value = "auto"  # else every kernel warns
 
 project = "sharpkit"

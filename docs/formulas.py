@@ -36,6 +36,6 @@ def typeset(lines: list[str]) -> list[str]:
 
 def _marked(text: str) -> str:
     """Indices and powers as roles; spaces that align are kept."""
+    text = re.sub(r"(?<=\S)  +", lambda m: "\u2003" * (len(m[0]) // 2), text)
     text = _INDEX.sub(lambda m: rf"{m[1]}\ :sub:`{m[2].strip('{}')}`\ ", text)
-    text = _POWER.sub(lambda m: rf"{m[1]}\ :sup:`{m[2].strip('{}')}`\ ", text)
-    return re.sub(r"(?<=\S)  +", lambda m: "\u2003" * (len(m[0]) // 2), text)
+    return _POWER.sub(lambda m: rf"{m[1]}\ :sup:`{m[2].strip('{}')}`\ ", text)
