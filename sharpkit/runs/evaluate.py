@@ -83,7 +83,7 @@ def evaluate(
     flip = target is not None and (
         not larger_is_worse(target) if larger_is_better is None else larger_is_better
     )
-    folder = scores.folder if tuple(TABLE.values()) == SHIPPED else None
+    keep = tuple(TABLE.values()) == SHIPPED
     settings: list[str] = []
     broken: list[Exception] = []
     for task, (keys, values) in measure_values(scores).items():
@@ -97,6 +97,7 @@ def evaluate(
             if values.notna().sum().max() >= LEAST:
                 directions = directions_of(keys, scores, flip=flip)
                 options = directions, resamples, seed, test_size
+                folder = scores.folder if keep else None
                 rows = kept_table(folder, _evaluated, task, values, configs, *options)
             else:
                 rows["interval_note"] = f"all: fewer than {LEAST} models"
