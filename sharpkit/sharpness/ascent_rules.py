@@ -198,8 +198,8 @@ def _checkpoints(steps: int) -> set[int]:
 
 
 def _step(u: Tensors, direction: Direction, length: float | Tensor) -> Tensors:
-    amount = length * direction.coefficient
-    return {k: t + direction.tensors[k] * geometry.expand(amount, t) for k, t in u.items()}
+    step = direction.of(length)
+    return {name: t + step[name] for name, t in u.items()}
 
 
 def _either(mask: Tensor, yes: Tensors, no: Tensors) -> Tensors:
