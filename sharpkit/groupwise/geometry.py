@@ -109,7 +109,7 @@ def largest(tensors: Tensors) -> Tensor:
 
 
 def expand(per_group: Tensor, like: Tensor) -> Tensor:
-    """A value per group, shaped to broadcast against (groups, *shape), in the other's dtype."""
+    """A value per group, shaped to broadcast against a tensor of a slice per group, in its dtype."""
     return per_group.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
