@@ -7,7 +7,7 @@ nothing is ever divided by a weight and a weight of exactly 0 simply stays 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -109,7 +109,7 @@ def largest(tensors: Tensors) -> Tensor:
 
 
 def expand(per_group: Tensor, like: Tensor) -> Tensor:
-    """A value per group, shaped to broadcast against a tensor of a slice per group, in its dtype."""
+    """A value per group, to multiply a tensor that has a slice per group; in its dtype."""
     return per_group.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
@@ -198,6 +198,8 @@ def in_form_of(like: Tensors, found: Tensors, what: str) -> Tensors:
     Raises:
         ArgumentError: If it has not.
     """
+    if not isinstance(found, Mapping):
+        raise ArgumentError(f"{what} is {found!r}: expected a dict of tensors by name")
     for name, t in like.items():
         if name not in found or found[name].shape != t.shape:
             got = f"shape {tuple(found[name].shape)}" if name in found else "nothing"

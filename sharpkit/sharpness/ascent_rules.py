@@ -64,12 +64,16 @@ def ascent_rule(ascent: AscentLike) -> AscentRule:
             f"ascent must be one of {names}, an AscentRule or a function (ball, rho) -> increases, "
             f"got {ascent!r}"
         )
-    function = ascent
+    function, name = ascent, getattr(ascent, "__name__", type(ascent).__name__)
 
     def increases(ball: Ball, rhos: Sequence[float]) -> Tensor:
-        return torch.stack([function(ball, rho) for rho in rhos])
+        found = [function(ball, rho) for rho in rhos]
+        for increase in found:
+            if not isinstance(increase, Tensor):
+                raise ArgumentError(f"{name} gave {increase!r}: expected a tensor, one per group")
+        return torch.stack(found)
 
-    return AscentRule(getattr(ascent, "__name__", type(ascent).__name__), increases)
+    return AscentRule(name, increases)
 
 
 def one_step_along(direction: DirectionRule) -> AscentRule:

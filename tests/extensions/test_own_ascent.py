@@ -154,5 +154,7 @@ def test_what_is_no_rule_is_refused_with_those_there_are():
             network(), batch(), m=2, rho=0.1, norm=3.0,
             ascent=lambda ball, rho: ball.increase(ball.random_point(rho, 1)),
         )  # fmt: skip
+    with pytest.raises(ArgumentError, match=r"gave None: expected a tensor, one per group"):
+        m_sharpness(network(), batch(), m=2, rho=0.1, ascent=lambda ball, rho: None)
     with pytest.raises(ArgumentError, match=r"one for each group, \(6,\)"):
         m_sharpness(network(), batch(), m=2, rho=0.1, ascent=lambda ball, rho: ball.base.sum())
