@@ -37,7 +37,7 @@ class Direction:
     factors: Factors = field(default_factory=dict)  # weights whose part is DᵀA, never formed
     doubtful: Tensor | None = None  # (groups,) bool: the norm may have left float32 on the way
 
-    def of(self, length: float | Tensor) -> Tensors:
+    def times(self, length: float | Tensor) -> Tensors:
         """The vectors of this length, or these of the groups (groups,), where none are factored."""
         amount = length * self.coefficient
         return {name: t * expand(amount, t) for name, t in self.tensors.items()}

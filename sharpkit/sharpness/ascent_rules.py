@@ -202,7 +202,7 @@ def _checkpoints(steps: int) -> set[int]:
 
 
 def _step(u: Tensors, direction: Direction, length: float | Tensor) -> Tensors:
-    step = direction.of(length)
+    step = direction.times(length)
     return {name: t + step[name] for name, t in u.items()}
 
 

@@ -24,7 +24,7 @@ def frank_wolfe(ball: Ball, rho: float) -> Tensor:
     direction, best = ball.first, torch.zeros_like(ball.base)
     for t in range(ball.steps):
         share = 2 / (t + 2)
-        far = direction.of(rho)
+        far = direction.times(rho)
         u = {name: (1 - share) * a + share * far[name] for name, a in u.items()}
         direction, increase = ball.slope(u)
         best = torch.maximum(best, increase)
