@@ -86,9 +86,15 @@ def multiply_rows(operator: LinearMap, rows: Tensor) -> Tensor:
     """The products with k vectors given as rows, (k, P) -> (k, P).
 
     Raises:
+        ArgumentError: If the products have another shape or dtype.
         ModelError: If a product is NaN or infinite.
     """
     products = operator.matmat(rows.T).T
+    if products.shape != rows.shape or products.dtype != rows.dtype:
+        raise ArgumentError(
+            f"matmat of {type(operator).__name__} gave {tuple(products.T.shape)} {products.dtype} "
+            f"for {tuple(rows.T.shape)} {rows.dtype}: expected the same"
+        )
     if not bool(torch.isfinite(products).all()):
         raise ModelError(
             "a product with the operator is NaN or infinite: the loss has no finite second "

@@ -7,7 +7,7 @@ nothing is ever divided by a weight and a weight of exactly 0 simply stays 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,6 +36,11 @@ class Direction:
     coefficient: Tensor  # (groups,) float64; NaN where the gradient is not finite
     factors: Factors = field(default_factory=dict)  # weights whose part is DᵀA, never formed
     doubtful: Tensor | None = None  # (groups,) bool: the norm may have left float32 on the way
+
+    def times(self, length: float | Tensor) -> Tensors:
+        """The vectors of this length, or these of the groups (groups,), where none are factored."""
+        amount = length * self.coefficient
+        return {name: t * expand(amount, t) for name, t in self.tensors.items()}
 
 
 # gradient (groups, *shape) and weights (*shape), by name, to unit vectors (see `directed`)
@@ -104,7 +109,7 @@ def largest(tensors: Tensors) -> Tensor:
 
 
 def expand(per_group: Tensor, like: Tensor) -> Tensor:
-    """A value per group, shaped to broadcast against (groups, *shape), in the other's dtype."""
+    """A value per group, to multiply a tensor that has a slice per group; in its dtype."""
     return per_group.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
@@ -193,6 +198,8 @@ def in_form_of(like: Tensors, found: Tensors, what: str) -> Tensors:
     Raises:
         ArgumentError: If it has not.
     """
+    if not isinstance(found, Mapping):
+        raise ArgumentError(f"{what} is {found!r}: expected a dict of tensors by name")
     for name, t in like.items():
         if name not in found or found[name].shape != t.shape:
             got = f"shape {tuple(found[name].shape)}" if name in found else "nothing"

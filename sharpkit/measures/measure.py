@@ -77,11 +77,16 @@ def describe(measure: Measure) -> tuple[str, dict[str, Any]]:
         >>> name, config["m"]
         ('m_sharpness', (1, 4))
     """
+    if not callable(measure) or isinstance(measure, type):
+        raise ArgumentError(
+            f"{measure!r} is no measure, a callable (model, data, *, seed) such as "
+            'MSharpness(m=1, rho=0.1) or make_measure("output_margin")'
+        )
     name = getattr(measure, "name", None) or getattr(measure, "__name__", None)
     config: dict[str, Any] = {}
     if hasattr(measure, "configuration"):
         config = measure.configuration()
-    elif dataclasses.is_dataclass(measure) and not isinstance(measure, type):
+    elif dataclasses.is_dataclass(measure):
         config = pytree.tree_map(plain, dataclasses.asdict(measure))
     if not isinstance(name, str):
         raise ArgumentError(f"{measure!r} has no name: set the attribute `name`")

@@ -104,6 +104,8 @@ def draw_predictive_power(left: Axes, table: pd.DataFrame, statistic: str) -> No
 
 def _plotted(table: pd.DataFrame, statistic: str) -> pd.DataFrame:
     """The rows with an m, in its order."""
+    if not hasattr(table, "columns"):
+        raise ArgumentError(f"expected the table of sharpkit.evaluate, got {type(table).__name__}")
     if "m" not in table or statistic not in table:
         known = [name for name in TABLE if name in table]
         there = f"; it has {', '.join(known)}" if "m" in table and known else ""

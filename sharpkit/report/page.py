@@ -171,9 +171,7 @@ def _std_errors(results: pd.DataFrame, keys: pd.DataFrame, values: pd.DataFrame)
     if values.empty:
         return values
     columns = results.merge(keys.assign(column=keys.index), on=list(keys.columns))
-    errors = columns.assign(std_error=columns["std_error"].astype(float)).pivot(
-        index="model", columns="column", values="std_error"
-    )
+    errors = columns.pivot(index="model", columns="column", values="std_error")
     return errors.reindex(index=values.index, columns=values.columns)
 
 

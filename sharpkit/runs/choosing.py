@@ -25,6 +25,7 @@ from sharpkit.runs.trained import is_trained, load_trained, same_examples, train
 from sharpkit.safe_text import printable
 from sharpkit.zoo import PgdlModel, Task, Zoo
 
+_NAMED = 10  # tasks or models in a message
 Loaders = dict[str, Callable[[], nn.Module]]
 
 
@@ -178,4 +179,6 @@ def _group_sizes(measure: MSharpness) -> Sequence[int]:
 
 
 def _listed(names: Iterable[str]) -> str:
-    return printable(", ".join(names))
+    """The names, of many the first."""
+    first = list(islice(names, _NAMED + 1))
+    return printable(", ".join(first if len(first) <= _NAMED else [*first[:_NAMED], "..."]))

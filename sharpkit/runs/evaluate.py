@@ -12,7 +12,7 @@ from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import combined_predictor, rate_measures
 from sharpkit.evaluation.arguments import LEAST
 from sharpkit.evaluation.regression import LEAST_COMBINED
-from sharpkit.evaluation.statistics import HEADLINES, TABLE
+from sharpkit.evaluation.statistics import HEADLINES, SHIPPED, TABLE
 from sharpkit.runs.kept_evaluations import kept_table
 from sharpkit.runs.measure_values import complete_measures, directions_of, measure_values
 from sharpkit.runs.scores import Scores
@@ -36,7 +36,8 @@ def evaluate(
     """How well every measure of a run predicts the generalization gap, with intervals.
 
     What is computed of a run directory is kept in its folder `evaluations`, and taken from there as
-    long as results, options, code and libraries are the same.
+    long as results, options, code and libraries are the same; with statistics of one's own, whose
+    code may be anywhere, all is computed.
 
     Args:
         scores: Of a run.
@@ -82,6 +83,7 @@ def evaluate(
     flip = target is not None and (
         not larger_is_worse(target) if larger_is_better is None else larger_is_better
     )
+    keep = tuple(TABLE.values()) == SHIPPED
     settings: list[str] = []
     broken: list[Exception] = []
     for task, (keys, values) in measure_values(scores).items():
@@ -95,7 +97,8 @@ def evaluate(
             if values.notna().sum().max() >= LEAST:
                 directions = directions_of(keys, scores, flip=flip)
                 options = directions, resamples, seed, test_size
-                rows = kept_table(scores.folder, _evaluated, task, values, configs, *options)
+                folder = scores.folder if keep else None
+                rows = kept_table(folder, _evaluated, task, values, configs, *options)
             else:
                 rows["interval_note"] = f"all: fewer than {LEAST} models"
         except (MemoryError, ArgumentError):

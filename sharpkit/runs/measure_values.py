@@ -10,11 +10,10 @@ import numpy as np
 
 from sharpkit.errors import ScoreError
 from sharpkit.runs.directions import column_direction
+from sharpkit.runs.scores import Scores, check_scores
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from sharpkit.runs.scores import Scores
 
 _NOT_SETTINGS = ("task", "model", "value", "std_error")
 
@@ -32,6 +31,7 @@ def measure_values(scores: Scores) -> dict[str, tuple[pd.DataFrame, pd.DataFrame
     Raises:
         ScoreError: If the run has no result yet.
     """
+    check_scores(scores)
     results = scores.frame()
     if results.empty:
         raise ScoreError(

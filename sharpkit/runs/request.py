@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -51,7 +51,8 @@ def settings_hashes(config: Mapping[str, Any]) -> dict[str, str]:
 
 def named_measures(measures: Measure | Sequence[Measure]) -> dict[str, Measure]:
     """The measures by name; ArgumentError if there is none, or two have the same name."""
-    several = measures if isinstance(measures, Sequence) else [measures]
+    listed = isinstance(measures, Sequence) and not isinstance(measures, str)
+    several = cast("Sequence[Measure]", measures if listed else [measures])
     names = [describe(measure)[0] for measure in several]
     if not names:
         raise ArgumentError("no measure is given")

@@ -151,6 +151,14 @@ class Scores:
         self._store.close()
 
 
+def check_scores(scores: Scores) -> None:
+    """Raise ArgumentError for something else, such as the path of a run."""
+    if not isinstance(scores, Scores):
+        raise ArgumentError(
+            f"expected scores, as score_zoo returns and Scores.open(run) reads them, got {scores!r}"
+        )
+
+
 def finished(store: Store, run: Path | None) -> Scores:
     """The scores at the end of a run, its tables written; a warning if nothing could be scored."""
     scores = Scores(store)

@@ -241,7 +241,7 @@ class Store:
                 for task, model, measure, setting, value, std_error in rows
             ],
             columns=["task", "model", "measure", *columns, "value", "std_error"],
-        )
+        ).astype({"value": float, "std_error": float})  # SQLite keeps NaN as NULL
         # nor in the rows
         by = frame.assign(model=frame["model"].map(_numeric_last))
         order = by.sort_values(["task", "measure", "model", *columns], kind="stable").index

@@ -11,11 +11,10 @@ import numpy as np
 from sharpkit.errors import ArgumentError
 from sharpkit.evaluation.grid import normal_id
 from sharpkit.runs.measure_values import directions_of, measure_values
+from sharpkit.runs.scores import Scores, check_scores
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from sharpkit.runs.scores import Scores
 
 # a column of `Scores.metrics()`, or model -> value, or task -> model -> value
 Target: TypeAlias = "str | Mapping[str, float] | Mapping[str, Mapping[str, float]]"
@@ -38,6 +37,7 @@ def target_values(scores: Scores, target: Target) -> dict[str, dict[str, float]]
         >>> {t: v["0"] for t, v in target_values(scores, {"0": 0.5}).items()}
         {'fashion_mnist_14x14': 0.5}
     """
+    check_scores(scores)
     models = {task: list(configs) for task, configs in scores.model_configs.items()}
     if isinstance(target, str):
         metrics = scores.metrics()

@@ -64,12 +64,16 @@ def ascent_rule(ascent: AscentLike) -> AscentRule:
             f"ascent must be one of {names}, an AscentRule or a function (ball, rho) -> increases, "
             f"got {ascent!r}"
         )
-    function = ascent
+    function, name = ascent, getattr(ascent, "__name__", type(ascent).__name__)
 
     def increases(ball: Ball, rhos: Sequence[float]) -> Tensor:
-        return torch.stack([function(ball, rho) for rho in rhos])
+        found = [function(ball, rho) for rho in rhos]
+        for increase in found:
+            if not isinstance(increase, Tensor):
+                raise ArgumentError(f"{name} gave {increase!r}: expected a tensor, one per group")
+        return torch.stack(found)
 
-    return AscentRule(getattr(ascent, "__name__", type(ascent).__name__), increases)
+    return AscentRule(name, increases)
 
 
 def one_step_along(direction: DirectionRule) -> AscentRule:
@@ -198,8 +202,8 @@ def _checkpoints(steps: int) -> set[int]:
 
 
 def _step(u: Tensors, direction: Direction, length: float | Tensor) -> Tensors:
-    amount = length * direction.coefficient
-    return {k: t + direction.tensors[k] * geometry.expand(amount, t) for k, t in u.items()}
+    step = direction.times(length)
+    return {name: t + step[name] for name, t in u.items()}
 
 
 def _either(mask: Tensor, yes: Tensors, no: Tensors) -> Tensors:

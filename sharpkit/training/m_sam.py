@@ -18,7 +18,7 @@ from sharpkit.training.group_passes import Task
 from sharpkit.training.group_step import run
 from sharpkit.training.parallel import averaged_over_ranks, on_any_rank
 from sharpkit.training.radius import Radii, checked_radius
-from sharpkit.training.variants import PLAIN_SAM, SamVariant
+from sharpkit.training.variants import PLAIN_SAM, SamVariant, check_variant
 
 
 def m_sam_gradient(
@@ -117,6 +117,7 @@ def accumulate(
         raise ArgumentError(f"m must be a whole number of examples >= 1, got {m!r}")
     if engine not in ("auto", "vectorized", "loop"):
         raise ArgumentError(f'engine must be "auto", "vectorized" or "loop", got {engine!r}')
+    check_variant(variant)
     if not radii.rho:
         raise ArgumentError("no parameter of the model requires gradients")
     network = unwrapped(model)

@@ -22,7 +22,7 @@ from sharpkit.training.m_sam import accumulate
 from sharpkit.training.noise import Noise
 from sharpkit.training.perturbation import perturb, perturb_along, real
 from sharpkit.training.radius import checked_radius, radii_of_groups
-from sharpkit.training.variants import PLAIN_SAM, SamVariant, both
+from sharpkit.training.variants import PLAIN_SAM, SamVariant, both, check_variant
 
 
 class _Phase(Enum):
@@ -113,6 +113,7 @@ class SAM(Optimizer):
                 "base_optimizer must be a class such as torch.optim.SGD, with its arguments "
                 f"passed to SAM; got {type(base_optimizer).__name__}"
             )
+        check_variant(variant)
         self._reset()
         self.variant = variant
         super().__init__(params, {"rho": checked_radius(rho), "adaptive": adaptive})

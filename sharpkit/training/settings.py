@@ -87,7 +87,7 @@ class FitSettings(TrainingSettings):
         if self.m is not None:
             check_whole("m", self.m, 1)
         if self.optimizer == "sgd" and (self.m is not None or self.adaptive):
-            raise ArgumentError('m and adaptive belong to SAM: give optimizer="sam" with them')
+            raise ArgumentError('m and adaptive belong to SAM: choose the optimizer "sam"')
 
     def asdict(self) -> dict[str, Any]:
         """Name to value, ready for JSON."""

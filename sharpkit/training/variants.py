@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.geometry import DirectionRule, Tensors
 
@@ -62,6 +63,14 @@ class SamVariant:
 
 
 PLAIN_SAM = SamVariant()
+
+
+def check_variant(variant: SamVariant) -> None:
+    """Raise ArgumentError for something else, such as one of the functions that make a variant."""
+    if not isinstance(variant, SamVariant):
+        raise ArgumentError(
+            f"variant is {variant!r}: expected a SamVariant, such as SamVariant(combine=function)"
+        )
 
 
 def combined(

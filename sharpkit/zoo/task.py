@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 
+from sharpkit.errors import ArgumentError
+
 if TYPE_CHECKING:
     from torch import nn
     from torch.utils.data import TensorDataset
@@ -65,8 +67,14 @@ class Task(Protocol):
 
 
 def tasks_by_name(zoo: Task | Mapping[str, Task]) -> dict[str, Task]:
-    """One task under its own name, or several as they are named (a task may be a mapping too)."""
+    """One task under its own name, or several as they are named (a task may be a mapping too).
+
+    Raises:
+        ArgumentError: For something else, such as a path.
+    """
     if hasattr(zoo, "dataset"):
         task = cast(Task, zoo)
         return {task.name: task}
+    if not isinstance(zoo, Mapping):
+        raise ArgumentError(f"expected a zoo or a task, such as load_zoo(path), got {zoo!r}")
     return dict(zoo)

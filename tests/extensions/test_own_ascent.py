@@ -24,7 +24,7 @@ def frank_wolfe(ball: Ball, rho: float) -> Tensor:
     direction, best = ball.first, torch.zeros_like(ball.base)
     for t in range(ball.steps):
         share = 2 / (t + 2)
-        far = {k: d * expand(rho * direction.coefficient, d) for k, d in direction.tensors.items()}
+        far = direction.times(rho)
         u = {name: (1 - share) * a + share * far[name] for name, a in u.items()}
         direction, increase = ball.slope(u)
         best = torch.maximum(best, increase)
@@ -154,5 +154,7 @@ def test_what_is_no_rule_is_refused_with_those_there_are():
             network(), batch(), m=2, rho=0.1, norm=3.0,
             ascent=lambda ball, rho: ball.increase(ball.random_point(rho, 1)),
         )  # fmt: skip
+    with pytest.raises(ArgumentError, match=r"gave None: expected a tensor, one per group"):
+        m_sharpness(network(), batch(), m=2, rho=0.1, ascent=lambda ball, rho: None)
     with pytest.raises(ArgumentError, match=r"one for each group, \(6,\)"):
         m_sharpness(network(), batch(), m=2, rho=0.1, ascent=lambda ball, rho: ball.base.sum())

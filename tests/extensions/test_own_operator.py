@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import sharpkit as sk
+from sharpkit.errors import ArgumentError
 
 
 class GradientCovariance:
@@ -37,3 +38,11 @@ def test_spectrum_eigenvalues_and_traces_are_those_of_the_matrix():
     assert density.largest(1)[0] == pytest.approx(float(true[0]))
     assert sk.trace(own, products=90).value == pytest.approx(float(true.sum()))
     assert sk.frobenius_norm(own, products=90).value == pytest.approx(float(dense.norm()))
+
+
+@pytest.mark.parametrize("wrong", [lambda v: v[:2], lambda v: v.double()])
+def test_products_of_another_shape_or_dtype_are_refused(wrong):
+    own = GradientCovariance(nn.Linear(3, 2), torch.randn(5, 3), torch.arange(5) % 2)
+    own.matmat = wrong
+    with pytest.raises(ArgumentError, match=r"matmat of GradientCovariance gave .* expected the"):
+        sk.trace(own, products=6)

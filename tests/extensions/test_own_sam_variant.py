@@ -242,12 +242,20 @@ def test_what_a_variant_cannot_do_is_refused():
     model, x, y = case()
     with pytest.raises(ArgumentError, match="belongs to SAM"):
         fit(model, (x, y), epochs=1, batch_size=14, variant=GSAM)
+    for call in (
+        lambda: SAM(model.parameters(), torch.optim.SGD, lr=0.1, variant=gsam),
+        lambda: m_sam_gradient(model, x, y, m=2, variant=gsam),
+    ):
+        with pytest.raises(ArgumentError, match=r"such as SamVariant\(combine=function\)"):
+            call()
     opt = SAM(model.parameters(), torch.optim.SGD, lr=0.1, variant=GSAM)
     with pytest.raises(ArgumentError, match="leave out no_sync"):
         opt.step(lambda: None, no_sync=torch.enable_grad)
     ragged = SamVariant(direction=lambda g, w: {name: t.sum() for name, t in g.items()})
     short = SamVariant(combine=lambda plain, perturbed: {"conv.weight": plain["conv.weight"]})
-    for variant, message in ((ragged, r"shape \(\) for"), (short, "nothing for 'spare'")):
+    none = SamVariant(combine=lambda plain, perturbed: None)
+    wrong = (ragged, r"shape \(\) for"), (short, "nothing for 'spare'"), (none, "is None: expected")
+    for variant, message in wrong:
         for engine in ("auto", "loop"):
             with pytest.raises(ArgumentError, match=message):
                 m_sam_gradient(model, x, y, m=2, engine=engine, variant=variant)
