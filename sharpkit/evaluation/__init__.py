@@ -1,11 +1,6 @@
 """How well measures predict generalization: statistics, their intervals, and what noise has."""
 
-from sharpkit.evaluation.bootstrap import (
-    Comparison,
-    Interval,
-    bootstrap_interval,
-    compare_measures,
-)
+from sharpkit.evaluation.bootstrap import Comparison, Interval, bootstrap_interval, compare_measures
 from sharpkit.evaluation.cmi import CMIResult, conditional_mutual_information
 from sharpkit.evaluation.correlations import (
     GranulatedKendall,

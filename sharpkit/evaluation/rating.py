@@ -111,11 +111,7 @@ def _of(
 
 
 def _of_information(
-    name: str,
-    drawn: tuple[Floats, Floats],
-    nulls: list[CMINull],
-    models: int,
-    sampling: Sampling,
+    name: str, drawn: tuple[Floats, Floats], nulls: list[CMINull], models: int, sampling: Sampling
 ) -> Rating:
     """A conditional mutual information, whose null keeps what the hyperparameters explain."""
     value, draws = drawn

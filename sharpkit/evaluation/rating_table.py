@@ -330,12 +330,7 @@ def _with_intervals(
 ) -> dict[str, Floats]:
     """Each statistic and the ends of its interval, (measures,) each."""
     scored = observed_and_resampled(
-        columns,
-        grid,
-        weights,
-        statistics,
-        environments=environments,
-        hyperparameter=hyperparameter,
+        columns, grid, weights, statistics, environments=environments, hyperparameter=hyperparameter
     )
     found: dict[str, Floats] = {}
     for name, (value, draws) in scored.items():

@@ -190,9 +190,7 @@ def combined_predictor(
             1 - (weights @ errors) / (weights @ spread),
         ),
         interval(
-            "kendall_tau",
-            kendall_tau(predicted, gap),
-            _kendall_draws(predicted, gap, weights),
+            "kendall_tau", kendall_tau(predicted, gap), _kendall_draws(predicted, gap, weights)
         ),
         dict(zip(ids, predicted.tolist(), strict=True)),
         dict(zip(map(str, values.columns), whole[-1].coef_.tolist(), strict=True)),

@@ -73,10 +73,7 @@ def _m_sharpness_options(own: Mapping[str, Any] | None) -> list[str] | None:
     settings = {k: v for k, v in own.items() if k != "name"}
     listed = {k: v if isinstance(v, list | tuple) else [v] for k, v in settings.items()}
     plain = MSharpness(
-        m=listed["m"],
-        rho=listed["rho"],
-        ascent=settings["ascent"],
-        adaptive=settings["adaptive"],
+        m=listed["m"], rho=listed["rho"], ascent=settings["ascent"], adaptive=settings["adaptive"]
     )
     expected = {k: v for k, v in describe(plain)[1].items() if k not in ("m", "rho")}
     if _json(expected) != _json({k: v for k, v in own.items() if k not in ("m", "rho")}):

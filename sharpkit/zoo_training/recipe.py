@@ -9,12 +9,7 @@ from typing import Any
 
 from sharpkit.doors import MAX_LAYERS
 from sharpkit.errors import ArgumentError
-from sharpkit.training.settings import (
-    TrainingSettings,
-    check_choice,
-    check_number,
-    check_whole,
-)
+from sharpkit.training.settings import TrainingSettings, check_choice, check_number, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,11 +180,7 @@ def train_zoo(
         results = run_items(train_one, todo.items(), trainers, device=device)
         failed: dict[str, str] = {}
         bar = progress_bar(
-            total=len(wanted),
-            initial=len(skipped),
-            desc="train",
-            unit="model",
-            progress=progress,
+            total=len(wanted), initial=len(skipped), desc="train", unit="model", progress=progress
         )
         with bar, closing(results):  # workers end at once if this process is interrupted
             for (i, _), result in results:
