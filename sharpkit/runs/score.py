@@ -24,9 +24,9 @@ from sharpkit.errors import RunError
 from sharpkit.measures.measure import Measure
 from sharpkit.progress import progress_bar
 from sharpkit.run_directory import sole_driver
-from sharpkit.runs.directions import stated_directions
 from sharpkit.runs.held_out import HeldOut
 from sharpkit.runs.items import Scorer, WorkItem, hash_data, pending
+from sharpkit.runs.measure_values import stated_directions
 from sharpkit.runs.request import (
     check_request,
     named_measures,
