@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Environments:
-    """Which pairs of models a sign-error compares, and how much each counts; see `sign_error`.
+    """Which pairs of models a sign-error compares, and how much each counts; see `sign_error`."""
 
-    Attributes:
-        kind: "settings" or "values".
-        test_size: Examples behind each test accuracy; None gives every pair the weight 1.
-    """
-
-    kind: str = "values"
+    kind: str = "values"  # "settings" or "values"
+    # examples behind each test accuracy; None gives every pair the weight 1
     test_size: int | None = None
 
     def __post_init__(self) -> None:

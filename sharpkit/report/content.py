@@ -40,44 +40,26 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A figure in several variants, one of which is shown.
+    """A figure in several variants, one of which is shown."""
 
-    Attributes:
-        name: What the page calls it.
-        label: Of the selector.
-        options: Value of the selector -> text.
-        figures: Value of the selector -> plotly's JSON.
-    """
-
-    name: str
-    label: str
-    options: Mapping[str, str]
-    figures: Mapping[str, str]
+    name: str  # what the page calls it
+    label: str  # of the selector
+    options: Mapping[str, str]  # value of the selector -> text
+    figures: Mapping[str, str]  # value of the selector -> plotly's JSON
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a run has of one task.
+    """What a run has of one task."""
 
-    Attributes:
-        keys: Measure and setting of each column of the values.
-        values: One row per model that has some.
-        errors: Standard errors of the values, alike.
-        failures: Model, measure, error.
-        configs: Its model_configs.
-        table: Its rows of the evaluation; None if there are none.
-        setting: Number of examples and seed, in words.
-        unrated: Why no task of the run has rows of the evaluation; empty if one has.
-    """
-
-    keys: pd.DataFrame
-    values: pd.DataFrame
-    errors: pd.DataFrame
-    failures: pd.DataFrame
-    configs: Mapping[str, Any]
-    table: pd.DataFrame | None
-    setting: str
-    unrated: str
+    keys: pd.DataFrame  # measure and setting of each column of the values
+    values: pd.DataFrame  # one row per model that has some
+    errors: pd.DataFrame  # standard errors of the values, alike
+    failures: pd.DataFrame  # model, measure, error
+    configs: Mapping[str, Any]  # its model_configs
+    table: pd.DataFrame | None  # its rows of the evaluation; None if there are none
+    setting: str  # number of examples and seed, in words
+    unrated: str  # why no task of the run has rows of the evaluation; empty if one has
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table.
+    """One cell of a table."""
 
-    Attributes:
-        text: What it shows.
-        small: Below it, in small type.
-        order: By which it is sorted; None comes last.
-        title: Shown when it is pointed at.
-    """
-
-    text: str
-    small: str = ""
-    order: float | None = None
-    title: str = ""
+    text: str  # what it shows
+    small: str = ""  # below it, in small type
+    order: float | None = None  # by which it is sorted; None comes last
+    title: str = ""  # shown when it is pointed at
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

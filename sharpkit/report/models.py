@@ -25,19 +25,12 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class ModelsTable:
-    """Models x measures.
+    """Models x measures."""
 
-    Attributes:
-        columns: What stands above the cells.
-        rows: Name of a model and its cells.
-        sorted_by: Column by whose values the rows are in ascending order; None for none.
-        sample: That not all models have a row; empty if they have.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-    sorted_by: int | None
-    sample: str = ""
+    columns: Sequence[str]  # what stands above the cells
+    rows: Sequence[tuple[str, Sequence[Cell]]]  # name of a model and its cells
+    sorted_by: int | None  # column by whose values the rows are in ascending order; None for none
+    sample: str = ""  # that not all models have a row; empty if they have
 
     @property
     def page(self) -> Sequence[tuple[str, Sequence[Cell]]]:

@@ -20,17 +20,12 @@ _DIRECTIONS = {1: "rises", -1: "falls"}
 
 @dataclass(frozen=True)
 class Ranking:
-    """The table and what stands below it.
+    """The table and what stands below it."""
 
-    Attributes:
-        columns: What stands above the cells, and whether a first click puts the least on top.
-        rows: Label of a measure and its cells.
-        notes: Where intervals are missing, and why.
-    """
-
+    # what stands above the cells, and whether a first click puts the least on top
     columns: Sequence[tuple[str, bool]]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-    notes: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]  # label of a measure and its cells
+    notes: Sequence[str]  # where intervals are missing, and why
 
 
 def ranking_table(table: pd.DataFrame) -> Ranking:

@@ -32,17 +32,11 @@ class WorkItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Scorer:
-    """Does a work item: loads the model, evaluates the measure, never raises.
+    """Does a work item: loads the model, evaluates the measure, never raises."""
 
-    Args:
-        tasks: The zoo.
-        measures: By name.
-        seed: Of the measures' random choices.
-    """
-
-    tasks: Mapping[str, Task]
-    measures: Mapping[str, Measure]
-    seed: int
+    tasks: Mapping[str, Task]  # the zoo
+    measures: Mapping[str, Measure]  # by name
+    seed: int  # of the measures' random choices
 
     def __call__(self, item: WorkItem, device: str) -> Outcome:
         """The values, or the error, with where they come from."""

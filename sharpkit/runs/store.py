@@ -38,35 +38,21 @@ _CHECKED = ", ".join((*_KEY, "error", *_FACTS))
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one work item, one measure on one model.
+    """What became of one work item, one measure on one model."""
 
-    Attributes:
-        values: Setting -> value; empty if it failed.
-        error: What it failed with.
-        seconds: Wall time.
-        weights_hash: SHA-256 over the model's files.
-        weights_stamp: Their sizes and times.
-        data_hash: SHA-256 over the files of the data.
-        settings_hash: SHA-256 of everything else that determines the values.
-        device: Name of the processor or GPU.
-        dtype: Of the weights.
-        precision: Of float32 arithmetic, "full" or "tf32".
-        peak_memory: Bytes; of the GPU, or of the worker process.
-        environment: Versions and host, as JSON.
-    """
-
+    # setting -> value; empty if it failed
     values: Mapping[str, Estimate] = field(default_factory=dict)
-    error: str | None = None
-    seconds: float | None = None
-    weights_hash: str | None = None
-    weights_stamp: str | None = None
-    data_hash: str | None = None
-    settings_hash: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    precision: str | None = None
-    peak_memory: int | None = None
-    environment: str | None = None
+    error: str | None = None  # what it failed with
+    seconds: float | None = None  # wall time
+    weights_hash: str | None = None  # SHA-256 over the model's files
+    weights_stamp: str | None = None  # their sizes and times
+    data_hash: str | None = None  # SHA-256 over the files of the data
+    settings_hash: str | None = None  # SHA-256 of everything else that determines the values
+    device: str | None = None  # name of the processor or GPU
+    dtype: str | None = None  # of the weights
+    precision: str | None = None  # of float32 arithmetic, "full" or "tf32"
+    peak_memory: int | None = None  # bytes; of the GPU, or of the worker process
+    environment: str | None = None  # versions and host, as JSON
 
 
 class Store:

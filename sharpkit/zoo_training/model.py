@@ -22,19 +22,12 @@ from sharpkit.zoo_training.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A finished model, in types that pass between processes by value.
+    """A finished model, in types that pass between processes by value."""
 
-    Args:
-        config: Its config.json.
-        initial: Parameter name to value before training.
-        final: The same after training.
-        metrics: Accuracies, losses, the number of epochs and the attempt, from 0.
-    """
-
-    config: dict[str, Any]
-    initial: dict[str, NDArray[np.float32]]
-    final: dict[str, NDArray[np.float32]]
-    metrics: dict[str, float]
+    config: dict[str, Any]  # its config.json
+    initial: dict[str, NDArray[np.float32]]  # parameter name to value before training
+    final: dict[str, NDArray[np.float32]]  # the same after training
+    metrics: dict[str, float]  # accuracies, losses, the number of epochs and the attempt, from 0
 
 
 def train_model(

@@ -26,15 +26,10 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A training at an epoch.
-
-    Args:
-        run: The training.
-        epoch: After which the weights were kept.
-    """
+    """A training at an epoch."""
 
     run: Run
-    epoch: int
+    epoch: int  # after which the weights were kept
 
     @property
     def name(self) -> str:

@@ -22,21 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training."""
 
-    Args:
-        optimizer: "sgd" or "sam".
-        m: SAM's group size.
-        rho: SAM's radius.
-        lr: First learning rate.
-        seed: Of weights and training.
-    """
-
-    optimizer: str
-    m: int | None
-    rho: float | None
-    lr: float
-    seed: int
+    optimizer: str  # "sgd" or "sam"
+    m: int | None  # SAM's group size
+    rho: float | None  # SAM's radius
+    lr: float  # first learning rate
+    seed: int  # of weights and training
 
     @property
     def name(self) -> str:
@@ -47,15 +39,10 @@ class Run:
 
 @dataclass(frozen=True)
 class ArrayExamples:
-    """Training and test data as arrays, which pass between processes by value.
+    """Training and test data as arrays, which pass between processes by value."""
 
-    Args:
-        train: Inputs (n, ...) and labels (n,).
-        test: The same.
-    """
-
-    train: tuple[Any, Any]
-    test: tuple[Any, Any]
+    train: tuple[Any, Any]  # inputs (n, ...) and labels (n,)
+    test: tuple[Any, Any]  # the same
 
     @classmethod
     def of(cls, train: TensorDataset, test: TensorDataset) -> ArrayExamples:
