@@ -112,11 +112,7 @@ class DataSource:
     seed: int = 0
 
     def at(self, place: str) -> DataSource:
-        """The same data from another folder, or another data set.
-
-        Args:
-            place: A folder with the data set's files, or what `load_dataset` takes.
-        """
+        """The same data from another folder, or another data set."""
         if Path(place).is_dir() and not (Path(place) / "train").is_dir():
             return replace(self, root=place)
         return replace(self, name=place, root=None)

@@ -68,9 +68,6 @@ def claim(path: Path, config: Mapping[str, Any]) -> None:
 def read_claim(path: Path) -> dict[str, Any]:
     """What a run has noted of its configuration.
 
-    Args:
-        path: Of the JSON file.
-
     Raises:
         RunError: It cannot be read, or is no object.
     """

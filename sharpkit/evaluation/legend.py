@@ -45,10 +45,7 @@ _ENDS = {
 
 
 def legend(table: pd.DataFrame) -> pd.DataFrame:
-    """Meaning and unit of every column of a table of `evaluate`.
-
-    Args:
-        table: Of `evaluate`, `combine` or `rate_measures`.
+    """Meaning and unit of every column of a table of `evaluate`, `combine` or `rate_measures`.
 
     Returns:
         pandas.DataFrame: One row per column of `table`: column, meaning, unit. A column that is

@@ -82,14 +82,7 @@ class TaskContent:
 
 
 def task_content(name: str, results: Results, *, resamples: int, seed: int) -> TaskContent:
-    """What the page shows of one task.
-
-    Args:
-        name: Of the task.
-        results: Of the task.
-        resamples: Of the combined predictor's intervals.
-        seed: Of the same, and of the noise bands.
-    """
+    """What the page shows of one task."""
     grid = read_configs(results.configs)
     labels = [measure_label(key) for key in records(results.keys)]
     values, errors = (f.set_axis(labels, axis=1) for f in (results.values, results.errors))

@@ -61,9 +61,6 @@ def models_table(
         values: One row per model that has some, one column per measure, called by its label.
         errors: Their standard errors, alike.
         measures: The measure of each column, without its setting.
-        failures: Of the task: model, measure, error.
-        grid: All models.
-        configs: Of the task.
     """
     by_id = {normal_id(name): entry.get("metrics", {}) for name, entry in configs.items()}
     metrics = [name for name in _METRICS if any(_known(by_id[i].get(name)) for i in grid.ids)]

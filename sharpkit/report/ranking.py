@@ -29,11 +29,7 @@ class Ranking:
 
 
 def ranking_table(table: pd.DataFrame) -> Ranking:
-    """The statistics that the page shows, without those that no measure has.
-
-    Args:
-        table: Of one task, with a column label, in the order to show.
-    """
+    """The statistics that the page shows, without those that no measure has."""
     rows = records(table)
     columns: list[tuple[str, bool, list[Cell]]] = [
         ("models", False, [_models(row) for row in rows]),

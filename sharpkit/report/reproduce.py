@@ -23,12 +23,7 @@ _RECORDED = ("sharpkit", "torch", "numpy", "python", "platform", "host", "device
 
 
 def score_command(config: Mapping[str, Any], run: Path) -> str | None:
-    """The `sharpkit score` command of a run; None if only Python can express it.
-
-    Args:
-        config: Of the run.
-        run: Its directory.
-    """
+    """The `sharpkit score` command of a run; None if only Python can express it."""
     try:
         folders = {_parent(path) for path in config["tasks"].values()}
         measures = dict(config["measures"])
@@ -86,11 +81,7 @@ def _m_sharpness_options(own: Mapping[str, Any] | None) -> list[str] | None:
 
 
 def environments(provenance: pd.DataFrame) -> list[dict[str, str]]:
-    """The versions and machines that the results of a run were computed with, each once.
-
-    Args:
-        provenance: `Scores.provenance()`.
-    """
+    """The versions and machines that the results of a run were computed with, each once."""
     columns = [name for name in _RECORDED if name in provenance]
     found = provenance[columns].dropna(how="all").drop_duplicates()
     return [

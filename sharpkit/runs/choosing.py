@@ -31,13 +31,7 @@ Loaders = dict[str, Callable[[], nn.Module]]
 def zoo_models(
     zoo: Zoo, task: str | None, ids: Sequence[str], weights: Literal["final", "initial"] = "final"
 ) -> tuple[Loaders, TensorDataset]:
-    """Some models of a task by name, not yet loaded, and its training data.
-
-    Args:
-        zoo: With the task.
-        task: Its name; None for the only one.
-        ids: Of the models.
-        weights: After training, or before.
+    """Some models of a task (None for the only one), not yet loaded, and its training data.
 
     Raises:
         ArgumentError: If the zoo has no such task or model, or several tasks and none is named.
@@ -70,10 +64,8 @@ def checkpoint_models(
 ) -> tuple[Loaders, TensorDataset]:
     """Models of weight files by name, not yet loaded, and their training data.
 
-    Args:
-        checkpoints: Weight files, or runs of `sharpkit train`.
-        build: "module:callable" that builds the model; None for runs of `sharpkit train`.
-        data: An .npz file with x_train and y_train; None for the data those were trained on.
+    Runs of `sharpkit train` need neither `build` ("module:callable" that builds the model) nor
+    `data` (an .npz file with x_train and y_train).
 
     Raises:
         ArgumentError: If they were trained on different data, or `build` or `data` is missing.
@@ -105,14 +97,9 @@ def checkpoint_models(
 def score_tasks(
     zoo: Zoo, tasks: Sequence[str], measures: str, m_sharpness: MSharpness, **options: Any
 ) -> Scores:
-    """Score some tasks of a zoo with measures by name.
+    """Score tasks of a zoo by name, all for none; the options are those of `score_zoo`.
 
-    Args:
-        zoo: With the tasks.
-        tasks: Names; all of them for none.
-        measures: Comma-separated names, or "all": those that a model of these tasks can have.
-        m_sharpness: What the name "m_sharpness" stands for.
-        options: Of `score_zoo`.
+    Measures are comma-separated names, or "all": those that a model of these tasks can have.
 
     Raises:
         ArgumentError: An unknown task or measure, or a group larger than the examples.
@@ -134,11 +121,7 @@ def score_checkpoints(
     m_sharpness: MSharpness,
     **options: Any,
 ) -> Scores:
-    """Score weight files with measures by name; see `checkpoint_models` and `score_tasks`.
-
-    Args:
-        options: Of `score_models`.
-    """
+    """Score weight files; see `checkpoint_models`, `score_tasks`, and `score_models` for options."""
     models, train = checkpoint_models(checkpoints, build, data)
     suits = traits_of_models(models, train) if measures == "all" else {}
     test = trained_data(checkpoints[0])[1] if data is None else load_arrays(data, "test")

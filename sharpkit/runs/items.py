@@ -95,14 +95,7 @@ def pending(
 ) -> list[Key]:
     """The work items without a result, and those whose files have changed since.
 
-    Results whose files cannot be read any more are kept.
-
-    Args:
-        store: The run's results.
-        tasks: The zoo.
-        measures: By name.
-        limit: Only the first models of each task.
-        progress: Show a bar if files must be read.
+    Results whose files cannot be read any more are kept. `limit`: only the first models of a task.
     """
     data = {name: _data_hash(store, name, task) for name, task in tasks.items()}
     done, restamped = set[Key](), dict[Key, str]()

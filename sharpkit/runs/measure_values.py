@@ -24,9 +24,6 @@ _NOT_SETTINGS = ("task", "model", "value", "std_error")
 def measure_values(scores: Scores) -> dict[str, tuple[pd.DataFrame, pd.DataFrame]]:
     """The results of each task as a table with one row per model and one column per measure.
 
-    Args:
-        scores: Of a run.
-
     Returns:
         dict: Task -> keys and values. Row k of the keys says what column k of the values is:
         measure and its setting (m, rho, ...); the values' index are the model ids.

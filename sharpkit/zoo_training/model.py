@@ -46,12 +46,8 @@ def train_model(
     machine. The caller's random state stays.
 
     Args:
-        recipe: Architecture and training.
-        train: Inputs (n, c, h, w) float32 and labels (n,) int64 to fit.
-        test: The same for `test_acc` and `test_loss`.
         seed: Any number of non-negative integers.
         shipped_test: `shipped_test_acc` is the accuracy on that many test examples, from the first.
-        device: Where to train.
 
     Returns:
         TrainedModel: Config, weights before and after training, metrics.

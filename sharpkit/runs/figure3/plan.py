@@ -62,10 +62,7 @@ class Training:
                 self.settings(optimizer="sam", **first | {name: value})
 
     def settings(self, **varied: Any) -> FitSettings:
-        """Those of one training.
-
-        Args:
-            varied: optimizer, m, rho, lr and seed.
+        """Those of one training: its optimizer, m, rho, lr and seed, and what all have.
 
         Raises:
             ArgumentError: One is out of range.

@@ -40,15 +40,7 @@ class Snapshot:
 def measure(
     plan: Plan, examples: ArrayExamples, root: Path, snapshot: Snapshot, device: str
 ) -> tuple[SpectralDensity, dict[str, Any]]:
-    """The spectral density at a snapshot, and its row of spectra.csv.
-
-    Args:
-        plan: Of the figure.
-        examples: Of the trainings; the Hessian is of the training loss.
-        root: The figure's directory; the spectrum is in `spectra/<name>`.
-        snapshot: Which weights.
-        device: Where to compute.
-    """
+    """The spectral density of the training loss at a snapshot, and its row of spectra.csv."""
     run, wanted = snapshot.run, plan.spectra
     weights = root / "trainings" / run.name / f"epoch-{snapshot.epoch}.safetensors"
     result = spectrum(

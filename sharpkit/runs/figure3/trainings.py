@@ -90,13 +90,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a network, or read back one that is trained; its row of trainings.csv.
 
-    Args:
-        plan: Of the figure.
-        examples: To train and test with.
-        root: The figure's directory; the training is in `trainings/<name>`.
-        kept: Trainings whose weights at the epochs of the left panel are kept.
-        run: Which training.
-        device: Where.
+    Of the trainings in `kept`, the weights at the epochs of the left panel are kept.
     """
     result = fit(
         build(plan, examples, run.seed),

@@ -38,9 +38,6 @@ def check_heaps(path: Path) -> int:
 
     Other damage is left to the HDF5 library, which reports it. Reads the file once, without holes.
 
-    Args:
-        path: The file.
-
     Returns:
         int: Bytes of the largest object in a global heap, 0 if there is none: no text is longer.
 
