@@ -181,13 +181,10 @@ def bootstrap_interval(
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 12.
 
     Example:
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {"width": {"possible_values": [1, 2], "current_value": 1 + k % 2}},
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(20)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 1 + k % 2} for k in range(20)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(20)}
+        >>> configs = model_configs(settings, metrics)
         >>> values = {k: (k * 7) % 20 + 2 * k for k in range(20)}
         >>> interval = bootstrap_interval(values, configs, seed=0)
         >>> interval.low < interval.value < interval.high
@@ -259,13 +256,10 @@ def compare_measures(
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 15 and 16.
 
     Example:
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {"width": {"possible_values": [1, 2], "current_value": 1 + k % 2}},
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(20)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 1 + k % 2} for k in range(20)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(20)}
+        >>> configs = model_configs(settings, metrics)
         >>> good, bad = {k: k for k in range(20)}, {k: (k * 7) % 20 for k in range(20)}
         >>> compare_measures(good, bad, configs).p_value < 0.05
         True

@@ -114,16 +114,10 @@ def cmi_null(
 
     Example:
         >>> rng = np.random.default_rng(0)
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {
-        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
-        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2 % 2},
-        ...         },
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(32)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 8 * (1 + k % 2), "depth": 1 + k // 2 % 2} for k in range(32)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(32)}
+        >>> configs = model_configs(settings, metrics)
         >>> noise = cmi_null(dict(enumerate(rng.random(32))), configs, shuffles=99)
         >>> noise.value < noise.percentile_95
         True

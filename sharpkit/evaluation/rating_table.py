@@ -110,16 +110,10 @@ def rate_measures(
 
     Example:
         >>> import pandas as pd
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {
-        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
-        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2 % 2},
-        ...         },
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(16)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 8 * (1 + k % 2), "depth": 1 + k // 2 % 2} for k in range(16)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(16)}
+        >>> configs = model_configs(settings, metrics)
         >>> values = pd.DataFrame({"good": range(16), "bad": [(k * 7) % 16 for k in range(16)]})
         >>> rate_measures(values, configs, permutations=99)[["kendall_tau", "p_value"]]
               kendall_tau  p_value
@@ -208,16 +202,10 @@ def rate_by_hyperparameter(
 
     Example:
         >>> import pandas as pd
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {
-        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
-        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2 % 2},
-        ...         },
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(4)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 8 * (1 + k % 2), "depth": 1 + k // 2 % 2} for k in range(4)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(4)}
+        >>> configs = model_configs(settings, metrics)
         >>> values = pd.DataFrame({"odd": [0, 1, 0, 1]})
         >>> rate_by_hyperparameter(values, configs, resamples=9)["granulated_kendall"].to_dict()
         {('odd', 'width'): 1.0, ('odd', 'depth'): 0.0}

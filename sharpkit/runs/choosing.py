@@ -121,7 +121,7 @@ def score_checkpoints(
     m_sharpness: MSharpness,
     **options: Any,
 ) -> Scores:
-    """Score weight files; see `checkpoint_models`, `score_tasks`, and `score_models` for options."""
+    """Score weight files; see `checkpoint_models`, `score_tasks`; options are of `score_models`."""
     models, train = checkpoint_models(checkpoints, build, data)
     suits = traits_of_models(models, train) if measures == "all" else {}
     test = trained_data(checkpoints[0])[1] if data is None else load_arrays(data, "test")
