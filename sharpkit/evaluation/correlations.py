@@ -203,7 +203,7 @@ def tau_a(x: Floats, y: Floats) -> float:
     return round(tau_b * math.sqrt(untied[0]) * math.sqrt(untied[1])) / pairs
 
 
-def mean_ranks(values: Floats) -> Floats:
+def mean_ranks(values: Floats | Ints) -> Floats:
     """Ranks (models,) from 1, ties given their mean."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     ranks: Floats = (np.cumsum(count) - (count - 1) / 2)[place]

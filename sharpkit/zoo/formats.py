@@ -11,7 +11,6 @@ from sharpkit.display import readable
 from sharpkit.errors import SharpkitError, ZooFormatError
 from sharpkit.zoo.pgdl import EXPECTED, PgdlTask, pgdl_tasks
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
-from sharpkit.zoo.tables import tasks_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,5 +129,8 @@ class Zoo(Mapping[str, PgdlTask]):
         return len(self._tasks)
 
     def frame(self) -> pd.DataFrame:
-        """One row per task: task, models, path."""
-        return tasks_table(self)
+        """One row per task: task, models, path (or URL)."""
+        import pandas as pd
+
+        rows = [(task.name, len(task), task.location) for task in self.values()]
+        return pd.DataFrame(rows, columns=["task", "models", "path"])

@@ -19,9 +19,8 @@ from sharpkit.errors import ArgumentError, ZooFormatError
 from sharpkit.safe_text import printable
 from sharpkit.zoo.files import is_file, is_folder, list_directory, read_json
 from sharpkit.zoo.grid import check_grid, possible_values
-from sharpkit.zoo.pgdl.model import PgdlModel
+from sharpkit.zoo.pgdl.model import PgdlModel, models_table
 from sharpkit.zoo.remote import Mirror
-from sharpkit.zoo.tables import models_table
 from sharpkit.zoo.task import Split
 
 if TYPE_CHECKING:
