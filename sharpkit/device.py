@@ -10,9 +10,6 @@ from sharpkit.errors import ArgumentError
 def check_device(device: str | torch.device) -> None:
     """Raise ArgumentError unless this process can use the device.
 
-    Raises:
-        ArgumentError: There is no such device, or its driver is missing.
-
     Example:
         >>> check_device("gpu")
         Traceback (most recent call last):

@@ -99,11 +99,7 @@ def checked_list(values: Any, hint: Any, where: str) -> tuple[Any, ...]:
 
 
 def preset_path(name: str | Path, folder: Path) -> Path:
-    """The file of a preset, or the path as it is if it ends in .toml.
-
-    Raises:
-        ArgumentError: No such preset.
-    """
+    """The file of a preset, or a path that ends in .toml; ArgumentError if there is none."""
     if Path(name).suffix == ".toml":
         return Path(name)
     presets = {path.stem: path for path in sorted(folder.glob("*.toml"))}

@@ -67,10 +67,7 @@ def forget(figure: Figure) -> None:
 
 
 def picture_path(out: str | Path) -> Path:
-    """The file of a picture, .png where the name has no ending.
-
-    Raises:
-        ArgumentError: If pictures cannot be written in that format.
+    """The file of a picture, .png where the name has no ending; ArgumentError for an unknown one.
 
     Example:
         >>> picture_path("figure").name

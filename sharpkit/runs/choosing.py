@@ -49,11 +49,7 @@ def zoo_models(
 
 
 def chosen_tasks(zoo: Mapping[str, Task], names: Sequence[str]) -> dict[str, Task]:
-    """The tasks with these names, in the zoo's order; all of them for none.
-
-    Raises:
-        ArgumentError: If the zoo has no such task.
-    """
+    """The tasks with these names in the zoo's order, all for none; ArgumentError for another."""
     if unknown := set(names) - set(zoo):
         raise ArgumentError(f"no task {sorted(unknown)[0]!r}: the zoo has {_listed(zoo)}")
     return {name: task for name, task in zoo.items() if not names or name in names}

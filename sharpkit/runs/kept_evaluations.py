@@ -116,11 +116,7 @@ def _write(path: Path, digest: str, table: pd.DataFrame, messages: list[str]) ->
 
 
 def _read(path: Path, digest: str) -> pd.DataFrame:
-    """The table of the file.
-
-    Raises:
-        RunError: It cannot be read, or is of another question.
-    """
+    """The table of the file; RunError if it cannot be read, or is of another question."""
     import pandas as pd
 
     content = read_json(path, RunError)

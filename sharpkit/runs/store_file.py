@@ -43,11 +43,7 @@ ALTER TABLE items ADD COLUMN checksum TEXT;
 
 
 def open_to_write(path: Path | None) -> sqlite3.Connection:
-    """A connection to a store of today's version, created if needed; None for one in memory.
-
-    Raises:
-        RunError: If nothing can be written there.
-    """
+    """A store of today's version, created if needed; None for one in memory."""
     try:
         # a second process that opens the same run waits for the first
         db = sqlite3.connect(path if path else ":memory:", isolation_level=None, timeout=60)

@@ -62,11 +62,7 @@ class Training:
                 self.settings(optimizer="sam", **first | {name: value})
 
     def settings(self, **varied: Any) -> FitSettings:
-        """Those of one training: its optimizer, m, rho, lr and seed, and what all have.
-
-        Raises:
-            ArgumentError: One is out of range.
-        """
+        """Those of one training: its optimizer, m, rho, lr and seed, and what all have."""
         known = {field.name for field in fields(FitSettings)}
         same = {name: value for name, value in vars(self).items() if name in known}
         return FitSettings(**same | varied)
