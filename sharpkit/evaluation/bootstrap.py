@@ -200,18 +200,8 @@ def bootstrap_interval(
         float(part[0])
         for part in (rating.value, rating.low, rating.high, rating.std_error, rating.p_value)
     )
-    return Interval(
-        statistic,
-        value,
-        low,
-        high,
-        error if np.isfinite(value) else float("nan"),
-        confidence,
-        resamples,
-        len(grid),
-        p_value,
-        rating.notes[0],
-    )
+    numbers, note = (value, low, high, error if np.isfinite(value) else np.nan), rating.notes[0]
+    return Interval(statistic, *numbers, confidence, resamples, len(grid), p_value, note)
 
 
 def compare_measures(
@@ -279,23 +269,11 @@ def compare_measures(
         columns = columns * np.array(directions)
     weights = resample_weights(len(grid), resamples, seed)
     value, draws = observed_and_resampled(columns, grid, weights, (statistic,))[statistic]
-    difference = float(value[0] - value[1])
-    changes = draws[:, 0] - draws[:, 1]
+    numbers = float(value[0]), float(value[1]), float(value[0] - value[1])
+    changes, n = draws[:, 0] - draws[:, 1], len(grid)
     note = no_interval(statistic, grid, Environments())
-    low, high, p_value, note = difference_interval(difference, changes, confidence, len(grid), note)
-    return Comparison(
-        statistic,
-        float(value[0]),
-        float(value[1]),
-        difference,
-        low,
-        high,
-        p_value,
-        confidence,
-        resamples,
-        len(grid),
-        note,
-    )
+    low, high, p_value, note = difference_interval(numbers[2], changes, confidence, n, note)
+    return Comparison(statistic, *numbers, low, high, p_value, confidence, resamples, n, note)
 
 
 def difference_interval(

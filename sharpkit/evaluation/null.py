@@ -211,15 +211,9 @@ def _effects(grid: Grid) -> Floats:
 
 
 def _null(value: float, chance: Floats) -> CMINull:
-    mean = float(chance.mean())
-    return CMINull(
-        value,
-        mean,
-        float(np.quantile(chance, 0.95)),
-        float(p_values(np.array([value]), chance[:, None])[0]),
-        adjusted_for_noise(value, mean),
-        len(chance),
-    )
+    mean, high = float(chance.mean()), float(np.quantile(chance, 0.95))
+    p_value = float(p_values(np.array([value]), chance[:, None])[0])
+    return CMINull(value, mean, high, p_value, adjusted_for_noise(value, mean), len(chance))
 
 
 def _none(value: float, shuffles: int, note: str) -> CMINull:

@@ -31,10 +31,7 @@ def noise_bands(
 
     Args:
         values: Of the measures (models, measures); NaN where there is none.
-        grid: The models.
         table: One row per measure, of `evaluate`.
-        statistics: Which.
-        seed: Of the shuffles.
 
     Returns:
         DataFrame: Index of the table; statistic + _noise_low, _noise_mean, _noise_high.

@@ -61,14 +61,7 @@ def of_few(models: int, hyperparameters: int) -> list[str]:
 def of_order(
     values: pd.DataFrame, errors: pd.DataFrame, settings: pd.DataFrame, in_grid: bool
 ) -> list[str]:
-    """That sharpness may order models otherwise at another m or ρ, and where it does here.
-
-    Args:
-        values: One row per model, one column per measure, called by its label.
-        errors: Their standard errors.
-        settings: Measure, m and rho of each column; without an m there is nothing to say.
-        in_grid: Whether the models come from a grid of hyperparameters.
-    """
+    """That sharpness may order models otherwise at another m or ρ, and where it does here."""
     if len(values) < 2 or "m" not in settings or settings["m"].notna().sum() == 0:
         return []
     found: list[str] = []

@@ -20,15 +20,11 @@ Finder: TypeAlias = Callable[[Path, Mirror | None], tuple[list[PgdlTask], dict[s
 
 
 class Format(NamedTuple):
-    """A way to store a zoo.
+    """A way to store a zoo."""
 
-    Args:
-        find: Finds the tasks, without opening a file; finds nothing where the format is another.
-        expected: What it looks for, for the error where no format fits.
-    """
-
+    # finds the tasks, without opening a file; finds nothing where the format is another
     find: Finder
-    expected: str
+    expected: str  # what it looks for, for the error where no format fits
 
 
 FORMATS = {"PGDL": Format(pgdl_tasks, EXPECTED)}

@@ -47,9 +47,6 @@ _SHORTEST = 32  # bytes; an example is longer
 def read_records(path: str | Path) -> Iterator[bytes]:
     """The payloads of a TFRecord file in order, each with both checksums verified.
 
-    Yields:
-        bytes: One payload.
-
     Raises:
         ZooFormatError: The file is missing, truncated or corrupt; names the record and its offset.
 
