@@ -13,8 +13,7 @@ import numpy as np
 
 from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation.arguments import LEAST, check_resampling
-from sharpkit.evaluation.directions import check_direction
+from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
 from sharpkit.evaluation.grid import (
     Configs,
     Floats,

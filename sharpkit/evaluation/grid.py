@@ -217,10 +217,10 @@ def unique_ids(keys: Iterable[object], where: str) -> tuple[str, ...]:
     return ids
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
+def listed(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """The names as one phrase, shortened if there are many."""
-    more = "" if len(names) <= most else f" and {len(names) - most} more"
-    return ", ".join(map(str, names[:most])) + more
+    more = "" if len(names) <= most else f" and {len(names) - most:,} more"
+    return between.join(map(str, names[:most])) + more
 
 
 def _word(value: object, words: dict[object, str]) -> str:

@@ -158,12 +158,13 @@ def cmi_nulls(values: Floats, grid: Grid, shuffles: int, seed: int) -> dict[str,
 
     # of many models the shuffles of one measure share the cores instead
     each = in_threads if n <= MANY else lambda function, items: [function(i) for i in items]
+    nan = float("nan")
     for observed, chance in each(of_measure, list(values.T)):
         for k, name in enumerate(DEFINITIONS):
             value = float(observed[k][0])
             note = no_value(name, grid) if np.isnan(value) else few
             if chance is None or note:
-                found[name].append(_none(value, shuffles, note))
+                found[name].append(CMINull(value, nan, nan, nan, nan, shuffles, note))
             else:
                 found[name].append(_null(value, chance[k]))
     return found
@@ -214,11 +215,6 @@ def _null(value: float, chance: Floats) -> CMINull:
     mean, high = float(chance.mean()), float(np.quantile(chance, 0.95))
     p_value = float(p_values(np.array([value]), chance[:, None])[0])
     return CMINull(value, mean, high, p_value, adjusted_for_noise(value, mean), len(chance))
-
-
-def _none(value: float, shuffles: int, note: str) -> CMINull:
-    nan = float("nan")
-    return CMINull(value, nan, nan, nan, nan, shuffles, note)
 
 
 def no_value(definition: str, grid: Grid) -> str:

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation.arguments import LEAST, check_resampling
-from sharpkit.evaluation.directions import by_direction, check_direction
+from sharpkit.evaluation.arguments import LEAST, by_direction, check_direction, check_resampling
 from sharpkit.evaluation.grid import Configs, Floats, Measure, read_comparable
 from sharpkit.evaluation.shuffled_statistics import chance_statistics
 from sharpkit.evaluation.shuffles import random_orders

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sharpkit.evaluation.directions import by_direction
+from sharpkit.evaluation.arguments import by_direction
 from sharpkit.evaluation.grid import Floats, Grid
 from sharpkit.evaluation.intervals import (
     agree,

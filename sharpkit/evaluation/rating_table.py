@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation.arguments import LEAST, check_resampling
+from sharpkit.evaluation.arguments import LEAST, by_direction, check_direction, check_resampling
 from sharpkit.evaluation.cmi import DEFINITIONS, EXACT, set_name
-from sharpkit.evaluation.directions import by_direction, check_direction
 from sharpkit.evaluation.grid import (
     Bools,
     Configs,
@@ -134,7 +133,9 @@ def rate_measures(
     rows: list[dict[str, Any]] = [{} for _ in values.columns]
     zoo = read_configs(configs)
     for members, columns, grid in _by_models(values, zoo):
-        head = {"models": len(grid), "left_out": _left_out(zoo, grid)}
+        kept = set(grid.ids)
+        left_out = [name for name in zoo.ids if name not in kept]
+        head = {"models": len(grid), "left_out": listed(left_out)}
         if len(grid) < LEAST:
             for member in members:
                 note = f"all: fewer than {LEAST} models"
@@ -263,11 +264,6 @@ def _directions(
     for direction in found:
         check_direction(direction)
     return found
-
-
-def _left_out(zoo: Grid, grid: Grid) -> str:
-    kept = set(grid.ids)
-    return listed([name for name in zoo.ids if name not in kept])
 
 
 def _cells(name: str, rating: Rating, k: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from sharpkit.evaluation.number_of_draws import draws_note
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.evaluation.statistics import HEADLINES, TABLE
 from sharpkit.report import figures, notes
-from sharpkit.report.labels import decimal, measure_label, number, records
+from sharpkit.report.labels import decimal, interval_text, measure_label, number, records
 from sharpkit.report.limits import MEASURES, said
 from sharpkit.report.models import ModelsTable, models_table, percent_gap
 from sharpkit.report.noise import noise_bands
@@ -103,6 +103,7 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
         found["combined"], found["not_combined"] = _combined(
             values[list(table["label"])], results.configs, resamples, seed
         )
+    draws = "" if table is None else draws_note(table)
     scatter = scatter_data(values, table, grid, results.configs)
     shown = {
         "ranking": found["ranking"] is not None,
@@ -123,7 +124,7 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
             "Measures": str(len(labels)),
             "Gap": _gaps(grid, results.configs),
             "Examples": results.setting,
-            **_draws(table),
+            **({"Draws": draws.removeprefix("draws: ")} if draws else {}),
         },
         hyperparameters={
             name: in_order(levels) for name, levels in zip(grid.names, grid.levels, strict=True)
@@ -181,12 +182,6 @@ def _rated(
         "correlations": correlations,
         "mapped": said(best.shape[1], ranked.shape[1], "measures", "the best of the ranking"),
     }
-
-
-def _draws(table: pd.DataFrame | None) -> dict[str, str]:
-    """On how many draws the statistics of many models rest."""
-    note = "" if table is None else draws_note(table)
-    return {"Draws": note.removeprefix("draws: ")} if note else {}
 
 
 def _best_first(table: pd.DataFrame) -> pd.DataFrame:
@@ -264,20 +259,16 @@ def _combined(
 
 def _shown(found: CombinedPredictor) -> dict[str, Any]:
     heaviest = sorted(found.coefficients.items(), key=lambda item: -abs(item[1]))[:5]
+    none = "no interval"
     return {
         "measures": len(found.coefficients),
         "models": found.r_squared.models,
         "statistics": [
-            (TABLE[s.statistic].label, decimal(s.value), _ends(s.low, s.high))
+            (TABLE[s.statistic].label, decimal(s.value), interval_text(s.low, s.high) or none)
             for s in found.statistics
         ],
         "heaviest": [name for name, _ in heaviest],
     }
-
-
-def _ends(low: float, high: float) -> str:
-    known = np.isfinite(low) and np.isfinite(high)
-    return f"{decimal(low)} to {decimal(high)}" if known else "no interval"
 
 
 def _gaps(grid: Grid, configs: Mapping[str, Any]) -> str:

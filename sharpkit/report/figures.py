@@ -13,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sharpkit.evaluation.statistics import TABLE
-from sharpkit.report.labels import decimal, finite, number, plain
+from sharpkit.report.labels import finite, interval_text, number, plain
 from sharpkit.report.noise import ENDS
 
 if TYPE_CHECKING:
@@ -36,10 +36,7 @@ def ranking(table: pd.DataFrame, statistic: str, setting: str) -> str:
     places = list(range(len(rows)))
     labels = [plain(label) for label in rows["label"]]
     has = np.isfinite(low) & np.isfinite(high)
-    text = [
-        f"{decimal(a)} to {decimal(b)}" if c else "no interval"
-        for a, b, c in zip(low, high, has, strict=True)
-    ]
+    text = [interval_text(a, b) or "no interval" for a, b in zip(low, high, strict=True)]
     figure = go.Figure(layout=_layout(height=130 + _ROW * len(rows), kind="rows"))
     _add_noise_rows(figure, rows, statistic)
     figure.add_scatter(

@@ -81,6 +81,12 @@ def decimal(value: float) -> str:
     return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
 
 
+def interval_text(low: float, high: float) -> str:
+    """The ends of an interval; empty if there is none."""
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{decimal(low)} to {decimal(high)}" if known else ""
+
+
 def plain(text: Any) -> str:
     """Text for a figure, whose labels know some HTML: no part of it is taken as such.
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpkit.evaluation.arguments import LEAST
-from sharpkit.evaluation.directions import by_direction
+from sharpkit.evaluation.arguments import LEAST, by_direction
 from sharpkit.evaluation.grid import Floats, Grid
 from sharpkit.evaluation.shuffled_statistics import chance_statistics
 from sharpkit.evaluation.shuffles import random_orders

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sharpkit.evaluation.grid import listed
 from sharpkit.evaluation.statistics import TABLE, Statistic
-from sharpkit.report.labels import Cell, decimal, finite, given, number, records
+from sharpkit.report.labels import Cell, decimal, finite, given, interval_text, number, records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,8 +78,8 @@ def interval(row: Mapping[str, Any], statistic: str) -> str:
     value, low, high = (row[statistic + end] * factor for end in ("", "_low", "_high"))
     if not math.isfinite(value):
         return ""
-    if math.isfinite(low) and math.isfinite(high):
-        return f"{decimal(low)} to {decimal(high)}"
+    if shown := interval_text(low, high):
+        return shown
     return "no interval: " + reasons(row.get("interval_note")).get(statistic, "not defined")
 
 
@@ -133,11 +134,6 @@ def _interval_notes(rows: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> 
             found.setdefault((which, reason), []).append(str(row["label"]))
     return [
         f"No interval ({reason}): {which}"
-        + ("." if len(labels) == len(rows) else f", of {_listed(labels)}.")
+        + ("." if len(labels) == len(rows) else f", of {listed(labels, 6, '; ')}.")
         for (which, reason), labels in found.items()
     ]
-
-
-def _listed(labels: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return "; ".join(labels[:most]) + more

@@ -103,7 +103,8 @@ def score_tasks(
     selected = chosen_tasks(zoo, tasks)
     suits = traits_of_tasks(selected) if measures == "all" else {}
     chosen = chosen_measures(measures, m_sharpness, **suits)
-    n, largest = options.get("n"), max(_group_sizes(m_sharpness))
+    m = m_sharpness.m
+    n, largest = options.get("n"), m if isinstance(m, int) else max(m)
     if n is not None and largest > n and m_sharpness in chosen:
         raise ArgumentError(f"--m {largest} is larger than --n {n}: a group has m of n examples")
     return score_zoo(selected, chosen, **options)
@@ -150,10 +151,6 @@ def traits_of_models(models: Loaders, train: TensorDataset) -> dict[str, bool]:
             attention = has_attention(load())
             break
     return {"images": len(train[0][0].shape) == 3, "attention": attention, "recorded": False}
-
-
-def _group_sizes(measure: MSharpness) -> Sequence[int]:
-    return [measure.m] if isinstance(measure.m, int) else measure.m
 
 
 def _listed(names: Iterable[str]) -> str:
