@@ -13,7 +13,6 @@ from sharpkit.evaluation.statistics import TABLE
 
 LEAST = 3  # models that a statistic needs
 LEAST_CERTAIN = 12  # models that an interval or a null needs
-DIRECTIONS = (1, -1, None)
 
 
 def check_resampling(count: int, confidence: float = 0.95, statistic: str = "kendall_tau") -> None:
@@ -28,7 +27,7 @@ def check_resampling(count: int, confidence: float = 0.95, statistic: str = "ken
 
 def check_direction(direction: int | None, statistic: str = "kendall_tau") -> None:
     """Raise ArgumentError for a direction that is none, or None where one is needed."""
-    if direction not in DIRECTIONS:
+    if direction not in (1, -1, None):
         raise ArgumentError(f"direction = {direction!r}: expected 1, -1 or None")
     if direction is None and TABLE[statistic].lower_is_better:
         raise ArgumentError(f"{statistic} needs a direction: expected 1 or -1, got None")

@@ -11,12 +11,15 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharpkit.errors import ScoreError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -178,6 +181,12 @@ def read_measure(measure: Measure, grid: Grid) -> tuple[Floats, Bools]:
         present[row[name]] = value is not None
         values[row[name]] = np.nan if value is None else _number(name, value)
     return values, present
+
+
+def read_measures(values: pd.DataFrame, grid: Grid) -> Floats:
+    """Values (models, measures) of a table with a column per measure; see `read_measure`."""
+    columns = [read_measure(values.iloc[:, k], grid)[0] for k in range(values.shape[1])]
+    return np.stack(columns, axis=1) if columns else np.empty((len(grid), 0))
 
 
 def read_comparable(measure: Measure, configs: Configs, least: int = 2) -> tuple[Floats, Grid]:

@@ -18,7 +18,7 @@ from sharpkit.evaluation.grid import (
     Ints,
     listed,
     read_configs,
-    read_measure,
+    read_measures,
 )
 from sharpkit.evaluation.intervals import (
     interval_ends,
@@ -293,9 +293,7 @@ def _interval_note(notes: Mapping[str, str]) -> str:
 
 def _by_models(values: pd.DataFrame, grid: Grid) -> Iterator[tuple[Ints, Floats, Grid]]:
     """Columns that have a value for the same models: their numbers, values and these models."""
-    columns = np.full((len(grid), values.shape[1]), np.nan)
-    for k in range(values.shape[1]):
-        columns[:, k], _ = read_measure(values.iloc[:, k], grid)
+    columns = read_measures(values, grid)
     usable = ~np.isnan(columns) & ~np.isnan(grid.gap)[:, None]
     _check_enough(usable, values, grid)
     for models in np.unique(usable, axis=1).T:

@@ -67,8 +67,8 @@ def one_by_one(function: Callable[[Floats, Grid, Ints], float]) -> Computation:
         ...     x, y = (v > mean for v, mean in zip((values, grid.gap), means))
         ...     return np.average(x == y, weights=weights)
         >>> entry = Statistic("same_side", "same side of the mean", one_by_one(same_side), low=0.0)
-        >>> entry.title, entry.range
-        ('same side of the mean', (0.0, 1.0))
+        >>> entry.title, entry.low, entry.high
+        ('same side of the mean', 0.0, 1.0)
     """
 
     def of_draws(draws: Draws) -> OfMeasure:
@@ -119,11 +119,6 @@ class Statistic:
     # whether the report's table of measures has it, "page", and the text that `sharpkit evaluate`
     # prints, "summary"; figures and files have all
     shown: Collection[str] = ("page", "summary")
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Smallest and largest value."""
-        return self.low, self.high
 
     @property
     def factor(self) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from sharpkit.evaluation import CombinedPredictor, combined_predictor
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
 from sharpkit.evaluation.cmi import EXACT
-from sharpkit.evaluation.grid import Grid, read_configs, read_measure
+from sharpkit.evaluation.grid import Grid, read_configs, read_measure, read_measures
 from sharpkit.evaluation.number_of_draws import draws_note
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.evaluation.statistics import HEADLINES, TABLE
@@ -22,7 +22,7 @@ from sharpkit.report.limits import MEASURES, said
 from sharpkit.report.models import ModelsTable, models_table, percent_gap
 from sharpkit.report.noise import noise_bands
 from sharpkit.report.ranking import Ranking, ranking_table
-from sharpkit.report.scatter import columns_of, in_order, scatter_data
+from sharpkit.report.scatter import in_order, scatter_data
 from sharpkit.runs.measure_values import complete_measures
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
     grid = read_configs(results.configs)
     labels = [measure_label(key) for key in records(results.keys)]
     values, errors = (f.set_axis(labels, axis=1) for f in (results.values, results.errors))
-    columns = columns_of(values, grid)
+    columns = read_measures(values, grid)
     comparable = np.isfinite(columns) & np.isfinite(grid.gap)[:, None]
     most = int(comparable.sum(0).max(initial=0))
     varying = [grid.names[h] for h in grid.varying()]
@@ -155,7 +155,7 @@ def _rated(
     """All that rests on the evaluation."""
     ranked = values[list(table["label"])]
     usable = [s for s in TABLE if s in table and np.isfinite(table[s]).any()]
-    bands = noise_bands(columns_of(ranked, grid), grid, table, usable, seed)
+    bands = noise_bands(read_measures(ranked, grid), grid, table, usable, seed)
     table = table.join(bands[[c for c in bands if c not in table]])
     choices = {}
     if usable:

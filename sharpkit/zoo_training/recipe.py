@@ -126,14 +126,9 @@ class Recipe(TrainingSettings):
 
 _Layer = dict[str, Any]
 _LEAST = {
-    "width": 1,
-    "num_conv_blocks": 0,
-    "convs_per_block": 1,
-    "num_dense_layers": 0,
-    "dense_units": 1,
-    "m": 0,
-    "attempts": 1,
-}
+    "width": 1, "num_conv_blocks": 0, "convs_per_block": 1, "num_dense_layers": 0,
+    "dense_units": 1, "m": 0, "attempts": 1,
+}  # fmt: skip
 
 
 def _conv(filters: int, *, size: int = 3, **keywords: Any) -> _Layer:

@@ -22,11 +22,12 @@ from sharpkit.progress import progress_bar
 from sharpkit.run_directory import read_claim, refuse_another, sole_driver, write_claim
 from sharpkit.runs.evaluate import evaluate
 from sharpkit.runs.figure3.plan import Plan, read_plan
-from sharpkit.runs.figure3.spectra import Snapshot, measure
 from sharpkit.runs.figure3.trainings import (
     ArrayExamples,
     Run,
+    Snapshot,
     best_lr,
+    measure,
     sam_runs,
     sgd_runs,
     spectrum_runs,
