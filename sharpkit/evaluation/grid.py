@@ -210,7 +210,6 @@ def read_comparable(measure: Measure, configs: Configs, least: int = 2) -> tuple
         warnings.warn(
             f"{len(left_out)} of {len(grid)} models have no value or no gap and are left out: "
             f"{listed(left_out)}",
-            UserWarning,
             stacklevel=3,
         )
     return values[usable], grid.take(usable)

@@ -151,8 +151,7 @@ def train_zoo(
     _check(grid, train, test)
     trainers = on_one_thread(workers)
     shipped = len(test) if shipped_test is None else min(shipped_test, len(test))
-    combined = (dict(zip(grid, values, strict=True)) for values in product(*grid.values()))
-    settings = {str(i): setting for i, setting in enumerate(combined)}
+    settings = {str(i): setting for i, setting in enumerate(_settings(grid))}
     recipes = {i: replace(recipe, **setting) for i, setting in settings.items()}
     wanted = list(recipes)[:limit]
     plan = {
@@ -250,6 +249,10 @@ def _write(
         possible_values=possible,
         metrics=trained.metrics,
     )
+
+
+def _settings(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
 def _check(grid: Mapping[str, Sequence[Any]], train: TensorDataset, test: TensorDataset) -> None:
