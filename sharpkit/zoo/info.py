@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,10 +70,10 @@ def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
     return frame.astype(counts)
 
 
-def _told(problems: list[str], check: Callable[..., Iterable[str] | None], *given: Any) -> None:
+def _told(problems: list[str], check: Callable[..., list[str]], *given: Any) -> None:
     """Add what a check finds or raises."""
     try:
-        problems += check(*given) or ()
+        problems += check(*given)
     except SharpkitError as error:
         problems.append(str(error))
 
