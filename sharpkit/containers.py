@@ -84,12 +84,7 @@ class Expanded:
 
 @contextmanager
 def open_expanded(path: Path, error: type[SharpkitError]) -> Iterator[Expanded]:
-    """A file to be read in pieces, decompressed if it is gzip; inside `reading`.
-
-    Args:
-        path: The file.
-        error: What is raised for more content than its size allows.
-    """
+    """A file to be read in pieces, decompressed if it is gzip; inside `reading`."""
     with open_regular(path) as file:
         stored = os.fstat(file.fileno()).st_size
         packed = file.read(2) == b"\x1f\x8b"
@@ -102,12 +97,7 @@ def open_expanded(path: Path, error: type[SharpkitError]) -> Iterator[Expanded]:
 
 
 class Inflated:
-    """A zlib stream inside a file, decompressed piece by piece.
-
-    Args:
-        file: Where the stream is, at its start.
-        size: Its compressed bytes.
-    """
+    """A zlib stream inside a file, decompressed piece by piece."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file, self._left, self._stream = file, size, zlib.decompressobj()
@@ -133,11 +123,6 @@ def open_zip(
     """A zip archive with a list of members that is not too long; inside `reading`.
 
     Before members are read, `require_sizes` looks at what they state.
-
-    Args:
-        path: The file.
-        error: What is raised for a longer list.
-        max_bytes: A larger file is refused.
     """
     with open_regular(path, max_bytes) as file:
         if (size := _directory_size(file)) > MAX_DIRECTORY_BYTES:
@@ -152,14 +137,7 @@ def open_zip(
 def require_sizes(
     where: object, members: Iterable[zipfile.ZipInfo], stored: int, error: type[SharpkitError]
 ) -> None:
-    """Refuse members that are compressed otherwise, or state more bytes than may come of them.
-
-    Args:
-        where: The archive, for errors.
-        members: Those that are to be read.
-        stored: Bytes of the archive.
-        error: What is raised.
-    """
+    """Refuse members that are compressed otherwise, or state more bytes than may come of them."""
     total = 0
     for member in members:
         total += member.file_size

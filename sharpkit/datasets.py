@@ -94,29 +94,19 @@ def load_dataset(name: str | Path, *, root: str | Path | None = None) -> Pair:
 class DataSource:
     """Where the examples come from.
 
-    Args:
-        name: As for `load_dataset`.
-        root: The folder that has the files; None for the data set's own place.
-        train_size: Training examples, a seeded choice; None for all.
-        seed: Of the choice.
-
     Example:
         >>> train, test = DataSource("embedded", train_size=100).load()
         >>> len(train), len(test)
         (100, 2000)
     """
 
-    name: str
-    root: str | None = None
-    train_size: int | None = None
-    seed: int = 0
+    name: str  # as for `load_dataset`
+    root: str | None = None  # the folder that has the files; None for the data set's own place
+    train_size: int | None = None  # training examples, a seeded choice; None for all
+    seed: int = 0  # of the choice
 
     def at(self, place: str) -> DataSource:
-        """The same data from another folder, or another data set.
-
-        Args:
-            place: A folder with the data set's files, or what `load_dataset` takes.
-        """
+        """The same data from another folder, or another data set."""
         if Path(place).is_dir() and not (Path(place) / "train").is_dir():
             return replace(self, root=place)
         return replace(self, name=place, root=None)

@@ -10,12 +10,6 @@ from sharpkit.errors import ArgumentError
 def check_device(device: str | torch.device) -> None:
     """Raise ArgumentError unless this process can use the device.
 
-    Args:
-        device: Such as "cpu", "cuda" or "cuda:1".
-
-    Raises:
-        ArgumentError: There is no such device, or its driver is missing.
-
     Example:
         >>> check_device("gpu")
         Traceback (most recent call last):

@@ -105,13 +105,7 @@ def allowed_expansion(stored: int) -> int:
 
 
 def read_json(path: Path, error: type[SharpkitError], max_bytes: int = MAX_JSON_BYTES) -> Any:
-    """The content of a JSON file.
-
-    Args:
-        path: The file.
-        error: What is raised if it cannot be used.
-        max_bytes: A larger file is refused before it is read.
-    """
+    """The content of a JSON file; one of more bytes is refused before it is read."""
     with reading(path, error, "a JSON file"):
         return parse_json(path, read_regular(path, max_bytes), error)
 

@@ -36,13 +36,6 @@ def fetch_file(
     A broken connection is retried and continued, within a call and from one call to the next. If
     the file on the server has changed in between, the download starts over.
 
-    Args:
-        url: Where it is.
-        path: Where to put it.
-        size: Its exact size in bytes.
-        sha256: Its checksum; a file that has another one is removed.
-        progress: Show a progress bar.
-
     Raises:
         DownloadError: The server refuses or stays unreachable, or the file is another one.
     """

@@ -39,10 +39,6 @@ def cache_folder() -> Path:
 def open_regular(path: Path, max_bytes: int = MAX_BYTES) -> Iterator[BufferedReader]:
     """An ordinary file, opened to read its bytes; nothing that could block or never end.
 
-    Args:
-        path: The file.
-        max_bytes: A larger one is refused before anything is read.
-
     Raises:
         OSError: It cannot be opened, is a pipe, a device or the like, or is larger.
     """
@@ -131,12 +127,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_csv(table: pd.DataFrame, path: Path, *, digits: str | None = None) -> None:
-    """Write a table as CSV in one step, its text made safe for spreadsheets.
+    """Write a table without its index as CSV in one step, its text made safe for spreadsheets.
 
-    Args:
-        table: Without its index.
-        path: The file.
-        digits: Format of numbers, such as "%.6g"; None for all digits.
+    `digits` is the format of numbers, such as "%.6g"; None for all digits.
 
     Example:
         >>> import pandas as pd, tempfile

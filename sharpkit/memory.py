@@ -53,9 +53,9 @@ def allowed_memory(device: torch.device) -> int | None:
     return _allowed.get(device.type)
 
 
-def process_status(name: str) -> int:
-    """Bytes of one line of the process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def process_status(name: str, file: str = "/proc/self/status") -> int:
+    """Bytes of one line of the process's status, or of another file of the system."""
+    lines = Path(file).read_text().splitlines()
     return next(int(x.split()[1]) for x in lines if x.startswith(f"{name}:")) * 1024
 
 
@@ -83,13 +83,9 @@ def _left_of_limits(device: torch.device) -> int | None:
 
 def _system_memory() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
+        return process_status("MemAvailable", "/proc/meminfo")
+    except (OSError, StopIteration):
         return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def _container_memory() -> int | None:

@@ -18,10 +18,6 @@ def progress_bar(*, progress: bool, **options: Any) -> tqdm[Any]:
 
     In a file or pipe it is a line at most every 30 seconds; what is done before then has none.
 
-    Args:
-        progress: Whether to show anything.
-        options: Of tqdm, such as `iterable` or `total`.
-
     Example:
         >>> with progress_bar(progress=False, total=3) as bar:
         ...     bar.update()

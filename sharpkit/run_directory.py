@@ -53,11 +53,7 @@ def sole_driver(run: Path | None) -> Iterator[None]:
 
 
 def claim(path: Path, config: Mapping[str, Any]) -> None:
-    """Note in a JSON file what a directory is for, or refuse one that is for something else.
-
-    Raises:
-        RunError: The file is damaged, or has another configuration.
-    """
+    """Note in a JSON file what a directory is for; RunError if it is for something else."""
     config = json.loads(json.dumps(config))
     if path.exists():
         refuse_another(read_claim(path), config, path)
@@ -66,14 +62,7 @@ def claim(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_claim(path: Path) -> dict[str, Any]:
-    """What a run has noted of its configuration.
-
-    Args:
-        path: Of the JSON file.
-
-    Raises:
-        RunError: It cannot be read, or is no object.
-    """
+    """What a run has noted of its configuration; RunError if it cannot be read, or is no object."""
     where = f"{path} is damaged; delete it, or choose another directory"
     with reading(where, RunError, "a JSON file"):
         content = parse_json(where, read_regular(path, MAX_CONFIG_BYTES), RunError)

@@ -13,10 +13,6 @@ def printable(text: str, *, keep: str = "") -> str:
     Escape sequences, line ends, marks that reverse the direction of writing, and bytes that are no
     UTF-8 become what Python writes for them.
 
-    Args:
-        text: Any.
-        keep: Characters that stay as they are, such as line ends.
-
     Example:
         >>> print(printable("task\x1b[2J, größer\n"))
         task\x1b[2J, größer\n

@@ -18,11 +18,6 @@ _LARGEST = 10**308  # a larger integer may have no float
 def from_table(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     """A dataclass from a table of a TOML file; tables inside become the dataclasses of its fields.
 
-    Args:
-        cls: A dataclass whose fields have types that `checked` knows.
-        table: Field to value; those with a default may be left out.
-        where: File and table, for errors.
-
     Raises:
         ArgumentError: A name that is not a field, a field missing, a value of the wrong type or
             outside its range; names file, field, what was found and expected.
@@ -104,15 +99,7 @@ def checked_list(values: Any, hint: Any, where: str) -> tuple[Any, ...]:
 
 
 def preset_path(name: str | Path, folder: Path) -> Path:
-    """The file of a preset, or the path as it is if it ends in .toml.
-
-    Args:
-        name: Of a preset, or a path.
-        folder: Has the presets, `<name>.toml`.
-
-    Raises:
-        ArgumentError: No such preset.
-    """
+    """The file of a preset, or a path that ends in .toml; ArgumentError if there is none."""
     if Path(name).suffix == ".toml":
         return Path(name)
     presets = {path.stem: path for path in sorted(folder.glob("*.toml"))}

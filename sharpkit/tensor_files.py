@@ -29,11 +29,6 @@ _PLAIN = {f"{m} {name}" for m in ("builtins", "__builtin__") for name in ("set",
 def read_safetensors(path: Path, where: str, error: type[SharpkitError]) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, on the CPU.
 
-    Args:
-        path: The file.
-        where: The file and what is wrong with it, for errors.
-        error: What is raised if it cannot be read.
-
     Example:
         >>> import tempfile
         >>> from safetensors.torch import save_file
@@ -68,11 +63,6 @@ def read_torch(path: Path, where: str, error: type[SharpkitError]) -> Any:
 
     Nothing that the file names is run but what makes tensors. Containers are nested no deeper, and
     tensors have no more bytes, than a file of this size needs.
-
-    Args:
-        path: The file.
-        where: The file and what is wrong with it, for errors.
-        error: What is raised if it cannot be read.
 
     Example:
         >>> import tempfile

@@ -21,7 +21,7 @@ from sharpkit.files import atomic_path, disk_errors, read_regular, write_csv
 from sharpkit.plot.canvas import new_figure, save
 from sharpkit.run_directory import read_claim, sole_driver
 from sharpkit.runs.checkpoints import load_arrays
-from sharpkit.runs.tables import write_scores
+from sharpkit.runs.scores import write_scores
 from sharpkit.runs.trained import load_trained
 from sharpkit.tensor_files import read_safetensors, read_torch
 from sharpkit.zoo.files import read_json

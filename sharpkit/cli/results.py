@@ -50,7 +50,7 @@ def evaluate(run: Path, target: str | None, **options: Any) -> None:
     Example:
       sharpkit evaluate runs/task1
     """
-    from sharpkit.runs.evaluation_files import write_evaluation
+    from sharpkit.runs.summary import write_evaluation
 
     say(write_evaluation(run, target, **options))
 

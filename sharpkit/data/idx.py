@@ -20,9 +20,6 @@ _BYTE = 0x08  # the element type of every file of the MNIST family
 def read_idx(path: str | Path) -> NDArray[np.uint8]:
     """The array of bytes in an IDX file, the format of MNIST and its relatives.
 
-    Args:
-        path: The file, gzip-compressed or not.
-
     Returns:
         ndarray: uint8, in the shape that the file states.
 

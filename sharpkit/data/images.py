@@ -36,10 +36,6 @@ def normalised(train: Split, test: Split) -> tuple[TensorDataset, TensorDataset]
     Mean and standard deviation come from counts of the 256 values, in float64, so they are exact;
     the test images are shifted and scaled by the same numbers. A constant channel becomes 0.
 
-    Args:
-        train: Images (n, c, h, w) uint8 and labels (n,).
-        test: The same.
-
     Returns:
         tuple: Inputs (n, c, h, w) float32, labels (n,) int64.
 
@@ -73,10 +69,8 @@ def read_image_tree(path: Path) -> tuple[Split, Split]:
     """Images in `train/<class>/*` and `test/<class>/*` of a folder or zip archive.
 
     Classes are numbered in alphabetical order, images come in the order of their paths. Grey
-    images have one channel, all others become RGB. An archive is read without being unpacked.
-
-    Args:
-        path: The folder or .zip file; everything may be inside one more folder.
+    images have one channel, all others become RGB. An archive is read without being unpacked, and
+    everything may be inside one more folder.
 
     Returns:
         tuple: (images, labels) for training and for test.

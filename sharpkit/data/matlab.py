@@ -41,11 +41,6 @@ def read_matlab(
 ) -> dict[str, NDArray[Any]]:
     """Those of the named matrices that a .mat file has, if they are real numbers.
 
-    Args:
-        path: The file.
-        names: Of the matrices; others are passed over.
-        error: What is raised if it cannot be read.
-
     Returns:
         dict: Name to array, in the matrix's own type and at least of two dimensions.
 

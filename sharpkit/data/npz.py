@@ -28,12 +28,7 @@ _HEADER = re.compile(
 def read_npz(
     path: Path, names: Collection[str], error: type[SharpkitError]
 ) -> dict[str, NDArray[Any]]:
-    """Those of the named arrays that an .npz file has.
-
-    Args:
-        path: The file.
-        names: Of the arrays; others are not looked at.
-        error: What is raised if it cannot be read.
+    """Those of the named arrays that an .npz file has; others are not looked at.
 
     Example:
         >>> import tempfile

@@ -19,9 +19,6 @@ def read_values(read: Callable[[int], bytes], count: int, dtype: np.dtype[Any]) 
         count: How many values; the caller has compared it with what the file may hold.
         dtype: Of the values in the file.
 
-    Returns:
-        ndarray: Shape (count,).
-
     Raises:
         ValueError: The file ends before.
 

@@ -1,11 +1,7 @@
 """How well measures predict generalization: statistics, their intervals, and what noise has."""
 
-from sharpkit.evaluation.bootstrap import (
-    Comparison,
-    Interval,
-    bootstrap_interval,
-    compare_measures,
-)
+from sharpkit.evaluation.arguments import expected_direction
+from sharpkit.evaluation.bootstrap import Comparison, Interval, bootstrap_interval, compare_measures
 from sharpkit.evaluation.cmi import CMIResult, conditional_mutual_information
 from sharpkit.evaluation.correlations import (
     GranulatedKendall,
@@ -14,7 +10,6 @@ from sharpkit.evaluation.correlations import (
     pearson,
     spearman,
 )
-from sharpkit.evaluation.directions import expected_direction
 from sharpkit.evaluation.null import CMINull, cmi_null
 from sharpkit.evaluation.permutation import holm, permutation_p_value
 from sharpkit.evaluation.rating_table import rate_by_hyperparameter, rate_measures

@@ -13,8 +13,7 @@ import numpy as np
 
 from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation.arguments import LEAST, check_resampling
-from sharpkit.evaluation.directions import check_direction
+from sharpkit.evaluation.arguments import LEAST, check_direction, check_resampling
 from sharpkit.evaluation.grid import (
     Configs,
     Floats,
@@ -181,13 +180,10 @@ def bootstrap_interval(
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 6 and 12.
 
     Example:
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {"width": {"possible_values": [1, 2], "current_value": 1 + k % 2}},
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(20)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 1 + k % 2} for k in range(20)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(20)}
+        >>> configs = model_configs(settings, metrics)
         >>> values = {k: (k * 7) % 20 + 2 * k for k in range(20)}
         >>> interval = bootstrap_interval(values, configs, seed=0)
         >>> interval.low < interval.value < interval.high
@@ -203,18 +199,8 @@ def bootstrap_interval(
         float(part[0])
         for part in (rating.value, rating.low, rating.high, rating.std_error, rating.p_value)
     )
-    return Interval(
-        statistic,
-        value,
-        low,
-        high,
-        error if np.isfinite(value) else float("nan"),
-        confidence,
-        resamples,
-        len(grid),
-        p_value,
-        rating.notes[0],
-    )
+    numbers, note = (value, low, high, error if np.isfinite(value) else np.nan), rating.notes[0]
+    return Interval(statistic, *numbers, confidence, resamples, len(grid), p_value, note)
 
 
 def compare_measures(
@@ -259,13 +245,10 @@ def compare_measures(
         Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 15 and 16.
 
     Example:
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {"width": {"possible_values": [1, 2], "current_value": 1 + k % 2}},
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(20)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 1 + k % 2} for k in range(20)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(20)}
+        >>> configs = model_configs(settings, metrics)
         >>> good, bad = {k: k for k in range(20)}, {k: (k * 7) % 20 for k in range(20)}
         >>> compare_measures(good, bad, configs).p_value < 0.05
         True
@@ -285,23 +268,11 @@ def compare_measures(
         columns = columns * np.array(directions)
     weights = resample_weights(len(grid), resamples, seed)
     value, draws = observed_and_resampled(columns, grid, weights, (statistic,))[statistic]
-    difference = float(value[0] - value[1])
-    changes = draws[:, 0] - draws[:, 1]
+    numbers = float(value[0]), float(value[1]), float(value[0] - value[1])
+    changes, n = draws[:, 0] - draws[:, 1], len(grid)
     note = no_interval(statistic, grid, Environments())
-    low, high, p_value, note = difference_interval(difference, changes, confidence, len(grid), note)
-    return Comparison(
-        statistic,
-        float(value[0]),
-        float(value[1]),
-        difference,
-        low,
-        high,
-        p_value,
-        confidence,
-        resamples,
-        len(grid),
-        note,
-    )
+    low, high, p_value, note = difference_interval(numbers[2], changes, confidence, n, note)
+    return Comparison(statistic, *numbers, low, high, p_value, confidence, resamples, n, note)
 
 
 def difference_interval(

@@ -202,7 +202,6 @@ def cmi_jiang(values: Floats, grid: Grid) -> CMIResult:
         warnings.warn(
             f"given {listed(undefined)} the gaps leave nothing to predict (zero entropy): such "
             "sets have no score and are passed over",
-            UserWarning,
             stacklevel=3,
         )
     if not defined:
@@ -261,7 +260,6 @@ def _warn_of_outcome(score: float, empty: Sequence[str], skipped: int, grid: Gri
         warnings.warn(
             f"the pgdl definition skips up to {skipped} of {len(grid) ** 2} pairs, whose "
             "hyperparameter values are missing or not among possible_values",
-            UserWarning,
             stacklevel=4,
         )
     if empty:
@@ -269,14 +267,12 @@ def _warn_of_outcome(score: float, empty: Sequence[str], skipped: int, grid: Gri
         warnings.warn(
             f"conditioning sets {listed(empty)} have empty cells, so the pgdl definition scores "
             f"them NaN; the minimum is {outcome}",
-            UserWarning,
             stacklevel=4,
         )
     if math.isinf(score):
         warnings.warn(
             f"{len(grid.names)} hyperparameter(s) make no pair to condition on: the pgdl score is "
             "infinite",
-            UserWarning,
             stacklevel=4,
         )
 

@@ -83,20 +83,13 @@ class ConditioningSets:
 
 @dataclass(frozen=True)
 class Compared:
-    """Which models are compared: what neither a measure nor the weights of the models change.
+    """Which models are compared: what neither a measure nor the weights of the models change."""
 
-    Attributes:
-        grid: The models.
-        columns: Hyperparameters of which a pair of models may differ in one.
-        environments: What the sign-errors count.
-        definitions: Of a mutual information, those that are asked for.
-        drawn_together: Draw sign-errors together, see `resampled_formulas.drawn_together`.
-    """
-
-    grid: Grid
-    columns: Sequence[int]
-    environments: Environments
-    definitions: Collection[str] = ()
+    grid: Grid  # the models
+    columns: Sequence[int]  # hyperparameters of which a pair of models may differ in one
+    environments: Environments  # what the sign-errors count
+    definitions: Collection[str] = ()  # of a mutual information, those that are asked for
+    # draw sign-errors together, see `resampled_formulas.drawn_together`
     drawn_together: bool = False
 
     @functools.cached_property

@@ -166,16 +166,10 @@ def granulated_kendall(measure: Measure, configs: Configs) -> GranulatedKendall:
         Jiang et al., ICLR 2020, arXiv:1912.02178, equations 6 and 7.
 
     Example:
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {
-        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
-        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2},
-        ...         },
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(4)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 8 * (1 + k % 2), "depth": 1 + k // 2} for k in range(4)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(4)}
+        >>> configs = model_configs(settings, metrics)
         >>> result = granulated_kendall({0: 1.0, 1: 3.0, 2: 2.0, 3: 0.0}, configs)
         >>> result.per_hyperparameter
         {'width': 0.0, 'depth': 0.0}
@@ -209,7 +203,7 @@ def tau_a(x: Floats, y: Floats) -> float:
     return round(tau_b * math.sqrt(untied[0]) * math.sqrt(untied[1])) / pairs
 
 
-def mean_ranks(values: Floats) -> Floats:
+def mean_ranks(values: Floats | Ints) -> Floats:
     """Ranks (models,) from 1, ties given their mean."""
     _, place, count = np.unique(values, return_inverse=True, return_counts=True)
     ranks: Floats = (np.cumsum(count) - (count - 1) / 2)[place]

@@ -11,12 +11,15 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharpkit.errors import ScoreError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -180,6 +183,12 @@ def read_measure(measure: Measure, grid: Grid) -> tuple[Floats, Bools]:
     return values, present
 
 
+def read_measures(values: pd.DataFrame, grid: Grid) -> Floats:
+    """Values (models, measures) of a table with a column per measure; see `read_measure`."""
+    columns = [read_measure(values.iloc[:, k], grid)[0] for k in range(values.shape[1])]
+    return np.stack(columns, axis=1) if columns else np.empty((len(grid), 0))
+
+
 def read_comparable(measure: Measure, configs: Configs, least: int = 2) -> tuple[Floats, Grid]:
     """Values and grid of the models that can be compared: value and gap present, neither NaN.
 
@@ -201,7 +210,6 @@ def read_comparable(measure: Measure, configs: Configs, least: int = 2) -> tuple
         warnings.warn(
             f"{len(left_out)} of {len(grid)} models have no value or no gap and are left out: "
             f"{listed(left_out)}",
-            UserWarning,
             stacklevel=3,
         )
     return values[usable], grid.take(usable)
@@ -217,10 +225,10 @@ def unique_ids(keys: Iterable[object], where: str) -> tuple[str, ...]:
     return ids
 
 
-def listed(names: Sequence[str], most: int = 8) -> str:
+def listed(names: Sequence[str], most: int = 8, between: str = ", ") -> str:
     """The names as one phrase, shortened if there are many."""
-    more = "" if len(names) <= most else f" and {len(names) - most} more"
-    return ", ".join(map(str, names[:most])) + more
+    more = "" if len(names) <= most else f" and {len(names) - most:,} more"
+    return between.join(map(str, names[:most])) + more
 
 
 def _word(value: object, words: dict[object, str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,10 +45,7 @@ _ENDS = {
 
 
 def legend(table: pd.DataFrame) -> pd.DataFrame:
-    """Meaning and unit of every column of a table of `evaluate`.
-
-    Args:
-        table: Of `evaluate`, `combine` or `rate_measures`.
+    """Meaning and unit of every column of a table of `evaluate`, `combine` or `rate_measures`.
 
     Returns:
         pandas.DataFrame: One row per column of `table`: column, meaning, unit. A column that is
@@ -71,19 +69,18 @@ def legend_path(path: Path) -> Path:
 
 def write_with_legend(table: pd.DataFrame, path: Path) -> None:
     """Write a table of `evaluate` with six digits, and the meaning of its columns beside it."""
-    whole = {name: table[name].astype("Int64") for name in ("m", "n") if _is_whole(table, name)}
-    write_csv(table.assign(**whole), path, digits=_DIGITS)
+    write_csv(in_whole_numbers(table, "m", "n"), path, digits=_DIGITS)
     write_csv(legend(table), legend_path(path))
 
 
-def _is_whole(table: pd.DataFrame, name: str) -> bool:
-    if name not in table:
-        return False
-    try:
-        numbers = table[name].dropna().astype(float)
-    except (TypeError, ValueError):
-        return False
-    return bool((numbers % 1 == 0).all())
+def in_whole_numbers(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """A table with integers in those of the columns where gaps have made floats of them."""
+    whole = {}
+    for name in table.columns.intersection(list(columns)):
+        with suppress(TypeError, ValueError):
+            if (table[name].dropna().astype(float) % 1 == 0).all():
+                whole[name] = table[name].astype("Int64")
+    return table.assign(**whole)
 
 
 def _described(column: str) -> tuple[str, str]:

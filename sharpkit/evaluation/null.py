@@ -114,16 +114,10 @@ def cmi_null(
 
     Example:
         >>> rng = np.random.default_rng(0)
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {
-        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
-        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2 % 2},
-        ...         },
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(32)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 8 * (1 + k % 2), "depth": 1 + k // 2 % 2} for k in range(32)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(32)}
+        >>> configs = model_configs(settings, metrics)
         >>> noise = cmi_null(dict(enumerate(rng.random(32))), configs, shuffles=99)
         >>> noise.value < noise.percentile_95
         True
@@ -164,12 +158,13 @@ def cmi_nulls(values: Floats, grid: Grid, shuffles: int, seed: int) -> dict[str,
 
     # of many models the shuffles of one measure share the cores instead
     each = in_threads if n <= MANY else lambda function, items: [function(i) for i in items]
+    nan = float("nan")
     for observed, chance in each(of_measure, list(values.T)):
         for k, name in enumerate(DEFINITIONS):
             value = float(observed[k][0])
             note = no_value(name, grid) if np.isnan(value) else few
             if chance is None or note:
-                found[name].append(_none(value, shuffles, note))
+                found[name].append(CMINull(value, nan, nan, nan, nan, shuffles, note))
             else:
                 found[name].append(_null(value, chance[k]))
     return found
@@ -217,20 +212,9 @@ def _effects(grid: Grid) -> Floats:
 
 
 def _null(value: float, chance: Floats) -> CMINull:
-    mean = float(chance.mean())
-    return CMINull(
-        value,
-        mean,
-        float(np.quantile(chance, 0.95)),
-        float(p_values(np.array([value]), chance[:, None])[0]),
-        adjusted_for_noise(value, mean),
-        len(chance),
-    )
-
-
-def _none(value: float, shuffles: int, note: str) -> CMINull:
-    nan = float("nan")
-    return CMINull(value, nan, nan, nan, nan, shuffles, note)
+    mean, high = float(chance.mean()), float(np.quantile(chance, 0.95))
+    p_value = float(p_values(np.array([value]), chance[:, None])[0])
+    return CMINull(value, mean, high, p_value, adjusted_for_noise(value, mean), len(chance))
 
 
 def no_value(definition: str, grid: Grid) -> str:

@@ -33,9 +33,6 @@ class Sampling:
     def of(self, models: int) -> Sampling:
         """The same with as many draws as so many models get; up to 512, those asked for.
 
-        Args:
-            models: How many are compared.
-
         Returns:
             Sampling: At most 500,000 / models resamples, though not below 100, and at most
             10,000,000 / models permutations, though not below 1,000; never more than asked for.
@@ -59,9 +56,6 @@ class Sampling:
 
 def draws_note(table: pd.DataFrame) -> str:
     """What the table's rows of many models rest on, in one line; empty if there are none.
-
-    Args:
-        table: Of `evaluate` or `rate_measures`.
 
     Example:
         >>> import pandas as pd

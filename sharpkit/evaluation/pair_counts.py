@@ -74,7 +74,8 @@ def mutual_information(tables: NDArray[np.generic]) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         # rounding of the four terms can leave -1e-16; a table with one empty side has none at all
         information: Floats = np.maximum(inner / total, 0.0)
-    return np.where(_degenerate(counts), np.where(total > 0, 0.0, np.nan), information)
+    degenerate = (counts.sum(-1) == 0).any(-1) | (counts.sum(-2) == 0).any(-1)
+    return np.where(degenerate, np.where(total > 0, 0.0, np.nan), information)
 
 
 def gap_entropy(tables: NDArray[np.generic], inside_log: float = 0.0) -> Floats:
@@ -95,11 +96,6 @@ def xlogx(counts: Floats) -> Floats:
     """x log2 x of whole numbers, with 0 log 0 = 0."""
     result: Floats = counts * np.log2(np.maximum(counts, 1.0))
     return result
-
-
-def _degenerate(counts: Floats) -> NDArray[np.bool_]:
-    rows, columns = counts.sum(-1), counts.sum(-2)
-    return np.asarray((rows == 0).any(-1) | (columns == 0).any(-1))
 
 
 def _count_batch(gap: Floats, value: Floats, sets: Sequence[tuple[Ints, int]]) -> list[Ints]:

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from sharpkit.errors import ArgumentError
-from sharpkit.evaluation.arguments import LEAST, check_resampling
-from sharpkit.evaluation.directions import by_direction, check_direction
+from sharpkit.evaluation.arguments import LEAST, by_direction, check_direction, check_resampling
 from sharpkit.evaluation.grid import Configs, Floats, Measure, read_comparable
 from sharpkit.evaluation.shuffled_statistics import chance_statistics
 from sharpkit.evaluation.shuffles import random_orders
@@ -58,13 +57,10 @@ def permutation_p_value(
         Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology 9 (2010).
 
     Example:
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {"width": {"possible_values": [1, 2], "current_value": 1 + k % 2}},
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(20)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 1 + k % 2} for k in range(20)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(20)}
+        >>> configs = model_configs(settings, metrics)
         >>> permutation_p_value({k: k for k in range(20)}, configs, permutations=99)
         0.01
     """

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sharpkit.evaluation.directions import by_direction
+from sharpkit.evaluation.arguments import by_direction
 from sharpkit.evaluation.grid import Floats, Grid
 from sharpkit.evaluation.intervals import (
     agree,
@@ -28,25 +28,15 @@ from sharpkit.evaluation.statistics import TABLE
 
 @dataclass(frozen=True)
 class Rating:
-    """A statistic of several measures: each array has one entry per measure.
+    """A statistic of several measures: each array has one entry per measure."""
 
-    Attributes:
-        value: On the models as they are.
-        low: Lower ends, NaN where there is no interval.
-        high: Upper ends.
-        std_error: Standard deviations over resamples.
-        p_value: In the expected direction; of a CMI, that of its null.
-        notes: Why there is no interval; empty where there is one.
-        nulls: Of a CMI.
-    """
-
-    value: Floats
-    low: Floats
-    high: Floats
-    std_error: Floats
-    p_value: Floats
-    notes: list[str]
-    nulls: list[CMINull] = field(default_factory=list)
+    value: Floats  # on the models as they are
+    low: Floats  # lower ends, NaN where there is no interval
+    high: Floats  # upper ends
+    std_error: Floats  # standard deviations over resamples
+    p_value: Floats  # in the expected direction; of a CMI, that of its null
+    notes: list[str]  # why there is no interval; empty where there is one
+    nulls: list[CMINull] = field(default_factory=list)  # of a CMI
 
 
 def rate(
@@ -111,11 +101,7 @@ def _of(
 
 
 def _of_information(
-    name: str,
-    drawn: tuple[Floats, Floats],
-    nulls: list[CMINull],
-    models: int,
-    sampling: Sampling,
+    name: str, drawn: tuple[Floats, Floats], nulls: list[CMINull], models: int, sampling: Sampling
 ) -> Rating:
     """A conditional mutual information, whose null keeps what the hyperparameters explain."""
     value, draws = drawn

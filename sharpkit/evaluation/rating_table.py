@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sharpkit.errors import ArgumentError, ScoreError
-from sharpkit.evaluation.arguments import LEAST, check_resampling
+from sharpkit.evaluation.arguments import LEAST, by_direction, check_direction, check_resampling
 from sharpkit.evaluation.cmi import DEFINITIONS, EXACT, set_name
-from sharpkit.evaluation.directions import by_direction, check_direction
 from sharpkit.evaluation.grid import (
     Bools,
     Configs,
@@ -19,7 +18,7 @@ from sharpkit.evaluation.grid import (
     Ints,
     listed,
     read_configs,
-    read_measure,
+    read_measures,
 )
 from sharpkit.evaluation.intervals import (
     interval_ends,
@@ -110,16 +109,10 @@ def rate_measures(
 
     Example:
         >>> import pandas as pd
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {
-        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
-        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2 % 2},
-        ...         },
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(16)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 8 * (1 + k % 2), "depth": 1 + k // 2 % 2} for k in range(16)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(16)}
+        >>> configs = model_configs(settings, metrics)
         >>> values = pd.DataFrame({"good": range(16), "bad": [(k * 7) % 16 for k in range(16)]})
         >>> rate_measures(values, configs, permutations=99)[["kendall_tau", "p_value"]]
               kendall_tau  p_value
@@ -140,7 +133,9 @@ def rate_measures(
     rows: list[dict[str, Any]] = [{} for _ in values.columns]
     zoo = read_configs(configs)
     for members, columns, grid in _by_models(values, zoo):
-        head = {"models": len(grid), "left_out": _left_out(zoo, grid)}
+        kept = set(grid.ids)
+        left_out = [name for name in zoo.ids if name not in kept]
+        head = {"models": len(grid), "left_out": listed(left_out)}
         if len(grid) < LEAST:
             for member in members:
                 note = f"all: fewer than {LEAST} models"
@@ -208,16 +203,10 @@ def rate_by_hyperparameter(
 
     Example:
         >>> import pandas as pd
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {
-        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
-        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2 % 2},
-        ...         },
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(4)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 8 * (1 + k % 2), "depth": 1 + k // 2 % 2} for k in range(4)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(4)}
+        >>> configs = model_configs(settings, metrics)
         >>> values = pd.DataFrame({"odd": [0, 1, 0, 1]})
         >>> rate_by_hyperparameter(values, configs, resamples=9)["granulated_kendall"].to_dict()
         {('odd', 'width'): 1.0, ('odd', 'depth'): 0.0}
@@ -277,11 +266,6 @@ def _directions(
     return found
 
 
-def _left_out(zoo: Grid, grid: Grid) -> str:
-    kept = set(grid.ids)
-    return listed([name for name in zoo.ids if name not in kept])
-
-
 def _cells(name: str, rating: Rating, k: int) -> dict[str, float]:
     """What one measure's rating adds to its row."""
     ends = {name: rating.value[k], f"{name}_low": rating.low[k], f"{name}_high": rating.high[k]}
@@ -309,9 +293,7 @@ def _interval_note(notes: Mapping[str, str]) -> str:
 
 def _by_models(values: pd.DataFrame, grid: Grid) -> Iterator[tuple[Ints, Floats, Grid]]:
     """Columns that have a value for the same models: their numbers, values and these models."""
-    columns = np.full((len(grid), values.shape[1]), np.nan)
-    for k in range(values.shape[1]):
-        columns[:, k], _ = read_measure(values.iloc[:, k], grid)
+    columns = read_measures(values, grid)
     usable = ~np.isnan(columns) & ~np.isnan(grid.gap)[:, None]
     _check_enough(usable, values, grid)
     for models in np.unique(usable, axis=1).T:
@@ -330,12 +312,7 @@ def _with_intervals(
 ) -> dict[str, Floats]:
     """Each statistic and the ends of its interval, (measures,) each."""
     scored = observed_and_resampled(
-        columns,
-        grid,
-        weights,
-        statistics,
-        environments=environments,
-        hyperparameter=hyperparameter,
+        columns, grid, weights, statistics, environments=environments, hyperparameter=hyperparameter
     )
     found: dict[str, Floats] = {}
     for name, (value, draws) in scored.items():

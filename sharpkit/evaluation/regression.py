@@ -148,13 +148,10 @@ def combined_predictor(
 
     Example:
         >>> import pandas as pd
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {"width": {"possible_values": [1, 2], "current_value": 1 + k % 2}},
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(30)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 1 + k % 2} for k in range(30)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(30)}
+        >>> configs = model_configs(settings, metrics)
         >>> halves = pd.DataFrame({"a": np.arange(30) // 6, "b": np.arange(30) % 6})
         >>> alone = r_squared(halves["a"].tolist(), list(range(30)))
         >>> combined_predictor(halves, configs, resamples=99).r_squared.value > alone
@@ -190,9 +187,7 @@ def combined_predictor(
             1 - (weights @ errors) / (weights @ spread),
         ),
         interval(
-            "kendall_tau",
-            kendall_tau(predicted, gap),
-            _kendall_draws(predicted, gap, weights),
+            "kendall_tau", kendall_tau(predicted, gap), _kendall_draws(predicted, gap, weights)
         ),
         dict(zip(ids, predicted.tolist(), strict=True)),
         dict(zip(map(str, values.columns), whole[-1].coef_.tolist(), strict=True)),

@@ -58,7 +58,9 @@ class AllPairs:
 
     def of_pairs(self, pairs: Pairs, weights: Weights) -> WeightedPairs:
         """The pairs under weights of the models (batch, models)."""
-        return WeightedPairs.of(pairs, weights)
+        weight = weights[:, pairs.first].astype(np.float64) * weights[:, pairs.second]
+        weight = weight * pairs.weight
+        return WeightedPairs(pairs, weight, pairs.sums(weight))
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,6 @@ class WeightedPairs:
     pairs: Pairs
     weight: Floats  # (batch, pairs)
     total: Floats  # (batch, groups)
-
-    @classmethod
-    def of(cls, pairs: Pairs, weights: Weights) -> WeightedPairs:
-        """From weights of the models (batch, models)."""
-        weight = weights[:, pairs.first].astype(np.float64) * weights[:, pairs.second]
-        weight = weight * pairs.weight
-        return cls(pairs, weight, pairs.sums(weight))
 
     def sums(self, factors: Weights) -> Floats:
         """Sums over each group (batch, groups) of weight times factor (pairs,)."""

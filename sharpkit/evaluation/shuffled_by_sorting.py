@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sharpkit.evaluation.compared_pairs import Pairs
+from sharpkit.evaluation.correlations import mean_ranks
 from sharpkit.evaluation.grid import Floats, Ints
 from sharpkit.evaluation.resampled_formulas import error_summaries
 from sharpkit.evaluation.shuffles import Chance, Shuffles
@@ -36,10 +37,10 @@ def kendall(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
 
 def spearman(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
     """Correlation of ranks."""
-    gaps = _middles(dense_ranks(shuffles.gap))
+    gaps = mean_ranks(shuffles.gap)
 
     def of_ranks(ranks: Ints, orders: Ints) -> tuple[Floats, ...]:
-        return (_correlations(_middles(ranks)[:, None], gaps, orders)[:, 0],)
+        return (_correlations(mean_ranks(ranks)[:, None], gaps, orders)[:, 0],)
 
     return _by_ties(of_ranks, values, shuffles)
 
@@ -204,13 +205,6 @@ def _untied(ranks: Ints) -> float:
     """How many pairs differ."""
     n, counts = len(ranks), np.bincount(ranks)
     return float(n * (n - 1) // 2 - int((counts * (counts - 1) // 2).sum()))
-
-
-def _middles(ranks: Ints) -> Floats:
-    """Mean ranks (models,) from dense ones."""
-    counts = np.bincount(ranks)
-    middles: Floats = (np.cumsum(counts) - (counts - 1) / 2)[ranks]
-    return middles
 
 
 def _blocks(orders: int, models: int) -> Iterator[slice]:

@@ -232,15 +232,6 @@ def _block(
     # −p log2(p + c) = −p log2 p − p log2(1 + c / p), and c / p is tiny
     inside = ((gap > 0) * 1.0 + (gap < total)) * INSIDE_LOG / np.log(2)
     unweighted = counted * (entropy(total) / np.maximum(total, 1) - inside)
-    return _Block(
-        member,
-        row * member.shape[1] + column,
-        starts,
-        total,
-        itself,
-        gap,
-        counted,
-        np.array([kept is not None for _, kept in sets]),
-        np.add.reduceat(unweighted, starts),
-        np.add.reduceat(entropy(total - itself), starts),
-    )
+    flat, in_pgdl = row * member.shape[1] + column, np.array([kept is not None for _, kept in sets])
+    mean, weighted = (np.add.reduceat(e, starts) for e in (unweighted, entropy(total - itself)))
+    return _Block(member, flat, starts, total, itself, gap, counted, in_pgdl, mean, weighted)

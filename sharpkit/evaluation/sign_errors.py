@@ -24,14 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Environments:
-    """Which pairs of models a sign-error compares, and how much each counts; see `sign_error`.
+    """Which pairs of models a sign-error compares, and how much each counts; see `sign_error`."""
 
-    Attributes:
-        kind: "settings" or "values".
-        test_size: Examples behind each test accuracy; None gives every pair the weight 1.
-    """
-
-    kind: str = "values"
+    kind: str = "values"  # "settings" or "values"
+    # examples behind each test accuracy; None gives every pair the weight 1
     test_size: int | None = None
 
     def __post_init__(self) -> None:
@@ -166,16 +162,10 @@ def sign_error(
         Monte Carlo noise.
 
     Example:
-        >>> configs = {
-        ...     f"{k}": {
-        ...         "hparams": {
-        ...             "width": {"possible_values": [8, 16], "current_value": 8 * (1 + k % 2)},
-        ...             "depth": {"possible_values": [1, 2], "current_value": 1 + k // 2},
-        ...         },
-        ...         "metrics": {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k},
-        ...     }
-        ...     for k in range(4)
-        ... }
+        >>> from sharpkit.zoo.grid import model_configs
+        >>> settings = {k: {"width": 8 * (1 + k % 2), "depth": 1 + k // 2} for k in range(4)}
+        >>> metrics = {k: {"train_acc": 1.0, "test_acc": 0.9 - 0.01 * k} for k in range(4)}
+        >>> configs = model_configs(settings, metrics)
         >>> result = sign_error({0: 1.0, 1: 3.0, 2: 2.0, 3: 2.5}, configs)
         >>> result.overall.mean, result.overall.maximum
         (0.25, 1.0)

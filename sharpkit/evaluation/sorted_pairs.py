@@ -82,7 +82,9 @@ def concordant_pairs(first: Ints, second: Ints) -> Ints:
         found += places - blocks // 2 * (width * (width - 1) // 2)
         padded = merged >> 1
         blocks, width = blocks // 2, 2 * width
-    return found - _of_filling(padded.size // rows, n)
+    # pairs of a model and what fills up its row are all placed alike
+    counted: Ints = found - n * (padded.size // rows - n)
+    return counted
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,3 @@ def _earlier(rows: NDArray[np.int32]) -> Weights:
     """1 where the second of two in a slab comes before the first and is smaller."""
     smaller = rows[:, None, :] < rows[:, :, None]
     return (smaller & np.tri(_SLAB, k=-1, dtype=np.bool_)).astype(np.float32)
-
-
-def _of_filling(size: int, models: int) -> int:
-    """Pairs of a model and what fills up its row: all placed alike."""
-    return models * (size - models)

@@ -28,15 +28,10 @@ OfShuffles: TypeAlias = Callable[[Floats, Shuffles], tuple[Chance, ...]]
 
 
 class Scale(NamedTuple):
-    """Where a statistic's spread depends least on its value, so that an interval is symmetric.
+    """Where a statistic's spread depends least on its value, so that an interval is symmetric."""
 
-    Attributes:
-        forward: From the statistic to the scale.
-        back: From the scale to the statistic.
-    """
-
-    forward: Transform
-    back: Transform
+    forward: Transform  # from the statistic to the scale
+    back: Transform  # from the scale to the statistic
 
 
 # just inside ±1 and 1: the scale is infinite there
@@ -48,18 +43,14 @@ UNEXPLAINED = Scale(lambda x: -np.log(np.maximum(1 - x, _EDGE)), lambda z: 1 - n
 
 
 class Computation(NamedTuple):
-    """How statistics that rest on the same sums are computed, of many draws at once.
+    """How statistics that rest on the same sums are computed, of many draws at once."""
 
-    Attributes:
-        resampled: From a batch of weightings of the models, the function of a measure that gives
-            each statistic (batch,).
-        shuffled: From measures (models, measures) and shuffles, the chance of each statistic.
-        shuffled_among_many: The same where many models are shuffled without strata; None for the
-            same function.
-    """
-
+    # from a batch of weightings of the models, the function of a measure that gives each statistic
+    # (batch,)
     resampled: Callable[[Draws], OfMeasure]
+    # from measures (models, measures) and shuffles, the chance of each statistic
     shuffled: OfShuffles
+    # the same where many models are shuffled without strata; None for the same function
     shuffled_among_many: OfShuffles | None = None
 
 
@@ -76,8 +67,8 @@ def one_by_one(function: Callable[[Floats, Grid, Ints], float]) -> Computation:
         ...     x, y = (v > mean for v, mean in zip((values, grid.gap), means))
         ...     return np.average(x == y, weights=weights)
         >>> entry = Statistic("same_side", "same side of the mean", one_by_one(same_side), low=0.0)
-        >>> entry.title, entry.range
-        ('same side of the mean', (0.0, 1.0))
+        >>> entry.title, entry.low, entry.high
+        ('same side of the mean', 0.0, 1.0)
     """
 
     def of_draws(draws: Draws) -> OfMeasure:
@@ -98,55 +89,36 @@ def one_by_one(function: Callable[[Floats, Grid, Ints], float]) -> Computation:
 
 @dataclass(frozen=True)
 class Statistic:
-    """What is to know about a statistic.
+    """What is to know about a statistic."""
 
-    Attributes:
-        name: Its column.
-        label: On figures and pages.
-        computation: How it is computed.
-        result: Which of the results of the computation it is.
-        low: Smallest value.
-        high: Largest value.
-        scale: Of its intervals.
-        no_relation: Its expectation for a measure unrelated to the gap; None where it depends on
-            the zoo and is estimated by shuffling.
-        directed: Whether it tells a measure from its opposite.
-        lower_is_better: Whether it counts errors: of a measure in its expected direction, so that
-            there are none of a measure without one.
-        definition: Of a conditional mutual information, "pgdl" or "jiang". It is a minimum over
-            conditioning sets, and its null keeps what the hyperparameters explain.
-        one_change: Whether it compares only models that differ in one hyperparameter.
-        worst_case: Whether it rests on few pairs of models, those of the worst environments.
-        below_its_mean: Whether it may lie below its mean over zoos, by up to what it is without a
-            relation; the upper ends of intervals are raised by as much.
-        p_value: Column of its p-value in the tables; empty if they have none.
-        percent: Whether it is shown in per cent.
-        shown: Whether the report's table of measures has it, "page", and the text that `sharpkit
-            evaluate` prints, "summary"; figures and files have all.
-    """
-
-    name: str
-    label: str
-    computation: Computation
-    result: int = 0
-    low: float = -1.0
-    high: float = 1.0
-    scale: Scale = PLAIN
+    name: str  # its column
+    label: str  # on figures and pages
+    computation: Computation  # how it is computed
+    result: int = 0  # which of the results of the computation it is
+    low: float = -1.0  # smallest value
+    high: float = 1.0  # largest value
+    scale: Scale = PLAIN  # of its intervals
+    # its expectation for a measure unrelated to the gap; None where it depends on the zoo and is
+    # estimated by shuffling
     no_relation: float | None = None
-    directed: bool = True
+    directed: bool = True  # whether it tells a measure from its opposite
+    # whether it counts errors: of a measure in its expected direction, so that there are none of a
+    # measure without one
     lower_is_better: bool = False
+    # of a conditional mutual information, "pgdl" or "jiang". It is a minimum over conditioning
+    # sets, and its null keeps what the hyperparameters explain
     definition: str = ""
-    one_change: bool = False
+    one_change: bool = False  # whether it compares only models that differ in one hyperparameter
+    # whether it rests on few pairs of models, those of the worst environments
     worst_case: bool = False
+    # whether it may lie below its mean over zoos, by up to what it is without a relation; the upper
+    # ends of intervals are raised by as much
     below_its_mean: bool = False
-    p_value: str = ""
-    percent: bool = False
+    p_value: str = ""  # column of its p-value in the tables; empty if they have none
+    percent: bool = False  # whether it is shown in per cent
+    # whether the report's table of measures has it, "page", and the text that `sharpkit evaluate`
+    # prints, "summary"; figures and files have all
     shown: Collection[str] = ("page", "summary")
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """Smallest and largest value."""
-        return self.low, self.high
 
     @property
     def factor(self) -> float:

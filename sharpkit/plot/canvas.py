@@ -67,10 +67,7 @@ def forget(figure: Figure) -> None:
 
 
 def picture_path(out: str | Path) -> Path:
-    """The file of a picture, .png where the name has no ending.
-
-    Raises:
-        ArgumentError: If pictures cannot be written in that format.
+    """The file of a picture, .png where the name has no ending; ArgumentError for an unknown one.
 
     Example:
         >>> picture_path("figure").name
@@ -98,12 +95,8 @@ def save(
     figure: Figure,
     path: Path,
     table: pd.DataFrame,
-    write: Callable[[pd.DataFrame, Path], Any] | None = None,
+    write: Callable[[pd.DataFrame, Path], Any] = write_csv,
 ) -> None:
-    """Write the picture and, beside it, its numbers as .csv, with `write` if given."""
+    """Write the picture and, beside it, its numbers as .csv."""
     save_picture(figure, path)
-    numbers = path.with_suffix(".csv")
-    if write is not None:
-        write(table, numbers)
-    else:
-        write_csv(table, numbers)
+    write(table, path.with_suffix(".csv"))

@@ -12,11 +12,9 @@ from sharpkit.plot.predictive_power import draw_predictive_power
 from sharpkit.plot.spectrum import draw_density, limit_densities
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
-    from numpy.typing import NDArray
 
     from sharpkit.curvature.density import SpectralDensity
 
@@ -166,10 +164,7 @@ def _title(optimizer: str, epoch: int, spectra: pd.DataFrame | None) -> str:
     for column, symbol in (("lambda_max", "λmax"), ("lambda_max_over_lambda_5", "λmax/λ5")):
         values = rows[column].dropna().to_numpy(float)
         if len(values):
-            error = f" ± {_standard_error(values):.2g}" if len(values) > 1 else ""
-            parts.append(f"{symbol} {values.mean():.3g}{error}")
+            parts.append(f"{symbol} {values.mean():.3g}")
+            if len(values) > 1:
+                parts[-1] += f" ± {values.std(ddof=1) / math.sqrt(len(values)):.2g}"
     return f"{title}\n{', '.join(parts)}"
-
-
-def _standard_error(values: NDArray[np.float64]) -> float:
-    return float(values.std(ddof=1)) / math.sqrt(len(values))

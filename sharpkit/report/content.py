@@ -12,17 +12,17 @@ import numpy as np
 from sharpkit.evaluation import CombinedPredictor, combined_predictor
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
 from sharpkit.evaluation.cmi import EXACT
-from sharpkit.evaluation.grid import Grid, read_configs, read_measure
+from sharpkit.evaluation.grid import Grid, read_configs, read_measure, read_measures
 from sharpkit.evaluation.number_of_draws import draws_note
 from sharpkit.evaluation.regression import LEAST_COMBINED
 from sharpkit.evaluation.statistics import HEADLINES, TABLE
 from sharpkit.report import figures, notes
-from sharpkit.report.labels import decimal, measure_label, number, records
+from sharpkit.report.labels import decimal, interval_text, measure_label, number, records
 from sharpkit.report.limits import MEASURES, said
 from sharpkit.report.models import ModelsTable, models_table, percent_gap
 from sharpkit.report.noise import noise_bands
 from sharpkit.report.ranking import Ranking, ranking_table
-from sharpkit.report.scatter import columns_of, in_order, scatter_data
+from sharpkit.report.scatter import in_order, scatter_data
 from sharpkit.runs.measure_values import complete_measures
 
 if TYPE_CHECKING:
@@ -40,44 +40,26 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A figure in several variants, one of which is shown.
+    """A figure in several variants, one of which is shown."""
 
-    Attributes:
-        name: What the page calls it.
-        label: Of the selector.
-        options: Value of the selector -> text.
-        figures: Value of the selector -> plotly's JSON.
-    """
-
-    name: str
-    label: str
-    options: Mapping[str, str]
-    figures: Mapping[str, str]
+    name: str  # what the page calls it
+    label: str  # of the selector
+    options: Mapping[str, str]  # value of the selector -> text
+    figures: Mapping[str, str]  # value of the selector -> plotly's JSON
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a run has of one task.
+    """What a run has of one task."""
 
-    Attributes:
-        keys: Measure and setting of each column of the values.
-        values: One row per model that has some.
-        errors: Standard errors of the values, alike.
-        failures: Model, measure, error.
-        configs: Its model_configs.
-        table: Its rows of the evaluation; None if there are none.
-        setting: Number of examples and seed, in words.
-        unrated: Why no task of the run has rows of the evaluation; empty if one has.
-    """
-
-    keys: pd.DataFrame
-    values: pd.DataFrame
-    errors: pd.DataFrame
-    failures: pd.DataFrame
-    configs: Mapping[str, Any]
-    table: pd.DataFrame | None
-    setting: str
-    unrated: str
+    keys: pd.DataFrame  # measure and setting of each column of the values
+    values: pd.DataFrame  # one row per model that has some
+    errors: pd.DataFrame  # standard errors of the values, alike
+    failures: pd.DataFrame  # model, measure, error
+    configs: Mapping[str, Any]  # its model_configs
+    table: pd.DataFrame | None  # its rows of the evaluation; None if there are none
+    setting: str  # number of examples and seed, in words
+    unrated: str  # why no task of the run has rows of the evaluation; empty if one has
 
 
 @dataclass(frozen=True)
@@ -100,18 +82,11 @@ class TaskContent:
 
 
 def task_content(name: str, results: Results, *, resamples: int, seed: int) -> TaskContent:
-    """What the page shows of one task.
-
-    Args:
-        name: Of the task.
-        results: Of the task.
-        resamples: Of the combined predictor's intervals.
-        seed: Of the same, and of the noise bands.
-    """
+    """What the page shows of one task."""
     grid = read_configs(results.configs)
     labels = [measure_label(key) for key in records(results.keys)]
     values, errors = (f.set_axis(labels, axis=1) for f in (results.values, results.errors))
-    columns = columns_of(values, grid)
+    columns = read_measures(values, grid)
     comparable = np.isfinite(columns) & np.isfinite(grid.gap)[:, None]
     most = int(comparable.sum(0).max(initial=0))
     varying = [grid.names[h] for h in grid.varying()]
@@ -128,6 +103,7 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
         found["combined"], found["not_combined"] = _combined(
             values[list(table["label"])], results.configs, resamples, seed
         )
+    draws = "" if table is None else draws_note(table)
     scatter = scatter_data(values, table, grid, results.configs)
     shown = {
         "ranking": found["ranking"] is not None,
@@ -148,7 +124,7 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
             "Measures": str(len(labels)),
             "Gap": _gaps(grid, results.configs),
             "Examples": results.setting,
-            **_draws(table),
+            **({"Draws": draws.removeprefix("draws: ")} if draws else {}),
         },
         hyperparameters={
             name: in_order(levels) for name, levels in zip(grid.names, grid.levels, strict=True)
@@ -179,7 +155,7 @@ def _rated(
     """All that rests on the evaluation."""
     ranked = values[list(table["label"])]
     usable = [s for s in TABLE if s in table and np.isfinite(table[s]).any()]
-    bands = noise_bands(columns_of(ranked, grid), grid, table, usable, seed)
+    bands = noise_bands(read_measures(ranked, grid), grid, table, usable, seed)
     table = table.join(bands[[c for c in bands if c not in table]])
     choices = {}
     if usable:
@@ -206,12 +182,6 @@ def _rated(
         "correlations": correlations,
         "mapped": said(best.shape[1], ranked.shape[1], "measures", "the best of the ranking"),
     }
-
-
-def _draws(table: pd.DataFrame | None) -> dict[str, str]:
-    """On how many draws the statistics of many models rest."""
-    note = "" if table is None else draws_note(table)
-    return {"Draws": note.removeprefix("draws: ")} if note else {}
 
 
 def _best_first(table: pd.DataFrame) -> pd.DataFrame:
@@ -289,20 +259,16 @@ def _combined(
 
 def _shown(found: CombinedPredictor) -> dict[str, Any]:
     heaviest = sorted(found.coefficients.items(), key=lambda item: -abs(item[1]))[:5]
+    none = "no interval"
     return {
         "measures": len(found.coefficients),
         "models": found.r_squared.models,
         "statistics": [
-            (TABLE[s.statistic].label, decimal(s.value), _ends(s.low, s.high))
+            (TABLE[s.statistic].label, decimal(s.value), interval_text(s.low, s.high) or none)
             for s in found.statistics
         ],
         "heaviest": [name for name, _ in heaviest],
     }
-
-
-def _ends(low: float, high: float) -> str:
-    known = np.isfinite(low) and np.isfinite(high)
-    return f"{decimal(low)} to {decimal(high)}" if known else "no interval"
 
 
 def _gaps(grid: Grid, configs: Mapping[str, Any]) -> str:

@@ -1,4 +1,8 @@
-"""The figures that are drawn before the page is opened, as plotly's JSON."""
+"""The figures that are drawn before the page is opened, as plotly's JSON.
+
+Tables are of one task, with a column `label` and the columns of `noise_bands`; a setting is the
+number of models, n and seed, in words.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from sharpkit.evaluation.statistics import TABLE
-from sharpkit.report.labels import decimal, finite, number, plain
+from sharpkit.report.labels import finite, interval_text, number, plain
 from sharpkit.report.noise import ENDS
 
 if TYPE_CHECKING:
@@ -24,13 +28,7 @@ _ROW = 19  # pixels of a row with a label
 
 
 def ranking(table: pd.DataFrame, statistic: str, setting: str) -> str:
-    """The best measures by a statistic, with their intervals and what noise has.
-
-    Args:
-        table: Of one task, with a column label and the columns of `noise_bands`.
-        statistic: Its column.
-        setting: Number of models, n and seed, in words.
-    """
+    """The best measures by a statistic, with their intervals and what noise has."""
     lower = TABLE[statistic].lower_is_better
     rows = table[np.isfinite(table[statistic])].sort_values(statistic, ascending=lower).head(_BEST)
     rows = rows.iloc[::-1]  # the first row of the axis is at the bottom
@@ -38,10 +36,7 @@ def ranking(table: pd.DataFrame, statistic: str, setting: str) -> str:
     places = list(range(len(rows)))
     labels = [plain(label) for label in rows["label"]]
     has = np.isfinite(low) & np.isfinite(high)
-    text = [
-        f"{decimal(a)} to {decimal(b)}" if c else "no interval"
-        for a, b, c in zip(low, high, has, strict=True)
-    ]
+    text = [interval_text(a, b) or "no interval" for a, b in zip(low, high, strict=True)]
     figure = go.Figure(layout=_layout(height=130 + _ROW * len(rows), kind="rows"))
     _add_noise_rows(figure, rows, statistic)
     figure.add_scatter(
@@ -77,13 +72,7 @@ def ranking(table: pd.DataFrame, statistic: str, setting: str) -> str:
 
 
 def against_m(table: pd.DataFrame, statistic: str, setting: str) -> str:
-    """A statistic of m-sharpness against m, one line with its band per radius.
-
-    Args:
-        table: Of one task, with the columns of `noise_bands`; its rows that have an m.
-        statistic: Its column.
-        setting: Number of models, n and seed, in words.
-    """
+    """A statistic of m-sharpness against m, one line with its band per radius."""
     rows = table[table["m"].notna()].sort_values("m")
     by = ["measure", "rho"] if "rho" in rows else ["measure"]
     figure = go.Figure(layout=_layout(height=440))
@@ -223,12 +212,7 @@ def _add_band(
 
 
 def conditioning_sets(rows: Mapping[str, Mapping[tuple[str, ...], float]], title: str) -> str:
-    """Heat map of measures and conditioning sets, in per cent.
-
-    Args:
-        rows: Label of a measure -> set -> conditional mutual information.
-        title: Of the colour bar.
-    """
+    """Heat map of measures and conditioning sets, in per cent."""
     sets = list(dict.fromkeys(names for row in rows.values() for names in row))
     z = [[finite(100 * row.get(names, np.nan)) for names in sets] for row in rows.values()]
     columns = [plain(" + ".join(names) or "none") for names in sets]
@@ -245,11 +229,7 @@ def conditioning_sets(rows: Mapping[str, Mapping[tuple[str, ...], float]], title
 
 
 def correlations(values: pd.DataFrame) -> str:
-    """Spearman's correlation between measures, those that agree side by side.
-
-    Args:
-        values: One row per model, one column per measure, called by its label.
-    """
+    """Spearman's correlation between measures, those that agree side by side."""
     matrix = values.corr(method="spearman", min_periods=3)
     order = _by_similarity(matrix.to_numpy())
     matrix = matrix.iloc[order, order]

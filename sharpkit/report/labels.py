@@ -14,19 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a table.
+    """One cell of a table."""
 
-    Attributes:
-        text: What it shows.
-        small: Below it, in small type.
-        order: By which it is sorted; None comes last.
-        title: Shown when it is pointed at.
-    """
-
-    text: str
-    small: str = ""
-    order: float | None = None
-    title: str = ""
+    text: str  # what it shows
+    small: str = ""  # below it, in small type
+    order: float | None = None  # by which it is sorted; None comes last
+    title: str = ""  # shown when it is pointed at
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -86,6 +79,12 @@ def decimal(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     return f"{round(value, 2) + 0.0:.2f}".replace("-", "−")
+
+
+def interval_text(low: float, high: float) -> str:
+    """The ends of an interval; empty if there is none."""
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{decimal(low)} to {decimal(high)}" if known else ""
 
 
 def plain(text: Any) -> str:

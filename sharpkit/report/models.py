@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpkit.evaluation.grid import Floats, Grid, normal_id
+from sharpkit.evaluation.grid import Floats, Grid, normal_id, read_measures
 from sharpkit.report.labels import Cell, finite, number
 from sharpkit.report.limits import CELLS, ROWS, drawn, said
 
@@ -25,19 +25,12 @@ _METRICS = {
 
 @dataclass(frozen=True)
 class ModelsTable:
-    """Models x measures.
+    """Models x measures."""
 
-    Attributes:
-        columns: What stands above the cells.
-        rows: Name of a model and its cells.
-        sorted_by: Column by whose values the rows are in ascending order; None for none.
-        sample: That not all models have a row; empty if they have.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-    sorted_by: int | None
-    sample: str = ""
+    columns: Sequence[str]  # what stands above the cells
+    rows: Sequence[tuple[str, Sequence[Cell]]]  # name of a model and its cells
+    sorted_by: int | None  # column by whose values the rows are in ascending order; None for none
+    sample: str = ""  # that not all models have a row; empty if they have
 
     @property
     def page(self) -> Sequence[tuple[str, Sequence[Cell]]]:
@@ -68,16 +61,13 @@ def models_table(
         values: One row per model that has some, one column per measure, called by its label.
         errors: Their standard errors, alike.
         measures: The measure of each column, without its setting.
-        failures: Of the task: model, measure, error.
-        grid: All models.
-        configs: Of the task.
     """
     by_id = {normal_id(name): entry.get("metrics", {}) for name, entry in configs.items()}
     metrics = [name for name in _METRICS if any(_known(by_id[i].get(name)) for i in grid.ids)]
     broken: dict[str, dict[str, str]] = {}
     for model, measure, error in failures[["model", "measure", "error"]].itertuples(index=False):
         broken.setdefault(normal_id(model), {})[measure] = error
-    found, uncertain = (_in_order(frame, grid) for frame in (values, errors))
+    found, uncertain = (read_measures(frame, grid) for frame in (values, errors))
     only_failed = [name for name in dict.fromkeys(failures["measure"]) if name not in measures]
     in_percent = percent_gap(configs)
     width = 1 + len(measures) + len(only_failed) + len(metrics)
@@ -133,12 +123,6 @@ def reversals(values: Floats, errors: Floats) -> tuple[list[tuple[int, int, int,
             settings = np.flatnonzero(up[j])[0], np.flatnonzero(down[j])[-1]
             found.append((i, i + 1 + int(j), int(settings[0]), int(settings[1])))
     return found, len(values) * (len(values) - 1) // 2
-
-
-def _in_order(values: pd.DataFrame, grid: Grid) -> Floats:
-    """Numbers (models, measures) in the grid's order, NaN where there is none."""
-    named = values.set_axis([normal_id(name) for name in values.index])
-    return named.reindex(list(grid.ids)).to_numpy(dtype=np.float64)
 
 
 def _known(value: Any) -> bool:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sharpkit.evaluation.arguments import LEAST
-from sharpkit.evaluation.directions import by_direction
+from sharpkit.evaluation.arguments import LEAST, by_direction
 from sharpkit.evaluation.grid import Floats, Grid
 from sharpkit.evaluation.shuffled_statistics import chance_statistics
 from sharpkit.evaluation.shuffles import random_orders
@@ -31,10 +30,7 @@ def noise_bands(
 
     Args:
         values: Of the measures (models, measures); NaN where there is none.
-        grid: The models.
         table: One row per measure, of `evaluate`.
-        statistics: Which.
-        seed: Of the shuffles.
 
     Returns:
         DataFrame: Index of the table; statistic + _noise_low, _noise_mean, _noise_high.

@@ -18,13 +18,7 @@ if TYPE_CHECKING:
 
 
 def of_failures(failures: pd.DataFrame, scored: Sequence[str], grid: Grid) -> list[str]:
-    """Models without any value, with the first error of each.
-
-    Args:
-        failures: Of the task.
-        scored: Models that have a value.
-        grid: All models.
-    """
+    """Models without any value, those that are not `scored`, with the first error of each."""
     if failures.empty:
         return []
     known = {normal_id(name) for name in scored}
@@ -44,12 +38,7 @@ def of_failures(failures: pd.DataFrame, scored: Sequence[str], grid: Grid) -> li
 
 
 def of_few(models: int, hyperparameters: int) -> list[str]:
-    """What the number of models and of hyperparameters leaves undefined.
-
-    Args:
-        models: With a value and a gap.
-        hyperparameters: That vary.
-    """
+    """What so few models with value and gap, or hyperparameters that vary, leave undefined."""
     if models < LEAST:
         has = "1 model has" if models == 1 else f"{models or 'No'} models have"
         return [f"{has} a value and a gap: too few for any statistic, which needs {LEAST}."]
@@ -72,14 +61,7 @@ def of_few(models: int, hyperparameters: int) -> list[str]:
 def of_order(
     values: pd.DataFrame, errors: pd.DataFrame, settings: pd.DataFrame, in_grid: bool
 ) -> list[str]:
-    """That sharpness may order models otherwise at another m or ρ, and where it does here.
-
-    Args:
-        values: One row per model, one column per measure, called by its label.
-        errors: Their standard errors.
-        settings: Measure, m and rho of each column; without an m there is nothing to say.
-        in_grid: Whether the models come from a grid of hyperparameters.
-    """
+    """That sharpness may order models otherwise at another m or ρ, and where it does here."""
     if len(values) < 2 or "m" not in settings or settings["m"].notna().sum() == 0:
         return []
     found: list[str] = []

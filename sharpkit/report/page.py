@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation.arguments import check_resampling
+from sharpkit.evaluation.grid import listed
 from sharpkit.files import atomic_path
 from sharpkit.report.labels import number
 from sharpkit.report.limits import NAMES
@@ -214,17 +215,11 @@ def _hash(script: str) -> str:
 
 def _failures(failures: pd.DataFrame) -> list[dict[str, Any]]:
     """Failures with the same cause in one row."""
-    by = failures.groupby(["task", "measure", "error"], sort=False)
+    by = failures.groupby(["task", "measure", "error"], sort=False)["model"]
     return [
-        {"task": task, "measure": measure, "error": error, "models": _named(rows["model"])}
-        for (task, measure, error), rows in by
+        {"task": task, "measure": measure, "error": error, "models": listed(list(models), NAMES)}
+        for (task, measure, error), models in by
     ]
-
-
-def _named(models: pd.Series[str]) -> str:
-    """The models, shortened if there are many."""
-    more = f" and {len(models) - NAMES:,} more" if len(models) > NAMES else ""
-    return ", ".join(models.iloc[:NAMES]) + more
 
 
 def _seconds(provenance: pd.DataFrame) -> list[tuple[str, str, int]]:

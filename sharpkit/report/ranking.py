@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sharpkit.evaluation.grid import listed
 from sharpkit.evaluation.statistics import TABLE, Statistic
-from sharpkit.report.labels import Cell, decimal, finite, given, number, records
+from sharpkit.report.labels import Cell, decimal, finite, given, interval_text, number, records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,25 +21,16 @@ _DIRECTIONS = {1: "rises", -1: "falls"}
 
 @dataclass(frozen=True)
 class Ranking:
-    """The table and what stands below it.
+    """The table and what stands below it."""
 
-    Attributes:
-        columns: What stands above the cells, and whether a first click puts the least on top.
-        rows: Label of a measure and its cells.
-        notes: Where intervals are missing, and why.
-    """
-
+    # what stands above the cells, and whether a first click puts the least on top
     columns: Sequence[tuple[str, bool]]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
-    notes: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]  # label of a measure and its cells
+    notes: Sequence[str]  # where intervals are missing, and why
 
 
 def ranking_table(table: pd.DataFrame) -> Ranking:
-    """The statistics that the page shows, without those that no measure has.
-
-    Args:
-        table: Of one task, with a column label, in the order to show.
-    """
+    """The statistics that the page shows, without those that no measure has."""
     rows = records(table)
     columns: list[tuple[str, bool, list[Cell]]] = [
         ("models", False, [_models(row) for row in rows]),
@@ -86,8 +78,8 @@ def interval(row: Mapping[str, Any], statistic: str) -> str:
     value, low, high = (row[statistic + end] * factor for end in ("", "_low", "_high"))
     if not math.isfinite(value):
         return ""
-    if math.isfinite(low) and math.isfinite(high):
-        return f"{decimal(low)} to {decimal(high)}"
+    if shown := interval_text(low, high):
+        return shown
     return "no interval: " + reasons(row.get("interval_note")).get(statistic, "not defined")
 
 
@@ -142,11 +134,6 @@ def _interval_notes(rows: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> 
             found.setdefault((which, reason), []).append(str(row["label"]))
     return [
         f"No interval ({reason}): {which}"
-        + ("." if len(labels) == len(rows) else f", of {_listed(labels)}.")
+        + ("." if len(labels) == len(rows) else f", of {listed(labels, 6, '; ')}.")
         for (which, reason), labels in found.items()
     ]
-
-
-def _listed(labels: Sequence[str], most: int = 6) -> str:
-    more = f" and {len(labels) - most} more" if len(labels) > most else ""
-    return "; ".join(labels[:most]) + more

@@ -23,12 +23,7 @@ _RECORDED = ("sharpkit", "torch", "numpy", "python", "platform", "host", "device
 
 
 def score_command(config: Mapping[str, Any], run: Path) -> str | None:
-    """The `sharpkit score` command of a run; None if only Python can express it.
-
-    Args:
-        config: Of the run.
-        run: Its directory.
-    """
+    """The `sharpkit score` command of a run; None if only Python can express it."""
     try:
         folders = {_parent(path) for path in config["tasks"].values()}
         measures = dict(config["measures"])
@@ -73,10 +68,7 @@ def _m_sharpness_options(own: Mapping[str, Any] | None) -> list[str] | None:
     settings = {k: v for k, v in own.items() if k != "name"}
     listed = {k: v if isinstance(v, list | tuple) else [v] for k, v in settings.items()}
     plain = MSharpness(
-        m=listed["m"],
-        rho=listed["rho"],
-        ascent=settings["ascent"],
-        adaptive=settings["adaptive"],
+        m=listed["m"], rho=listed["rho"], ascent=settings["ascent"], adaptive=settings["adaptive"]
     )
     expected = {k: v for k, v in describe(plain)[1].items() if k not in ("m", "rho")}
     if _json(expected) != _json({k: v for k, v in own.items() if k not in ("m", "rho")}):
@@ -89,11 +81,7 @@ def _m_sharpness_options(own: Mapping[str, Any] | None) -> list[str] | None:
 
 
 def environments(provenance: pd.DataFrame) -> list[dict[str, str]]:
-    """The versions and machines that the results of a run were computed with, each once.
-
-    Args:
-        provenance: `Scores.provenance()`.
-    """
+    """The versions and machines that the results of a run were computed with, each once."""
     columns = [name for name in _RECORDED if name in provenance]
     found = provenance[columns].dropna(how="all").drop_duplicates()
     return [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sharpkit.evaluation.grid import Floats, Grid, read_measure
+from sharpkit.evaluation.grid import Grid, read_measures
 from sharpkit.evaluation.statistics import TABLE
 from sharpkit.report import figures
 from sharpkit.report.labels import decimal, finite, number, records
@@ -26,7 +26,7 @@ def scatter_data(
 
     Of many models some are drawn at random, the same for every measure; `sample` says so.
     """
-    every = columns_of(values, grid)
+    every = read_measures(values, grid)
     known = np.isfinite(grid.gap)
     rows_drawn = drawn(known & np.isfinite(every).any(1), POINTS)
     sampled = len(rows_drawn) == POINTS < len(grid)
@@ -91,11 +91,3 @@ def in_order(levels: Sequence[str]) -> list[str]:
         return sorted(levels, key=float)
     except ValueError:
         return sorted(levels)
-
-
-def columns_of(values: pd.DataFrame, grid: Grid) -> Floats:
-    """Values (models, measures) in the grid's order, NaN where there is none."""
-    found = np.full((len(grid), values.shape[1]), np.nan)
-    for k in range(values.shape[1]):
-        found[:, k] = read_measure(values.iloc[:, k], grid)[0]
-    return found

@@ -32,13 +32,7 @@ Loaders = dict[str, Callable[[], nn.Module]]
 def zoo_models(
     zoo: Zoo, task: str | None, ids: Sequence[str], weights: Literal["final", "initial"] = "final"
 ) -> tuple[Loaders, TensorDataset]:
-    """Some models of a task by name, not yet loaded, and its training data.
-
-    Args:
-        zoo: With the task.
-        task: Its name; None for the only one.
-        ids: Of the models.
-        weights: After training, or before.
+    """Some models of a task (None for the only one), not yet loaded, and its training data.
 
     Raises:
         ArgumentError: If the zoo has no such task or model, or several tasks and none is named.
@@ -56,11 +50,7 @@ def zoo_models(
 
 
 def chosen_tasks(zoo: Mapping[str, Task], names: Sequence[str]) -> dict[str, Task]:
-    """The tasks with these names, in the zoo's order; all of them for none.
-
-    Raises:
-        ArgumentError: If the zoo has no such task.
-    """
+    """The tasks with these names in the zoo's order, all for none; ArgumentError for another."""
     if unknown := set(names) - set(zoo):
         raise ArgumentError(f"no task {sorted(unknown)[0]!r}: the zoo has {_listed(zoo)}")
     return {name: task for name, task in zoo.items() if not names or name in names}
@@ -71,10 +61,8 @@ def checkpoint_models(
 ) -> tuple[Loaders, TensorDataset]:
     """Models of weight files by name, not yet loaded, and their training data.
 
-    Args:
-        checkpoints: Weight files, or runs of `sharpkit train`.
-        build: "module:callable" that builds the model; None for runs of `sharpkit train`.
-        data: An .npz file with x_train and y_train; None for the data those were trained on.
+    Runs of `sharpkit train` need neither `build` ("module:callable" that builds the model) nor
+    `data` (an .npz file with x_train and y_train).
 
     Raises:
         ArgumentError: If they were trained on different data, or `build` or `data` is missing.
@@ -106,14 +94,9 @@ def checkpoint_models(
 def score_tasks(
     zoo: Zoo, tasks: Sequence[str], measures: str, m_sharpness: MSharpness, **options: Any
 ) -> Scores:
-    """Score some tasks of a zoo with measures by name.
+    """Score tasks of a zoo by name, all for none; the options are those of `score_zoo`.
 
-    Args:
-        zoo: With the tasks.
-        tasks: Names; all of them for none.
-        measures: Comma-separated names, or "all": those that a model of these tasks can have.
-        m_sharpness: What the name "m_sharpness" stands for.
-        options: Of `score_zoo`.
+    Measures are comma-separated names, or "all": those that a model of these tasks can have.
 
     Raises:
         ArgumentError: An unknown task or measure, or a group larger than the examples.
@@ -121,7 +104,8 @@ def score_tasks(
     selected = chosen_tasks(zoo, tasks)
     suits = traits_of_tasks(selected) if measures == "all" else {}
     chosen = chosen_measures(measures, m_sharpness, **suits)
-    n, largest = options.get("n"), max(_group_sizes(m_sharpness))
+    m = m_sharpness.m
+    n, largest = options.get("n"), m if isinstance(m, int) else max(m)
     if n is not None and largest > n and m_sharpness in chosen:
         raise ArgumentError(f"--m {largest} is larger than --n {n}: a group has m of n examples")
     return score_zoo(selected, chosen, **options)
@@ -135,11 +119,7 @@ def score_checkpoints(
     m_sharpness: MSharpness,
     **options: Any,
 ) -> Scores:
-    """Score weight files with measures by name; see `checkpoint_models` and `score_tasks`.
-
-    Args:
-        options: Of `score_models`.
-    """
+    """Score weight files; see `checkpoint_models`, `score_tasks`; options are of `score_models`."""
     models, train = checkpoint_models(checkpoints, build, data)
     suits = traits_of_models(models, train) if measures == "all" else {}
     test = trained_data(checkpoints[0])[1] if data is None else load_arrays(data, "test")
@@ -172,10 +152,6 @@ def traits_of_models(models: Loaders, train: TensorDataset) -> dict[str, bool]:
             attention = has_attention(load())
             break
     return {"images": len(train[0][0].shape) == 3, "attention": attention, "recorded": False}
-
-
-def _group_sizes(measure: MSharpness) -> Sequence[int]:
-    return [measure.m] if isinstance(measure.m, int) else measure.m
 
 
 def _listed(names: Iterable[str]) -> str:

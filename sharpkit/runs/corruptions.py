@@ -1,4 +1,8 @@
-"""A small set of seeded corruptions of test images, each of one stated severity."""
+"""A small set of seeded corruptions of test images, each of one stated severity.
+
+Images have the shape (n, channels, height, width); noise and shifts are those of the seed, on every
+device.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,6 @@ def blurred(images: Tensor, seed: int = 0) -> Tensor:
 
         x̃(r, c) = Σ_{i, j = −3}^3 k_i k_j x(r + i, c + j),   k_i ∝ exp(−i² / 2),  Σ k_i = 1
 
-    Args:
-        images: Shape (n, channels, height, width).
-        seed: Without effect: nothing is random.
-
     Example:
         >>> float(blurred(torch.ones(1, 1, 5, 5)).sub(1).abs().max()) < 1e-6
         True
@@ -45,10 +45,6 @@ def noisy(images: Tensor, seed: int = 0) -> Tensor:
 
         x̃ = x + s/4 · ε,   ε ~ N(0, 1) for every pixel and channel
 
-    Args:
-        images: Shape (n, channels, height, width).
-        seed: Of the noise; the same on every device.
-
     Example:
         >>> x = torch.tensor([-1.0, 1.0]).repeat(5000).view(1, 1, 100, 100)
         >>> round(float((noisy(x) - x).std()), 2)
@@ -62,10 +58,6 @@ def noisy(images: Tensor, seed: int = 0) -> Tensor:
 def less_contrast(images: Tensor, seed: int = 0) -> Tensor:
     """Images nearer to their mean x̄ over pixels and channels: x̃ = x̄ + 0.4 (x − x̄).
 
-    Args:
-        images: Shape (n, channels, height, width).
-        seed: Without effect: nothing is random.
-
     Example:
         >>> less_contrast(torch.tensor([[[[0.0, 2.0]]]]))
         tensor([[[[0.6000, 1.4000]]]])
@@ -76,10 +68,6 @@ def less_contrast(images: Tensor, seed: int = 0) -> Tensor:
 
 def shifted(images: Tensor, seed: int = 0) -> Tensor:
     """Images moved by −2 to 2 pixels along each axis, uniformly; the darkest value fills the rest.
-
-    Args:
-        images: Shape (n, channels, height, width).
-        seed: Of the shifts.
 
     Example:
         >>> x = torch.zeros(1, 1, 5, 5)

@@ -32,17 +32,11 @@ class WorkItem(NamedTuple):
 
 @dataclass(frozen=True)
 class Scorer:
-    """Does a work item: loads the model, evaluates the measure, never raises.
+    """Does a work item: loads the model, evaluates the measure, never raises."""
 
-    Args:
-        tasks: The zoo.
-        measures: By name.
-        seed: Of the measures' random choices.
-    """
-
-    tasks: Mapping[str, Task]
-    measures: Mapping[str, Measure]
-    seed: int
+    tasks: Mapping[str, Task]  # the zoo
+    measures: Mapping[str, Measure]  # by name
+    seed: int  # of the measures' random choices
 
     def __call__(self, item: WorkItem, device: str) -> Outcome:
         """The values, or the error, with where they come from."""
@@ -101,14 +95,7 @@ def pending(
 ) -> list[Key]:
     """The work items without a result, and those whose files have changed since.
 
-    Results whose files cannot be read any more are kept.
-
-    Args:
-        store: The run's results.
-        tasks: The zoo.
-        measures: By name.
-        limit: Only the first models of each task.
-        progress: Show a bar if files must be read.
+    Results whose files cannot be read any more are kept. `limit`: only the first models of a task.
     """
     data = {name: _data_hash(store, name, task) for name, task in tasks.items()}
     done, restamped = set[Key](), dict[Key, str]()

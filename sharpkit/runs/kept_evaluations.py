@@ -49,6 +49,8 @@ def kept_table(
         >>> kept_table(folder, compute, 0).equals(table)
         True
     """
+    from pandas.api.types import is_string_dtype
+
     if folder is None:
         return function(*arguments)
     digest = _digest([function.__qualname__, *arguments])
@@ -61,7 +63,7 @@ def kept_table(
         table = function(*arguments)
     messages = [str(w.message) for w in given]
     _warn(messages)
-    if all(str(c.dtype) in _NUMBERS or _is_text(c) for _, c in table.items()):
+    if all(str(c.dtype) in _NUMBERS or is_string_dtype(c) for _, c in table.items()):
         with suppress(OSError):
             _write(path, digest, table, messages)
     return table
@@ -116,11 +118,7 @@ def _write(path: Path, digest: str, table: pd.DataFrame, messages: list[str]) ->
 
 
 def _read(path: Path, digest: str) -> pd.DataFrame:
-    """The table of the file.
-
-    Raises:
-        RunError: It cannot be read, or is of another question.
-    """
+    """The table of the file; RunError if it cannot be read, or is of another question."""
     import pandas as pd
 
     content = read_json(path, RunError)
@@ -147,12 +145,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return None if value is pd.NA else value
-
-
-def _is_text(column: pd.Series[Any]) -> bool:
-    from pandas.api.types import is_string_dtype
-
-    return bool(is_string_dtype(column))
 
 
 def _warn(messages: Sequence[str]) -> None:

@@ -17,11 +17,6 @@ from sharpkit.training.loop import classifies
 def accuracy_and_loss(model: nn.Module, examples: Examples, loss: MeanLoss) -> dict[str, float]:
     """The mean loss, and the share of examples classified rightly where that has a meaning.
 
-    Args:
-        model: In eval mode.
-        examples: Uniform or ragged.
-        loss: As `resolve_loss` gives it.
-
     Returns:
         dict: "loss"; and "acc", if outputs are (n, classes) and labels integers (n,).
 

@@ -13,6 +13,7 @@ from sharpkit.contract.holding import frozen
 from sharpkit.digests import described, digest
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.evaluation.grid import normal_id
+from sharpkit.zoo.grid import model_configs
 
 Model: TypeAlias = "nn.Module | Callable[[], nn.Module]"
 
@@ -73,13 +74,8 @@ def level_table(
                 f"expected those of {first}: {', '.join(map(str, names)) or 'none'}"
             )
         rows[model] = {name: _plain(model, name, given[model][name]) for name in names}
-    levels = {name: list({str(r[name]): r[name] for r in rows.values()}.values()) for name in names}
-    return {
-        model: {
-            name: {"possible_values": levels[name], "current_value": row[name]} for name in names
-        }
-        for model, row in rows.items()
-    }
+    configs = model_configs(rows, {model: {} for model in rows})
+    return {model: config["hparams"] for model, config in configs.items()}
 
 
 def _plain(model: str, name: str, value: Any) -> Any:

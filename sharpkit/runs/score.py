@@ -24,9 +24,9 @@ from sharpkit.errors import RunError
 from sharpkit.measures.measure import Measure
 from sharpkit.progress import progress_bar
 from sharpkit.run_directory import sole_driver
-from sharpkit.runs.directions import stated_directions
 from sharpkit.runs.held_out import HeldOut
 from sharpkit.runs.items import Scorer, WorkItem, hash_data, pending
+from sharpkit.runs.measure_values import stated_directions
 from sharpkit.runs.request import (
     check_request,
     named_measures,
@@ -109,7 +109,8 @@ def score_zoo(
         check_device(device)
     run = None if out is None else Path(out)
     with sole_driver(run), _scratch(run) as scratch:
-        threads = given.threads or recorded_threads(run) or _default_threads(given.place)
+        alone = torch.get_num_threads() if given.place == "inline" else 1
+        threads = given.threads or recorded_threads(run) or alone
         given = replace(given, threads=threads)
         locations = {name: task.location for name, task in tasks.items()}
         config = run_config(named, n, seed, device, threads, locations)
@@ -237,7 +238,3 @@ def _scratch(run: Path | None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _default_threads(backend: Backend) -> int:
-    return torch.get_num_threads() if backend == "inline" else 1

@@ -27,8 +27,8 @@ from sharpkit.errors import RunError
 from sharpkit.measures.measure import Measure, evaluate_measure
 from sharpkit.progress import progress_bar
 from sharpkit.run_directory import sole_driver
-from sharpkit.runs.directions import stated_directions
 from sharpkit.runs.held_out import held_out_metrics
+from sharpkit.runs.measure_values import stated_directions
 from sharpkit.runs.model_metrics import accuracy_and_loss
 from sharpkit.runs.own_models import Model, check_models, hash_model, level_table, ready
 from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_memory

@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, RunError
-from sharpkit.files import atomic_path, write_csv
+from sharpkit.evaluation.legend import in_whole_numbers, legend, legend_path
+from sharpkit.files import atomic_path, disk_errors, write_csv
 from sharpkit.runs.store import Store
-from sharpkit.runs.tables import write_scores
 
 if TYPE_CHECKING:
     import pandas as pd
 
 STORE_NAME = "results.sqlite"
+_OWN = {
+    "model": ("name or id of the model", ""),
+    "value": ("what the measure gave for the model", "that of the measure"),
+    "std_error": ("standard error of the value; empty if unknown", "as value"),
+    "m": ("group size of m-sharpness", "examples"),
+}
 
 
 @readable(lambda scores: scores._head(), table=lambda scores: scores._shown())
@@ -173,6 +179,29 @@ def finished(store: Store, run: Path | None) -> Scores:
     if run is not None:
         write_scores(frame, run)
     return scores
+
+
+def write_scores(frame: pd.DataFrame, run: Path) -> Path:
+    """Write `Scores.frame()` as RUN/scores.csv, exactly, and the meaning of its columns beside it.
+
+    Raises:
+        RunError: If they cannot be written, as on a full disk.
+
+    Example:
+        >>> import pandas as pd, tempfile
+        >>> row = {"task": "t", "model": "0", "measure": "s", "m": 4.0, "value": 0.1}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(write_scores(pd.DataFrame([row]), Path(folder)).read_text())
+        task,model,measure,m,value
+        t,0,s,4,0.1
+    """
+    path, described = run / "scores.csv", legend(frame)
+    for column, (meaning, unit) in _OWN.items():
+        described.loc[described["column"] == column, ["meaning", "unit"]] = [meaning, unit]
+    with disk_errors(path):
+        write_csv(in_whole_numbers(frame, "m"), path)
+        write_csv(described, legend_path(path))
+    return path
 
 
 def _metrics(entry: Any) -> Mapping[str, Any]:

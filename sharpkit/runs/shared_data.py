@@ -19,11 +19,8 @@ from sharpkit.workers import Backend
 def share(data: TensorDataset, backend: Backend, folder: Path) -> Any:
     """What to put into the items that need the data, instead of the data.
 
-    Args:
-        data: Inputs and labels.
-        backend: Worker processes get files, which they map into memory, so that all see the same
-            pages; on Ray the data are in its object store, once per node.
-        folder: Where the files go.
+    Worker processes get files in the folder, which they map into memory, so that all see the same
+    pages; on Ray the data are in its object store, once per node.
 
     Raises:
         RunError: The files cannot be written.

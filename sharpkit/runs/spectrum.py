@@ -155,10 +155,11 @@ def spectrum(
         raise ArgumentError(f'grid must be "linear", "log" or "symlog", got {grid!r}')
     check_device(device)
     examples = load_examples(data, n=n, seed=seed)
-    names = None if parameters is None else _names(parameters)
+    if isinstance(parameters, str):
+        parameters = [parameters]
     settings = _Settings(
         loss=loss,
-        parameters=names,
+        parameters=None if parameters is None else list(parameters),
         n=len(examples),
         steps=steps,
         probes=probes,
@@ -286,10 +287,6 @@ def _write(
     figure = draw(densities, share_axes=share_axes)
     save_picture(figure, root / "spectrum.png")
     forget(figure)
-
-
-def _names(parameters: str | Iterable[str]) -> list[str]:
-    return [parameters] if isinstance(parameters, str) else list(parameters)
 
 
 def _file_name(name: str) -> str:

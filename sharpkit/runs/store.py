@@ -38,35 +38,21 @@ _CHECKED = ", ".join((*_KEY, "error", *_FACTS))
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one work item, one measure on one model.
+    """What became of one work item, one measure on one model."""
 
-    Attributes:
-        values: Setting -> value; empty if it failed.
-        error: What it failed with.
-        seconds: Wall time.
-        weights_hash: SHA-256 over the model's files.
-        weights_stamp: Their sizes and times.
-        data_hash: SHA-256 over the files of the data.
-        settings_hash: SHA-256 of everything else that determines the values.
-        device: Name of the processor or GPU.
-        dtype: Of the weights.
-        precision: Of float32 arithmetic, "full" or "tf32".
-        peak_memory: Bytes; of the GPU, or of the worker process.
-        environment: Versions and host, as JSON.
-    """
-
+    # setting -> value; empty if it failed
     values: Mapping[str, Estimate] = field(default_factory=dict)
-    error: str | None = None
-    seconds: float | None = None
-    weights_hash: str | None = None
-    weights_stamp: str | None = None
-    data_hash: str | None = None
-    settings_hash: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    precision: str | None = None
-    peak_memory: int | None = None
-    environment: str | None = None
+    error: str | None = None  # what it failed with
+    seconds: float | None = None  # wall time
+    weights_hash: str | None = None  # SHA-256 over the model's files
+    weights_stamp: str | None = None  # their sizes and times
+    data_hash: str | None = None  # SHA-256 over the files of the data
+    settings_hash: str | None = None  # SHA-256 of everything else that determines the values
+    device: str | None = None  # name of the processor or GPU
+    dtype: str | None = None  # of the weights
+    precision: str | None = None  # of float32 arithmetic, "full" or "tf32"
+    peak_memory: int | None = None  # bytes; of the GPU, or of the worker process
+    environment: str | None = None  # versions and host, as JSON
 
 
 class Store:
@@ -101,14 +87,12 @@ class Store:
     @property
     def config(self) -> dict[str, Any]:
         """The configuration of the run."""
-        value: dict[str, Any] = self._meta("config")
-        return value
+        return self._meta("config")
 
     @property
     def directions(self) -> dict[str, Any]:
         """What was noted by `set_directions`."""
-        value: dict[str, Any] = self._meta("directions")
-        return value
+        return self._meta("directions")
 
     # --- writing -----------------------------------------------------------------------------
 
@@ -202,29 +186,22 @@ class Store:
 
     def done(self) -> Iterator[tuple[Key, str | None, str | None, str | None]]:
         """What succeeded: its key, and the hash, stamp and data hash that it was computed from."""
-        damaged = self._damaged()
-        for task, model, measure, *known in self._rows(
+        for task, model, measure, *known in self._intact_rows(
             "SELECT task, model, measure, weights_hash, weights_stamp, data_hash FROM items "
             "WHERE error IS NULL"
         ):
-            if (task, model, measure) not in damaged:
-                yield (task, model, measure), *known
+            yield (task, model, measure), *known
 
     def results(self) -> pd.DataFrame:
         """One row per value: task, model, measure, the setting's columns, value, std_error."""
         import pandas as pd
 
-        damaged = self._damaged()
-        rows = [
-            row
-            for row in self._rows(
-                "SELECT task, model, measure, setting, value, std_error FROM results "
-                # the order of completion must not show in the columns,
-                "WHERE measure != ? ORDER BY measure, setting",
-                TEST_METRICS,
-            )
-            if row[:3] not in damaged
-        ]
+        rows = self._intact_rows(
+            "SELECT task, model, measure, setting, value, std_error FROM results "
+            # the order of completion must not show in the columns,
+            "WHERE measure != ? ORDER BY measure, setting",
+            TEST_METRICS,
+        )
         with reading(f"{self.path}, settings", RunError, "name=value pairs"):
             settings = {row[3]: parse_setting(row[3]) for row in rows}
         columns = dict.fromkeys(key for columns in settings.values() for key in columns)
@@ -250,13 +227,12 @@ class Store:
     def test_metrics(self) -> dict[tuple[str, str], dict[str, float]]:
         """(task, model) -> what was computed on the test data, column -> value."""
         found: dict[tuple[str, str], dict[str, float]] = {}
-        damaged = self._damaged()
-        for task, model, column, value in self._rows(
-            "SELECT task, model, setting, value FROM results WHERE measure = ? ORDER BY rowid",
+        for task, model, _, column, value in self._intact_rows(
+            "SELECT task, model, measure, setting, value FROM results WHERE measure = ? "
+            "ORDER BY rowid",
             TEST_METRICS,
         ):
-            if (task, model, TEST_METRICS) not in damaged:
-                found.setdefault((task, model), {})[column] = value
+            found.setdefault((task, model), {})[column] = value
         return found
 
     def failures(self) -> pd.DataFrame:
@@ -312,6 +288,11 @@ class Store:
                 damaged.add(key)
         return damaged
 
+    def _intact_rows(self, query: str, *arguments: Any) -> list[Any]:
+        """Rows that begin with task, model and measure, without those of damaged work items."""
+        damaged = self._damaged()
+        return [row for row in self._rows(query, *arguments) if row[:3] not in damaged]
+
     def _environments(self) -> dict[int, str]:
         return dict(self._rows("SELECT id, content FROM environments"))
 
@@ -333,12 +314,13 @@ class Store:
                 "start again when the cause is gone"
             ) from error
 
-    def _meta(self, key: str) -> Any:
+    def _meta(self, key: str) -> dict[str, Any]:
         for value, checksum in self._rows("SELECT value, checksum FROM meta WHERE key = ?", key):
             if checksum not in (None, _checksum(key, value)):
                 raise RunError(f"{self.path}: the stored {key} is damaged (wrong checksum)")
             with reading(f"{self.path}, {key}", RunError, "JSON"):
-                return json.loads(value)
+                content: dict[str, Any] = json.loads(value)
+                return content
         return {}
 
     def _note(self, db: sqlite3.Connection, key: str, content: Any) -> None:

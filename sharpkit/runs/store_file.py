@@ -1,7 +1,8 @@
-"""The SQLite file of a store: opened to write, or to read whatever a killed process has left."""
+"""The SQLite file of a store: its tables, and opening it, also after a killed process."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 import tempfile
@@ -10,15 +11,39 @@ from pathlib import Path
 
 from sharpkit.digests import stamp
 from sharpkit.errors import RunError
-from sharpkit.runs.schema import VERSION, is_empty, prepare, version
+
+VERSION = 4
+
+# version -> the statements that lead to it from the one before; a release adds, and never edits
+_STEPS = {
+    2: """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE tasks (
+    task TEXT PRIMARY KEY, model_configs TEXT NOT NULL, data_hash TEXT, data_stamp TEXT
+);
+CREATE TABLE items (
+    task TEXT, model TEXT, measure TEXT, error TEXT, seconds REAL,
+    weights_hash TEXT, weights_stamp TEXT, data_hash TEXT, settings_hash TEXT, device TEXT,
+    dtype TEXT, peak_memory INTEGER, environment INTEGER,
+    PRIMARY KEY (task, model, measure)
+);
+CREATE TABLE results (
+    task TEXT, model TEXT, measure TEXT, setting TEXT, value REAL NOT NULL, std_error REAL,
+    PRIMARY KEY (task, model, measure, setting)
+);
+CREATE TABLE environments (id INTEGER PRIMARY KEY, content TEXT UNIQUE NOT NULL);
+""",
+    3: "ALTER TABLE items ADD COLUMN precision TEXT;",
+    4: """
+ALTER TABLE meta ADD COLUMN checksum TEXT;
+ALTER TABLE tasks ADD COLUMN checksum TEXT;
+ALTER TABLE items ADD COLUMN checksum TEXT;
+""",
+}
 
 
 def open_to_write(path: Path | None) -> sqlite3.Connection:
-    """A connection to a store of today's version, created if needed; None for one in memory.
-
-    Raises:
-        RunError: If nothing can be written there.
-    """
+    """A store of today's version, created if needed; None for one in memory."""
     try:
         # a second process that opens the same run waits for the first
         db = sqlite3.connect(path if path else ":memory:", isolation_level=None, timeout=60)
@@ -47,7 +72,7 @@ def open_to_read(path: Path | None) -> sqlite3.Connection:
 def _current(db: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     """The store as it is, or brought up to date in memory if it is older or was never filled."""
     try:
-        if not is_empty(db) and version(db, path) == VERSION:
+        if _tables(db) and _version(db, path) == VERSION:
             return db
         copy = sqlite3.connect(":memory:", isolation_level=None)
         db.backup(copy)
@@ -88,3 +113,42 @@ def _recovered(path: Path) -> sqlite3.Connection:
             "can be written, and read the copy"
         ) from error
     return copy
+
+
+def prepare(db: sqlite3.Connection, path: Path | None) -> None:
+    """Create the tables of an empty database, or bring an older store up to date, all or nothing.
+
+    Raises:
+        RunError: If the database is something else, or of a later version.
+    """
+    with db:
+        db.execute("BEGIN IMMEDIATE")
+        tables = _tables(db)
+        if tables and "meta" not in tables:
+            raise RunError(f"{path}: a database of something else, with {min(tables)}")
+        found = _version(db, path) if tables else min(_STEPS) - 1
+        for number in range(found + 1, VERSION + 1):
+            for statement in filter(str.strip, _STEPS[number].split(";")):
+                db.execute(statement)
+        if found < VERSION:
+            db.execute(
+                "INSERT OR REPLACE INTO meta (key, value) VALUES ('version', ?)",
+                (json.dumps(VERSION),),
+            )
+
+
+def _version(db: sqlite3.Connection, path: Path | None) -> int:
+    """The version of a store; RunError if it is none that this code knows."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'version'").fetchone()
+    found = str(row[0]) if row else ""
+    if found not in map(str, _STEPS):
+        raise RunError(
+            f"{path}: store version {found}; this version of sharpkit knows {min(_STEPS)} to "
+            f"{VERSION}"
+        )
+    return int(found)
+
+
+def _tables(db: sqlite3.Connection) -> set[str]:
+    """Their names; none if the process that created the file was killed before it wrote."""
+    return {name for (name,) in db.execute("SELECT name FROM sqlite_master")}

@@ -1,17 +1,49 @@
-"""The table of an evaluation as text: each statistic beside what noise has."""
+"""What `sharpkit evaluate` leaves in a run directory, and the main of it as text."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from sharpkit.evaluation.legend import write_with_legend
 from sharpkit.evaluation.number_of_draws import draws_note
 from sharpkit.evaluation.statistics import TABLE, Statistic
+from sharpkit.files import write_csv
+from sharpkit.runs.evaluate import combine, evaluate
+from sharpkit.runs.scores import Scores
+from sharpkit.runs.targets import selection_regret
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _KEYS = ("task", "measure", "m", "rho", "form", "models")
-_NO_INTERVAL = "-"
+
+
+def write_evaluation(run: Path, target: str | None = None, **options: Any) -> str:
+    """Evaluate a run, write its tables as CSV, and sum them up in words.
+
+    Args:
+        run: Directory of a run. It gets evaluation.csv and, for several measures, combined.csv;
+            with a target evaluation_TARGET.csv and regret_TARGET.csv.
+        target: A recorded column to predict instead of the gap.
+        options: Of `evaluate`: resamples, seed, test_size.
+    """
+    scores = Scores.open(run)
+    table = evaluate(scores, target=target, **options)
+    path = run / ("evaluation.csv" if target is None else f"evaluation_{target}.csv")
+    write_with_legend(table, path)
+    parts = [summary(table)]
+    if target is not None:
+        regret = selection_regret(scores, target=target)
+        write_csv(regret, run / f"regret_{target}.csv")
+        title = f"\n{target} lost by picking the model that a measure thinks best:"
+        parts += [title, _text(regret)]
+    else:
+        together = combine(scores, resamples=options["resamples"], seed=options["seed"])
+        if len(together):
+            write_with_legend(together, run / "combined.csv")
+            parts += ["\nAll measures together, on held-out models:", _text(together)]
+    return "\n".join([*parts, str(path)])
 
 
 def summary(table: pd.DataFrame) -> str:
@@ -98,4 +130,8 @@ def _p(value: float) -> str:
 
 
 def _interval(low: float, high: float) -> str:
-    return f"{low:.2f} to {high:.2f}" if low == low and high == high else _NO_INTERVAL
+    return f"{low:.2f} to {high:.2f}" if low == low and high == high else "-"
+
+
+def _text(table: pd.DataFrame) -> str:
+    return table.to_string(index=False, float_format=lambda value: f"{value:.4g}")

@@ -21,12 +21,7 @@ Target: TypeAlias = "str | Mapping[str, float] | Mapping[str, Mapping[str, float
 
 
 def target_values(scores: Scores, target: Target) -> dict[str, dict[str, float]]:
-    """Task -> model -> what is to be predicted, NaN where it is not known.
-
-    Args:
-        scores: Of a run.
-        target: A column of `scores.metrics()`, such as "test_loss"; or the user's own values by
-            model (of a run of several tasks: by task and model).
+    """Task -> model -> what is to be predicted, NaN where it is not known; see `Target`.
 
     Raises:
         ArgumentError: If there is no such column, or a value is for a model that the run lacks.

@@ -28,14 +28,7 @@ _MAX_AXES = 32
 def provenance(
     data: str, root: str | None, architecture: str, train: TensorDataset
 ) -> dict[str, Any]:
-    """What `sharpkit.fit` has to note in config.json so that the run can be opened again.
-
-    Args:
-        data: The data set's name, as for `load_dataset`.
-        root: Its folder, or None.
-        architecture: As for `build_architecture`.
-        train: The training examples; they give the network's input shape and classes.
-    """
+    """What `sharpkit.fit` has to note in config.json so that the run can be opened again."""
     inputs, labels = train.tensors
     return {
         "architecture": architecture,
@@ -49,16 +42,7 @@ def provenance(
 def train_named(
     data: str, root: Path | None, architecture: str, *, seed: int, keep: Any, **options: Any
 ) -> FitResult:
-    """Train a network by its name on data by their name, as `sharpkit train` does.
-
-    Args:
-        data: As for `load_dataset`.
-        root: Folder of the data, or None.
-        architecture: As for `build_architecture`.
-        seed: Of the initial weights and of the training.
-        keep: Epochs whose weights are kept, or None.
-        options: Of `fit`.
-    """
+    """Train a network by its name on data by their name, as `sharpkit train` does."""
     train, test = load_dataset(data, root=root)
     origin = provenance(data, None if root is None else str(root), architecture, train)
     shape, classes = tuple(origin["input_shape"]), origin["classes"]

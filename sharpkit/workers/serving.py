@@ -33,12 +33,7 @@ class Refused:
 
 
 def serve(connection: Connection, device: str) -> None:
-    """Receive the function, then items; send what they give.
-
-    Args:
-        connection: To the driver, which sends the pickled function and its limits first.
-        device: Of this worker.
-    """
+    """Receive the pickled function and its limits, then items; send what they give."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     try:

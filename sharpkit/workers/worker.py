@@ -42,8 +42,6 @@ class Worker:
 
     Args:
         setup: The pickled function and its limits.
-        device: To compute on.
-        job: What it is for; kept for the driver.
         events: Gets (this worker, message) for `Ready`, `Refused`, `Died` and every result.
         seconds: To start in.
     """

@@ -29,11 +29,6 @@ def unpack_zip(archive: str | Path, target: str | Path, *, progress: bool = Fals
     A single folder at the top of the archive becomes the target itself. `__MACOSX`, `.DS_Store`
     and the like are skipped.
 
-    Args:
-        archive: The zip file.
-        target: The folder to create; must not exist.
-        progress: Show a progress bar.
-
     Returns:
         Path: The target.
 

@@ -60,10 +60,6 @@ def embedded_zoo() -> Zoo:
 def pack_zoo(zoo: str | Path, archive: str | Path) -> Path:
     """Pack `input_data` and `reference_data` of a zoo; the same files give the same archive.
 
-    Args:
-        zoo: The zoo's root.
-        archive: The .tar.xz file to write.
-
     Beside the archive, `<name>.sha256` gets the checksum, size and path of each file, by which a
     folder that was unpacked before is known again.
 

@@ -13,12 +13,7 @@ from sharpkit.files import atomic_path
 
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Any:
-    """The content of a zoo's JSON file; ZooFormatError that names the file if it is no good one.
-
-    Args:
-        path: The file.
-        max_bytes: A larger file is refused before it is read.
-    """
+    """The content of a zoo's JSON file; ZooFormatError that names the file if it is no good one."""
     return doors.read_json(path, ZooFormatError, max_bytes)
 
 

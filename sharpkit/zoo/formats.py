@@ -11,7 +11,6 @@ from sharpkit.display import readable
 from sharpkit.errors import SharpkitError, ZooFormatError
 from sharpkit.zoo.pgdl import EXPECTED, PgdlTask, pgdl_tasks
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
-from sharpkit.zoo.tables import tasks_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,15 +20,11 @@ Finder: TypeAlias = Callable[[Path, Mirror | None], tuple[list[PgdlTask], dict[s
 
 
 class Format(NamedTuple):
-    """A way to store a zoo.
+    """A way to store a zoo."""
 
-    Args:
-        find: Finds the tasks, without opening a file; finds nothing where the format is another.
-        expected: What it looks for, for the error where no format fits.
-    """
-
+    # finds the tasks, without opening a file; finds nothing where the format is another
     find: Finder
-    expected: str
+    expected: str  # what it looks for, for the error where no format fits
 
 
 FORMATS = {"PGDL": Format(pgdl_tasks, EXPECTED)}
@@ -130,5 +125,8 @@ class Zoo(Mapping[str, PgdlTask]):
         return len(self._tasks)
 
     def frame(self) -> pd.DataFrame:
-        """One row per task: task, models, path."""
-        return tasks_table(self)
+        """One row per task: task, models, path (or URL)."""
+        import pandas as pd
+
+        rows = [(task.name, len(task), task.location) for task in self.values()]
+        return pd.DataFrame(rows, columns=["task", "models", "path"])

@@ -54,9 +54,6 @@ def check_grid(model_configs: Mapping[str, Any]) -> list[str]:
 def possible_values(model_configs: Mapping[str, Any]) -> dict[str, list[Any]]:
     """The values that each hyperparameter can take, in the order in which the file lists them.
 
-    Args:
-        model_configs: The parsed model_configs.json.
-
     Returns:
         dict: Hyperparameter name to its values; the union over models, each value once by `str()`.
 

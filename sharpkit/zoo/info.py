@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,48 +70,46 @@ def zoo_info(zoo: Zoo | str | Path, deep: bool = False) -> pd.DataFrame:
     return frame.astype(counts)
 
 
-def _task_problems(task: PgdlTask, deep: bool) -> list[str]:
-    """What is wrong with the files that the models of a task share."""
-    problems = []
+def _told(problems: list[str], check: Callable[..., list[str]], *given: Any) -> None:
+    """Add what a check finds or raises."""
     try:
-        configs = task.model_configs
-        problems += [f"model {i} is listed but absent" for i in configs if i not in task]
+        problems += check(*given)
     except SharpkitError as error:
         problems.append(str(error))
+
+
+def _task_problems(task: PgdlTask, deep: bool) -> list[str]:
+    """What is wrong with the files that the models of a task share."""
+    problems: list[str] = []
+    _told(problems, _absent_models, task)
     for split in _SPLITS:
-        if split == "test" and not (task.path / "dataset_1" / split).is_dir():
-            continue  # a zoo may come without test data
-        try:
-            shards = task.shards(split)
-        except SharpkitError as error:
-            problems.append(str(error))
-            continue
-        broken = [p for shard in shards if (p := _shard_problem(task, shard, deep))]
-        if deep and not broken:
-            broken = _dataset_problems(task, split)
-        problems += broken
+        # a zoo may come without test data
+        if split == "train" or (task.path / "dataset_1" / split).is_dir():
+            _told(problems, _split_problems, task, split, deep)
     return problems
 
 
-def _dataset_problems(task: PgdlTask, split: Split) -> list[str]:
-    """Whether shards that are each in order also fit together."""
-    try:
+def _absent_models(task: PgdlTask) -> list[str]:
+    return [f"model {i} is listed but absent" for i in task.model_configs if i not in task]
+
+
+def _split_problems(task: PgdlTask, split: Split, deep: bool) -> list[str]:
+    """What is wrong with each shard; if nothing is, whether they fit together."""
+    problems: list[str] = []
+    for shard in task.shards(split):
+        _told(problems, _shard_problems, task, shard, deep)
+    if deep and not problems:
         task.dataset(split)
-    except SharpkitError as error:
-        return [str(error)]
-    return []
+    return problems
 
 
-def _shard_problem(task: PgdlTask, shard: Path, deep: bool) -> str:
+def _shard_problems(task: PgdlTask, shard: Path, deep: bool) -> list[str]:
     if not deep:
-        return f"{shard}: shard is empty" if _size(task, shard) == 0 else ""
+        return [f"{shard}: shard is empty"] if _size(task, shard) == 0 else []
     from sharpkit.zoo.shards.tfrecord import read_shards
 
-    try:
-        read_shards([task.local(shard)])
-    except SharpkitError as error:
-        return str(error)
-    return ""
+    read_shards([task.local(shard)])
+    return []
 
 
 def _size(task: PgdlTask, path: Path) -> int | None:
@@ -144,7 +143,7 @@ def _model_row(entry: PgdlModel, trial: tuple[Tensor, int] | None) -> dict[str, 
         model = entry.build()
         row |= {"layers": len(model.slots), "parameters": model.parameter_count}
         for weights in _WEIGHTS:
-            problems += _weight_problems(entry, weights, trial)
+            _told(problems, _weight_problems, entry, weights, trial)
     except SharpkitError as error:
         problems.append(str(error))
     return row | {"problem": "; ".join(problems)}
@@ -155,16 +154,13 @@ def _weight_problems(
 ) -> list[str]:
     from sharpkit.zoo.keras.weights import check_weights
 
-    try:
-        if trial is not None:
-            return _forward_problems(entry, weights, *trial)
-        path = entry.weights_path(weights)
-        if entry.task.mirror is None:
-            check_weights(entry.build(), path)
-        elif _size(entry.task, path) == 0:
-            return [f"{path}: weights are empty"]
-    except SharpkitError as error:
-        return [str(error)]
+    if trial is not None:
+        return _forward_problems(entry, weights, *trial)
+    path = entry.weights_path(weights)
+    if entry.task.mirror is None:
+        check_weights(entry.build(), path)
+    elif _size(entry.task, path) == 0:
+        return [f"{path}: weights are empty"]
     return []
 
 

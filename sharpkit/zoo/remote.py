@@ -138,11 +138,7 @@ class Mirror:
             raise self._unreachable(error) from error
 
     def size(self, path: Path) -> int | None:
-        """Bytes of a file on the server, as listed.
-
-        Raises:
-            ZooFormatError: It is not there.
-        """
+        """Bytes of a file on the server, as listed; ZooFormatError if it is not there."""
         name = self._relative(path)
         if name not in self._listed:
             raise ZooFormatError(f"{self._url_of(name)}: file is missing")

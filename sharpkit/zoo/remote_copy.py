@@ -22,13 +22,6 @@ created ino"""
 def download(fs: Any, name: str, info: Mapping[str, Any], part: Path, url: str) -> None:
     """Copy a file of a server, and check size and checksums.
 
-    Args:
-        fs: fsspec's file system.
-        name: Of the file, for it.
-        info: What the server tells of the file.
-        part: Where the copy goes.
-        url: For errors.
-
     Raises:
         DownloadError: The server tells no size, or there is no room.
         OSError: What came is not what was told; another attempt may help.

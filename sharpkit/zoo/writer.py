@@ -171,7 +171,7 @@ def write_zoo(zoo: Mapping[str, PgdlTask], path: str | Path, *, shard_size: int 
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_zoo({"mine": embedded_zoo()["fashion_mnist_14x14"]}, folder)
         ...     load_zoo(folder)["mine"]
-        Task: mine, 96 models, in ...
+        PgdlTask: mine, 96 models, in ...
     """
     writer = ZooWriter(path, shard_size=shard_size)
     failures = [f for name, task in zoo.items() for f in _copy_task(writer, name, task)]

@@ -37,22 +37,14 @@ _EMBEDDED_DATA = "fashion-mnist-14x14"
 
 @dataclass(frozen=True)
 class ZooPlan:
-    """What a grid file asks for; the arguments of `train_zoo`.
+    """What a grid file asks for; the arguments of `train_zoo`."""
 
-    Args:
-        data: Where the examples come from.
-        task: Name of the task.
-        seed: Of the whole grid.
-        shipped_test: Test examples written to the zoo; None for all.
-        recipe: Values of the fields that the grid leaves out.
-        grid: Field of `Recipe` to its values.
-    """
-
-    data: DataSource
-    task: str
-    seed: int = 0
-    shipped_test: int | None = None
-    recipe: Recipe = field(default_factory=Recipe)
+    data: DataSource  # where the examples come from
+    task: str  # name of the task
+    seed: int = 0  # of the whole grid
+    shipped_test: int | None = None  # test examples written to the zoo; None for all
+    recipe: Recipe = field(default_factory=Recipe)  # values of the fields that the grid leaves out
+    # field of `Recipe` to its values
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def load_data(self) -> tuple[TensorDataset, TensorDataset]:

@@ -22,19 +22,12 @@ from sharpkit.zoo_training.recipe import Recipe
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A finished model, in types that pass between processes by value.
+    """A finished model, in types that pass between processes by value."""
 
-    Args:
-        config: Its config.json.
-        initial: Parameter name to value before training.
-        final: The same after training.
-        metrics: Accuracies, losses, the number of epochs and the attempt, from 0.
-    """
-
-    config: dict[str, Any]
-    initial: dict[str, NDArray[np.float32]]
-    final: dict[str, NDArray[np.float32]]
-    metrics: dict[str, float]
+    config: dict[str, Any]  # its config.json
+    initial: dict[str, NDArray[np.float32]]  # parameter name to value before training
+    final: dict[str, NDArray[np.float32]]  # the same after training
+    metrics: dict[str, float]  # accuracies, losses, the number of epochs and the attempt, from 0
 
 
 def train_model(
@@ -53,12 +46,8 @@ def train_model(
     machine. The caller's random state stays.
 
     Args:
-        recipe: Architecture and training.
-        train: Inputs (n, c, h, w) float32 and labels (n,) int64 to fit.
-        test: The same for `test_acc` and `test_loss`.
         seed: Any number of non-negative integers.
         shipped_test: `shipped_test_acc` is the accuracy on that many test examples, from the first.
-        device: Where to train.
 
     Returns:
         TrainedModel: Config, weights before and after training, metrics.

@@ -9,12 +9,7 @@ from typing import Any
 
 from sharpkit.doors import MAX_LAYERS
 from sharpkit.errors import ArgumentError
-from sharpkit.training.settings import (
-    TrainingSettings,
-    check_choice,
-    check_number,
-    check_whole,
-)
+from sharpkit.training.settings import TrainingSettings, check_choice, check_number, check_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +126,9 @@ class Recipe(TrainingSettings):
 
 _Layer = dict[str, Any]
 _LEAST = {
-    "width": 1,
-    "num_conv_blocks": 0,
-    "convs_per_block": 1,
-    "num_dense_layers": 0,
-    "dense_units": 1,
-    "m": 0,
-    "attempts": 1,
-}
+    "width": 1, "num_conv_blocks": 0, "convs_per_block": 1, "num_dense_layers": 0,
+    "dense_units": 1, "m": 0, "attempts": 1,
+}  # fmt: skip
 
 
 def _conv(filters: int, *, size: int = 3, **keywords: Any) -> _Layer:

@@ -180,11 +180,7 @@ def train_zoo(
         results = run_items(train_one, todo.items(), trainers, device=device)
         failed: dict[str, str] = {}
         bar = progress_bar(
-            total=len(wanted),
-            initial=len(skipped),
-            desc="train",
-            unit="model",
-            progress=progress,
+            total=len(wanted), initial=len(skipped), desc="train", unit="model", progress=progress
         )
         with bar, closing(results):  # workers end at once if this process is interrupted
             for (i, _), result in results:
@@ -204,14 +200,7 @@ def train_zoo(
 def train_plan(
     plan: ZooPlan, out: str | Path, data: str | None = None, **options: Any
 ) -> TrainingReport:
-    """Train the zoo that a grid file asks for.
-
-    Args:
-        plan: Of `read_plan`.
-        out: Root directory of the zoo.
-        data: The folder of the data set's files, or another data set; None for the plan's.
-        options: Of `train_zoo`: limit, device and those of workers.
-    """
+    """Train the zoo that a grid file asks for, with other data if given; options of `train_zoo`."""
     if data is not None:
         plan = replace(plan, data=plan.data.at(data))
     return train_zoo(

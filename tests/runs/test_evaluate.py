@@ -19,7 +19,7 @@ from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation import STATISTICS, cmi_null, rate_measures
 from sharpkit.evaluation.legend import legend
 from sharpkit.measures import make_measure
-from sharpkit.runs.directions import column_direction, stated_directions
+from sharpkit.runs.measure_values import column_direction, stated_directions
 from sharpkit.runs.scores import Scores
 from sharpkit.runs.store import Estimate, Outcome, Store
 from sharpkit.runs.summary import summary

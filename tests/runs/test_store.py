@@ -16,8 +16,8 @@ from zoos import write_small_zoo
 import sharpkit as sk
 from sharpkit.errors import ArgumentError, RunError
 from sharpkit.measures.measure import Estimate
-from sharpkit.runs.schema import VERSION
 from sharpkit.runs.store import Outcome, Store
+from sharpkit.runs.store_file import VERSION
 
 MEASURE = sk.MSharpness(m=[1, 4], rho=0.1)
 

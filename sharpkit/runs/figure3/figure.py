@@ -22,11 +22,12 @@ from sharpkit.progress import progress_bar
 from sharpkit.run_directory import read_claim, refuse_another, sole_driver, write_claim
 from sharpkit.runs.evaluate import evaluate
 from sharpkit.runs.figure3.plan import Plan, read_plan
-from sharpkit.runs.figure3.spectra import Snapshot, measure
 from sharpkit.runs.figure3.trainings import (
     ArrayExamples,
     Run,
+    Snapshot,
     best_lr,
+    measure,
     sam_runs,
     sgd_runs,
     spectrum_runs,
@@ -135,6 +136,9 @@ def figure3(
         >>> result = sk.figure3("mini", out="runs/mini", panels=["right"])  # doctest: +SKIP
         >>> result.predictive_power[["m", "cmi_pgdl"]]  # doctest: +SKIP
     """
+    from sharpkit.plot.canvas import forget, save_picture
+    from sharpkit.plot.figure3 import figure3 as draw
+
     check_device(device)
     plan = preset if isinstance(preset, Plan) else read_plan(preset, build)
     if data is not None:
@@ -159,8 +163,12 @@ def figure3(
                 spectra, densities = _measure_all(driver, plan, examples, root, lr)
         if "right" in panels:
             power = _predictive_power(driver, plan, root)
-        picture = _draw(root / "figure3.png", densities, spectra, test_error, power)
-    return Figure3(picture, spectra, test_error, power, driver.failures)
+        figure = draw(
+            densities=densities, spectra=spectra, test_error=test_error, predictive_power=power
+        )
+        save_picture(figure, root / "figure3.png")
+        forget(figure)
+    return Figure3(root / "figure3.png", spectra, test_error, power, driver.failures)
 
 
 @dataclass(frozen=True)
@@ -286,21 +294,3 @@ def _written(table: pd.DataFrame, path: Path) -> pd.DataFrame:
 
 def _first(failures: dict[str, str]) -> str:
     return next((f"{name}: {reason}" for name, reason in failures.items()), "nothing was trained")
-
-
-def _draw(
-    path: Path,
-    densities: dict[tuple[str, int], SpectralDensity] | None,
-    spectra: pd.DataFrame | None,
-    test_error: pd.DataFrame | None,
-    power: pd.DataFrame | None,
-) -> Path:
-    from sharpkit.plot.canvas import forget, save_picture
-    from sharpkit.plot.figure3 import figure3 as draw
-
-    figure = draw(
-        densities=densities, spectra=spectra, test_error=test_error, predictive_power=power
-    )
-    save_picture(figure, path)
-    forget(figure)
-    return path

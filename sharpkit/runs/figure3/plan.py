@@ -19,34 +19,22 @@ class Training:
 
     The fields are settings of `sharpkit.fit`, by the same names and with its defaults except for
     the batch size; where `fit` has one m, rho, lr and seed, there are several here.
-
-    Args:
-        architecture: As for `build_architecture`.
-        epochs: Of every training.
-        seeds: Of initial weights, order, augmentation and label noise; one training each.
-        m: Group sizes of SAM.
-        rho: Radii of SAM.
-        lr: Learning rates tried with SGD; SAM takes the one with SGD's lowest mean test error.
-        batch_size: Examples of a step.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
-        schedule: "cosine", "step" or "constant".
-        augmentation: "flip", "crop", "flip-crop", or left out.
-        label_noise: Fraction of wrong training labels.
     """
 
-    architecture: str
-    epochs: int
+    architecture: str  # as for `build_architecture`
+    epochs: int  # of every training
+    # of initial weights, order, augmentation and label noise; one training each
     seeds: tuple[int, ...]
-    m: tuple[int, ...]
-    rho: tuple[float, ...]
+    m: tuple[int, ...]  # group sizes of SAM
+    rho: tuple[float, ...]  # radii of SAM
+    # learning rates tried with SGD; SAM takes the one with SGD's lowest mean test error
     lr: tuple[float, ...]
-    batch_size: int = 256
-    momentum: float = FitSettings.momentum
-    weight_decay: float = FitSettings.weight_decay
-    schedule: Schedule = FitSettings.schedule
-    augmentation: Augmentation | None = None
-    label_noise: float = FitSettings.label_noise
+    batch_size: int = 256  # examples of a step
+    momentum: float = FitSettings.momentum  # of SGD
+    weight_decay: float = FitSettings.weight_decay  # of SGD
+    schedule: Schedule = FitSettings.schedule  # "cosine", "step" or "constant"
+    augmentation: Augmentation | None = None  # "flip", "crop", "flip-crop", or left out
+    label_noise: float = FitSettings.label_noise  # fraction of wrong training labels
 
     def __post_init__(self) -> None:
         for name in ("seeds", "m", "rho", "lr"):
@@ -62,14 +50,7 @@ class Training:
                 self.settings(optimizer="sam", **first | {name: value})
 
     def settings(self, **varied: Any) -> FitSettings:
-        """Those of one training.
-
-        Args:
-            varied: optimizer, m, rho, lr and seed.
-
-        Raises:
-            ArgumentError: One is out of range.
-        """
+        """Those of one training: its optimizer, m, rho, lr and seed, and what all have."""
         known = {field.name for field in fields(FitSettings)}
         same = {name: value for name, value in vars(self).items() if name in known}
         return FitSettings(**same | varied)
@@ -77,44 +58,27 @@ class Training:
 
 @dataclass(frozen=True)
 class SpectraSettings:
-    """The left panel: Hessian spectra in the course of training with SGD and with SAM.
+    """The left panel: Hessian spectra in the course of training with SGD and with SAM."""
 
-    Args:
-        epochs: After which the Hessian is taken.
-        m: Group size of SAM.
-        rho: Its radius.
-        n: Training examples that the Hessian is of; left out for all.
-        steps: Lanczos steps.
-        probes: Random start vectors.
-        seeds: How many of the training's seeds; left out for all. The first is drawn.
-    """
-
-    epochs: tuple[int, ...]
-    m: int
-    rho: float
-    n: int | None = None
-    steps: int = 80
-    probes: int = 1
+    epochs: tuple[int, ...]  # after which the Hessian is taken
+    m: int  # group size of SAM
+    rho: float  # its radius
+    n: int | None = None  # training examples that the Hessian is of; left out for all
+    steps: int = 80  # Lanczos steps
+    probes: int = 1  # random start vectors
+    # how many of the training's seeds; left out for all. The first is drawn
     seeds: int | None = None
 
 
 @dataclass(frozen=True)
 class Power:
-    """The right panel: predictive power of m-sharpness over a zoo.
+    """The right panel: predictive power of m-sharpness over a zoo."""
 
-    Args:
-        zoo: A path to a zoo, or "embedded".
-        rho: Radius of m-sharpness.
-        m: Group sizes.
-        tasks: Of the zoo; empty for all.
-        n: Training examples that are used; left out for all.
-    """
-
-    zoo: str
-    rho: float
-    m: tuple[int, ...]
-    tasks: tuple[str, ...] = ()
-    n: int | None = None
+    zoo: str  # a path to a zoo, or "embedded"
+    rho: float  # radius of m-sharpness
+    m: tuple[int, ...]  # group sizes
+    tasks: tuple[str, ...] = ()  # of the zoo; empty for all
+    n: int | None = None  # training examples that are used; left out for all
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""The trainings behind the left and the middle panel, one work item each."""
+"""The trainings behind the left and the middle panel, and their spectra: one work item each."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from sharpkit.contract.examples import standard_tensor
+from sharpkit.curvature.density import SpectralDensity
 from sharpkit.errors import RunError
+from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.runs.figure3.plan import Plan
+from sharpkit.runs.spectrum import spectrum
 from sharpkit.training import build_architecture, fit
 from sharpkit.training.augmentation import noisy_labels
 
@@ -20,23 +24,21 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+_COLUMNS = (
+    "lambda_max", "lambda_max_over_lambda_5", "lambda_min", "trace", "trace_std_error", "loss",
+    "seconds",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training."""
 
-    Args:
-        optimizer: "sgd" or "sam".
-        m: SAM's group size.
-        rho: SAM's radius.
-        lr: First learning rate.
-        seed: Of weights and training.
-    """
-
-    optimizer: str
-    m: int | None
-    rho: float | None
-    lr: float
-    seed: int
+    optimizer: str  # "sgd" or "sam"
+    m: int | None  # SAM's group size
+    rho: float | None  # SAM's radius
+    lr: float  # first learning rate
+    seed: int  # of weights and training
 
     @property
     def name(self) -> str:
@@ -47,15 +49,10 @@ class Run:
 
 @dataclass(frozen=True)
 class ArrayExamples:
-    """Training and test data as arrays, which pass between processes by value.
+    """Training and test data as arrays, which pass between processes by value."""
 
-    Args:
-        train: Inputs (n, ...) and labels (n,).
-        test: The same.
-    """
-
-    train: tuple[Any, Any]
-    test: tuple[Any, Any]
+    train: tuple[Any, Any]  # inputs (n, ...) and labels (n,)
+    test: tuple[Any, Any]  # the same
 
     @classmethod
     def of(cls, train: TensorDataset, test: TensorDataset) -> ArrayExamples:
@@ -103,13 +100,7 @@ def train(
 ) -> dict[str, Any]:
     """Train a network, or read back one that is trained; its row of trainings.csv.
 
-    Args:
-        plan: Of the figure.
-        examples: To train and test with.
-        root: The figure's directory; the training is in `trainings/<name>`.
-        kept: Trainings whose weights at the epochs of the left panel are kept.
-        run: Which training.
-        device: Where.
+    Of the trainings in `kept`, the weights at the epochs of the left panel are kept.
     """
     result = fit(
         build(plan, examples, run.seed),
@@ -177,3 +168,37 @@ def summary(trainings: pd.DataFrame) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A training at an epoch."""
+
+    run: Run
+    epoch: int  # after which the weights were kept
+
+    @property
+    def name(self) -> str:
+        """The name of its directory."""
+        return f"{self.run.name}-epoch{self.epoch}"
+
+
+def measure(
+    plan: Plan, examples: ArrayExamples, root: Path, snapshot: Snapshot, device: str
+) -> tuple[SpectralDensity, dict[str, Any]]:
+    """The spectral density of the training loss at a snapshot, and its row of spectra.csv."""
+    run, wanted = snapshot.run, plan.spectra
+    weights = root / "trainings" / run.name / f"epoch-{snapshot.epoch}.safetensors"
+    result = spectrum(
+        {"model": partial(load_checkpoint, weights, partial(build, plan, examples, run.seed))},
+        training_set(plan, examples, run.seed),
+        root / "spectra" / snapshot.name,
+        n=wanted.n,
+        steps=wanted.steps,
+        probes=wanted.probes,
+        device=device,
+        progress=False,
+    )
+    numbers = result.summary["model"]
+    row = {**asdict(run), "epoch": snapshot.epoch, **{name: numbers[name] for name in _COLUMNS}}
+    return result.densities["model"], row

@@ -75,16 +75,11 @@ def read_array(path: Path, layer: str, dataset: Dataset) -> NDArray[np.float32]:
 
 
 class _Names:
-    """Follows the names that a file lists; all its lists together are bounded.
-
-    Args:
-        path: The file.
-        largest_text: Bytes that a text of variable length can have.
-    """
+    """Follows the names that a file lists; all its lists together are bounded."""
 
     def __init__(self, path: Path, largest_text: int) -> None:
         self._path, self._size = path, path.stat().st_size
-        self._largest_text = largest_text
+        self._largest_text = largest_text  # bytes of one of variable length
         self._bytes_left = FREE_BYTES
 
     def layers(self, file: Any) -> list[tuple[str, list[Any]]]:

@@ -38,9 +38,6 @@ def check_heaps(path: Path) -> int:
 
     Other damage is left to the HDF5 library, which reports it. Reads the file once, without holes.
 
-    Args:
-        path: The file.
-
     Returns:
         int: Bytes of the largest object in a global heap, 0 if there is none: no text is longer.
 
@@ -118,7 +115,8 @@ def _longest_text(file: BufferedReader, name: int, end: int) -> int:
             kind, shape = file.read(type_size), file.read(shape_size)
             if kind[:1] and kind[0] & 0xF == _VARIABLE:
                 texts = file.read(min(16 * _count(shape), end))
-                return max((n for n, _ in struct.iter_unpack("<I12s", _whole(texts))), default=0)
+                whole = texts[: len(texts) // 16 * 16]
+                return max((n for n, _ in struct.iter_unpack("<I12s", whole)), default=0)
     return 0
 
 
@@ -128,10 +126,6 @@ def _count(shape: bytes) -> int:
         return 0
     dims = shape[8 if shape[0] == 1 else 4 :][: 8 * shape[1]]
     return math.prod(n for (n,) in struct.iter_unpack("<Q", dims[: len(dims) // 8 * 8]))
-
-
-def _whole(texts: bytes) -> bytes:
-    return texts[: len(texts) // 16 * 16]
 
 
 def _places(file: BufferedReader, size: int) -> Iterator[tuple[bytes, int]]:

@@ -28,7 +28,6 @@ class Keywords:
     """One layer's flat dict: `layer_name` and the keywords of its constructor.
 
     Args:
-        config: The dict read from config.json.
         model: What to call the model in errors (a path or name).
         index: The layer's position in the list.
     """

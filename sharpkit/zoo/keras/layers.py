@@ -7,6 +7,7 @@ as (c, h, w), and (d,) for a vector. Defaults are those of Keras 2.15.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 from torch import nn
@@ -179,10 +180,6 @@ def _scale_and_center(kw: Keywords, layer: Layer, norm: nn.Module, size: int, ta
 # --- activations -----------------------------------------------------------------------------
 
 
-def _activation_layer(kw: Keywords, layer: Layer) -> None:
-    activation(kw, layer, own_layer=True)
-
-
 def _relu(kw: Keywords, layer: Layer) -> None:
     largest = kw.take("max_value", None)
     max_value = None if largest is None else kw.number("max_value", largest)
@@ -195,12 +192,9 @@ def _relu(kw: Keywords, layer: Layer) -> None:
         layer.add(ClippedReLU(max_value, slope, threshold))
 
 
-def _leaky_relu(kw: Keywords, layer: Layer) -> None:
-    layer.add(nn.LeakyReLU(kw.number("alpha", 0.3)))
-
-
-def _elu(kw: Keywords, layer: Layer) -> None:
-    layer.add(nn.ELU(kw.number("alpha", 1.0)))
+def _with_alpha(kw: Keywords, layer: Layer) -> None:
+    kind, default = {"ELU": (nn.ELU, 1.0), "LeakyReLU": (nn.LeakyReLU, 0.3)}[kw.layer]
+    layer.add(kind(kw.number("alpha", default)))
 
 
 def _prelu(kw: Keywords, layer: Layer) -> None:
@@ -314,14 +308,9 @@ def _permute(kw: Keywords, layer: Layer) -> None:
 
 def _dropout(kw: Keywords, layer: Layer) -> None:
     rate = kw.number("rate", high=1.0)
-    kinds = {"Dropout": nn.Dropout, "SpatialDropout2D": nn.Dropout2d}
     if kw.layer == "SpatialDropout2D":
         feature_map(kw, layer)
-    layer.add(kinds[kw.layer](rate))
-
-
-def _alpha_dropout(kw: Keywords, layer: Layer) -> None:
-    layer.add(nn.AlphaDropout(kw.number("rate", high=1.0)))
+    layer.add(_DROPOUTS[kw.layer](rate))
 
 
 def _input_layer(kw: Keywords, layer: Layer) -> None:
@@ -334,6 +323,11 @@ def _identity(kw: Keywords, layer: Layer) -> None:
     layer.add(nn.Identity())
 
 
+_DROPOUTS = {
+    "AlphaDropout": nn.AlphaDropout,
+    "Dropout": nn.Dropout,
+    "SpatialDropout2D": nn.Dropout2d,
+}
 _DEPTHWISE = ("depthwise_initializer", "depthwise_regularizer", "depthwise_constraint")
 _POINTWISE = ("pointwise_initializer", "pointwise_regularizer", "pointwise_constraint")
 _NORM = tuple(
@@ -344,16 +338,16 @@ _ALPHA = ("alpha_initializer", "alpha_regularizer", "alpha_constraint")
 
 # layer -> its builder, and keywords of its own that do not change inference
 BUILDERS: dict[str, tuple[Builder, tuple[str, ...]]] = {
-    "Activation": (_activation_layer, ()),
+    "Activation": (partial(activation, own_layer=True), ()),
     "ActivityRegularization": (_identity, ("l1", "l2")),
-    "AlphaDropout": (_alpha_dropout, ("noise_shape",)),
+    "AlphaDropout": (_dropout, ("noise_shape",)),
     "AveragePooling2D": (_pooling, ()),
     "BatchNormalization": (_batch_normalization, _NORM + _MOVING),
     "Conv2D": (_conv2d, ()),
     "Dense": (_dense, ()),
     "DepthwiseConv2D": (_depthwise_conv2d, _DEPTHWISE),
     "Dropout": (_dropout, ("noise_shape",)),
-    "ELU": (_elu, ()),
+    "ELU": (_with_alpha, ()),
     "Flatten": (_flatten, ()),
     "GaussianDropout": (_identity, ("rate",)),
     "GaussianNoise": (_identity, ("stddev",)),
@@ -361,7 +355,7 @@ BUILDERS: dict[str, tuple[Builder, tuple[str, ...]]] = {
     "GlobalMaxPooling2D": (_global_pooling, ()),
     "InputLayer": (_input_layer, ("batch_size",)),
     "LayerNormalization": (_layer_normalization, _NORM),
-    "LeakyReLU": (_leaky_relu, ()),
+    "LeakyReLU": (_with_alpha, ()),
     "MaxPooling2D": (_pooling, ()),
     "PReLU": (_prelu, _ALPHA),
     "Permute": (_permute, ()),

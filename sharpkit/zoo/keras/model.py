@@ -61,10 +61,7 @@ class KerasModel(nn.Sequential):
 
 
 def build_model(
-    config: dict[str, Any],
-    *,
-    model_name: str = "model",
-    device: torch.device | str = "cpu",
+    config: dict[str, Any], *, model_name: str = "model", device: torch.device | str = "cpu"
 ) -> KerasModel:
     """A torch module with the architecture of a zoo's config.json, freshly initialised.
 

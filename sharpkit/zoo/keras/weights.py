@@ -96,10 +96,6 @@ def load_weights(model: KerasModel, path: str | Path) -> None:
 def check_weights(model: KerasModel, path: str | Path) -> None:
     """Check that a weight file opens and fits the model, without reading its numbers.
 
-    Args:
-        model: Built by `build_model`, on any device.
-        path: The weight file.
-
     Raises:
         ZooFormatError: As `load_weights`, except that entries are not looked at.
     """

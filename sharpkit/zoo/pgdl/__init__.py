@@ -1,8 +1,7 @@
 """The PGDL competition's format."""
 
 from sharpkit.zoo.pgdl.model import WEIGHT_FILES, PgdlModel
-from sharpkit.zoo.pgdl.task import PgdlTask
-from sharpkit.zoo.pgdl.tree import EXPECTED, pgdl_tasks
+from sharpkit.zoo.pgdl.task import EXPECTED, PgdlTask, pgdl_tasks
 
 __all__ = ["EXPECTED", "WEIGHT_FILES", "PgdlModel", "PgdlTask", "pgdl_tasks"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,6 @@ from sharpkit.display import readable
 from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, ZooFormatError
 from sharpkit.zoo.files import read_json
-from sharpkit.zoo.tables import models_table
 from sharpkit.zoo.task import Weights
 
 if TYPE_CHECKING:
@@ -126,3 +126,15 @@ class PgdlModel:
 
     def _config_error(self, message: str) -> ZooFormatError:
         return ZooFormatError(f"{self.task.model_configs_path}: model {self.id}: {message}")
+
+
+def models_table(models: Sequence[PgdlModel]) -> pd.DataFrame:
+    """One row per model: task, model, hyperparameters, metrics.
+
+    A hyperparameter and a metric of the same name are two columns.
+    """
+    import pandas as pd
+
+    ids = [{"task": model.task.name, "model": model.id} for model in models]
+    parts = [ids, [model.hyperparameters for model in models], [model.metrics for model in models]]
+    return pd.concat([pd.DataFrame(rows) for rows in parts], axis=1)

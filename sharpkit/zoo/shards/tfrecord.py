@@ -47,12 +47,6 @@ _SHORTEST = 32  # bytes; an example is longer
 def read_records(path: str | Path) -> Iterator[bytes]:
     """The payloads of a TFRecord file in order, each with both checksums verified.
 
-    Args:
-        path: The file.
-
-    Yields:
-        bytes: One payload.
-
     Raises:
         ZooFormatError: The file is missing, truncated or corrupt; names the record and its offset.
 
@@ -77,12 +71,7 @@ def read_records(path: str | Path) -> Iterator[bytes]:
 
 
 def write_records(path: str | Path, payloads: Iterable[bytes]) -> None:
-    """Write a TFRecord file, replaced in one step.
-
-    Args:
-        path: The file.
-        payloads: The records.
-    """
+    """Write a TFRecord file, replaced in one step."""
     with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
         for payload in payloads:
             length = struct.pack("<Q", len(payload))
@@ -93,9 +82,6 @@ def write_records(path: str | Path, payloads: Iterable[bytes]) -> None:
 
 def read_shards(paths: Iterable[str | Path]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """All examples of some shards as arrays, in the order of the shards given.
-
-    Args:
-        paths: TFRecord files.
 
     Returns:
         tuple: Inputs (n, *shape as stored, such as h, w, c) float32; labels (n,) int64.

@@ -19,11 +19,6 @@ def check_message(descriptor: Any, data: bytes, where: str) -> None:
 
     Damage is left to protobuf, which reports it.
 
-    Args:
-        descriptor: Of the message, protobuf's.
-        data: The message.
-        where: The file and record, for errors.
-
     Source:
         Protocol buffers' encoding: tags, varints and lengths.
 
