@@ -23,15 +23,10 @@ Loss: TypeAlias = str | Callable[[Any, Tensor], Any]
 
 @dataclass(frozen=True)
 class MeanLoss:
-    """A loss whose value over a set is the weighted mean of its values over the parts.
+    """A loss whose value over a set is the weighted mean of its values over the parts."""
 
-    Attributes:
-        given: The loss as it was given.
-        exact: Whether it is of known form; if not, `check_is_mean` tests it.
-    """
-
-    given: Loss
-    exact: bool
+    given: Loss  # the loss as it was given
+    exact: bool  # whether it is of known form; if not, `check_is_mean` tests it
     formula: Formula = field(repr=False)
 
     def terms(self, outputs: Any, labels: Tensor) -> Terms:

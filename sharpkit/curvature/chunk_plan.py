@@ -29,21 +29,13 @@ _CPU_FEW_BYTES = 128 * 2**20
 
 @dataclass(frozen=True)
 class ChunkPlan:
-    """Chunks of nearly equal size, the first `keep` of which stay in memory.
+    """Chunks of nearly equal size, the first `keep` of which stay in memory."""
 
-    Attributes:
-        bounds: Where each chunk starts and stops.
-        keep: How many of them are kept.
-        keep_bytes: What they take.
-        budget: What they may take.
-        together: Vectors in one backward pass.
-    """
-
-    bounds: list[tuple[int, int]]
-    keep: int
-    keep_bytes: int
-    budget: int
-    together: int
+    bounds: list[tuple[int, int]]  # where each chunk starts and stops
+    keep: int  # how many of them are kept
+    keep_bytes: int  # what they take
+    budget: int  # what they may take
+    together: int  # vectors in one backward pass
 
 
 def graph_bytes(

@@ -54,21 +54,13 @@ _UNITS = 100  # rounding errors of a gradient, at most, in units of its last pla
 
 @dataclass(frozen=True)
 class Reference:
-    """Two directions, and the product with the first one, by differences where these can tell.
+    """Two directions, and the product with the first one, by differences where these can tell."""
 
-    Attributes:
-        first: A direction, one tensor per parameter.
-        second: Another one.
-        product: In float64, or None.
-        tolerance: Of the product, relative.
-        noise: The error, in norm, that rounding may make in a product.
-    """
-
-    first: list[Tensor]
-    second: list[Tensor]
-    product: list[Tensor] | None
-    tolerance: float
-    noise: float
+    first: list[Tensor]  # a direction, one tensor per parameter
+    second: list[Tensor]  # another one
+    product: list[Tensor] | None  # in float64, or None
+    tolerance: float  # of the product, relative
+    noise: float  # the error, in norm, that rounding may make in a product
 
 
 def choose_mode(

@@ -34,21 +34,13 @@ class BatchGradients:
 
 @dataclass
 class BatchPasses:
-    """Passes of a model over groups as one batch.
-
-    Attributes:
-        model: The model.
-        loss: The loss.
-        weights: The parameters that differ from group to group, (*shape).
-        rows: Rows per example of the weights whose gradient may stay in factors.
-        packed: Whether small parameters lie side by side (see `Packing`).
-    """
+    """Passes of a model over groups as one batch."""
 
     model: FunctionalModel
     loss: MeanLoss
-    weights: Tensors
-    rows: dict[str, int]
-    packed: bool = True
+    weights: Tensors  # the parameters that differ from group to group, (*shape)
+    rows: dict[str, int]  # rows per example of the weights whose gradient may stay in factors
+    packed: bool = True  # whether small parameters lie side by side (see `Packing`)
     kept: dict[Any, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

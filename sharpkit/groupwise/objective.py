@@ -20,24 +20,15 @@ from sharpkit.groupwise.geometry import Tensors
 
 @dataclass
 class Objective:
-    """What is measured: the loss of a functional model, and the weights that are perturbed.
-
-    Attributes:
-        model: The model.
-        loss: The loss.
-        weights: The perturbed parameters, without a group axis.
-        chunk: Examples at a time of groups side by side.
-        batch: Examples at a time of a group alone.
-        alone: Group size from which groups are evaluated one by one.
-        layout: Of images and of the weights of convolutions, where groups are alone.
-    """
+    """What is measured: the loss of a functional model, and the weights that are perturbed."""
 
     model: FunctionalModel
     loss: MeanLoss
-    weights: Tensors
-    chunk: int
-    batch: int
-    alone: int = sys.maxsize
+    weights: Tensors  # the perturbed parameters, without a group axis
+    chunk: int  # examples at a time of groups side by side
+    batch: int  # examples at a time of a group alone
+    alone: int = sys.maxsize  # group size from which groups are evaluated one by one
+    # of images and of the weights of convolutions, where groups are alone
     layout: torch.memory_format = torch.contiguous_format
 
     def at(self, weights: Tensors, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,27 +30,20 @@ from sharpkit.groupwise.layer_calls import LayerCall, recognise
 
 @dataclass
 class Point:
-    """Where every group is evaluated, and what is differentiated there.
+    """Where every group is evaluated, and what is differentiated there."""
 
-    Attributes:
-        groups: Their number.
-        size: Examples of each.
-        values: What layers run at: (*shape), or (groups, *shape) where groups differ.
-        thin: Further perturbations DᵀA of weights of linear layers and convolutions.
-        targets: What gets the gradient: (groups, *shape) for one per group, (*shape) for the sum;
-            empty if none is wanted.
-        moved: The value as a function of the target, where it is not the target itself.
-        probed: Weights whose gradient is wanted as factors.
-        of_examples: Values by example that were made once, by name and form.
-    """
-
-    groups: int
-    size: int
-    values: Tensors
+    groups: int  # their number
+    size: int  # examples of each
+    values: Tensors  # what layers run at: (*shape), or (groups, *shape) where groups differ
+    # further perturbations DᵀA of weights of linear layers and convolutions
     thin: Factors = field(default_factory=dict)
+    # what gets the gradient: (groups, *shape) for one per group, (*shape) for the sum; empty if
+    # none is wanted
     targets: Tensors = field(default_factory=dict)
+    # the value as a function of the target, where it is not the target itself
     moved: Callable[[str], Tensor] | None = None
-    probed: frozenset[str] = frozenset()
+    probed: frozenset[str] = frozenset()  # weights whose gradient is wanted as factors
+    # values by example that were made once, by name and form
     of_examples: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
 

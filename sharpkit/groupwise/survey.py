@@ -24,20 +24,14 @@ _TRIED = (3, 2)
 
 @dataclass(frozen=True)
 class Device:
-    """A device in three constants.
+    """A device in three constants."""
 
-    Args:
-        flops: Floating-point operations a second that layers of ordinary size reach in float32.
-        call: Seconds that one call of an operation takes at least.
-        fill: How many times the calls of a pass its work should be, for a group alone to use the
-            device as well as groups side by side do.
-        least: Examples that a group alone has at least.
-    """
-
-    flops: float
-    call: float
+    flops: float  # floating-point operations a second that layers of ordinary size reach in float32
+    call: float  # seconds that one call of an operation takes at least
+    # how many times the calls of a pass its work should be, for a group alone to use the device as
+    # well as groups side by side do
     fill: float
-    least: int
+    least: int  # examples that a group alone has at least
 
     def alone(self, flops: float, calls: int) -> int:
         """Group size from which groups run as fast one by one.
@@ -66,21 +60,14 @@ GPU = Device(flops=3e13, call=8e-6, fill=1.0, least=8)
 
 @dataclass(frozen=True)
 class Survey:
-    """How a model uses its weights.
+    """How a model uses its weights."""
 
-    Attributes:
-        refused: Why it cannot run as one batch; empty if it can.
-        rows: Name to rows per example of every weight of linear layers and convolutions.
-        whole: Weights that something else uses as well, or only.
-        flops: Of a forward pass in those layers, per example.
-        calls: Of operations in a forward pass.
-    """
-
-    refused: str
+    refused: str  # why it cannot run as one batch; empty if it can
+    # name to rows per example of every weight of linear layers and convolutions
     rows: dict[str, int]
-    whole: frozenset[str]
-    flops: float
-    calls: int
+    whole: frozenset[str]  # weights that something else uses as well, or only
+    flops: float  # of a forward pass in those layers, per example
+    calls: int  # of operations in a forward pass
 
     def factored(self, weights: Tensors) -> dict[str, int]:
         """Rows per example of the weights whose gradient for an example is smaller in factors."""

@@ -19,17 +19,11 @@ from sharpkit.measures.passes import Setup
 
 @dataclass(frozen=True)
 class LayerMargins:
-    """What `layer_margins` gives, one row an example, float64 on the CPU.
+    """What `layer_margins` gives, one row an example, float64 on the CPU."""
 
-    Attributes:
-        margins: γ = z_y − max_{j≠y} z_j, shape (n,).
-        slopes: ‖∂γ / ∂h‖₂, shape (n,).
-        rows: h, the representation, shape (n, d).
-    """
-
-    margins: Tensor
-    slopes: Tensor
-    rows: Tensor
+    margins: Tensor  # γ = z_y − max_{j≠y} z_j, shape (n,)
+    slopes: Tensor  # ‖∂γ / ∂h‖₂, shape (n,)
+    rows: Tensor  # h, the representation, shape (n, d)
 
 
 def layer_margins(

@@ -29,20 +29,13 @@ BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 @dataclass(frozen=True)
 class WeightLayer:
-    """A weight of a network, in float64, with what is needed to apply it as a linear map.
+    """A weight of a network, in float64, with what is needed to apply it as a linear map."""
 
-    Attributes:
-        name: Dotted name of the parameter.
-        weight: The weight with a following BatchNorm folded in; (out, in) or a kernel's shape.
-        module: The convolution, or None for a plain matrix.
-        pad: The zero padding applied just before, None if there is none.
-        input_shape: Shape of one input of the convolution, before `pad`; None for a matrix.
-    """
-
-    name: str
-    weight: Tensor
-    module: Convolution | None = None
-    pad: nn.Module | None = None
+    name: str  # dotted name of the parameter
+    weight: Tensor  # the weight with a following BatchNorm folded in; (out, in) or a kernel's shape
+    module: Convolution | None = None  # the convolution, or None for a plain matrix
+    pad: nn.Module | None = None  # the zero padding applied just before, None if there is none
+    # shape of one input of the convolution, before `pad`; None for a matrix
     input_shape: tuple[int, ...] | None = None
 
 

@@ -26,24 +26,16 @@ class Doubtful(Exception):
 
 @dataclass
 class Level:
-    """The groups of one m, in their order.
+    """The groups of one m, in their order."""
 
-    Attributes:
-        m: Group size.
-        factored: Weights whose gradient stays in factors.
-        pending: The mean gradient of a group that is not complete yet.
-        increases: (rho, groups) float64 each.
-        sizes: Examples of every group.
-        weights: By which groups are averaged, (groups,) each.
-        zero_gradients: Groups that do not move, a scalar each.
-    """
-
-    m: int
-    factored: frozenset[str] = frozenset()
-    pending: Blocks | None = None
-    increases: list[Tensor] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    m: int  # group size
+    factored: frozenset[str] = frozenset()  # weights whose gradient stays in factors
+    pending: Blocks | None = None  # the mean gradient of a group that is not complete yet
+    increases: list[Tensor] = field(default_factory=list)  # (rho, groups) float64 each
+    sizes: list[int] = field(default_factory=list)  # examples of every group
+    # by which groups are averaged, (groups,) each
     weights: list[Tensor] = field(default_factory=list)
+    # groups that do not move, a scalar each
     zero_gradients: list[Tensor] = field(default_factory=list)
 
     @property

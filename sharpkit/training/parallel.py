@@ -18,15 +18,10 @@ from sharpkit.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of the processes this is; every method is called by all of them.
+    """Which of the processes this is; every method is called by all of them."""
 
-    Args:
-        rank: Number of this process; 0 writes the files.
-        world: How many there are.
-    """
-
-    rank: int = 0
-    world: int = 1
+    rank: int = 0  # number of this process; 0 writes the files
+    world: int = 1  # how many there are
 
     @classmethod
     def current(cls) -> Ranks:
