@@ -7,7 +7,6 @@ be flattened. Here the same values and gradients come from plain arithmetic on d
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,13 +31,7 @@ class PlainEmbeddings(TorchFunctionMode):
         super().__init__()
         self.replaced = False  # whether a look-up had options
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the look-ups; everything else is called as it is."""
         kwargs = kwargs or {}
         if func is F.embedding:

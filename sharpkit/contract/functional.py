@@ -133,11 +133,9 @@ class FunctionalModel:
     def assigned(self, parameters: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
         """Inside, the module's own parameters hold the given values, as leaves for autograd.
 
-        This is what a loop by hand does, so it works for every module: parameters are assigned
-        (as `.data`, without a copy) and put back afterwards, buffers are copies.
-
-        Yields:
-            list: The module's parameters in the order given; complex ones are complex.
+        This is what a loop by hand does, so it works for every module: parameters are assigned (as
+        `.data`, without a copy) and put back afterwards, buffers are copies. Gives the module's
+        parameters in the order given; complex ones are complex.
         """
         parts = [(self._own[name], self.native(name, p)) for name, p in parameters.items()]
         parts += [(self._own[n], t) for n, t in self._scaled.items() if n not in parameters]

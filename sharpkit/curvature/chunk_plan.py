@@ -43,10 +43,7 @@ def graph_bytes(
 ) -> tuple[int, int]:
     """Bytes that a kept graph takes per example, and besides per chunk.
 
-    Args:
-        record: Records the graph of some examples.
-        examples: All examples; the largest ones are recorded where they differ in shape.
-        known: Tensors that exist anyway.
+    Where examples differ in shape the largest ones are recorded; `known` tensors do not count.
     """
     part = max(examples.chunks(len(examples)), key=_row_bytes)
     many = min(4, len(part))
@@ -68,12 +65,7 @@ def chunk_plan(
 ) -> ChunkPlan:
     """Choose the chunks, each of examples of one shape, and keep as many as the budget allows.
 
-    Args:
-        examples: All examples.
-        graph: Bytes per example, and per chunk.
-        weights: The selected parameters.
-        chunk: Examples per chunk, or "auto".
-        memory_budget: Bytes for kept graphs; None for the device's default.
+    `graph` is bytes per example and per chunk; the budget is for kept graphs, None for the default.
 
     Raises:
         ArgumentError: If one chunk, or what the budget asks for, does not fit the memory.

@@ -192,11 +192,7 @@ def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype) -> int:
 def near_one(rows: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
     """Rows (k, P) times powers of two that bring their largest entries near 1, and the way back.
 
-    Args:
-        rows: Finite, at any scale, shape (k, P).
-
-    Returns:
-        tuple: The scaled rows, shape (k, P), and the factors, shape (k,): row = scaled · factor.
+    row = scaled · factor, for finite rows of any scale.
 
     Example:
         >>> near_one(torch.tensor([[3.0, -40.0], [0.0, 0.0]]))

@@ -68,13 +68,7 @@ def choose_mode(
 ) -> tuple[Mode, str]:
     """The first way to differentiate twice that works and gives what differences give.
 
-    Args:
-        problem: What is differentiated; the model holds its weights.
-        differences: A product of some examples without second derivatives.
-        product_of: The map of some examples in a mode.
-
-    Returns:
-        tuple: The mode, and if it is "forward" what was wrong with reverse mode.
+    Returns the mode, and if it is "forward" what was wrong with reverse mode.
 
     Raises:
         ModelError: If none does, with what was wrong with the first.
@@ -132,15 +126,7 @@ def reference_product(problem: Problem, few: Examples, differences: Differences)
 def disagreement(
     reference: Reference, product: Tensors, other: Tensors, names: Sequence[str], model: nn.Module
 ) -> str:
-    """How the products with both directions differ from what they must be; "" if they do not.
-
-    Args:
-        reference: What they must be.
-        product: With the first direction.
-        other: With the second direction.
-        names: Of the parameters.
-        model: Owns them.
-    """
+    """How the products with both directions differ from what they must be; "" if they do not."""
     rounding = _rounding(reference.first[0].dtype, reference.first[0].device)
     relative, asymmetry = next(limits for least, *limits in _LIMITS if rounding >= least)
     product, other = ([t.detach().double() for t in given] for given in (product, other))

@@ -58,11 +58,8 @@ class BatchPasses:
     ) -> BatchGradients:
         """The loss of every group and its gradient, one of the group's own.
 
-        Args:
-            examples: Of all groups, which are equally large.
-            groups: How many.
-            factored: Weights whose gradient is wanted as factors.
-            at: Packs (groups, ...) to evaluate at; None for the weights themselves.
+        `at` are packs (groups, ...), None for the weights themselves; `factored` are the weights
+        whose gradient is wanted as factors.
         """
         leaves, point = (
             self._at_the_weights(groups, len(examples) // groups, factored)
@@ -89,11 +86,7 @@ class BatchPasses:
     ) -> tuple[Tensor, Tensor]:
         """Mean losses and their weights, (groups,) float64.
 
-        Args:
-            examples: Of all groups, which are equally large.
-            groups: How many.
-            at: Packs (groups, ...) to evaluate at.
-            thin: Perturbations DᵀA of the weights that are not in the packs.
+        `at` are packs (groups, ...), `thin` perturbations DᵀA of the weights that are not in them.
         """
         thin = thin or {}
         values = {
@@ -190,13 +183,6 @@ def batch_passes(
     packed: bool = True,
 ) -> BatchPasses:
     """The passes of a model, if every use of a weight is recognised.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        weights: Those that differ from group to group.
-        found: How the model uses them.
-        packed: Whether small parameters lie side by side.
 
     Raises:
         Disagreement: If it cannot run as one batch.

@@ -26,15 +26,8 @@ def vectorised_or_loop(
 ) -> tuple[T, bool]:
     """What `vectorised` gives or, whatever goes wrong there, what `loop` gives.
 
-    Args:
-        engine: "vectorized" never takes the loop, "loop" takes nothing else.
-        vectorised: All groups under vmap.
-        loop: The same, group by group.
-        model: To name the layer that failed.
-        again: Called before the second try, to put the random state back.
-
-    Returns:
-        tuple: The result, and whether it was vectorised.
+    "vectorized" never takes the loop, "loop" takes nothing else. `again` puts the random state back
+    before the second try. Returns the result, and whether it was vectorised.
 
     Raises:
         ModelError: If both fail, with the cause of the first failure; or the first fails and the

@@ -45,17 +45,9 @@ def group_gradient(
     """The loss of a group and its gradient by torch.func, to be called under vmap over groups.
 
     The slope of the loss is scaled to about 1 before it enters the network, so that the gradients
-    of nearly perfectly fitted examples do not underflow; their direction is what counts.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        dense: Weights whose gradient is wanted.
-        factored: Linear weights whose gradient is wanted as factors.
-        shapes: Of the outputs of every call of the factored layers.
-        inputs: Of the group.
-        labels: Of the group.
-        recording: Entered around the forward pass; what it gives is returned as `noted`.
+    of nearly perfectly fitted examples do not underflow; their direction is what counts. `shapes`
+    are those of the outputs of every call of the factored layers; `recording` is entered around the
+    forward pass, and what it gives is returned as `noted`.
     """
     probes = {
         name: [torch.zeros(s, device=model.device, dtype=model.dtype) for s in shapes[name]]

@@ -8,7 +8,7 @@ group instead of 67 MB (Goodfellow 2015, arXiv:1510.01799, for the norm).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,13 +46,7 @@ class Calls(TorchFunctionMode):
         self.count = dict.fromkeys(weights, 0)
         self.elsewhere: set[str] = set()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function; let the rule change the output of the linear layers it knows."""
         kwargs = kwargs or {}
         name = None
@@ -95,12 +89,7 @@ def rows(tensor: Tensor) -> Tensor:
 def squared_norm(inputs: Tensor, deltas: Tensor) -> Tensor:
     """Squared norms of the gradients Δᵀ A of all groups, in float64.
 
-    Args:
-        inputs: A, of shape (groups, rows, in).
-        deltas: Δ, of shape (groups, rows, out).
-
-    Returns:
-        Tensor: Shape (groups,).
+    A is (groups, rows, in), Δ is (groups, rows, out).
 
     Example:
         >>> import torch

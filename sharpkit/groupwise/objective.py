@@ -87,16 +87,7 @@ def plain_gradient(
     batch: int | None = None,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> PlainGradient:
-    """The mean loss of examples and its gradient by ordinary autograd, in batches.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        weights: To evaluate at.
-        examples: On the model's device.
-        batch: Examples at a time; None for all.
-        layout: Of images and of the weights of convolutions.
-    """
+    """The mean loss of examples and its gradient by ordinary autograd, in batches."""
     with model.assigned(in_layout(weights, layout)) as leaves:
         part = examples_in_layout(examples, layout)
         found = leaf_gradient(model, loss, leaves, part, batch)

@@ -7,7 +7,7 @@ weights of each example's group. A call that is not recognised gives NaN, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,13 +80,7 @@ class OneBatch(TorchFunctionMode):
         self._names = {id(t): name for name, t in held.items()}
         self._shapes = {name: t.shape for name, t in held.items()}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, at the groups' own weights where it takes one."""
         kwargs = kwargs or {}
         self.calls += func not in example_rules.QUESTIONS

@@ -36,9 +36,7 @@ class Device:
     def alone(self, flops: float, calls: int) -> int:
         """Group size from which groups run as fast one by one.
 
-        Args:
-            flops: Of a forward pass, per example.
-            calls: Of operations in a forward pass.
+        Operations are those of a forward pass, `flops` per example.
 
         Example:
             >>> CPU.alone(flops=8e7, calls=75)  # ResNet-20
@@ -92,13 +90,8 @@ def survey(
 ) -> Survey:
     """Run a model as one batch of a few examples, and note how it uses the weights.
 
-    Args:
-        model: The model.
-        weights: Those that differ from group to group.
-        examples: A few, on the model's device.
-        size: Of a group.
-        smallest: Of the groups to come. If they run alone, it is not found out whether the model
-            can run as one batch.
+    If groups of the `smallest` size run alone, it is not found out whether the model can run as one
+    batch.
     """
     refused, rows, flops, calls = "", {}, 0.0, 0
     whole: frozenset[str] = frozenset()

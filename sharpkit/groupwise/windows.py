@@ -29,12 +29,7 @@ def pays(
 ) -> bool:
     """Whether windows are faster than a grouped convolution.
 
-    Args:
-        x: Shape (n, in, height, width).
-        weight: Shape (out, in, ...) of a group's weight.
-        geometry: How it slides.
-        groups: How many.
-        backward: Whether it is about a gradient.
+    x is (n, in, height, width), weight the shape (out, in, ...) of a group's weight.
     """
     if not x.is_cuda or x.ndim != 4 or geometry.groups != 1:
         return False

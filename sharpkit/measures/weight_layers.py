@@ -195,8 +195,7 @@ def initial_layers(
 def fold(layer: nn.Module, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """The scale and shift of a BatchNorm in eval mode, float64.
 
-    Returns:
-        tuple: The scale shaped to multiply the layer's weight; scale and shift per channel.
+    Returns the scale shaped to multiply the layer's weight; scale and shift per channel.
     """
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -229,10 +228,8 @@ def _is_linear_map(module: nn.Module, parameter: Tensor) -> bool:
 def captured(model: nn.Module, layer: str | nn.Module | None) -> Iterator[Callable[[], Tensor]]:
     """Inside, a call after each forward pass gives what a module received or returned.
 
-    Args:
-        model: Any module.
-        layer: A module or its name, whose output is kept; None for the input of the last module
-            with a weight matrix that is called.
+    Of a module or its name the output; of None the input of the last module with a weight matrix
+    that is called.
 
     Raises:
         ArgumentError: If there is no such module.

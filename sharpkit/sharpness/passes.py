@@ -111,9 +111,7 @@ class Alone:
 class OneBatchPasses:
     """All groups as one ordinary batch.
 
-    Args:
-        passes: The passes.
-        compile: Run them compiled, one form of each: that of the first chunk.
+    With `compile` they run compiled, one form of each: that of the first chunk.
     """
 
     def __init__(self, passes: BatchPasses, *, compile: bool = False) -> None:

@@ -45,24 +45,13 @@ class Level:
 
 
 class Unseen:
-    """What was found since it was last looked at.
-
-    Args:
-        objective: What is measured.
-        examples: In the order of the groups.
-        rhos: Radii.
-
-    Attributes:
-        losses: Where groups start, their losses, and their size.
-        doubts: Whether there are groups whose gradient's norm is doubtful.
-        lost: How many groups have a gradient that is not finite.
-    """
+    """What was found since it was last looked at."""
 
     def __init__(self, objective: Objective, examples: Examples, rhos: Sequence[float]) -> None:
         self._objective, self._examples, self._rhos = objective, examples, rhos
-        self.losses: list[tuple[int, Tensor, int]] = []
-        self.doubts: list[Tensor] = []
-        self.lost: list[Tensor] = []
+        self.losses: list[tuple[int, Tensor, int]] = []  # where groups start, losses, their size
+        self.doubts: list[Tensor] = []  # whether a gradient's norm is doubtful
+        self.lost: list[Tensor] = []  # how many groups have a gradient that is not finite
         self._seen: dict[int, int] = {}
 
     def note(self, direction: Direction, counted: Tensor | None = None) -> None:

@@ -45,11 +45,7 @@ def tracked_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 class Recorder:
-    """Notes the batch statistics of BatchNorm layers and leaves the running ones untouched.
-
-    Args:
-        layers: As `tracked_layers` finds them.
-    """
+    """Notes the batch statistics of BatchNorm layers and leaves the running ones untouched."""
 
     def __init__(self, layers: dict[str, _BatchNorm]) -> None:
         self.layers = layers

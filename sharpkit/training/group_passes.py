@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -42,28 +42,16 @@ from sharpkit.training.variants import PLAIN_SAM, SamVariant, combined
 
 @dataclass(frozen=True)
 class Task:
-    """What one step works on.
-
-    Attributes:
-        model: The model as a function.
-        loss: The loss of a batch.
-        shared: The values of the parameters to be trained, by name, detached.
-        radii: Of their perturbations.
-        recorder: Of BatchNorm statistics.
-        examples: The batch.
-        m: Examples per group.
-        scale: Multiplies the loss whose gradient is taken.
-        variant: Of SAM.
-    """
+    """What one step works on."""
 
     model: FunctionalModel
     loss: MeanLoss
-    shared: Tensors
-    radii: Radii
-    recorder: Recorder
-    examples: Examples
-    m: int
-    scale: Callable[[Tensor], Tensor] = lambda loss: loss
+    shared: Tensors  # the values of the parameters to be trained, by name, detached
+    radii: Radii  # of their perturbations
+    recorder: Recorder  # of BatchNorm statistics
+    examples: Examples  # the batch
+    m: int  # examples per group
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss  # of the loss whose gradient is taken
     variant: SamVariant = PLAIN_SAM
 
     def weighted(self, weight: Tensor) -> Tensor:
@@ -94,20 +82,14 @@ class Found(NamedTuple):
     doubtful: Tensor  # a bool: whether a norm may have left float32 on the way
 
 
-class Passes(Protocol):
-    """A way to run both passes over `groups` equally large groups of consecutive examples."""
-
-    def __call__(self, examples: Examples, groups: int) -> Found:
-        """Both passes."""
+# both passes over some number of equally large groups of consecutive examples
+Passes: TypeAlias = Callable[[Examples, int], Found]
 
 
 class AsOneBatch:
     """All groups as one ordinary batch, whose layers know whose examples are whose.
 
-    Args:
-        task: The step.
-        factored: Rows per example of the weights whose perturbations stay in factors.
-        careful: As in `steps_of_groups`.
+    Perturbations of the weights in `factored` stay in factors; `careful` as in `steps_of_groups`.
     """
 
     def __init__(self, task: Task, factored: dict[str, int], *, careful: bool) -> None:
@@ -277,10 +259,7 @@ class Vectorised:
 class Alone:
     """A group by itself, by plain autograd with the weights assigned.
 
-    Args:
-        task: The step.
-        layout: Of images and of the weights of convolutions.
-        careful: As in `step_of_one`.
+    `layout` is that of images and of the weights of convolutions.
     """
 
     def __init__(self, task: Task, layout: torch.memory_format, *, careful: bool) -> None:

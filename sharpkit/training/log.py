@@ -17,10 +17,7 @@ from sharpkit.training.run_files import Row
 class Reporter:
     """Shows a training's progress.
 
-    Args:
-        bar: A tqdm bar over all steps; its estimate of the time left is for the whole training.
-        writer: TensorBoard's, or None.
-        epochs: How many there are at most.
+    Its bar is over all steps: its estimate of the time left is for the whole training.
     """
 
     def __init__(self, bar: Any, writer: Any, epochs: int) -> None:

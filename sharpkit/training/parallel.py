@@ -85,10 +85,7 @@ def averaged_over_ranks(
 ) -> list[Tensor | None]:
     """The mean over ranks of every gradient; None where no rank has one.
 
-    Args:
-        model: Gives the process group.
-        gradients: Of this rank; None counts as zero if another rank has one.
-        like: The parameters, the same on every rank.
+    A gradient that is None here counts as zero if another rank has one.
     """
     used = on_any_rank(model, [gradient is not None for gradient in gradients])
     full: list[Tensor | None] = [

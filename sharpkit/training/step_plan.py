@@ -152,11 +152,8 @@ def _check_loss(task: Task) -> None:
 def _groups_at_a_time(per_group: int, m: int, found: Survey, device: torch.device) -> int:
     """How many groups of m examples to evaluate together.
 
-    Args:
-        per_group: Bytes of a group's activations, gradient, perturbation and perturbed weights.
-        m: Examples per group.
-        found: What a forward pass costs.
-        device: A CPU prefers a working set near its cache.
+    `per_group` is the bytes of its activations, gradient, perturbation and perturbed weights; a CPU
+    prefers a working set near its cache.
     """
     on_cpu = device.type != "cuda"
     if m >= found.alone(device):
