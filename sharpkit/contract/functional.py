@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sharpkit.contract.batch_of_one import contiguous_gradients, norms
 from sharpkit.contract.embeddings import PlainEmbeddings, renormalised
 from sharpkit.contract.examples import Inputs
 from sharpkit.contract.modules import (
@@ -21,6 +20,7 @@ from sharpkit.contract.modules import (
     read_outputs,
     unwrapped,
 )
+from sharpkit.contract.normalisation import contiguous_gradients, norms
 from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sharpkit.contract.batch_norm import BatchNormCall
+from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.curvature.convolution_rules import (
     Convolved,
     Statistics,

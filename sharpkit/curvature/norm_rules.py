@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from sharpkit.contract.batch_norm import BatchNormCall
+from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.curvature.convolution_rules import Statistics, is_batched, laid_out_as
 
 _aten = torch.ops.aten

@@ -19,12 +19,14 @@ from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters
 from sharpkit.contract.precision import current_precision, precision
-from sharpkit.curvature.chunk_plan import ChunkPlan, chunk_plan, graph_bytes
 from sharpkit.curvature.chunks import (
     Chunk,
+    ChunkPlan,
     Linearised,
     check_repeated,
     check_unchanged,
+    chunk_plan,
+    graph_bytes,
     read_losses,
     recorded,
 )

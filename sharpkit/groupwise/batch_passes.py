@@ -13,10 +13,10 @@ from torch import Tensor
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
-from sharpkit.groupwise import low_rank, unfolded
+from sharpkit.groupwise import low_rank, windows
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Factors, Tensors
-from sharpkit.groupwise.group_terms import GroupTerms, group_losses, group_slopes
+from sharpkit.groupwise.group_gradient import GroupTerms, group_losses, group_slopes
 from sharpkit.groupwise.objective import floating_leaves
 from sharpkit.groupwise.one_batch import OneBatch, Point
 from sharpkit.groupwise.packing import Packing
@@ -159,7 +159,7 @@ def _factors(batch: OneBatch, grads: Any, groups: int) -> Factors:
         calls = len(probes)
         mine, rest = rest[:calls], rest[calls:]
         deltas = [
-            unfolded.delta_rows(
+            windows.delta_rows(
                 torch.zeros_like(p) if g is None else g,
                 groups,
                 convolution=batch.held_ndim(name) > 2,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sharpkit.contract.batch_norm import BatchNormCall
+from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.groupwise import pooling, recurrent
 from sharpkit.groupwise.group_layers import channels_of_groups, examples_of_groups
 

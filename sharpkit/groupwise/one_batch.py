@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sharpkit.groupwise import example_rules, unfolded
+from sharpkit.groupwise import example_rules, windows
 from sharpkit.groupwise.geometry import Factors, Tensors
 from sharpkit.groupwise.group_layers import (
     GroupConvolution,
@@ -167,7 +167,7 @@ class OneBatch(TorchFunctionMode):
             call = replace(call, inputs=_autocast(call.inputs))
             weight, bias = _autocast(weight), None if bias is None else _autocast(bias)
         if name is not None:
-            self.rows[name] = self.rows.get(name, 0) + unfolded.rows_per_example(call)
+            self.rows[name] = self.rows.get(name, 0) + windows.rows_per_example(call)
         if torch.is_grad_enabled() and self.point.targets:
             out = self._differentiated(call, name, weight, bias_name, bias)
         elif call.geometry is None:
@@ -177,8 +177,8 @@ class OneBatch(TorchFunctionMode):
         if name is not None and name in self.point.thin:
             # what the perturbation DᵀA adds to the output: (x Aᵀ) D, row by row
             a, d = self.point.thin[name]
-            extra = (unfolded.rows_of(call, self.point.groups) @ a.mT) @ d
-            out = out + unfolded.as_output(extra, call, out)
+            extra = (windows.rows_of(call, self.point.groups) @ a.mT) @ d
+            out = out + windows.as_output(extra, call, out)
         return out
 
     def _differentiated(
@@ -195,8 +195,8 @@ class OneBatch(TorchFunctionMode):
         result: Tensor
         if name in point.probed:
             assert name is not None
-            self.inputs[name].append(unfolded.rows_of(call, point.groups).detach())
-            probe = unfolded.probe(call, weight)
+            self.inputs[name].append(windows.rows_of(call, point.groups).detach())
+            probe = windows.probe(call, weight)
             self.probes[name].append(probe)
             result = GroupProbe.apply(  # type: ignore[no-untyped-call]
                 call.inputs, probe, *operands, call.geometry

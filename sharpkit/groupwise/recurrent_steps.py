@@ -24,7 +24,6 @@ from sharpkit.groupwise.recurrent_direction import Direction, Optional
 Kept: TypeAlias = tuple[Tensor, ...]
 Run: TypeAlias = tuple[Tensor, Optional, Kept]
 Back: TypeAlias = tuple[Tensor, Tensor, Tensor, Optional]
-GATES = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 3}  # parts of z and u
 
 _sigmoid_back = torch.ops.aten.sigmoid_backward.grad_input  # (dy, y) -> dy y (1 − y)
 _tanh_back = torch.ops.aten.tanh_backward.grad_input  # (dy, y) -> dy (1 − y²)

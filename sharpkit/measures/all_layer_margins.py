@@ -15,7 +15,7 @@ from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import check_class_labels
 from sharpkit.contract.parameters import floating_parameters
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.measures.margin_gradients import checked_margins
+from sharpkit.measures.layer_margins import checked_margins
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import Setup, mean_of, setup
 from sharpkit.measures.weight_layers import Convolution

@@ -13,7 +13,7 @@ from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import check_class_labels
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.measures.margin_gradients import checked_margins
+from sharpkit.measures.layer_margins import checked_margins
 from sharpkit.measures.passes import Setup, images, setup
 
 

@@ -23,8 +23,7 @@ from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.batch_passes import BatchPasses
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient
-from sharpkit.groupwise.group_terms import group_losses
+from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient, group_losses
 from sharpkit.groupwise.objective import (
     PlainGradient,
     examples_in_layout,

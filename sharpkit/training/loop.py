@@ -22,8 +22,7 @@ from sharpkit.training.log import Reporter, reporting
 from sharpkit.training.parallel import Ranks
 from sharpkit.training.run_files import Row, RunFiles
 from sharpkit.training.sam import SAM
-from sharpkit.training.schedules import SCHEDULES
-from sharpkit.training.settings import FitSettings
+from sharpkit.training.settings import SCHEDULES, FitSettings
 from sharpkit.training.streams import global_stream, stream, stream_seed
 from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
