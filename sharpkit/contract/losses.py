@@ -122,11 +122,7 @@ def check_is_mean(loss: MeanLoss, outputs: Any, labels: Tensor) -> None:
 
     Compares L(all) with Σ weight · mean / Σ weight over single examples and unequal splits, and
     tests that the loss is a scalar or (sums, weights), repeatable, and leaves its arguments alone.
-
-    Args:
-        loss: The loss; nothing is to be tested if its form is known.
-        outputs: What the model returns for some examples; at most 30 of them are looked at.
-        labels: Their labels, as different as there are, sorted.
+    Labels are as different as there are, sorted; at most 30 examples are looked at.
 
     Raises:
         ModelError: With the two values, the likely cause and the ways out.

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from sharpkit.contract.modules import hooked
+
 
 def norms(model: nn.Module) -> list[nn.Module]:
     """The layers that this is about."""
@@ -30,12 +32,8 @@ def contiguous_gradients(layers: list[nn.Module]) -> Iterator[None]:
         ...     layer(torch.ones(1, 2, 1, 1)).flatten().tolist()
         [0.99999..., 0.99999...]
     """
-    handles = [layer.register_forward_hook(_reorder) for layer in layers]
-    try:
+    with hooked(layer.register_forward_hook(_reorder) for layer in layers):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _reorder(layer: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, Self
 
@@ -379,7 +379,10 @@ class CurvatureOperator(ABC):
         parts = list(self.split(self.gradient).values())
         used: set[int] = set()
         losses: list[tuple[Tensor, Tensor]] = []
-        for start, stop in self._progress(progress):
+        for start, stop in progress_bar(
+            iterable=self._plan.bounds, desc="linearising", unit="chunk", leave=False, delay=2,
+            progress=progress,
+        ):  # fmt: skip
             examples = self._problem.examples.slice(start, stop)
             linear = self._record_some(examples)
             product = self._kept(examples, linear)
@@ -412,16 +415,6 @@ class CurvatureOperator(ABC):
             return None
         self.kept_bytes += size
         return product
-
-    def _progress(self, progress: bool) -> Iterator[tuple[int, int]]:
-        yield from progress_bar(
-            iterable=self._plan.bounds,
-            desc="linearising",
-            unit="chunk",
-            leave=False,
-            delay=2,
-            progress=progress,
-        )
 
     def _warn(self) -> None:
         if self._why_forward:

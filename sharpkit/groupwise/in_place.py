@@ -35,12 +35,9 @@ class Moved(NamedTuple):
 class InPlace:
     """One-step perturbations in the 2-norm of one group after the other.
 
-    The module holds one copy of the weights, in the layout that is fastest, for all groups.
-
-    Args:
-        objective: What is measured; no weight is complex.
-        scale: T of the adaptive geometry, (*shape) of each weight; None for ones.
-        scaled: Take gradients times a power of two (see `PlainGradient`), for small ones.
+    The module holds one copy of the weights, in the layout that is fastest, for all groups. No
+    weight is complex. `scale` is T of the adaptive geometry, None for ones; `scaled` takes
+    gradients times a power of two, for small ones.
     """
 
     def __init__(

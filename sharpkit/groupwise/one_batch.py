@@ -50,19 +50,8 @@ class Point:
 class OneBatch(TorchFunctionMode):
     """Inside, calls that take a held tensor run at the point's values.
 
-    Args:
-        held: Name to the tensor that the module holds, recognised by identity.
-        point: The values.
-        kept: Buffers repeated for every example, kept between passes over as many examples.
-
-    Attributes:
-        elsewhere: Names that a call took which was not recognised.
-        whole: Names that a call took which has no rows: their gradient is no product of factors.
-        decides: Whether Python looked at values, which may decide for all groups at once.
-        calls: How many functions were called.
-        inputs: Name to the rows A of every call of a probed weight, (groups, rows, in).
-        probes: Name to tensors whose gradients are those at the outputs of these calls.
-        rows: Name to rows per example of all its layers; 0 where a call has none to speak of.
+    Held tensors are recognised by identity; `kept` are buffers repeated for every example, kept
+    between passes over as many examples.
     """
 
     def __init__(
@@ -70,13 +59,16 @@ class OneBatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.point, self.kept = point, {} if kept is None else kept
-        self.elsewhere: set[str] = set()
+        self.elsewhere: set[str] = set()  # names that a call took which was not recognised
+        # names that a call took which has no rows: their gradient is no product of factors
         self.whole: set[str] = set()
-        self.decides = False
-        self.calls = 0
+        self.decides = False  # whether Python looked at values, maybe for all groups at once
+        self.calls = 0  # of functions
+        # the rows A of every call of a probed weight, (groups, rows, in), and tensors whose
+        # gradients are those at the outputs of these calls
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in point.probed}
         self.probes: dict[str, list[Tensor]] = {name: [] for name in point.probed}
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, int] = {}  # per example, of all layers of a weight
         self._names = {id(t): name for name, t in held.items()}
         self._shapes = {name: t.shape for name, t in held.items()}
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.holding import frozen
-from sharpkit.contract.loading import Data
+from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.contract.losses import cross_entropy
 from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError
@@ -139,8 +139,7 @@ def accuracy_sharpness(
     alpha = sharpness_radius(model, data, drop=drop, steps=steps)
     relative = sharpness_radius(model, data, magnitude=True, drop=drop, steps=steps)
     weights = select_parameters(model)
-    with frozen(model) as found:
-        n = len(setup(model, data, found).examples)
+    n = len(load_in_order(data))
     scale = math.log(2 * sum(p.numel() for p in weights.values())) / (4 * alpha**2)
     rest = math.log(n / alpha) + 10
     return {

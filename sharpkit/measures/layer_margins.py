@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from sharpkit.contract.parameters import floating_parameters
 from sharpkit.errors import DataError, ModelError
 from sharpkit.measures.margins import check_percentile, margins
 from sharpkit.measures.passes import Setup, setup
-from sharpkit.measures.weight_layers import layer_inputs
+from sharpkit.measures.weight_layers import calls_of, product_layers
 
 
 def hidden_layer_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> float:
@@ -85,7 +84,7 @@ def _distances(run: Setup, model: nn.Module) -> tuple[list[Tensor], list[float]]
     leaves = {k: p.detach().requires_grad_() for k, p in weights.items()}
     parts: list[list[Tensor]] = []
     spreads: list[_Spread] = []
-    with layer_inputs(model) as take:
+    with calls_of(product_layers(model)) as take:
         for batch in run.batches():
             gamma, gradients, inputs = _margin_gradients(run, leaves, batch, take)
             if not parts:
@@ -100,7 +99,7 @@ def _distances(run: Setup, model: nn.Module) -> tuple[list[Tensor], list[float]]
 
 
 def _margin_gradients(
-    run: Setup, leaves: dict[str, Tensor], batch: Examples, take: Callable[[], list[Tensor]]
+    run: Setup, leaves: dict[str, Tensor], batch: Examples, take: Callable[[], list[Any]]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Margins (examples,), their gradients with respect to each layer's input, and the inputs."""
     with torch.enable_grad():
@@ -108,14 +107,8 @@ def _margin_gradients(
         given = batch.inputs
         if isinstance(given, Tensor) and given.is_floating_point():
             given = given.detach().requires_grad_()
-        logits = run.function(leaves, given)
-        check_class_labels(batch.labels, logits)
-        if logits.shape[1] < 2:
-            raise DataError("a margin needs at least two outputs, got 1")
-        if not bool(torch.isfinite(logits).all()):
-            raise ModelError("the model has NaN or infinite outputs")
-        gamma = margins(logits, batch.labels)
-        inputs = [x for x in take() if x.requires_grad]
+        gamma = checked_margins(run.function(leaves, given), batch.labels)
+        inputs = [x for x in take() if isinstance(x, Tensor) and x.requires_grad]
         for x in inputs:
             if len(x) != len(batch):
                 raise ModelError(
@@ -176,24 +169,24 @@ def layer_margins(
     """
     leaves = {k: p.detach().requires_grad_() for k, p in floating_parameters(model).items()}
     found: list[tuple[Tensor, Tensor, Tensor]] = []
-    with _held(module, output) as take:
+    with calls_of([module], output=output) as take:
         for batch in run.batches():
             with torch.enable_grad():
                 inputs = batch.inputs
                 if isinstance(inputs, Tensor) and inputs.is_floating_point():
                     inputs = inputs.detach().requires_grad_()
                 logits = run.function(leaves, inputs)
-                check_class_labels(batch.labels, logits)
                 gamma = checked_margins(logits, batch.labels)
-                h = take(len(batch))
+                h = next(iter(take()), None)
+                if not isinstance(h, Tensor) or len(h) != len(batch) or not h.requires_grad:
+                    raise ModelError(
+                        f"{type(module).__name__}: expected a representation with one row for each "
+                        f"of {len(batch)} examples, on which the output depends"
+                    )
                 (slope,) = torch.autograd.grad(gamma.sum(), h, materialize_grads=True)
-            found.append(
-                (
-                    gamma.detach().double().cpu(),
-                    slope.flatten(1).double().norm(dim=1).cpu(),
-                    h.detach().flatten(1).double().cpu(),
-                )
-            )
+            length = slope.flatten(1).double().norm(dim=1)
+            rows = h.detach().flatten(1)
+            found.append((gamma.detach().double().cpu(), length.cpu(), rows.double().cpu()))
     return LayerMargins(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
@@ -201,37 +194,12 @@ def checked_margins(logits: Tensor, labels: Tensor) -> Tensor:
     """The margins, differentiable.
 
     Raises:
-        DataError: For a single output.
+        DataError: For a single output, or labels that do not fit.
         ModelError: For NaN or infinite outputs.
     """
+    check_class_labels(labels, logits)
     if logits.shape[1] < 2:
         raise DataError("a margin needs at least two outputs, got 1")
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("the model has NaN or infinite outputs")
     return margins(logits, labels)
-
-
-@contextmanager
-def _held(module: nn.Module, output: bool) -> Iterator[Callable[[int], Tensor]]:
-    """Inside, a call after each forward pass gives what a module first received or returned."""
-    kept: list[Any] = []
-
-    def keep(_: nn.Module, inputs: tuple[Any, ...], *result: Any) -> None:
-        kept.append(result[0] if output else inputs[0])
-
-    def take(count: int) -> Tensor:
-        first = kept[0] if kept else None
-        kept.clear()
-        if not isinstance(first, Tensor) or len(first) != count or not first.requires_grad:
-            raise ModelError(
-                f"{type(module).__name__}: expected a representation with one row for each of "
-                f"{count} examples, on which the output depends"
-            )
-        return first
-
-    register = module.register_forward_hook if output else module.register_forward_pre_hook
-    handle = register(keep)
-    try:
-        yield take
-    finally:
-        handle.remove()

@@ -136,9 +136,7 @@ _NORMS = {  # BatchNorm, with the position of its argument `training`
 class SquaredConstants(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, means, average pooling and scalar factors c act as c², and differences as sums.
 
-    Args:
-        weights: Parameters and buffers of the network, squared already. A product of two tensors
-            that are none of them is refused.
+    A product of two tensors that are not among the weights, squared already, is refused.
 
     Raises:
         ModelError: If something is computed under which paths keep no weight of their own.

@@ -109,11 +109,8 @@ def averaged_over_ranks(
 def process_group(device: str = "cpu") -> Iterator[str]:
     """Join the processes that `torchrun` started, if it did; leave them at the end.
 
-    Args:
-        device: "cpu" (then they talk through gloo) or "cuda" (nccl, a GPU for each).
-
-    Yields:
-        str: This process's own device, such as "cuda:1".
+    On a "cpu" they talk through gloo, with "cuda" through nccl, a GPU for each. Gives this
+    process's own device, such as "cuda:1".
 
     Raises:
         ArgumentError: If there are more local processes than GPUs.

@@ -22,6 +22,7 @@ from sharpkit.contract.checks import check_rows
 from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.holding import unfused_attention
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
+from sharpkit.contract.modules import hooked
 from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.contract.state import Attributes
@@ -243,9 +244,5 @@ def vmap_friendly(model: nn.Module) -> Iterator[None]:
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     kind = next(model.parameters()).device.type
     hooks = [n.register_forward_pre_hook(widen) for n in norms if torch.is_autocast_enabled(kind)]
-    try:
-        with unfused_attention():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), unfused_attention():
+        yield
