@@ -109,11 +109,7 @@ class CurvatureOperator(ABC):
         self._warn()
 
     def _construct(
-        self,
-        chunk: int | Literal["auto"],
-        memory_budget: int | None,
-        compile: bool,
-        progress: bool,
+        self, chunk: int | Literal["auto"], memory_budget: int | None, compile: bool, progress: bool
     ) -> None:
         """Choose mode and chunks, and go over the data once, at the operator's weights."""
         problem = self._problem

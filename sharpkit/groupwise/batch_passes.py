@@ -175,12 +175,7 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def batch_passes(
-    model: FunctionalModel,
-    loss: MeanLoss,
-    weights: Tensors,
-    found: Survey,
-    *,
-    packed: bool = True,
+    model: FunctionalModel, loss: MeanLoss, weights: Tensors, found: Survey, *, packed: bool = True
 ) -> BatchPasses:
     """The passes of a model, if every use of a weight is recognised.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sharpkit.contract.embeddings import EmbeddingCall
 from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.groupwise import pooling, recurrent
 from sharpkit.groupwise.group_layers import channels_of_groups, examples_of_groups
@@ -138,18 +139,9 @@ def _beside(t: Tensor, x: Tensor) -> Tensor:
 
 
 def _embedding(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
-    names = [
-        "input",
-        "weight",
-        "padding_idx",
-        "max_norm",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
-    ]
-    given: Kwargs = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-    index, weight = given["input"], given["weight"]
-    special = (given[k] for k in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"))
+    call = EmbeddingCall(*args, **kwargs)
+    index, weight = call.input, call.weight
+    special = (call.padding_idx, call.max_norm, call.scale_grad_by_freq, call.sparse)
     name = batch.name_of(weight)
     if name is None or any(v not in (None, False) for v in special) or len(index) != batch.examples:
         return None

@@ -36,33 +36,35 @@ def vectorised_or_loop(
     """
     if engine == "loop":
         return loop(), False
-    try:
-        with _strict_vmap():
-            return vectorised(), True
-    except SharpkitError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        failure = error
+    with _strict_vmap():
+        found, failure = _tried(vectorised)
+    if failure is None:
+        return found[0], True
     cause = reason(failure, model)
     if engine == "vectorized":
         raise ModelError(f"{cause}: groups cannot be vectorised, use engine='loop'") from failure
     again()
-    try:
-        result = loop()
-    except SharpkitError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
+    found, again_failed = _tried(loop)
+    if again_failed is not None:
         raise ModelError(f"the model cannot be measured: {cause}") from failure
     warnings.warn(
         f"groups are evaluated one after the other, which is slower, because side by side {cause} "
         "(engine='loop' does so without this warning)",
         stacklevel=4,
     )
-    return result, False
+    return found[0], False
+
+
+def _tried(run: Callable[[], T]) -> tuple[list[T], Exception | None]:
+    """What it gives, in a list, or why it failed; errors of ours and of memory are raised."""
+    try:
+        return [run()], None
+    except SharpkitError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return [], error
 
 
 def first_that_works(first: Callable[[], T], second: Callable[[], T]) -> T:
@@ -71,13 +73,10 @@ def first_that_works(first: Callable[[], T], second: Callable[[], T]) -> T:
     Raises:
         SharpkitError: Whatever either raises of this kind.
     """
-    try:
-        return first()
-    except SharpkitError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
+    found, failure = _tried(first)
+    if failure is None:
+        return found[0]
+    del failure  # its frames hold tensors
     return second()
 
 

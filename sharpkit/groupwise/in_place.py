@@ -12,12 +12,7 @@ from torch import Tensor
 from sharpkit.contract.examples import Examples
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.objective import (
-    Objective,
-    examples_in_layout,
-    in_layout,
-    leaf_gradient,
-)
+from sharpkit.groupwise.objective import Objective, examples_in_layout, in_layout, leaf_gradient
 
 _LEAST = 1e-30  # a length of 0 must not divide; what is near it is doubtful
 

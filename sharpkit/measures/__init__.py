@@ -25,11 +25,7 @@ from sharpkit.measures.gradients import fisher_rao_norm, gradient_noise, jacobia
 from sharpkit.measures.heavy_tails import PowerLaw, fit_power_law, heavy_tail_exponent
 from sharpkit.measures.layer_margins import hidden_layer_margin
 from sharpkit.measures.m_sharpness import MSharpness
-from sharpkit.measures.margins import (
-    inverse_margin,
-    output_margin,
-    training_loss,
-)
+from sharpkit.measures.margins import inverse_margin, output_margin, training_loss
 from sharpkit.measures.measure import Estimate, Measure
 from sharpkit.measures.norms import depth, frobenius_norms, parameter_count
 from sharpkit.measures.pac_bayes import noise_scale, pac_bayes, pac_bayes_magnitude

@@ -19,12 +19,7 @@ from sharpkit.measures.search import check_drop, size_of_drop
 
 
 def sharpness_radius(
-    model: nn.Module,
-    data: Data,
-    *,
-    magnitude: bool = False,
-    drop: float = 0.1,
-    steps: int = 5,
+    model: nn.Module, data: Data, *, magnitude: bool = False, drop: float = 0.1, steps: int = 5
 ) -> float:
     """The size of the box around the weights whose worst point costs `drop` training accuracy.
 
@@ -87,12 +82,7 @@ def sharpness_radius(
 
 
 def accuracy_sharpness(
-    model: nn.Module,
-    data: Data,
-    *,
-    initial: nn.Module,
-    drop: float = 0.1,
-    steps: int = 5,
+    model: nn.Module, data: Data, *, initial: nn.Module, drop: float = 0.1, steps: int = 5
 ) -> dict[str, float]:
     """Sharpness bounds from the box around the weights that keeps the training accuracy.
 

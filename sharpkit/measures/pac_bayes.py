@@ -215,11 +215,7 @@ def pac_bayes_magnitude(
         top = omega * math.log(epsilon**2 + (sigma**2 + 1) * squared / omega)
         return 0.25 * (top - denominator) + math.log(n / sigma) + 10
 
-    return {
-        "origin": bound(squared_norm(weights)),
-        "initial": bound(moved),
-        "flatness": sigma**-2,
-    }
+    return {"origin": bound(squared_norm(weights)), "initial": bound(moved), "flatness": sigma**-2}
 
 
 def squared_norm(weights: dict[str, Tensor]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from sharpkit.training.group_perturbation import Steps, step_of_one, steps_of_gr
 from sharpkit.training.noise import Noise
 from sharpkit.training.radius import Radii
 from sharpkit.training.variants import PLAIN_SAM, SamVariant, combined
+
+if TYPE_CHECKING:
+    from sharpkit.training.step_plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,12 @@ Passes: TypeAlias = Callable[[Examples, int], Found]
 class AsOneBatch:
     """All groups as one ordinary batch, whose layers know whose examples are whose.
 
-    Perturbations of the weights in `factored` stay in factors; `careful` as in `steps_of_groups`.
+    Perturbations of the weights that the plan has in factors stay in factors.
     """
 
-    def __init__(self, task: Task, factored: dict[str, int], *, careful: bool) -> None:
-        self.task, self._careful, self._thin = task, careful, frozenset(factored)
+    def __init__(self, task: Task, plan: StepPlan) -> None:
+        factored = plan.factored
+        self.task, self._careful, self._thin = task, plan.careful, frozenset(factored)
         self._passes = BatchPasses(
             task.model, task.loss, task.shared, factored, packed=not task.variant.by_name
         )
@@ -201,7 +205,7 @@ class _At(torch.autograd.Function):
 class Vectorised:
     """Each group a call of the model as a function, all of them under vmap."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, plan: StepPlan) -> None:
         self.task = task
         self._scale = task.radii.scale(task.shared)
 
@@ -256,17 +260,14 @@ class Vectorised:
 
 
 class Alone:
-    """A group by itself, by plain autograd with the weights assigned.
+    """A group by itself, by plain autograd with the weights assigned."""
 
-    `layout` is that of images and of the weights of convolutions.
-    """
-
-    def __init__(self, task: Task, layout: torch.memory_format, *, careful: bool) -> None:
-        self.task, self._layout, self._careful = task, layout, careful
-        self._weights: Tensors = in_layout(task.shared, layout)
+    def __init__(self, task: Task, plan: StepPlan) -> None:
+        self.task, self._layout, self._careful = task, plan.layout, plan.careful
+        self._weights: Tensors = in_layout(task.shared, plan.layout)
         self._scale = task.radii.scale(self._weights)
         wide = task.model.dtype in (torch.float32, torch.float64)
-        self._scaled = careful or not wide or torch.is_autocast_enabled(task.model.device.type)
+        self._scaled = plan.careful or not wide or torch.is_autocast_enabled(task.model.device.type)
         self._leaves: list[Tensor] | None = None
 
     @contextmanager
@@ -289,7 +290,7 @@ class Alone:
         task, model = self.task, self.task.model
         noise = Noise(model.device)
         with without_reentry():
-            with task.recorder.of_one_group() as statistics:
+            with task.recorder.of_one_batch(1) as statistics:
                 first = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
             at, doubtful = step_of_one(
                 self._weights, self._real(first.gradient), first.exponent, task.radii,

@@ -179,12 +179,7 @@ def _optimizer(model: nn.Module, settings: FitSettings, variant: SamVariant) -> 
 
 
 def _sgd_step(
-    network: nn.Module,
-    optimizer: Any,
-    inputs: Any,
-    labels: Tensor,
-    _m: int | None,
-    loss: MeanLoss,
+    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, _m: int | None, loss: MeanLoss
 ) -> Tensor:
     optimizer.zero_grad()
     value = loss(outputs_of(network, inputs, loss), labels)
