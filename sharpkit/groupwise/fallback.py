@@ -55,18 +55,6 @@ def vectorised_or_loop(
     return found[0], False
 
 
-def _tried(run: Callable[[], T]) -> tuple[list[T], Exception | None]:
-    """What it gives, in a list, or why it failed; errors of ours and of memory are raised."""
-    try:
-        return [run()], None
-    except SharpkitError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        return [], error
-
-
 def first_that_works(first: Callable[[], T], second: Callable[[], T]) -> T:
     """What `first` gives or, if it fails for another reason than memory, what `second` gives.
 
@@ -116,6 +104,18 @@ def in_memory(measure: Callable[[int], T], chunk: int) -> T:
 
 class Disagreement(Exception):
     """Groups side by side gave other numbers than one after the other."""
+
+
+def _tried(run: Callable[[], T]) -> tuple[list[T], Exception | None]:
+    """What it gives, in a list, or why it failed; errors of ours and of memory are raised."""
+    try:
+        return [run()], None
+    except SharpkitError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return [], error
 
 
 @contextmanager
