@@ -22,10 +22,10 @@ class Calls(TorchFunctionMode):
     """Hands every `F.linear` that uses one of the given weights to a rule of that weight.
 
     A model holds `stand_ins` in their place, of NaN: a use that is not seen here, or that comes
-    later than the plan was made, shows as NaN and never as a wrong number. A rule maps (name, call
-    number, input, output) to the output. To `watch` for weights that anything but `F.linear` uses,
-    and collect them in `elsewhere`, looks at every argument of every function: it is for planning
-    only.
+    later than the plan was made, shows as NaN and never as a wrong number. Weights are
+    recognised by identity; the rule maps (name, call number, input, output) to the output. With
+    `watch`, which looks at every argument of every function and so is for planning only, what
+    anything but `F.linear` uses is collected in `elsewhere`.
     """
 
     def __init__(

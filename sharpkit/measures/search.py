@@ -17,8 +17,8 @@ def size_of_drop(
 ) -> float:
     """Where the accuracy has fallen by `drop`: bracketed by factors of 4, then Brent's method.
 
-    `accuracy` is one fixed function of the size, > 0; the search begins at `guess` and ends at 0.5
-    %. A hint is what to try if every size is too large.
+    `accuracy` is one fixed function of the size, > 0, which is found to 0.5 %; the search begins at
+    `guess`. A hint is what to try if every size is too large.
 
     Raises:
         ModelError: If the accuracy never falls by `drop`, or falls further however small the size.

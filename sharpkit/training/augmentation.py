@@ -20,6 +20,8 @@ class Augmenter:
       equal probability. Zeros come in at the edge: in normalised data, the mean colour.
     - "flip-crop": both.
 
+    Every epoch has choices of its own; a shape is (channels, height, width).
+
     Example:
         >>> augment = Augmenter("flip", 2, (1, 1, 2), seed=1, epoch=1, device=torch.device("cpu"))
         >>> augment(torch.tensor([[[[1.0, 2.0]]], [[[3.0, 4.0]]]]), 0).flatten().tolist()

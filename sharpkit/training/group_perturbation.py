@@ -87,7 +87,8 @@ def step_of_one(
     """The same for a single group, in as few calls as parameters allow.
 
     Gradients are in the order of the weights, None where there is none, and `scaled` if they are
-    times a power of two. Returns w + ε, and whether the norm may be wrong.
+    times a power of two; the exponent is a scalar. Returns w + ε, and whether the norm may be
+    wrong.
     """
     used = {n: g for n, g in zip(weights, gradients, strict=True) if g is not None}
     if careful or not used or direction is not None:
