@@ -82,14 +82,7 @@ class Probe:
 def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found: Found) -> Probe:
     """Raise unless model, loss and data can be measured; note the model's habits.
 
-    Args:
-        function: The model, inside `frozen`.
-        loss: The loss.
-        examples: All examples.
-        found: What `frozen` gave.
-
-    Returns:
-        Probe: To be confirmed when the measurement is done.
+    The model must be inside `frozen`, which gave `found`; confirm the probe when all is measured.
 
     Raises:
         DataError: For labels that do not fit the outputs.

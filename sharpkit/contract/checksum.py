@@ -21,12 +21,6 @@ def checksum(examples: Examples) -> int:
     The bytes are summed as integers x_i with distinct odd weights w_i, modulo 2^64, as Σ w_i x_i
     and, for the high bits, Σ w_i ⌊x_i / 2^32⌋. It is fast, not cryptographic.
 
-    Args:
-        examples: On any device, of any dtype and layout in memory.
-
-    Returns:
-        int: The same for the same examples in the same parts; 64 bits.
-
     Example:
         >>> x = torch.zeros(2, 3)
         >>> before = checksum(Examples(x, torch.arange(2)))

@@ -7,13 +7,24 @@ be flattened. Here the same values and gradients come from plain arithmetic on d
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+
+class EmbeddingCall(NamedTuple):
+    """One call of `F.embedding`, made as that is."""
+
+    input: Tensor
+    weight: Tensor
+    padding_idx: int | None = None
+    max_norm: float | None = None
+    norm_type: float = 2.0
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
 
 
 class PlainEmbeddings(TorchFunctionMode):
@@ -32,36 +43,18 @@ class PlainEmbeddings(TorchFunctionMode):
         super().__init__()
         self.replaced = False  # whether a look-up had options
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the look-ups; everything else is called as it is."""
         kwargs = kwargs or {}
         if func is F.embedding:
-            self.replaced |= any(
-                o is not None and o is not False for o in _options(*args, **kwargs)
-            )
-            return _embedding(*args, **kwargs)
+            call = EmbeddingCall(*args, **kwargs)
+            options = call.padding_idx, call.max_norm, call.sparse
+            self.replaced |= any(o is not None and o is not False for o in options)
+            return _embedding(call)
         if func is F.embedding_bag:
             self.replaced = True
             return _embedding_bag(*args, **kwargs)
         return func(*args, **kwargs)
-
-
-def _options(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> tuple[Any, ...]:
-    return padding_idx, max_norm, sparse
 
 
 def renormalised(model: nn.Module) -> dict[int, Tensor]:
@@ -89,20 +82,12 @@ def _limited(rows: Tensor, max_norm: float | None, norm_type: float) -> Tensor:
     return rows + (rows * (_scale(rows, max_norm, norm_type) - 1.0)).detach()
 
 
-def _embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    rows = F.embedding(input, weight, scale_grad_by_freq=scale_grad_by_freq)
-    if padding_idx is not None:
-        padding = input == padding_idx % weight.shape[-2]
+def _embedding(call: EmbeddingCall) -> Tensor:
+    rows = F.embedding(call.input, call.weight, scale_grad_by_freq=call.scale_grad_by_freq)
+    if call.padding_idx is not None:
+        padding = call.input == call.padding_idx % call.weight.shape[-2]
         rows = torch.where(padding.unsqueeze(-1), rows.detach(), rows)
-    return _limited(rows, max_norm, norm_type)
+    return _limited(rows, call.max_norm, call.norm_type)
 
 
 def _embedding_bag(

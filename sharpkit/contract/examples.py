@@ -168,13 +168,6 @@ def label_diverse(examples: Examples, k: int) -> Tensor:
     The smallest and the largest are among them. Labels of several entries are sorted by how many of
     them count (integers below 0 mark positions to ignore), then by Σ_j j y_j over those.
 
-    Args:
-        examples: Uniform or ragged.
-        k: How many, at least 2.
-
-    Returns:
-        Tensor: Shape (min(k, n),), int64, on the CPU, in the order of the labels.
-
     Example:
         >>> labels = torch.tensor([2, 0, 0, 0, 1, 0])
         >>> label_diverse(Examples(torch.zeros(6, 1), labels), 3)

@@ -11,16 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sharpkit.contract.batch_of_one import contiguous_gradients, norms
 from sharpkit.contract.embeddings import PlainEmbeddings, renormalised
 from sharpkit.contract.examples import Inputs
-from sharpkit.contract.modules import (
-    call_module,
-    full_name,
-    own_tensors,
-    read_outputs,
-    unwrapped,
-)
+from sharpkit.contract.modules import call_module, full_name, own_tensors, read_outputs, unwrapped
+from sharpkit.contract.normalisation import contiguous_gradients, norms
 from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
 
@@ -29,27 +23,18 @@ T = TypeVar("T")
 
 @dataclass
 class Habits:
-    """What a forward pass of a model does besides computing outputs, as `examine` found it.
+    """What a forward pass of a model does besides computing outputs, as `examine` found it."""
 
-    Attributes:
-        writes_inputs: It changes its inputs in place, so it gets copies.
-        needs_grad_mode: It differentiates, so it runs with gradients enabled.
-        looks_up: It looks embeddings up with options that `PlainEmbeddings` replaces.
-        attributes: What it writes to its modules; put back before every call.
-        remembered: Their values.
-        buffers: Buffers that it changes in eval mode; put back before every call.
-        not_functional: Why it cannot run at swapped weights; empty if it can.
-        loss_sees_weights: The loss depends on the weights also at fixed outputs.
-    """
-
-    writes_inputs: bool = False
-    needs_grad_mode: bool = False
-    looks_up: bool = False
+    writes_inputs: bool = False  # it changes its inputs in place, so it gets copies
+    needs_grad_mode: bool = False  # it differentiates, so it runs with gradients enabled
+    looks_up: bool = False  # it looks embeddings up with options that `PlainEmbeddings` replaces
+    # what it writes to its modules; put back before every call
     attributes: list[tuple[nn.Module, str]] = field(default_factory=list)
-    remembered: Attributes | None = None
+    remembered: Attributes | None = None  # their values
+    # buffers that it changes in eval mode; put back before every call
     buffers: list[str] = field(default_factory=list)
-    not_functional: str = ""
-    loss_sees_weights: bool = False
+    not_functional: str = ""  # why it cannot run at swapped weights; empty if it can
+    loss_sees_weights: bool = False  # the loss depends on the weights also at fixed outputs
 
 
 class FunctionalModel:
@@ -142,11 +127,9 @@ class FunctionalModel:
     def assigned(self, parameters: Mapping[str, Tensor]) -> Iterator[list[Tensor]]:
         """Inside, the module's own parameters hold the given values, as leaves for autograd.
 
-        This is what a loop by hand does, so it works for every module: parameters are assigned
-        (as `.data`, without a copy) and put back afterwards, buffers are copies.
-
-        Yields:
-            list: The module's parameters in the order given; complex ones are complex.
+        This is what a loop by hand does, so it works for every module: parameters are assigned (as
+        `.data`, without a copy) and put back afterwards, buffers are copies. Gives the module's
+        parameters in the order given; complex ones are complex.
         """
         parts = [(self._own[name], self.native(name, p)) for name, p in parameters.items()]
         parts += [(self._own[n], t) for n, t in self._scaled.items() if n not in parameters]

@@ -81,14 +81,6 @@ def load_in_order(data: Data, n: int | None = None) -> Examples:
     As `load_examples` without a seed, except that a loader that shuffles stands for its data set in
     index order.
 
-    Args:
-        data: As for `load_examples`.
-        n: How many examples; None for all.
-
-    Raises:
-        DataError: As `load_examples`.
-        ArgumentError: As `load_examples`.
-
     Example:
         >>> import torch
         >>> from torch.utils.data import TensorDataset

@@ -23,15 +23,10 @@ Loss: TypeAlias = str | Callable[[Any, Tensor], Any]
 
 @dataclass(frozen=True)
 class MeanLoss:
-    """A loss whose value over a set is the weighted mean of its values over the parts.
+    """A loss whose value over a set is the weighted mean of its values over the parts."""
 
-    Attributes:
-        given: The loss as it was given.
-        exact: Whether it is of known form; if not, `check_is_mean` tests it.
-    """
-
-    given: Loss
-    exact: bool
+    given: Loss  # the loss as it was given
+    exact: bool  # whether it is of known form; if not, `check_is_mean` tests it
     formula: Formula = field(repr=False)
 
     def terms(self, outputs: Any, labels: Tensor) -> Terms:
@@ -127,11 +122,7 @@ def check_is_mean(loss: MeanLoss, outputs: Any, labels: Tensor) -> None:
 
     Compares L(all) with Σ weight · mean / Σ weight over single examples and unequal splits, and
     tests that the loss is a scalar or (sums, weights), repeatable, and leaves its arguments alone.
-
-    Args:
-        loss: The loss; nothing is to be tested if its form is known.
-        outputs: What the model returns for some examples; at most 30 of them are looked at.
-        labels: Their labels, as different as there are, sorted.
+    Labels are as different as there are, sorted; at most 30 examples are looked at.
 
     Raises:
         ModelError: With the two values, the likely cause and the ways out.

@@ -25,10 +25,7 @@ _HALF = 5e-2
 def check_parts(terms: Function, outputs: Any, labels: Tensor) -> None:
     """Raise ModelError unless the terms of parts add up, and a loss is a function of its arguments.
 
-    Args:
-        terms: The loss as (outputs, labels) -> (mean, weight).
-        outputs: A tensor, or a structure of tensors, with a row per example.
-        labels: Labels of as many examples, as different as there are, sorted.
+    Outputs have a row per example; labels are as different as there are, sorted.
     """
     with torch.no_grad():
         outputs, labels = _few(outputs, labels)

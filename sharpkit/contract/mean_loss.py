@@ -18,11 +18,6 @@ _BATCH = 64
 def loss_of(model: nn.Module, examples: Examples, loss: MeanLoss) -> float:
     """The mean loss of a model in eval mode, each batch counted by its weight.
 
-    Args:
-        model: Left as it was found.
-        examples: Uniform or ragged.
-        loss: As `resolve_loss` gives it.
-
     Raises:
         DataError: If labels do not fit the outputs, or none counts.
         ModelError: If the loss is NaN or infinite.

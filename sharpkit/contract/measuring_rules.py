@@ -31,9 +31,7 @@ def measuring_rules() -> dict[str, Any]:
 def refuse_other_rules(noted: Mapping[str, Any], where: str | Path | None) -> None:
     """Refuse to go on with a run whose values follow other rules; the precision is not compared.
 
-    Args:
-        noted: What the run has noted, as `measuring_rules` gave it; runs of old have nothing.
-        where: The run, for the error.
+    Runs of old have noted nothing.
 
     Raises:
         RunError: If the rules are others.

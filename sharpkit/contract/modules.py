@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from sharpkit.contract.examples import Inputs
 from sharpkit.errors import ModelError
@@ -47,6 +49,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
                     "batch, so that its lazy modules take their shapes"
                 )
     return model
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside, hooks that have been registered are in place; then they are removed."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:

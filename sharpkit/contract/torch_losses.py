@@ -9,7 +9,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ def formula_of(module: nn.Module) -> Formula | None:
     for kind in _FUNCTIONS:
         unchanged = type(module).forward is kind.forward and "forward" not in vars(module)
         if isinstance(module, kind) and unchanged:
-            return _FORMULAS[kind](module) if kind in _FORMULAS else _entry_formula(module, kind)
+            if kind in _WHOLE:
+                return _WHOLE[kind][1](module)
+            own = partial(_entry_terms, module, kind), partial(_check_entries, module, kind)
+            return Formula(*own)
     return None
 
 
@@ -72,64 +75,42 @@ def _divergence(outputs: Tensor, labels: Tensor, log_target: bool) -> Tensor:
     return torch.xlogy(labels, labels) - labels * outputs
 
 
-# per kind: the loss of every entry (or example), and the attributes that it takes as keywords
-_ENTRIES: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
-    nn.MSELoss: (_squared, ()),
-    nn.L1Loss: (partial(F.l1_loss, reduction="none"), ()),
-    nn.SmoothL1Loss: (partial(F.smooth_l1_loss, reduction="none"), ("beta",)),
-    nn.HuberLoss: (_huber, ("delta",)),
-    nn.BCELoss: (partial(F.binary_cross_entropy, reduction="none"), ("weight",)),
-    nn.BCEWithLogitsLoss: (
-        partial(F.binary_cross_entropy_with_logits, reduction="none"),
-        ("weight", "pos_weight"),
-    ),
-    nn.KLDivLoss: (_divergence, ("log_target",)),
-    nn.PoissonNLLLoss: (
-        partial(F.poisson_nll_loss, reduction="none"),
-        ("log_input", "full", "eps"),
-    ),
-    nn.SoftMarginLoss: (_soft_margin, ()),
+# losses with a formula of their own: the function, and the formula of a module
+_WHOLE: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[[nn.Module], Formula]]] = {
+    nn.CrossEntropyLoss: (F.cross_entropy, class_formula),
+    nn.NLLLoss: (F.nll_loss, class_formula),
+    nn.MultiMarginLoss: (F.multi_margin_loss, multi_margin_formula),
+    nn.MultiLabelMarginLoss: (F.multilabel_margin_loss, multi_label_margin_formula),
+}
+# means of entries: the function, what gives the loss of every entry (None for the function itself),
+# and the attributes that it takes as keywords
+_Entry: TypeAlias = tuple[Callable[..., Tensor], Callable[..., Tensor] | None, tuple[str, ...]]
+_ENTRIES: dict[type[nn.Module], _Entry] = {
+    nn.MSELoss: (F.mse_loss, _squared, ()),
+    nn.L1Loss: (F.l1_loss, None, ()),
+    nn.SmoothL1Loss: (F.smooth_l1_loss, None, ("beta",)),
+    nn.HuberLoss: (F.huber_loss, _huber, ("delta",)),
+    nn.BCELoss: (F.binary_cross_entropy, None, ("weight",)),
+    nn.BCEWithLogitsLoss: (F.binary_cross_entropy_with_logits, None, ("weight", "pos_weight")),
+    nn.KLDivLoss: (F.kl_div, _divergence, ("log_target",)),
+    nn.PoissonNLLLoss: (F.poisson_nll_loss, None, ("log_input", "full", "eps")),
+    nn.SoftMarginLoss: (F.soft_margin_loss, _soft_margin, ()),
     nn.MultiLabelSoftMarginLoss: (
+        F.multilabel_soft_margin_loss,
         partial(F.binary_cross_entropy_with_logits, reduction="none"),
         ("weight",),
     ),
 }
-
-_FORMULAS: dict[type[nn.Module], Callable[[nn.Module], Formula]] = {
-    nn.CrossEntropyLoss: class_formula,
-    nn.NLLLoss: class_formula,
-    nn.MultiMarginLoss: multi_margin_formula,
-    nn.MultiLabelMarginLoss: multi_label_margin_formula,
-}
-
-_FUNCTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.CrossEntropyLoss: F.cross_entropy,
-    nn.NLLLoss: F.nll_loss,
-    nn.MultiMarginLoss: F.multi_margin_loss,
-    nn.MultiLabelMarginLoss: F.multilabel_margin_loss,
-    nn.MSELoss: F.mse_loss,
-    nn.L1Loss: F.l1_loss,
-    nn.SmoothL1Loss: F.smooth_l1_loss,
-    nn.HuberLoss: F.huber_loss,
-    nn.BCELoss: F.binary_cross_entropy,
-    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
-    nn.KLDivLoss: F.kl_div,
-    nn.PoissonNLLLoss: F.poisson_nll_loss,
-    nn.SoftMarginLoss: F.soft_margin_loss,
-    nn.MultiLabelSoftMarginLoss: F.multilabel_soft_margin_loss,
-}
-
-
-def _entry_formula(module: nn.Module, kind: type[nn.Module]) -> Formula:
-    return Formula(partial(_entry_terms, module, kind), partial(_check_entries, module, kind))
+_FUNCTIONS = {kind: known[0] for kind, known in (_WHOLE | _ENTRIES).items()}
 
 
 def _entry_terms(module: nn.Module, kind: type[nn.Module], outputs: Any, labels: Tensor) -> Terms:
     """The mean of all entries: every example has as many, so its weight is 1."""
     check_same_shape(outputs, labels)
-    function, names = _ENTRIES[kind]
+    function, of_entries, names = _ENTRIES[kind]
+    of_entries = of_entries or partial(function, reduction="none")
     keywords = {name: _moved(getattr(module, name), name, outputs) for name in names}
-    losses = function(outputs, labels.to(outputs.dtype), **keywords)
+    losses = of_entries(outputs, labels.to(outputs.dtype), **keywords)
     mean = losses.mean()
     if module.reduction == "batchmean":
         mean = mean * math.prod(losses.shape[1:])
@@ -138,7 +119,7 @@ def _entry_terms(module: nn.Module, kind: type[nn.Module], outputs: Any, labels:
 
 def _check_entries(module: nn.Module, kind: type[nn.Module], outputs: Any, labels: Tensor) -> None:
     check_same_shape(outputs, labels)
-    for name in _ENTRIES[kind][1]:
+    for name in _ENTRIES[kind][2]:
         _moved(getattr(module, name), name, outputs)
 
 

@@ -1,18 +1,116 @@
-"""Chunks of examples: what they gave when they were recorded first, and whether they still do."""
+"""Chunks of an operator's examples: how they are cut, how many graphs are kept, what each gave.
+
+Everything follows from sizes, never from timings, so that two runs give the same bits.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checksum import checksum
 from sharpkit.contract.examples import Examples
+from sharpkit.curvature.memory import default_budget, require_memory, saved_bytes
 from sharpkit.curvature.second_derivatives import Product
+from sharpkit.curvature.together import vectors_together
 from sharpkit.errors import DataError, ModelError
+from sharpkit.memory import available_memory
+
+# bytes of kept graph per chunk that run fastest (benchmarks/bench_curvature.py); with more, the
+# C library returns freed memory to the system, which clears it again in every product
+_CPU_WORKING_SET = 16 * 2**20
+_GPU_WORKING_SET = 1024 * 2**20
+# deep networks keep much per example: fewer examples are slow, and may take up to this
+_CPU_FEW = 64
+_CPU_FEW_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """Chunks of nearly equal size, the first `keep` of which stay in memory."""
+
+    bounds: list[tuple[int, int]]  # where each chunk starts and stops
+    keep: int  # how many of them are kept
+    keep_bytes: int  # what they take
+    budget: int  # what they may take
+    together: int  # vectors in one backward pass
+
+
+def graph_bytes(
+    record: Callable[[Examples], object], examples: Examples, known: list[Tensor]
+) -> tuple[int, int]:
+    """Bytes that a kept graph takes per example, and besides per chunk.
+
+    Where examples differ in shape the largest ones are recorded; `known` tensors do not count.
+    """
+    part = max(examples.chunks(len(examples)), key=_row_bytes)
+    many = min(4, len(part))
+    few = max(1, many // 2)
+    small = saved_bytes(lambda: record(part.slice(0, few)), known)
+    if many == few:
+        return max(small, 1), 0
+    large = saved_bytes(lambda: record(part.slice(0, many)), known)
+    per_example = max((large - small) // (many - few), 1)
+    return per_example, max(small - few * per_example, 0)
+
+
+def chunk_plan(
+    examples: Examples,
+    graph: tuple[int, int],
+    weights: Sequence[Tensor],
+    chunk: int | Literal["auto"],
+    memory_budget: int | None,
+) -> ChunkPlan:
+    """Choose the chunks, each of examples of one shape, and keep as many as the budget allows.
+
+    `graph` is bytes per example and per chunk; the budget is for kept graphs, None for the default.
+
+    Raises:
+        ArgumentError: If one chunk, or what the budget asks for, does not fit the memory.
+    """
+    per_example, per_chunk = graph
+    device = weights[0].device
+    most = _automatic_chunk(per_example, weights) if isinstance(chunk, str) else chunk
+    bounds = [b for part in examples.bounds(len(examples)) for b in _evenly(*part, most)]
+    count, longest = len(bounds), max(stop - start for start, stop in bounds)
+    size = per_example * longest + per_chunk
+    require_memory(
+        size, device, f"the graph of one chunk of {longest} examples", "pass a smaller chunk"
+    )
+    budget = default_budget(device) if memory_budget is None else memory_budget
+    keep = min(count, budget // max(size, 1)) if budget else 0
+    require_memory(
+        keep * size, device, f"keeping {keep} of {count} chunks", "pass a smaller memory_budget"
+    )
+    together = vectors_together(size, weights, available_memory(device))
+    return ChunkPlan(bounds, keep, keep * size, budget, together)
+
+
+def _evenly(start: int, stop: int, most: int) -> list[tuple[int, int]]:
+    n = stop - start
+    count = -(-n // most)
+    return list(itertools.pairwise(start + n * i // count for i in range(count + 1)))
+
+
+def _row_bytes(part: Examples) -> int:
+    return sum(t.nbytes // len(part) for t in pytree.tree_leaves(part.inputs))
+
+
+def _automatic_chunk(per_example: int, weights: Sequence[Tensor]) -> int:
+    if not per_example:
+        return 64
+    on_cpu = weights[0].device.type == "cpu"
+    # adding a chunk's product to the total should cost little beside it
+    target = max(_CPU_WORKING_SET if on_cpu else _GPU_WORKING_SET, sum(w.nbytes for w in weights))
+    few = min(_CPU_FEW, _CPU_FEW_BYTES // per_example) if on_cpu else 1
+    return min(max(target // per_example, few, 1), 1024 if on_cpu else 8192)
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,7 @@ Linearise = Callable[[Examples], Linearised]
 class CompiledProducts:
     """The compiled products of an operator, one per shape of chunks.
 
-    Args:
-        problem: What is differentiated; the model holds its weights in every call.
-        linearise: Linearises a chunk, and is traced.
+    The model holds its weights in every call; `linearise` is traced.
     """
 
     def __init__(self, problem: Problem, linearise: Linearise) -> None:

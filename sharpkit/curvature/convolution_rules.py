@@ -174,42 +174,22 @@ class _Convolution(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.geometry = inputs
+        x, weight, _, ctx.geometry, *further = inputs
+        ctx.further = len(further)
         ctx.save_for_backward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (*_recorded_gradients(ctx, grad), None)
+        return (*_recorded_gradients(ctx, grad), *[None] * (1 + ctx.further))
 
 
-class _NormalisedConvolution(Function):
-    """A convolution whose output is known as the BatchNorm of another one's."""
-
-    generate_vmap_rule = True
+class _NormalisedConvolution(_Convolution):
+    """A convolution whose output is known as the BatchNorm of another one's (see `normalise`)."""
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        geometry: _Geometry,
-        before: Tensor,
-        mean: Tensor,
-        variance: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        eps: float,
-    ) -> Tensor:
+    def forward(*inputs: Any) -> Tensor:
+        before, mean, variance, scale, shift, eps = inputs[4:]
         return F.batch_norm(before, mean, variance, scale, shift, False, 0.0, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, ctx.geometry, *_ = inputs
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return (*_recorded_gradients(ctx, grad), *[None] * 7)
 
 
 class _Scaled(Function):

@@ -192,11 +192,7 @@ class _Search:
         start = random_rows(1, a, seed)[0]
         self.q[0] = start / start.norm()
         self.bar = progress_bar(
-            desc="eigenvalues",
-            unit="product",
-            leave=False,
-            delay=2,
-            progress=progress,
+            desc="eigenvalues", unit="product", leave=False, delay=2, progress=progress
         )
 
     def run(self, k: int, tol: float) -> None:

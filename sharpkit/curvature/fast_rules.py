@@ -8,7 +8,7 @@ the ReLU of the max pooling, which is smaller. Values and derivatives are the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from sharpkit.contract.batch_norm import BatchNormCall
+from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.curvature.convolution_rules import (
     Convolved,
     Statistics,
@@ -59,13 +59,7 @@ class fast_rules(TorchFunctionMode):
             WeakTensorKeyDictionary()
         )
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the functions that have a rule; everything else is called as it is."""
         kwargs = kwargs or {}
         if func in _RANKS:

@@ -34,17 +34,9 @@ class FisherOperator(PulledBackOperator):
 
     Args:
         model: As for `HessianOperator`; so are all arguments that are not named here.
-        data: As for `HessianOperator`.
         kind: "true" or "empirical".
         loss: "cross_entropy", "mse", or CrossEntropyLoss() without class weights or smoothing; for
             "empirical" any.
-        parameters: As for `HessianOperator`.
-        n: As for `HessianOperator`.
-        seed: As for `HessianOperator`.
-        chunk: As for `HessianOperator`.
-        memory_budget: As for `HessianOperator`.
-        compile: As for `HessianOperator`.
-        progress: As for `HessianOperator`.
 
     Raises:
         ArgumentError: For kind="true" with a loss whose likelihood is unknown; and as

@@ -20,15 +20,10 @@ _MARGIN = 8.0  # bandwidths on each side: all but 1e-15 of a Gaussian
 
 @dataclass(frozen=True)
 class Scale:
-    """The coordinate u(λ) in which grid points are equally spaced and smoothing is uniform.
+    """The coordinate u(λ) in which grid points are equally spaced and smoothing is uniform."""
 
-    Attributes:
-        spacing: "linear": u = λ; "log": u = ln λ; "symlog": u = asinh(λ / threshold).
-        threshold: Where a "symlog" axis turns from linear to logarithmic.
-    """
-
-    spacing: Spacing
-    threshold: float = 1.0
+    spacing: Spacing  # "linear": u = λ; "log": u = ln λ; "symlog": u = asinh(λ / threshold)
+    threshold: float = 1.0  # where a "symlog" axis turns from linear to logarithmic
 
     def forward(self, values: Array) -> Array:
         """λ -> u."""

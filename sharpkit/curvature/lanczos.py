@@ -11,7 +11,6 @@ it: whether squares and dot products leave the dtype does not depend on the scal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -154,7 +153,9 @@ def lanczos(
     breakdowns = np.zeros(count, dtype=np.int64)
     previous = current = start / start.norm(dim=1, keepdim=True)  # (probes, P)
     scale = np.zeros(count)
-    for j in _bar(steps, progress):
+    for j in progress_bar(
+        iterable=range(steps), desc="Lanczos", unit="step", leave=False, delay=2, progress=progress
+    ):
         basis[:, j] = current
         w, powers = near_one(multiply_rows(a, current))
         alpha = (w * current).sum(1)
@@ -192,11 +193,7 @@ def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype) -> int:
 def near_one(rows: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
     """Rows (k, P) times powers of two that bring their largest entries near 1, and the way back.
 
-    Args:
-        rows: Finite, at any scale, shape (k, P).
-
-    Returns:
-        tuple: The scaled rows, shape (k, P), and the factors, shape (k,): row = scaled · factor.
+    row = scaled · factor, for finite rows of any scale.
 
     Example:
         >>> near_one(torch.tensor([[3.0, -40.0], [0.0, 0.0]]))
@@ -279,14 +276,3 @@ def _start(operator: LinearMap, probes: int | Tensor, seed: int) -> Tensor:
     if not bool((torch.isfinite(rows).all(1) & (rows != 0).any(1)).all()):
         raise ArgumentError("a start vector is zero, NaN or infinite")
     return near_one(rows)[0]
-
-
-def _bar(steps: int, progress: bool) -> Iterator[int]:
-    yield from progress_bar(
-        iterable=range(steps),
-        desc="Lanczos",
-        unit="step",
-        leave=False,
-        delay=2,
-        progress=progress,
-    )

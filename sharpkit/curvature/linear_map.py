@@ -107,13 +107,8 @@ def random_rows(count: int, operator: LinearMap, seed: int, kind: str = "normal"
     """Seeded random vectors as rows, shape (count, P); the same numbers on every device.
 
     The stream differs from that of `torch.manual_seed(seed)`: weights or data drawn there would
-    otherwise be the very numbers of the probes, and the estimates biased.
-
-    Args:
-        count: How many.
-        operator: Gives P, dtype and device.
-        seed: Of the generator.
-        kind: "normal", or "sign" for independent ±1.
+    otherwise be the very numbers of the probes, and the estimates biased. The kind is "normal", or
+    "sign" for independent ±1.
     """
     mixed = int(np.random.SeedSequence([_STREAM, abs(seed), seed < 0]).generate_state(2)[0])
     generator = torch.Generator().manual_seed(mixed)

@@ -63,10 +63,7 @@ def saved_bytes(record: Callable[[], object], ignore: list[Tensor]) -> int:
     """Bytes of the tensors that the graph recorded keeps alive, each storage once.
 
     For a model that transforms functions it is an estimate from what torch's functions return.
-
-    Args:
-        record: Builds a graph and returns what holds it.
-        ignore: Tensors that exist anyway, such as the weights.
+    `record` builds a graph and returns what holds it; tensors to ignore exist anyway.
     """
     saved: weakref.WeakSet[_Saved] = weakref.WeakSet()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from sharpkit.contract.batch_norm import BatchNormCall
+from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.curvature.convolution_rules import Statistics, is_batched, laid_out_as
 
 _aten = torch.ops.aten
@@ -69,15 +69,8 @@ class _BatchNorm(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        inverse: Tensor,
-        eps: float,
-    ) -> Tensor:
+    def forward(*inputs: Any) -> Tensor:
+        x, weight, bias, mean, variance, _, eps = inputs
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
@@ -102,16 +95,8 @@ class _BatchNormGradient(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
-        inverse: Tensor,
-        eps: float,
-        mask: list[bool],
-    ) -> _Gradients:
+    def forward(*inputs: Any) -> _Gradients:
+        grad, x, weight, mean, variance, _, eps, mask = inputs
         return _gradients(grad, x, weight, (mean, variance, eps), mask)
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, Self
 
@@ -19,12 +19,14 @@ from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters
 from sharpkit.contract.precision import current_precision, precision
-from sharpkit.curvature.chunk_plan import ChunkPlan, chunk_plan, graph_bytes
 from sharpkit.curvature.chunks import (
     Chunk,
+    ChunkPlan,
     Linearised,
     check_repeated,
     check_unchanged,
+    chunk_plan,
+    graph_bytes,
     read_losses,
     recorded,
 )
@@ -107,11 +109,7 @@ class CurvatureOperator(ABC):
         self._warn()
 
     def _construct(
-        self,
-        chunk: int | Literal["auto"],
-        memory_budget: int | None,
-        compile: bool,
-        progress: bool,
+        self, chunk: int | Literal["auto"], memory_budget: int | None, compile: bool, progress: bool
     ) -> None:
         """Choose mode and chunks, and go over the data once, at the operator's weights."""
         problem = self._problem
@@ -377,7 +375,10 @@ class CurvatureOperator(ABC):
         parts = list(self.split(self.gradient).values())
         used: set[int] = set()
         losses: list[tuple[Tensor, Tensor]] = []
-        for start, stop in self._progress(progress):
+        for start, stop in progress_bar(
+            iterable=self._plan.bounds, desc="linearising", unit="chunk", leave=False, delay=2,
+            progress=progress,
+        ):  # fmt: skip
             examples = self._problem.examples.slice(start, stop)
             linear = self._record_some(examples)
             product = self._kept(examples, linear)
@@ -410,16 +411,6 @@ class CurvatureOperator(ABC):
             return None
         self.kept_bytes += size
         return product
-
-    def _progress(self, progress: bool) -> Iterator[tuple[int, int]]:
-        yield from progress_bar(
-            iterable=self._plan.bounds,
-            desc="linearising",
-            unit="chunk",
-            leave=False,
-            delay=2,
-            progress=progress,
-        )
 
     def _warn(self) -> None:
         if self._why_forward:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from sharpkit.contract.batch_norm import BatchNormCall
+from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.curvature.norm_rules import stored_statistics
 
 
@@ -33,13 +33,7 @@ class plain_rules(TorchFunctionMode):
         tensor([0.3333])
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the functions that have a formula; everything else is called as it is."""
         kwargs = kwargs or {}
         if func in _FORMULAS:

@@ -32,29 +32,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Problem:
-    """A model at the weights it had, a loss and the examples; unaffected by later training.
+    """A model at the weights it had, a loss and the examples; unaffected by later training."""
 
-    Attributes:
-        function: The module, or a copy of it; of the module only the code is used.
-        copied: Whether it is a copy whose own parameters are the leaves.
-        weights: The selected parameters, copied, complex ones as pairs of reals.
-        leaves: The same as leaves for autograd; complex ones are complex in a copied model.
-        fixed: The remaining parameters, copied.
-        loss: The loss with its weights.
-        examples: All examples, in order.
-        probe: A few examples with the outputs that the model had for them.
-        left_out: Names of the parameters that are not selected.
-    """
-
-    function: FunctionalModel
-    copied: bool
-    weights: dict[str, Tensor]
+    function: FunctionalModel  # the module, or a copy of it; of the module only the code is used
+    copied: bool  # whether it is a copy whose own parameters are the leaves
+    weights: dict[str, Tensor]  # the selected parameters, copied, complex ones as pairs of reals
+    # the same as leaves for autograd; complex ones are complex in a copied model
     leaves: list[Tensor]
-    fixed: dict[str, Tensor]
-    loss: MeanLoss
-    examples: Examples
-    probe: Probe
-    left_out: tuple[str, ...]
+    fixed: dict[str, Tensor]  # the remaining parameters, copied
+    loss: MeanLoss  # the loss with its weights
+    examples: Examples  # all examples, in order
+    probe: Probe  # a few examples with the outputs that the model had for them
+    left_out: tuple[str, ...]  # names of the parameters that are not selected
 
     def run(self, body: Callable[[], T], leaves: Sequence[Tensor] | None = None) -> T:
         """What `body` returns while the model holds its leaves, or these values instead."""

@@ -107,7 +107,7 @@ def spectral_density(
             raise ArgumentError(f"probes must be at least 1, got {probes}")
         probes = random_rows(probes, a, seed).T
     storage = basis_dtype or a.dtype, torch.device(basis_device or a.device)
-    together = _probes_at_once(size, steps, probes.shape[-1], *storage)
+    together = probes_at_once(size, steps, probes.shape[-1], *storage)
     parts = [
         lanczos(
             a,
@@ -135,9 +135,10 @@ def spectral_density(
     )
 
 
-def _probes_at_once(
+def probes_at_once(
     size: int, steps: int, probes: int, dtype: torch.dtype, device: torch.device
 ) -> int:
+    """How many Lanczos runs the memory has room for together."""
     free = available_memory(device)
     if free is None:
         return max(probes, 1)

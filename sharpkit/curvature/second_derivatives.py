@@ -54,21 +54,13 @@ _UNITS = 100  # rounding errors of a gradient, at most, in units of its last pla
 
 @dataclass(frozen=True)
 class Reference:
-    """Two directions, and the product with the first one, by differences where these can tell.
+    """Two directions, and the product with the first one, by differences where these can tell."""
 
-    Attributes:
-        first: A direction, one tensor per parameter.
-        second: Another one.
-        product: In float64, or None.
-        tolerance: Of the product, relative.
-        noise: The error, in norm, that rounding may make in a product.
-    """
-
-    first: list[Tensor]
-    second: list[Tensor]
-    product: list[Tensor] | None
-    tolerance: float
-    noise: float
+    first: list[Tensor]  # a direction, one tensor per parameter
+    second: list[Tensor]  # another one
+    product: list[Tensor] | None  # in float64, or None
+    tolerance: float  # of the product, relative
+    noise: float  # the error, in norm, that rounding may make in a product
 
 
 def choose_mode(
@@ -76,13 +68,7 @@ def choose_mode(
 ) -> tuple[Mode, str]:
     """The first way to differentiate twice that works and gives what differences give.
 
-    Args:
-        problem: What is differentiated; the model holds its weights.
-        differences: A product of some examples without second derivatives.
-        product_of: The map of some examples in a mode.
-
-    Returns:
-        tuple: The mode, and if it is "forward" what was wrong with reverse mode.
+    Returns the mode, and if it is "forward" what was wrong with reverse mode.
 
     Raises:
         ModelError: If none does, with what was wrong with the first.
@@ -140,15 +126,7 @@ def reference_product(problem: Problem, few: Examples, differences: Differences)
 def disagreement(
     reference: Reference, product: Tensors, other: Tensors, names: Sequence[str], model: nn.Module
 ) -> str:
-    """How the products with both directions differ from what they must be; "" if they do not.
-
-    Args:
-        reference: What they must be.
-        product: With the first direction.
-        other: With the second direction.
-        names: Of the parameters.
-        model: Owns them.
-    """
+    """How the products with both directions differ from what they must be; "" if they do not."""
     rounding = _rounding(reference.first[0].dtype, reference.first[0].device)
     relative, asymmetry = next(limits for least, *limits in _LIMITS if rounding >= least)
     product, other = ([t.detach().double() for t in given] for given in (product, other))

@@ -26,10 +26,7 @@ _GPU_TOGETHER = 4 * 2**30
 def vectors_together(graph: int, weights: Sequence[Tensor], free: int | None) -> int:
     """How many vectors share a backward pass: one on a CPU, and for large networks.
 
-    Args:
-        graph: Bytes of the graph of one chunk.
-        weights: The selected parameters.
-        free: Bytes that the device has free; None if that is unknown.
+    `graph` is the bytes of one chunk's, `free` what the device has, None if that is unknown.
     """
     small = sum(w.nbytes for w in weights) <= _SMALL_WEIGHTS
     if weights[0].device.type != "cuda" or not small:

@@ -13,10 +13,10 @@ from torch import Tensor
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
-from sharpkit.groupwise import low_rank, unfolded
+from sharpkit.groupwise import low_rank, windows
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Factors, Tensors
-from sharpkit.groupwise.group_terms import GroupTerms, group_losses, group_slopes
+from sharpkit.groupwise.group_gradient import GroupTerms, group_losses, group_slopes
 from sharpkit.groupwise.objective import floating_leaves
 from sharpkit.groupwise.one_batch import OneBatch, Point
 from sharpkit.groupwise.packing import Packing
@@ -34,21 +34,13 @@ class BatchGradients:
 
 @dataclass
 class BatchPasses:
-    """Passes of a model over groups as one batch.
-
-    Attributes:
-        model: The model.
-        loss: The loss.
-        weights: The parameters that differ from group to group, (*shape).
-        rows: Rows per example of the weights whose gradient may stay in factors.
-        packed: Whether small parameters lie side by side (see `Packing`).
-    """
+    """Passes of a model over groups as one batch."""
 
     model: FunctionalModel
     loss: MeanLoss
-    weights: Tensors
-    rows: dict[str, int]
-    packed: bool = True
+    weights: Tensors  # the parameters that differ from group to group, (*shape)
+    rows: dict[str, int]  # rows per example of the weights whose gradient may stay in factors
+    packed: bool = True  # whether small parameters lie side by side (see `Packing`)
     kept: dict[Any, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -66,11 +58,8 @@ class BatchPasses:
     ) -> BatchGradients:
         """The loss of every group and its gradient, one of the group's own.
 
-        Args:
-            examples: Of all groups, which are equally large.
-            groups: How many.
-            factored: Weights whose gradient is wanted as factors.
-            at: Packs (groups, ...) to evaluate at; None for the weights themselves.
+        `at` are packs (groups, ...), None for the weights themselves; `factored` are the weights
+        whose gradient is wanted as factors.
         """
         leaves, point = (
             self._at_the_weights(groups, len(examples) // groups, factored)
@@ -97,11 +86,7 @@ class BatchPasses:
     ) -> tuple[Tensor, Tensor]:
         """Mean losses and their weights, (groups,) float64.
 
-        Args:
-            examples: Of all groups, which are equally large.
-            groups: How many.
-            at: Packs (groups, ...) to evaluate at.
-            thin: Perturbations DᵀA of the weights that are not in the packs.
+        `at` are packs (groups, ...), `thin` perturbations DᵀA of the weights that are not in them.
         """
         thin = thin or {}
         values = {
@@ -174,7 +159,7 @@ def _factors(batch: OneBatch, grads: Any, groups: int) -> Factors:
         calls = len(probes)
         mine, rest = rest[:calls], rest[calls:]
         deltas = [
-            unfolded.delta_rows(
+            windows.delta_rows(
                 torch.zeros_like(p) if g is None else g,
                 groups,
                 convolution=batch.held_ndim(name) > 2,
@@ -190,21 +175,9 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def batch_passes(
-    model: FunctionalModel,
-    loss: MeanLoss,
-    weights: Tensors,
-    found: Survey,
-    *,
-    packed: bool = True,
+    model: FunctionalModel, loss: MeanLoss, weights: Tensors, found: Survey, *, packed: bool = True
 ) -> BatchPasses:
     """The passes of a model, if every use of a weight is recognised.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        weights: Those that differ from group to group.
-        found: How the model uses them.
-        packed: Whether small parameters lie side by side.
 
     Raises:
         Disagreement: If it cannot run as one batch.

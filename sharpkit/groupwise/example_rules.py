@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sharpkit.contract.batch_norm import BatchNormCall
+from sharpkit.contract.embeddings import EmbeddingCall
+from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.groupwise import pooling, recurrent
 from sharpkit.groupwise.group_layers import channels_of_groups, examples_of_groups
 
 if TYPE_CHECKING:
     from sharpkit.groupwise.one_batch import OneBatch
 
-Rule = Callable[["OneBatch", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Function: TypeAlias = Callable[..., Any]
+Args: TypeAlias = tuple[Any, ...]
+Kwargs: TypeAlias = dict[str, Any]
+Rule = Callable[["OneBatch", Function, Args, Kwargs], Any]
 
 
-def _batch_norm(
-    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def _batch_norm(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
     """Channels of their own for every example in eval mode, and for every group in training."""
     call = BatchNormCall(*args, **kwargs)
     x, mean, variance = call.input, call.running_mean, call.running_var
@@ -76,18 +78,14 @@ def _group_statistics(batch: OneBatch, call: BatchNormCall) -> Tensor | None:
 
 
 def _training_batch_norm(
-    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    batch: OneBatch, func: Function, args: Args, kwargs: Kwargs
 ) -> Tensor | None:
     training = BatchNormCall(*args, **kwargs).training
     return _batch_norm(batch, func, args, kwargs) if training else None
 
 
-def _layer_norm(
-    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    given: dict[str, Any] = {"weight": None, "bias": None, "eps": 1e-5}
-    given |= dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), args, strict=False))
-    given |= kwargs
+def _layer_norm(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
+    given = _named(("input", "normalized_shape"), args, kwargs)
     x, shape = given["input"], tuple(given["normalized_shape"])
     if not batch.holds_examples(x) or x.ndim <= len(shape):
         return None
@@ -95,12 +93,8 @@ def _layer_norm(
     return _scaled(batch, out, given["weight"], given["bias"], lambda t: t)
 
 
-def _group_norm(
-    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    given: dict[str, Any] = {"weight": None, "bias": None, "eps": 1e-5}
-    given |= dict(zip(("input", "num_groups", "weight", "bias", "eps"), args, strict=False))
-    given |= kwargs
+def _group_norm(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
+    given = _named(("input", "num_groups"), args, kwargs)
     x = given["input"]
     if not batch.holds_examples(x):
         return None
@@ -110,6 +104,12 @@ def _group_norm(
         return t.view(*t.shape, *[1] * (x.ndim - 2))
 
     return _scaled(batch, out, given["weight"], given["bias"], per_channel)
+
+
+def _named(first: tuple[str, ...], args: Args, kwargs: Kwargs) -> Kwargs:
+    """The arguments of a normalisation by name, with the defaults of those that are not given."""
+    given = dict(zip((*first, "weight", "bias", "eps"), args, strict=False))
+    return {"weight": None, "bias": None, "eps": 1e-5} | given | kwargs
 
 
 def _scaled(
@@ -138,21 +138,10 @@ def _beside(t: Tensor, x: Tensor) -> Tensor:
     return t.view(len(t), *[1] * (x.ndim - t.ndim), *t.shape[1:])
 
 
-def _embedding(
-    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
-    names = (
-        "input",
-        "weight",
-        "padding_idx",
-        "max_norm",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
-    )
-    given: dict[str, Any] = dict.fromkeys(names) | dict(zip(names, args, strict=False)) | kwargs
-    index, weight = given["input"], given["weight"]
-    special = (given[k] for k in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse"))
+def _embedding(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
+    call = EmbeddingCall(*args, **kwargs)
+    index, weight = call.input, call.weight
+    special = (call.padding_idx, call.max_norm, call.scale_grad_by_freq, call.sparse)
     name = batch.name_of(weight)
     if name is None or any(v not in (None, False) for v in special) or len(index) != batch.examples:
         return None
@@ -166,9 +155,7 @@ def _embedding(
     return F.embedding(index + first, tables.flatten(0, 1))
 
 
-def _elementwise(
-    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def _elementwise(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
     """A weight beside a tensor with examples on its first axis, and broadcast over that axis."""
     if len(args) != 2 or (
         batch.name_of(args[0]) is not None and batch.name_of(args[1]) is not None
@@ -188,9 +175,7 @@ def _elementwise(
     return result
 
 
-def _expand(
-    batch: OneBatch, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Tensor | None:
+def _expand(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
     """A weight with a first axis of 1, expanded to the examples, such as a class token."""
     weight, *sizes = args
     if len(sizes) == 1 and not isinstance(sizes[0], int):
@@ -202,7 +187,7 @@ def _expand(
     return batch.of_examples(weight).squeeze(1).expand(*sizes)
 
 
-def max_pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def max_pool(func: Function, args: Args, kwargs: Kwargs) -> Tensor:
     """Max pooling, by a faster way where there is one; it has no weights."""
     if not pooling.is_plain(*args, **kwargs):
         result: Tensor = func(*args, **kwargs)
@@ -214,7 +199,7 @@ def max_pool(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     return pooling.pooled(x)
 
 
-POOLINGS: tuple[Callable[..., Any], ...] = (F.max_pool2d, torch.max_pool2d)
+POOLINGS: tuple[Function, ...] = (F.max_pool2d, torch.max_pool2d)
 _ELEMENTWISE = [
     getattr(home, name + end)
     for name in ("add", "sub", "mul", "div")
@@ -222,8 +207,8 @@ _ELEMENTWISE = [
     for end in ends
 ]
 # what mixes the examples of a batch, whether or not it takes a weight
-GROUP_NORMALISING: dict[Callable[..., Any], Rule] = {F.batch_norm: _training_batch_norm}
-RULES: dict[Callable[..., Any], Rule] = {
+GROUP_NORMALISING: dict[Function, Rule] = {F.batch_norm: _training_batch_norm}
+RULES: dict[Function, Rule] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
@@ -234,7 +219,7 @@ RULES: dict[Callable[..., Any], Rule] = {
     **dict.fromkeys(recurrent.CELLS, recurrent.recurrent_cell),
 }
 # what brings values to Python, where they may decide for all examples at once
-DECISIONS: frozenset[Callable[..., Any]] = frozenset(
+DECISIONS: frozenset[Function] = frozenset(
     {
         torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__bool__,
         torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__,
@@ -243,7 +228,7 @@ DECISIONS: frozenset[Callable[..., Any]] = frozenset(
     }
 )  # fmt: skip
 # what only asks for the form of a weight
-QUESTIONS: frozenset[Callable[..., Any]] = frozenset(
+QUESTIONS: frozenset[Function] = frozenset(
     {
         torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__,
         torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_contiguous,

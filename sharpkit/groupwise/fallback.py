@@ -26,15 +26,8 @@ def vectorised_or_loop(
 ) -> tuple[T, bool]:
     """What `vectorised` gives or, whatever goes wrong there, what `loop` gives.
 
-    Args:
-        engine: "vectorized" never takes the loop, "loop" takes nothing else.
-        vectorised: All groups under vmap.
-        loop: The same, group by group.
-        model: To name the layer that failed.
-        again: Called before the second try, to put the random state back.
-
-    Returns:
-        tuple: The result, and whether it was vectorised.
+    "vectorized" never takes the loop, "loop" takes nothing else. `again` puts the random state back
+    before the second try. Returns the result, and whether it was vectorised.
 
     Raises:
         ModelError: If both fail, with the cause of the first failure; or the first fails and the
@@ -43,33 +36,23 @@ def vectorised_or_loop(
     """
     if engine == "loop":
         return loop(), False
-    try:
-        with _strict_vmap():
-            return vectorised(), True
-    except SharpkitError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
-        failure = error
+    with _strict_vmap():
+        found, failure = _tried(vectorised)
+    if failure is None:
+        return found[0], True
     cause = reason(failure, model)
     if engine == "vectorized":
         raise ModelError(f"{cause}: groups cannot be vectorised, use engine='loop'") from failure
     again()
-    try:
-        result = loop()
-    except SharpkitError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
+    found, again_failed = _tried(loop)
+    if again_failed is not None:
         raise ModelError(f"the model cannot be measured: {cause}") from failure
     warnings.warn(
         f"groups are evaluated one after the other, which is slower, because side by side {cause} "
         "(engine='loop' does so without this warning)",
         stacklevel=4,
     )
-    return result, False
+    return found[0], False
 
 
 def first_that_works(first: Callable[[], T], second: Callable[[], T]) -> T:
@@ -78,13 +61,10 @@ def first_that_works(first: Callable[[], T], second: Callable[[], T]) -> T:
     Raises:
         SharpkitError: Whatever either raises of this kind.
     """
-    try:
-        return first()
-    except SharpkitError:
-        raise
-    except Exception as error:
-        if out_of_memory(error):
-            raise
+    found, failure = _tried(first)
+    if failure is None:
+        return found[0]
+    del failure  # its frames hold tensors
     return second()
 
 
@@ -124,6 +104,18 @@ def in_memory(measure: Callable[[int], T], chunk: int) -> T:
 
 class Disagreement(Exception):
     """Groups side by side gave other numbers than one after the other."""
+
+
+def _tried(run: Callable[[], T]) -> tuple[list[T], Exception | None]:
+    """What it gives, in a list, or why it failed; errors of ours and of memory are raised."""
+    try:
+        return [run()], None
+    except SharpkitError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        return [], error
 
 
 @contextmanager

@@ -174,12 +174,9 @@ def steepest(
 def directed(rule: DirectionRule, gradient: Tensors, weights: Tensors) -> Direction:
     """The direction of every group by a rule of one's own; 0 where its gradient is exactly 0.
 
-    Args:
-        rule: Is given the gradient with respect to u, each group's times a power of two that takes
-            its largest entry to between 1 and 2, and the weights; returns points u of the unit
-            ball, (groups, *shape).
-        gradient: Of any scale.
-        weights: Without group axis.
+    The rule is given the gradient with respect to u, each group's times a power of two that takes
+    its largest entry to between 1 and 2, and the weights without group axis; it returns points u of
+    the unit ball, (groups, *shape).
 
     Raises:
         ArgumentError: If the rule gives other names or shapes than it was given.

@@ -1,14 +1,15 @@
-"""The loss and gradient of one group by torch.func, to be run under vmap over groups."""
+"""Losses and gradients of groups by torch.func: of each under vmap, or from all their outputs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
+from torch.func import grad, vjp, vmap
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Inputs
@@ -45,17 +46,9 @@ def group_gradient(
     """The loss of a group and its gradient by torch.func, to be called under vmap over groups.
 
     The slope of the loss is scaled to about 1 before it enters the network, so that the gradients
-    of nearly perfectly fitted examples do not underflow; their direction is what counts.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        dense: Weights whose gradient is wanted.
-        factored: Linear weights whose gradient is wanted as factors.
-        shapes: Of the outputs of every call of the factored layers.
-        inputs: Of the group.
-        labels: Of the group.
-        recording: Entered around the forward pass; what it gives is returned as `noted`.
+    of nearly perfectly fitted examples do not underflow; their direction is what counts. `shapes`
+    are those of the outputs of every call of the factored layers; `recording` is entered around the
+    forward pass, and what it gives is returned as `noted`.
     """
     probes = {
         name: [torch.zeros(s, device=model.device, dtype=model.dtype) for s in shapes[name]]
@@ -119,3 +112,63 @@ def loss_slopes(loss: MeanLoss, outputs: Any, labels: Tensor) -> list[Tensor]:
 
     slopes: list[Tensor] = grad(mean)([leaves[i] for i in where])
     return slopes
+
+
+class GroupTerms(NamedTuple):
+    """Per group, float64: mean losses, their weights, and the power of two in the slopes."""
+
+    mean: Tensor
+    weight: Tensor
+    exponent: Tensor  # +inf where the loss does not depend on the outputs
+    slopes: list[Tensor]  # 2^exponent times the derivative by every tensor of numbers, (n, ...)
+
+
+def group_losses(
+    loss: MeanLoss, outputs: Any, labels: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Mean losses and weights, (groups,) float64, of outputs with examples on the first axis."""
+    grouped = pytree.tree_map(lambda t: _grouped(t, groups), outputs)
+    mean, weight = vmap(loss.terms)(grouped, _grouped(labels, groups))
+    return mean.double(), weight.double()
+
+
+def group_slopes(loss: MeanLoss, outputs: Any, labels: Tensor, groups: int) -> GroupTerms:
+    """The same with the derivatives by the outputs, scaled so that they do not underflow."""
+    leaves, spec = pytree.tree_flatten(outputs)
+    where = [i for i, leaf in enumerate(leaves) if is_numbers(leaf)]
+    grouped = [
+        _grouped(leaf.detach(), groups) if isinstance(leaf, Tensor) else leaf for leaf in leaves
+    ]
+
+    dtypes = [grouped[i].dtype.to_real() for i in where] or [torch.float32]
+    most = min(math.frexp(torch.finfo(dtype).max)[1] for dtype in dtypes)
+    # softplus multiplies by e^80 < 2^116 on its way back (see `class_losses.surprise`)
+    lift = max(0, min(most // 2, most - 116))
+
+    def one(ends: list[Tensor], labels: Tensor, rest: list[Any]) -> tuple[Any, ...]:
+        def mean_loss(ends: list[Tensor]) -> tuple[Tensor, Tensor]:
+            filled = list(rest)
+            for i, end in zip(where, ends, strict=True):
+                filled[i] = end
+            return loss.terms(pytree.tree_unflatten(filled, spec), labels)
+
+        mean, pull, weight = vjp(mean_loss, ends, has_aux=True)  # type: ignore[misc]
+        # far from underflow as they are made, and near 1 as they enter the network
+        (large,) = pull(torch.full_like(mean, 2.0**lift))
+        further = scale_exponent(large, mean)
+        factor = power(further, mean.dtype)
+        slopes = [s * factor for s in large]
+        return mean.double(), weight.double(), further + lift, slopes
+
+    rest = [None if i in where else leaf for i, leaf in enumerate(grouped)]
+    axes = ([0] * len(where), 0, [0 if isinstance(leaf, Tensor) else None for leaf in rest])
+    with torch.no_grad():
+        found = vmap(one, axes)([grouped[i] for i in where], _grouped(labels, groups), rest)
+    mean, weight, exponent, slopes = found
+    return GroupTerms(mean, weight, exponent, [s.flatten(0, 1) for s in slopes])
+
+
+def _grouped(tensor: Any, groups: int) -> Any:
+    if not isinstance(tensor, Tensor):
+        return tensor
+    return tensor.reshape(groups, -1, *tensor.shape[1:])

@@ -166,10 +166,7 @@ class GroupProbe(torch.autograd.Function):
 def linear(x: Tensor, weight: Tensor, bias: Optional) -> Tensor:
     """x Wᵀ + b at shared or own weights and biases.
 
-    Args:
-        x: Shape (n, ..., in).
-        weight: Shape (out, in), or (groups, out, in).
-        bias: Shape (out,), or (groups, out); None for 0.
+    x (n, ..., in), weight (out, in) or (groups, out, in), bias (out,) or (groups, out).
     """
     if weight.ndim == 2 and (bias is None or bias.ndim == 1):
         return F.linear(x, weight, bias)
@@ -188,11 +185,8 @@ def linear(x: Tensor, weight: Tensor, bias: Optional) -> Tensor:
 def convolution(x: Tensor, weight: Tensor, bias: Optional, geometry: Geometry) -> Tensor:
     """A convolution at shared or own weights and biases.
 
-    Args:
-        x: Shape (n, channels, ...).
-        weight: Shape (out, in, ...), or (groups, out, in, ...).
-        bias: Shape (out,), or (groups, out); None for 0.
-        geometry: How it slides.
+    x (n, channels, ...), weight (out, in, ...) or (groups, out, in, ...), bias (out,) or (groups,
+    out).
     """
     own = weight.ndim == x.ndim + 1
     if not own and (bias is None or bias.ndim == 1):

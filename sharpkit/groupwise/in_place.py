@@ -12,12 +12,7 @@ from torch import Tensor
 from sharpkit.contract.examples import Examples
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.objective import (
-    Objective,
-    examples_in_layout,
-    in_layout,
-    leaf_gradient,
-)
+from sharpkit.groupwise.objective import Objective, examples_in_layout, in_layout, leaf_gradient
 
 _LEAST = 1e-30  # a length of 0 must not divide; what is near it is doubtful
 
@@ -35,12 +30,9 @@ class Moved(NamedTuple):
 class InPlace:
     """One-step perturbations in the 2-norm of one group after the other.
 
-    The module holds one copy of the weights, in the layout that is fastest, for all groups.
-
-    Args:
-        objective: What is measured; no weight is complex.
-        scale: T of the adaptive geometry, (*shape) of each weight; None for ones.
-        scaled: Take gradients times a power of two (see `PlainGradient`), for small ones.
+    The module holds one copy of the weights, in the layout that is fastest, for all groups. No
+    weight is complex. `scale` is T of the adaptive geometry, None for ones; `scaled` takes
+    gradients times a power of two, for small ones.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ group instead of 67 MB (Goodfellow 2015, arXiv:1510.01799, for the norm).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,10 @@ class Calls(TorchFunctionMode):
     """Hands every `F.linear` that uses one of the given weights to a rule of that weight.
 
     A model holds `stand_ins` in their place, of NaN: a use that is not seen here, or that comes
-    later than the plan was made, shows as NaN and never as a wrong number.
-
-    Args:
-        weights: Name to weight tensor, recognised by identity.
-        rule: (name, call number, input, output) -> output, applied to each call in turn.
-        watch: Also collect in `elsewhere` the weights that anything but `F.linear` uses; this
-            looks at every argument of every function, so it is for planning only.
+    later than the plan was made, shows as NaN and never as a wrong number. Weights are
+    recognised by identity; the rule maps (name, call number, input, output) to the output. With
+    `watch`, which looks at every argument of every function and so is for planning only, what
+    anything but `F.linear` uses is collected in `elsewhere`.
     """
 
     def __init__(
@@ -46,13 +43,7 @@ class Calls(TorchFunctionMode):
         self.count = dict.fromkeys(weights, 0)
         self.elsewhere: set[str] = set()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function; let the rule change the output of the linear layers it knows."""
         kwargs = kwargs or {}
         name = None
@@ -95,12 +86,7 @@ def rows(tensor: Tensor) -> Tensor:
 def squared_norm(inputs: Tensor, deltas: Tensor) -> Tensor:
     """Squared norms of the gradients Δᵀ A of all groups, in float64.
 
-    Args:
-        inputs: A, of shape (groups, rows, in).
-        deltas: Δ, of shape (groups, rows, out).
-
-    Returns:
-        Tensor: Shape (groups,).
+    A is (groups, rows, in), Δ is (groups, rows, out).
 
     Example:
         >>> import torch

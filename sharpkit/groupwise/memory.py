@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,14 +28,7 @@ class Tried(NamedTuple):
 
 
 def try_gradient(model: FunctionalModel, loss: MeanLoss, weights: Tensors, few: Examples) -> Tried:
-    """What autograd saves for an example, and the weights that have no derivative.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        weights: What is differentiated by.
-        few: One example or more, on the model's device.
-    """
+    """What autograd saves for an example, and the weights that have no derivative."""
     own = {w.untyped_storage().data_ptr() for w in weights.values()}
     saved: dict[int, int] = {}
 
@@ -73,13 +66,7 @@ class ResultSizes(TorchFunctionMode):
         super().__init__()
         self.bytes = 0
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function and add up what it returns."""
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor):

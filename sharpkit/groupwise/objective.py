@@ -20,24 +20,15 @@ from sharpkit.groupwise.geometry import Tensors
 
 @dataclass
 class Objective:
-    """What is measured: the loss of a functional model, and the weights that are perturbed.
-
-    Attributes:
-        model: The model.
-        loss: The loss.
-        weights: The perturbed parameters, without a group axis.
-        chunk: Examples at a time of groups side by side.
-        batch: Examples at a time of a group alone.
-        alone: Group size from which groups are evaluated one by one.
-        layout: Of images and of the weights of convolutions, where groups are alone.
-    """
+    """What is measured: the loss of a functional model, and the weights that are perturbed."""
 
     model: FunctionalModel
     loss: MeanLoss
-    weights: Tensors
-    chunk: int
-    batch: int
-    alone: int = sys.maxsize
+    weights: Tensors  # the perturbed parameters, without a group axis
+    chunk: int  # examples at a time of groups side by side
+    batch: int  # examples at a time of a group alone
+    alone: int = sys.maxsize  # group size from which groups are evaluated one by one
+    # of images and of the weights of convolutions, where groups are alone
     layout: torch.memory_format = torch.contiguous_format
 
     def at(self, weights: Tensors, inputs: Inputs, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,16 +87,7 @@ def plain_gradient(
     batch: int | None = None,
     layout: torch.memory_format = torch.contiguous_format,
 ) -> PlainGradient:
-    """The mean loss of examples and its gradient by ordinary autograd, in batches.
-
-    Args:
-        model: The model.
-        loss: The loss.
-        weights: To evaluate at.
-        examples: On the model's device.
-        batch: Examples at a time; None for all.
-        layout: Of images and of the weights of convolutions.
-    """
+    """The mean loss of examples and its gradient by ordinary autograd, in batches."""
     with model.assigned(in_layout(weights, layout)) as leaves:
         part = examples_in_layout(examples, layout)
         found = leaf_gradient(model, loss, leaves, part, batch)

@@ -7,7 +7,7 @@ weights of each example's group. A call that is not recognised gives NaN, never 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from sharpkit.groupwise import example_rules, unfolded
+from sharpkit.groupwise import example_rules, windows
 from sharpkit.groupwise.geometry import Factors, Tensors
 from sharpkit.groupwise.group_layers import (
     GroupConvolution,
@@ -30,46 +30,28 @@ from sharpkit.groupwise.layer_calls import LayerCall, recognise
 
 @dataclass
 class Point:
-    """Where every group is evaluated, and what is differentiated there.
+    """Where every group is evaluated, and what is differentiated there."""
 
-    Attributes:
-        groups: Their number.
-        size: Examples of each.
-        values: What layers run at: (*shape), or (groups, *shape) where groups differ.
-        thin: Further perturbations DᵀA of weights of linear layers and convolutions.
-        targets: What gets the gradient: (groups, *shape) for one per group, (*shape) for the sum;
-            empty if none is wanted.
-        moved: The value as a function of the target, where it is not the target itself.
-        probed: Weights whose gradient is wanted as factors.
-        of_examples: Values by example that were made once, by name and form.
-    """
-
-    groups: int
-    size: int
-    values: Tensors
+    groups: int  # their number
+    size: int  # examples of each
+    values: Tensors  # what layers run at: (*shape), or (groups, *shape) where groups differ
+    # further perturbations DᵀA of weights of linear layers and convolutions
     thin: Factors = field(default_factory=dict)
+    # what gets the gradient: (groups, *shape) for one per group, (*shape) for the sum; empty if
+    # none is wanted
     targets: Tensors = field(default_factory=dict)
+    # the value as a function of the target, where it is not the target itself
     moved: Callable[[str], Tensor] | None = None
-    probed: frozenset[str] = frozenset()
+    probed: frozenset[str] = frozenset()  # weights whose gradient is wanted as factors
+    # values by example that were made once, by name and form
     of_examples: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
 
 class OneBatch(TorchFunctionMode):
     """Inside, calls that take a held tensor run at the point's values.
 
-    Args:
-        held: Name to the tensor that the module holds, recognised by identity.
-        point: The values.
-        kept: Buffers repeated for every example, kept between passes over as many examples.
-
-    Attributes:
-        elsewhere: Names that a call took which was not recognised.
-        whole: Names that a call took which has no rows: their gradient is no product of factors.
-        decides: Whether Python looked at values, which may decide for all groups at once.
-        calls: How many functions were called.
-        inputs: Name to the rows A of every call of a probed weight, (groups, rows, in).
-        probes: Name to tensors whose gradients are those at the outputs of these calls.
-        rows: Name to rows per example of all its layers; 0 where a call has none to speak of.
+    Held tensors are recognised by identity; `kept` are buffers repeated for every example, kept
+    between passes over as many examples.
     """
 
     def __init__(
@@ -77,23 +59,20 @@ class OneBatch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.point, self.kept = point, {} if kept is None else kept
-        self.elsewhere: set[str] = set()
+        self.elsewhere: set[str] = set()  # names that a call took which was not recognised
+        # names that a call took which has no rows: their gradient is no product of factors
         self.whole: set[str] = set()
-        self.decides = False
-        self.calls = 0
+        self.decides = False  # whether Python looked at values, maybe for all groups at once
+        self.calls = 0  # of functions
+        # the rows A of every call of a probed weight, (groups, rows, in), and tensors whose
+        # gradients are those at the outputs of these calls
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in point.probed}
         self.probes: dict[str, list[Tensor]] = {name: [] for name in point.probed}
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, int] = {}  # per example, of all layers of a weight
         self._names = {id(t): name for name, t in held.items()}
         self._shapes = {name: t.shape for name, t in held.items()}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Collection[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, at the groups' own weights where it takes one."""
         kwargs = kwargs or {}
         self.calls += func not in example_rules.QUESTIONS
@@ -180,7 +159,7 @@ class OneBatch(TorchFunctionMode):
             call = replace(call, inputs=_autocast(call.inputs))
             weight, bias = _autocast(weight), None if bias is None else _autocast(bias)
         if name is not None:
-            self.rows[name] = self.rows.get(name, 0) + unfolded.rows_per_example(call)
+            self.rows[name] = self.rows.get(name, 0) + windows.rows_per_example(call)
         if torch.is_grad_enabled() and self.point.targets:
             out = self._differentiated(call, name, weight, bias_name, bias)
         elif call.geometry is None:
@@ -190,8 +169,8 @@ class OneBatch(TorchFunctionMode):
         if name is not None and name in self.point.thin:
             # what the perturbation DᵀA adds to the output: (x Aᵀ) D, row by row
             a, d = self.point.thin[name]
-            extra = (unfolded.rows_of(call, self.point.groups) @ a.mT) @ d
-            out = out + unfolded.as_output(extra, call, out)
+            extra = (windows.rows_of(call, self.point.groups) @ a.mT) @ d
+            out = out + windows.as_output(extra, call, out)
         return out
 
     def _differentiated(
@@ -208,8 +187,8 @@ class OneBatch(TorchFunctionMode):
         result: Tensor
         if name in point.probed:
             assert name is not None
-            self.inputs[name].append(unfolded.rows_of(call, point.groups).detach())
-            probe = unfolded.probe(call, weight)
+            self.inputs[name].append(windows.rows_of(call, point.groups).detach())
+            probe = windows.probe(call, weight)
             self.probes[name].append(probe)
             result = GroupProbe.apply(  # type: ignore[no-untyped-call]
                 call.inputs, probe, *operands, call.geometry

@@ -17,9 +17,7 @@ _JOINED = "all small parameters"
 class Packing:
     """Which parameters lie side by side; the others are packs of their own, in their own shape.
 
-    Args:
-        weights: The parameters, (*shape).
-        apart: Names that stay packs of their own.
+    Names that are `apart` stay packs of their own.
 
     Example:
         >>> weights = {"a": torch.zeros(2, 3), "b": torch.ones(4)}

@@ -81,15 +81,9 @@ def forward(
 ) -> tuple[Tensor, Optional, list[Kept]]:
     """All states of a direction.
 
-    Args:
-        way: The direction.
-        x: Inputs, (steps, n, in).
-        h: The first state, (n, size).
-        c: That of the cell, for an "lstm".
-
-    Returns:
-        tuple: The states (steps + 1, n, size), with the first; the last of the cell (n, size), or
-        None; and what `backward` needs, by block of groups.
+    x is (steps, n, in), the first states h and c are (n, size), c for an "lstm". Returns the states
+    (steps + 1, n, size), with the first; the last of the cell (n, size), or None; and what
+    `backward` needs, by block of groups.
     """
     runs = []
     for part, mine in _blocks(way, x):
@@ -112,11 +106,7 @@ class Slopes:
 def backward(way: Direction, kept: Sequence[Kept], by_h: Tensor, by_c: Optional) -> Slopes:
     """The derivatives by z, u and the first states.
 
-    Args:
-        way: The direction.
-        kept: What `forward` kept.
-        by_h: Derivatives by all states, (steps + 1, n, size).
-        by_c: Derivative by the last cell state, (n, size), for an "lstm".
+    by_h are derivatives by all states, (steps + 1, n, size), by_c by the last cell state.
     """
     found = [
         steps.back(part, own, by_h[:, mine], None if by_c is None else by_c[mine])

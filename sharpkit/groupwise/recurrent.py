@@ -136,13 +136,7 @@ def _direction(
 ) -> tuple[Tensor, Optional]:
     """All states, (steps + 1, n, size), and the last of the cell.
 
-    Args:
-        batch: The groups.
-        kind: Of the recurrence.
-        x: Shape (steps, n, in).
-        firsts: The first states, (n, size).
-        weights: W_ih, W_hh and, if there are any, b_ih and b_hh.
-        backwards: From the last step to the first.
+    x is (steps, n, in); weights are W_ih, W_hh and, if there are any, b_ih and b_hh.
     """
     names = [batch.name_of(w) for w in weights]
     for name in names[:2]:

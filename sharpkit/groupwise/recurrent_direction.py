@@ -16,16 +16,11 @@ Optional: TypeAlias = Tensor | None
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix of one direction, and its bias.
+    """A weight matrix of one direction, and its bias."""
 
-    Attributes:
-        value: Shape (out, in), or (groups, out, in).
-        bias: Shape (out,), or (groups, out); None for 0.
-        thin: A (groups, rows, in) and D (groups, rows, out) of a perturbation DᵀA, or None.
-    """
-
-    value: Tensor
-    bias: Optional = None
+    value: Tensor  # shape (out, in), or (groups, out, in)
+    bias: Optional = None  # shape (out,), or (groups, out); None for 0
+    # A (groups, rows, in) and D (groups, rows, out) of a perturbation DᵀA, or None
     thin: tuple[Tensor, Tensor] | None = None
 
     def part(self, start: int, stop: int) -> Matrix:
@@ -93,21 +88,13 @@ def _by_group(t: Tensor, groups: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Direction:
-    """One direction of one layer.
+    """One direction of one layer."""
 
-    Attributes:
-        kind: "tanh", "relu", "lstm" or "gru".
-        groups: Of examples.
-        inputs: W_ih; its bias is b_ih + b_hh, but b_ih alone for a "gru".
-        hidden: W_hh; its bias is b_hh of a "gru", otherwise None.
-        backwards: From the last step to the first.
-    """
-
-    kind: str
-    groups: int
-    inputs: Matrix
-    hidden: Matrix
-    backwards: bool = False
+    kind: str  # "tanh", "relu", "lstm" or "gru"
+    groups: int  # of examples
+    inputs: Matrix  # W_ih; its bias is b_ih + b_hh, but b_ih alone for a "gru"
+    hidden: Matrix  # W_hh; its bias is b_hh of a "gru", otherwise None
+    backwards: bool = False  # from the last step to the first
 
     def part(self, start: int, stop: int) -> Direction:
         """The same for some of the groups."""

@@ -24,7 +24,6 @@ from sharpkit.groupwise.recurrent_direction import Direction, Optional
 Kept: TypeAlias = tuple[Tensor, ...]
 Run: TypeAlias = tuple[Tensor, Optional, Kept]
 Back: TypeAlias = tuple[Tensor, Tensor, Tensor, Optional]
-GATES = {"tanh": 1, "relu": 1, "lstm": 4, "gru": 3}  # parts of z and u
 
 _sigmoid_back = torch.ops.aten.sigmoid_backward.grad_input  # (dy, y) -> dy y (1 − y)
 _tanh_back = torch.ops.aten.tanh_backward.grad_input  # (dy, y) -> dy (1 − y²)
@@ -33,15 +32,8 @@ _tanh_back = torch.ops.aten.tanh_backward.grad_input  # (dy, y) -> dy (1 − y²
 def run(way: Direction, z: Tensor, h: Tensor, c: Optional) -> Run:
     """All steps.
 
-    Args:
-        way: The direction.
-        z: Shape (steps, n, out); it is overwritten.
-        h: The first state, (n, size).
-        c: That of the cell, for an "lstm".
-
-    Returns:
-        tuple: The states (steps + 1, n, size), with the first; the last of the cell, (n, size), or
-        None; and what `back` needs.
+    z is (steps, n, out), and overwritten. Returns states, last cell and what `back` needs, as
+    `recurrence.forward` does.
     """
     if way.kind == "lstm":
         assert c is not None
@@ -54,11 +46,7 @@ def run(way: Direction, z: Tensor, h: Tensor, c: Optional) -> Run:
 def back(way: Direction, kept: Kept, by_h: Tensor, by_c: Optional) -> Back:
     """The derivatives by z and u (steps, n, out), and by the first states.
 
-    Args:
-        way: The direction.
-        kept: What `run` kept.
-        by_h: Derivatives by all states, (steps + 1, n, size).
-        by_c: Derivative by the last state of the cell, (n, size), for an "lstm".
+    by_h (steps + 1, n, size) are derivatives by all states, by_c (n, size) by the last of the cell.
     """
     if way.kind == "lstm":
         assert by_c is not None

@@ -24,27 +24,19 @@ _TRIED = (3, 2)
 
 @dataclass(frozen=True)
 class Device:
-    """A device in three constants.
+    """A device in three constants."""
 
-    Args:
-        flops: Floating-point operations a second that layers of ordinary size reach in float32.
-        call: Seconds that one call of an operation takes at least.
-        fill: How many times the calls of a pass its work should be, for a group alone to use the
-            device as well as groups side by side do.
-        least: Examples that a group alone has at least.
-    """
-
-    flops: float
-    call: float
+    flops: float  # floating-point operations a second that layers of ordinary size reach in float32
+    call: float  # seconds that one call of an operation takes at least
+    # how many times the calls of a pass its work should be, for a group alone to use the device as
+    # well as groups side by side do
     fill: float
-    least: int
+    least: int  # examples that a group alone has at least
 
     def alone(self, flops: float, calls: int) -> int:
         """Group size from which groups run as fast one by one.
 
-        Args:
-            flops: Of a forward pass, per example.
-            calls: Of operations in a forward pass.
+        Operations are those of a forward pass, `flops` per example.
 
         Example:
             >>> CPU.alone(flops=8e7, calls=75)  # ResNet-20
@@ -66,21 +58,14 @@ GPU = Device(flops=3e13, call=8e-6, fill=1.0, least=8)
 
 @dataclass(frozen=True)
 class Survey:
-    """How a model uses its weights.
+    """How a model uses its weights."""
 
-    Attributes:
-        refused: Why it cannot run as one batch; empty if it can.
-        rows: Name to rows per example of every weight of linear layers and convolutions.
-        whole: Weights that something else uses as well, or only.
-        flops: Of a forward pass in those layers, per example.
-        calls: Of operations in a forward pass.
-    """
-
-    refused: str
+    refused: str  # why it cannot run as one batch; empty if it can
+    # name to rows per example of every weight of linear layers and convolutions
     rows: dict[str, int]
-    whole: frozenset[str]
-    flops: float
-    calls: int
+    whole: frozenset[str]  # weights that something else uses as well, or only
+    flops: float  # of a forward pass in those layers, per example
+    calls: int  # of operations in a forward pass
 
     def factored(self, weights: Tensors) -> dict[str, int]:
         """Rows per example of the weights whose gradient for an example is smaller in factors."""
@@ -105,13 +90,8 @@ def survey(
 ) -> Survey:
     """Run a model as one batch of a few examples, and note how it uses the weights.
 
-    Args:
-        model: The model.
-        weights: Those that differ from group to group.
-        examples: A few, on the model's device.
-        size: Of a group.
-        smallest: Of the groups to come. If they run alone, it is not found out whether the model
-            can run as one batch.
+    If groups of the `smallest` size run alone, it is not found out whether the model can run as one
+    batch.
     """
     refused, rows, flops, calls = "", {}, 0.0, 0
     whole: frozenset[str] = frozenset()

@@ -3,6 +3,9 @@
 With the windows U (in · window, positions) of a group's examples, a convolution at weights W, as a
 matrix (out, in · window), is W U; its gradients are Wᵀ D, added up where windows overlap, and D Uᵀ.
 On a GPU many grouped convolutions run group by group, where these products are one call.
+
+As rows, the windows of a convolution are what the tokens of a linear layer are: the gradient of the
+weight for a group is DᵀA with the rows A of the inputs and D of the gradients at the outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sharpkit.contract.precision import may_use_tf32
-from sharpkit.groupwise.layer_calls import Geometry
+from sharpkit.groupwise.layer_calls import Geometry, LayerCall
 
 # an H100's grouped convolutions beside windows, 1 to 512 channels, 8 to 32 pixels: in float32
 # windows took 0.1 to 1 of their time; with TF32 only for groups of one, and backwards from this
@@ -29,12 +32,7 @@ def pays(
 ) -> bool:
     """Whether windows are faster than a grouped convolution.
 
-    Args:
-        x: Shape (n, in, height, width).
-        weight: Shape (out, in, ...) of a group's weight.
-        geometry: How it slides.
-        groups: How many.
-        backward: Whether it is about a gradient.
+    x is (n, in, height, width), weight the shape (out, in, ...) of a group's weight.
     """
     if not x.is_cuda or x.ndim != 4 or geometry.groups != 1:
         return False
@@ -122,3 +120,48 @@ def positions(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> li
             x[2:], weight[2:], stride, padding, dilation, strict=True
         )
     ]
+
+
+def rows_per_example(call: LayerCall) -> int:
+    """Rows that a call has for every example; 0 for convolutions that have no such form here."""
+    if call.geometry is None:
+        return math.prod(call.inputs.shape[1:-1])
+    if call.inputs.ndim != 4 or call.geometry.groups != 1:
+        return 0
+    return math.prod(output_shape(call)[2:])
+
+
+def output_shape(call: LayerCall) -> list[int]:
+    """The shape of a call's output."""
+    if call.geometry is None:
+        return [*call.inputs.shape[:-1], call.weight.shape[0]]
+    sizes = positions(call.inputs.shape, call.weight.shape, call.geometry)
+    return [len(call.inputs), call.weight.shape[0], *sizes]
+
+
+def rows_of(call: LayerCall, groups: int) -> Tensor:
+    """The rows A of a call's inputs, (groups, rows, in)."""
+    x = call.inputs
+    if call.geometry is None:
+        return x.reshape(groups, -1, x.shape[-1])
+    return rows_of_windows(x, call.weight.shape[2:], call.geometry, groups)
+
+
+def delta_rows(grad: Tensor, groups: int, *, convolution: bool) -> Tensor:
+    """The rows D of the gradient at an output, (groups, rows, out)."""
+    if convolution:
+        grad = grad.flatten(2).mT
+    return grad.reshape(groups, -1, grad.shape[-1])
+
+
+def as_output(rows: Tensor, call: LayerCall, out: Tensor) -> Tensor:
+    """Rows (groups, rows, out) in the shape of a call's output."""
+    if call.geometry is None:
+        return rows.reshape(out.shape)
+    return rows.reshape(len(out), -1, out.shape[1]).mT.reshape(out.shape)
+
+
+def probe(call: LayerCall, weight: Tensor) -> Tensor:
+    """A tensor shaped as the output, of zeros that take no memory, whose gradient is wanted."""
+    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+    return zero.expand(output_shape(call)).requires_grad_()

@@ -25,13 +25,8 @@ from sharpkit.measures.gradients import fisher_rao_norm, gradient_noise, jacobia
 from sharpkit.measures.heavy_tails import PowerLaw, fit_power_law, heavy_tail_exponent
 from sharpkit.measures.layer_margins import hidden_layer_margin
 from sharpkit.measures.m_sharpness import MSharpness
-from sharpkit.measures.margins import (
-    inverse_margin,
-    output_margin,
-    training_loss,
-)
+from sharpkit.measures.margins import inverse_margin, output_margin, training_loss
 from sharpkit.measures.measure import Estimate, Measure
-from sharpkit.measures.normalized_margins import normalized_margin
 from sharpkit.measures.norms import depth, frobenius_norms, parameter_count
 from sharpkit.measures.pac_bayes import noise_scale, pac_bayes, pac_bayes_magnitude
 from sharpkit.measures.path_norms import path_norm
@@ -46,7 +41,7 @@ from sharpkit.measures.representations import (
 )
 from sharpkit.measures.robustness import augmentation_inconsistency, mixup_error
 from sharpkit.measures.sharpness import average_sharpness, worst_case_sharpness
-from sharpkit.measures.spectral import spectral_norm, spectral_norms
+from sharpkit.measures.spectral import normalized_margin, spectral_norm, spectral_norms
 from sharpkit.measures.transport_margins import k_variance_margin
 from sharpkit.measures.weight_spectra import weight_spectrum
 

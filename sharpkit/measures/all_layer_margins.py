@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
-from sharpkit.contract.losses import check_class_labels
+from sharpkit.contract.modules import hooked
 from sharpkit.contract.parameters import floating_parameters
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.measures.margin_gradients import checked_margins
+from sharpkit.measures.layer_margins import checked_margins
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import Setup, mean_of, setup
-from sharpkit.measures.weight_layers import Convolution
+from sharpkit.measures.weight_layers import product_layers
 
 _HALVINGS = 10
 _DOUBLINGS = 20
@@ -82,7 +82,6 @@ def _batch_margins(run: Setup, model: nn.Module, batch: Examples, steps: int) ->
         def margin(deltas: list[Tensor]) -> Tensor:
             perturbation.deltas, perturbation.calls = deltas, 0
             logits = run.function(weights, batch.inputs)
-            check_class_labels(batch.labels, logits)
             return checked_margins(logits, batch.labels)
 
         with torch.no_grad():
@@ -176,10 +175,5 @@ class _Perturbation:
 @contextmanager
 def _perturbed_layers(model: nn.Module) -> Iterator[_Perturbation]:
     perturbation = _Perturbation()
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Convolution)]
-    handles = [layer.register_forward_hook(perturbation.hook) for layer in layers]
-    try:
+    with hooked(m.register_forward_hook(perturbation.hook) for m in product_layers(model)):
         yield perturbation
-    finally:
-        for handle in handles:
-            handle.remove()

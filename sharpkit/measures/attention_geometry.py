@@ -16,18 +16,14 @@ Place = tuple[str, int, int]  # parameter, and the range of its rows
 
 @dataclass(frozen=True)
 class PairLayout:
-    """Where the pairs of all heads of one attention module stand.
+    """Where the pairs of all heads of one attention module stand."""
 
-    Attributes:
-        heads: Their number.
-        first: The weight whose rows are the columns of the heads' G, and its bias or None.
-        second: The same for H, by rows; or by columns, without a bias, where `by_columns`.
-        by_columns: Whether H is in the columns of its weight, as the output projection's is.
-    """
-
-    heads: int
+    heads: int  # their number
+    # the weight whose rows are the columns of the heads' G, and its bias or None
     first: tuple[Place, Place | None]
+    # the same for H, by rows; or by columns, without a bias, where `by_columns`
     second: tuple[Place, Place | None]
+    # whether H is in the columns of its weight, as the output projection's is
     by_columns: bool = False
 
 

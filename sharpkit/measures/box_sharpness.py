@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.holding import frozen
-from sharpkit.contract.loading import Data
+from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.contract.losses import cross_entropy
 from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError
@@ -19,12 +19,7 @@ from sharpkit.measures.search import check_drop, size_of_drop
 
 
 def sharpness_radius(
-    model: nn.Module,
-    data: Data,
-    *,
-    magnitude: bool = False,
-    drop: float = 0.1,
-    steps: int = 5,
+    model: nn.Module, data: Data, *, magnitude: bool = False, drop: float = 0.1, steps: int = 5
 ) -> float:
     """The size of the box around the weights whose worst point costs `drop` training accuracy.
 
@@ -87,12 +82,7 @@ def sharpness_radius(
 
 
 def accuracy_sharpness(
-    model: nn.Module,
-    data: Data,
-    *,
-    initial: nn.Module,
-    drop: float = 0.1,
-    steps: int = 5,
+    model: nn.Module, data: Data, *, initial: nn.Module, drop: float = 0.1, steps: int = 5
 ) -> dict[str, float]:
     """Sharpness bounds from the box around the weights that keeps the training accuracy.
 
@@ -139,8 +129,7 @@ def accuracy_sharpness(
     alpha = sharpness_radius(model, data, drop=drop, steps=steps)
     relative = sharpness_radius(model, data, magnitude=True, drop=drop, steps=steps)
     weights = select_parameters(model)
-    with frozen(model) as found:
-        n = len(setup(model, data, found).examples)
+    n = len(load_in_order(data))
     scale = math.log(2 * sum(p.numel() for p in weights.values())) / (4 * alpha**2)
     rest = math.log(n / alpha) + 10
     return {

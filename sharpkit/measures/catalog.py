@@ -24,7 +24,6 @@ from sharpkit.measures import (
     heavy_tails,
     layer_margins,
     margins,
-    normalized_margins,
     norms,
     pac_bayes,
     path_norms,
@@ -63,7 +62,7 @@ _DIRECTIONS: dict[Callable[..., Any], Direction] = {
     margins.training_loss: None,
     margins.output_margin: -1,
     margins.inverse_margin: 1,
-    normalized_margins.normalized_margin: -1,
+    spectral.normalized_margin: -1,
     layer_margins.hidden_layer_margin: -1,
     all_layer_margins.all_layer_margin: -1,
     transport_margins.k_variance_margin: -1,
@@ -274,32 +273,19 @@ def standard_measures(
         >>> [measure.name for measure in standard_measures()][:3]
         ['m_sharpness', 'parameter_count', 'depth']
     """
-    infinity = float("inf")
+    relative = {"rho": 5e-3, "norm": float("inf"), "adaptive": True}
+    longer = {"logit_normalized": True, "ascent": "apgd", "steps": 20, "restarts": 2}
+    worst: dict[str, dict[str, Any]] = {
+        "l2": {"rho": rho},
+        "linf": {"rho": 5e-4, "norm": float("inf")},
+        "adaptive": {"rho": 10 * rho, "adaptive": True},
+        "magnitude": relative,
+        "logit_normalized": relative | longer,
+    }
     special: dict[str, list[FunctionMeasure]] = {
         "worst_case_sharpness": [
-            make_measure("worst_case_sharpness", name="sharpness_l2", rho=rho),
-            make_measure("worst_case_sharpness", name="sharpness_linf", rho=5e-4, norm=infinity),
-            make_measure(
-                "worst_case_sharpness", name="sharpness_adaptive", rho=10 * rho, adaptive=True
-            ),
-            make_measure(
-                "worst_case_sharpness",
-                name="sharpness_magnitude",
-                rho=5e-3,
-                norm=infinity,
-                adaptive=True,
-            ),
-            make_measure(
-                "worst_case_sharpness",
-                name="sharpness_logit_normalized",
-                rho=5e-3,
-                norm=infinity,
-                adaptive=True,
-                logit_normalized=True,
-                ascent="apgd",
-                steps=20,
-                restarts=2,
-            ),
+            make_measure("worst_case_sharpness", name=f"sharpness_{kind}", **options)
+            for kind, options in worst.items()
         ],
         "average_sharpness": [make_measure("average_sharpness", rho=10 * rho)],
     }

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
-from sharpkit.errors import DataError, ModelError
+from sharpkit.errors import DataError
 from sharpkit.measures.passes import Setup, images, setup
-from sharpkit.measures.weight_layers import captured, first_layer
+from sharpkit.measures.representations import layer_rows
+from sharpkit.measures.weight_layers import first_layer
 
 _BLOCK = 120  # examples among which the index is taken
 _POOL = 4
@@ -72,32 +73,17 @@ def davies_bouldin_mixup(
         run.logits()  # refuses labels that do not fit
         labels = run.examples.labels.cpu()
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-        features = _pooled_features(run, model, chosen)
+        features = layer_rows(run, model, chosen, _pooled).double()
         mixup = _mixup_error(run, inputs, labels, order)
     index = _davies_bouldin(features, labels, order)
     return {"product": index * mixup, "davies_bouldin": index, "mixup": mixup}
 
 
-def _pooled_features(run: Setup, model: nn.Module, layer: str | nn.Module) -> Tensor:
-    """Outputs of a layer, maps max-pooled, (n, d), in float64 on the CPU."""
-    parts = []
-    with torch.no_grad(), captured(model, layer) as take:
-        for batch in run.batches():
-            run.function({}, batch.inputs)
-            rows = take()
-            if rows.ndim < 2 or len(rows) != len(batch):
-                raise ModelError(
-                    f"the layer gives shape {tuple(rows.shape)}: expected one row for each of "
-                    f"{len(batch)} examples"
-                )
-            if rows.ndim == 4:
-                window = [min(_POOL, size) for size in rows.shape[2:]]
-                rows = F.max_pool2d(rows, window)
-            parts.append(rows.flatten(1).cpu().double())
-    features = torch.cat(parts)
-    if not bool(torch.isfinite(features).all()):
-        raise ModelError("the representation has NaN or infinite entries")
-    return features
+def _pooled(rows: Tensor) -> Tensor:
+    """Outputs of a layer as rows, maps max-pooled."""
+    if rows.ndim == 4:
+        rows = F.max_pool2d(rows, [min(_POOL, size) for size in rows.shape[2:]])
+    return rows.flatten(1)
 
 
 def _davies_bouldin(features: Tensor, labels: Tensor, order: Tensor) -> float:

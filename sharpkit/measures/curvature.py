@@ -16,12 +16,13 @@ from sharpkit.contract.loading import Data
 from sharpkit.curvature.eigenvalues import top_eigenvalues
 from sharpkit.curvature.gauss_newton import GaussNewtonOperator
 from sharpkit.curvature.hessian import HessianOperator
-from sharpkit.curvature.lanczos import Tridiagonal, basis_bytes, lanczos
+from sharpkit.curvature.lanczos import Tridiagonal, lanczos
 from sharpkit.curvature.linear_map import as_linear_map, random_rows
+from sharpkit.curvature.operator import CurvatureOperator
+from sharpkit.curvature.quadrature import probes_at_once
 from sharpkit.curvature.trace import trace
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.measures.measure import Estimate
-from sharpkit.memory import available_memory
 
 T = TypeVar("T")
 
@@ -49,13 +50,7 @@ class MaxEigenvalue:
 
     def __call__(self, model: nn.Module, data: Data, *, seed: int) -> float:
         """λmax of one model; `seed` is that of the start vector."""
-        return _with_hessian(
-            model,
-            data,
-            lambda h: float(
-                top_eigenvalues(h, 1, tol=self.tol, seed=seed, progress=False).values[0]
-            ),
-        )
+        return float(_top(model, data, 1, self.tol, seed)[0])
 
 
 @dataclass(frozen=True)
@@ -84,11 +79,7 @@ class EigenvalueRatio:
         Raises:
             ModelError: If the eigenvalue of that rank is not positive.
         """
-        values = _with_hessian(
-            model,
-            data,
-            lambda h: top_eigenvalues(h, self.rank, tol=self.tol, seed=seed, progress=False).values,
-        )
+        values = _top(model, data, self.rank, self.tol, seed)
         if not values[-1] > 0:
             raise ModelError(
                 f"eigenvalue {self.rank} of the Hessian is {values[-1]:.3g}: "
@@ -121,7 +112,7 @@ class HessianTrace:
 
     def __call__(self, model: nn.Module, data: Data, *, seed: int) -> Estimate:
         """The trace for one model; `seed` is that of the probes."""
-        found = _with_hessian(model, data, lambda h: trace(h, products=self.products, seed=seed))
+        found = _with_operator(model, data, lambda h: trace(h, products=self.products, seed=seed))
         return Estimate(found.value, found.std_error)
 
 
@@ -165,14 +156,21 @@ class HessianRank:
             ModelError: If the Hessian is zero.
         """
 
-        def compute(hessian: HessianOperator) -> Estimate:
+        def compute(hessian: CurvatureOperator) -> Estimate:
             steps = min(self.steps, hessian.shape[0])
             parts = _lanczos_runs(hessian, steps, self.probes, seed)
             whole = _rank_and_error(parts, steps, hessian.shape[0])
             shorter = _rank_and_error(parts, max(1, 3 * steps // 4), hessian.shape[0])
             return Estimate(whole.value, math.hypot(whole.std_error, whole.value - shorter.value))
 
-        return _with_hessian(model, data, compute)
+        return _with_operator(model, data, compute)
+
+
+def _top(model: nn.Module, data: Data, k: int, tol: float | None, seed: int) -> np.ndarray:
+    def compute(h: CurvatureOperator) -> np.ndarray:
+        return top_eigenvalues(h, k, tol=tol, seed=seed, progress=False).values
+
+    return _with_operator(model, data, compute)
 
 
 def _rank_and_error(parts: list[Tridiagonal], steps: int, size: int) -> Estimate:
@@ -243,29 +241,29 @@ class SoftRank:
             positive: np.ndarray = np.maximum(nodes, 0.0)  # below 0 by rounding only
             return positive / (positive + self.damping)
 
-        with frozen(model):
-            matrix = GaussNewtonOperator(model, data, seed=0, progress=False)
-            with matrix:
-                size = matrix.shape[0]
-                steps = min(self.steps, size)
-                parts = _lanczos_runs(matrix, steps, self.probes, seed)
-        values = size * _sums(parts, steps, share)
-        spread = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.nan
-        shorter = size * float(_sums(parts, max(1, 3 * steps // 4), share).mean())
-        return Estimate(float(values.mean()), math.hypot(spread, float(values.mean()) - shorter))
+        def compute(matrix: CurvatureOperator) -> Estimate:
+            size = matrix.shape[0]
+            steps = min(self.steps, size)
+            parts = _lanczos_runs(matrix, steps, self.probes, seed)
+            values = size * _sums(parts, steps, share)
+            error = float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else math.nan
+            change = float(values.mean()) - size * float(
+                _sums(parts, max(1, 3 * steps // 4), share).mean()
+            )
+            return Estimate(float(values.mean()), math.hypot(error, change))
+
+        return _with_operator(model, data, compute, GaussNewtonOperator)
 
 
 def _lanczos_runs(
-    operator: HessianOperator | GaussNewtonOperator, steps: int, probes: int, seed: int
+    operator: CurvatureOperator, steps: int, probes: int, seed: int
 ) -> list[Tridiagonal]:
     """Lanczos runs from random start vectors, as many together as the memory has room for."""
     starts = random_rows(probes, as_linear_map(operator), seed)
-    free = available_memory(starts.device)
-    one = basis_bytes(operator.shape[0], steps, 1, starts.dtype)
-    together = int(probes if free is None else max(1, min(probes, int(0.8 * free) // one)))
+    size, storage = operator.shape[0], (starts.dtype, starts.device)
     return [
         lanczos(operator, steps=steps, probes=block.T, seed=seed)
-        for block in torch.split(starts, together)
+        for block in torch.split(starts, probes_at_once(size, steps, probes, *storage))
     ]
 
 
@@ -283,9 +281,12 @@ def _sums(
     return np.concatenate(found)
 
 
-def _with_hessian(model: nn.Module, data: Data, compute: Callable[[HessianOperator], T]) -> T:
-    """Compute from the Hessian over all examples, in eval mode."""
-    with frozen(model):
-        hessian = HessianOperator(model, data, seed=0, progress=False)
-        with hessian:
-            return compute(hessian)
+def _with_operator(
+    model: nn.Module,
+    data: Data,
+    compute: Callable[[CurvatureOperator], T],
+    kind: type[CurvatureOperator] = HessianOperator,
+) -> T:
+    """Compute from a matrix over all examples, in eval mode."""
+    with frozen(model), kind(model, data, seed=0, progress=False) as matrix:
+        return compute(matrix)

@@ -19,12 +19,7 @@ Tensors = dict[str, Tensor]
 
 
 def geodesic_sharpness(
-    model: nn.Module,
-    data: Data,
-    *,
-    rho: float = 0.1,
-    steps: int = 10,
-    loss: Loss = "cross_entropy",
+    model: nn.Module, data: Data, *, rho: float = 0.1, steps: int = 10, loss: Loss = "cross_entropy"
 ) -> float:
     """The largest increase of the loss at the ends of geodesics of length ρ.
 

@@ -1,8 +1,10 @@
-"""Margins at every layer: how far a representation is from the decision boundary."""
+"""Margins at layers: how far a representation is from the decision boundary."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from sharpkit.contract.parameters import floating_parameters
 from sharpkit.errors import DataError, ModelError
 from sharpkit.measures.margins import check_percentile, margins
 from sharpkit.measures.passes import Setup, setup
-from sharpkit.measures.weight_layers import layer_inputs
+from sharpkit.measures.weight_layers import calls_of, product_layers
 
 
 def hidden_layer_margin(model: nn.Module, data: Data, *, percentile: float = 10.0) -> float:
@@ -82,7 +84,7 @@ def _distances(run: Setup, model: nn.Module) -> tuple[list[Tensor], list[float]]
     leaves = {k: p.detach().requires_grad_() for k, p in weights.items()}
     parts: list[list[Tensor]] = []
     spreads: list[_Spread] = []
-    with layer_inputs(model) as take:
+    with calls_of(product_layers(model)) as take:
         for batch in run.batches():
             gamma, gradients, inputs = _margin_gradients(run, leaves, batch, take)
             if not parts:
@@ -97,7 +99,7 @@ def _distances(run: Setup, model: nn.Module) -> tuple[list[Tensor], list[float]]
 
 
 def _margin_gradients(
-    run: Setup, leaves: dict[str, Tensor], batch: Examples, take: Callable[[], list[Tensor]]
+    run: Setup, leaves: dict[str, Tensor], batch: Examples, take: Callable[[], list[Any]]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Margins (examples,), their gradients with respect to each layer's input, and the inputs."""
     with torch.enable_grad():
@@ -105,14 +107,8 @@ def _margin_gradients(
         given = batch.inputs
         if isinstance(given, Tensor) and given.is_floating_point():
             given = given.detach().requires_grad_()
-        logits = run.function(leaves, given)
-        check_class_labels(batch.labels, logits)
-        if logits.shape[1] < 2:
-            raise DataError("a margin needs at least two outputs, got 1")
-        if not bool(torch.isfinite(logits).all()):
-            raise ModelError("the model has NaN or infinite outputs")
-        gamma = margins(logits, batch.labels)
-        inputs = [x for x in take() if x.requires_grad]
+        gamma = checked_margins(run.function(leaves, given), batch.labels)
+        inputs = [x for x in take() if isinstance(x, Tensor) and x.requires_grad]
         for x in inputs:
             if len(x) != len(batch):
                 raise ModelError(
@@ -149,3 +145,61 @@ class _Spread:
         """Mean squared distance from the mean."""
         mean = self.sums / self.count
         return max(self.squares / self.count - float(mean.square().sum()), 0.0)
+
+
+@dataclass(frozen=True)
+class LayerMargins:
+    """What `layer_margins` gives, one row an example, float64 on the CPU."""
+
+    margins: Tensor  # γ = z_y − max_{j≠y} z_j, shape (n,)
+    slopes: Tensor  # ‖∂γ / ∂h‖₂, shape (n,)
+    rows: Tensor  # h, the representation, shape (n, d)
+
+
+def layer_margins(
+    run: Setup, model: nn.Module, module: nn.Module, *, output: bool = False
+) -> LayerMargins:
+    """Margins, their slopes and the representations h at the input or output of a module.
+
+    Of a module that is called several times the first call counts. Cost: one gradient pass.
+
+    Raises:
+        DataError: For labels that do not fit the outputs, or a single output.
+        ModelError: If the module is not called, or examples have no row each.
+    """
+    leaves = {k: p.detach().requires_grad_() for k, p in floating_parameters(model).items()}
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    with calls_of([module], output=output) as take:
+        for batch in run.batches():
+            with torch.enable_grad():
+                inputs = batch.inputs
+                if isinstance(inputs, Tensor) and inputs.is_floating_point():
+                    inputs = inputs.detach().requires_grad_()
+                logits = run.function(leaves, inputs)
+                gamma = checked_margins(logits, batch.labels)
+                h = next(iter(take()), None)
+                if not isinstance(h, Tensor) or len(h) != len(batch) or not h.requires_grad:
+                    raise ModelError(
+                        f"{type(module).__name__}: expected a representation with one row for each "
+                        f"of {len(batch)} examples, on which the output depends"
+                    )
+                (slope,) = torch.autograd.grad(gamma.sum(), h, materialize_grads=True)
+            length = slope.flatten(1).double().norm(dim=1)
+            rows = h.detach().flatten(1)
+            found.append((gamma.detach().double().cpu(), length.cpu(), rows.double().cpu()))
+    return LayerMargins(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def checked_margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """The margins, differentiable.
+
+    Raises:
+        DataError: For a single output, or labels that do not fit.
+        ModelError: For NaN or infinite outputs.
+    """
+    check_class_labels(labels, logits)
+    if logits.shape[1] < 2:
+        raise DataError("a margin needs at least two outputs, got 1")
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("the model has NaN or infinite outputs")
+    return margins(logits, labels)

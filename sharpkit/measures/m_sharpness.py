@@ -130,27 +130,9 @@ class MSharpness:
 
     def __call__(self, model: nn.Module, data: Data, *, seed: int) -> dict[str, Estimate]:
         """The m-sharpness of one model, by setting."""
-        result = m_sharpness(
-            model,
-            data,
-            m=self.m,
-            rho=self.rho,
-            loss=self.loss,
-            ascent=self.ascent,
-            steps=self.steps,
-            restarts=self.restarts,
-            norm=self.norm,
-            adaptive=self.adaptive,
-            average=self.average,
-            n=self.n,
-            seed=seed if self.seed == "run" else self.seed,
-            parameters=self.parameters,
-            tolerance=self.tolerance,
-            chunk=self.chunk,
-            memory_budget=self.memory_budget,
-            engine=self.engine,
-            progress=False,
-        )
+        options = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "name"}
+        options["seed"] = seed if self.seed == "run" else self.seed
+        result = m_sharpness(model, data, **options, progress=False)
         return {
             f"m={row['m']},rho={float(row['rho'])!r}": Estimate(row["value"], row["std_error"])
             for row in result.frame().to_dict("records")

@@ -131,13 +131,7 @@ def evaluate_measure(
 ) -> dict[str, Estimate]:
     """The values of a measure by setting ("" if it has just one).
 
-    Args:
-        measure: What to evaluate.
-        model: The trained network.
-        data: Its training examples.
-        seed: Of every random choice.
-        initial: Loads the network before training; called only if the measure `needs_initial`.
-        metrics: Loads what the zoo recorded of the model; called only if it `needs_metrics`.
+    `initial` and `metrics` load what a measure may need, and are called only if it does.
 
     Raises:
         ModelError: If a value is not a finite number.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.holding import frozen
-from sharpkit.contract.loading import Data
+from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.contract.parameters import floating_parameters, select_parameters
 from sharpkit.errors import ArgumentError
 from sharpkit.measures.distance import squared_distance
@@ -138,8 +138,7 @@ def pac_bayes(
     """
     moved = squared_distance(model, initial)
     sigma = noise_scale(model, data, drop=drop, draws=draws, seed=seed)
-    with frozen(model) as found:
-        n = len(setup(model, data, found).examples)
+    n = len(load_in_order(data))
     rest = math.log(n / sigma) + 10
     return {
         "origin": squared_norm(select_parameters(model)) / (4 * sigma**2) + rest,
@@ -202,8 +201,7 @@ def pac_bayes_magnitude(
     sigma = noise_scale(
         model, data, magnitude=True, epsilon=epsilon, drop=drop, draws=draws, seed=seed
     )
-    with frozen(model) as found:
-        n = len(setup(model, data, found).examples)
+    n = len(load_in_order(data))
     weights, before = select_parameters(model), select_parameters(initial)
     omega = sum(p.numel() for p in weights.values())
     denominator = sum(
@@ -217,11 +215,7 @@ def pac_bayes_magnitude(
         top = omega * math.log(epsilon**2 + (sigma**2 + 1) * squared / omega)
         return 0.25 * (top - denominator) + math.log(n / sigma) + 10
 
-    return {
-        "origin": bound(squared_norm(weights)),
-        "initial": bound(moved),
-        "flatness": sigma**-2,
-    }
+    return {"origin": bound(squared_norm(weights)), "initial": bound(moved), "flatness": sigma**-2}
 
 
 def squared_norm(weights: dict[str, Tensor]) -> float:

@@ -61,14 +61,7 @@ class Setup:
 
 
 def setup(model: nn.Module, data: Data, found: Found, loss: Loss = "cross_entropy") -> Setup:
-    """Collect the examples and check the contract; the model must be inside `frozen`.
-
-    Args:
-        model: Any module.
-        data: As for `load_examples`.
-        found: What `frozen` gave.
-        loss: What the outputs are for.
-    """
+    """Collect the examples and check the contract; the model must be inside `frozen`."""
     loss_fn = resolve_loss(loss)
     function = FunctionalModel(model, whole=not loss_fn.exact)
     examples = load_in_order(data)

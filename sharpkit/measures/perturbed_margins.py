@@ -9,7 +9,7 @@ from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.measures.margin_gradients import layer_margins
+from sharpkit.measures.layer_margins import layer_margins
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import Setup, images, mean_of, setup
 from sharpkit.measures.robustness import moved, same_class_pairs

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import check_class_labels
+from sharpkit.contract.modules import hooked
 from sharpkit.errors import ModelError
 from sharpkit.measures.measure import Estimate
 from sharpkit.measures.passes import mean_of, setup
@@ -60,25 +61,22 @@ def relative_flatness(model: nn.Module, data: Data) -> Estimate:
         raise ModelError(f"the last layer is {type(layer).__name__}: expected nn.Linear")
     weight = layer.weight.detach().double()
     calls: list[tuple[Tensor, Tensor]] = []
-    handle = layer.register_forward_hook(lambda _, given, out: calls.append((given[0], out)))
+    keep = layer.register_forward_hook(lambda _, given, out: calls.append((given[0], out)))
     values = []
-    try:
-        with frozen(model) as found, torch.no_grad():
-            run = setup(model, data, found)
-            for batch in run.batches():
-                logits = run.function({}, batch.inputs)
-                check_class_labels(batch.labels, logits)
-                features, output = calls[-1]
-                calls.clear()
-                if output.shape != logits.shape or not torch.equal(output, logits):
-                    raise ModelError("the outputs are not those of the last linear layer called")
-                p = logits.double().softmax(1)
-                # Σ_s p_s ‖w_s − Σ_t p_t w_t‖², exact also where one p is nearly 1
-                off = weight - (p @ weight).unsqueeze(1)  # (examples, classes, features)
-                spread = (p * off.square().sum(2)).sum(1)
-                values.append(features.double().square().sum(1) * spread)
-    finally:
-        handle.remove()
+    with hooked([keep]), frozen(model) as found, torch.no_grad():
+        run = setup(model, data, found)
+        for batch in run.batches():
+            logits = run.function({}, batch.inputs)
+            check_class_labels(batch.labels, logits)
+            features, output = calls[-1]
+            calls.clear()
+            if output.shape != logits.shape or not torch.equal(output, logits):
+                raise ModelError("the outputs are not those of the last linear layer called")
+            p = logits.double().softmax(1)
+            # Σ_s p_s ‖w_s − Σ_t p_t w_t‖², exact also where one p is nearly 1
+            off = weight - (p @ weight).unsqueeze(1)  # (examples, classes, features)
+            spread = (p * off.square().sum(2)).sum(1)
+            values.append(features.double().square().sum(1) * spread)
     result = torch.cat(values)
     if not bool(torch.isfinite(result).all()):
         raise ModelError("the model has NaN or infinite outputs")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
-from sharpkit.errors import DataError, ModelError
-from sharpkit.measures.passes import setup
-from sharpkit.measures.weight_layers import captured, weight_layers
+from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.measures.passes import Setup, setup
+from sharpkit.measures.weight_layers import calls_of, product_layers, weight_layers
 
 
 def features(
@@ -42,23 +43,54 @@ def features(
         >>> features(model, data)[0].shape, features(model, data, layer="2")[0].shape
         (torch.Size([5, 7]), torch.Size([5, 2]))
     """
-    parts = []
-    with frozen(model) as found, torch.no_grad(), captured(model, layer) as take:
+
+    def pooled(rows: Tensor) -> Tensor:
+        return rows.mean((2, 3)) if pool and rows.ndim == 4 else rows.flatten(1)
+
+    with frozen(model) as found:
         run = setup(model, data, found)
+        return layer_rows(run, model, layer, pooled), run.examples.labels.cpu()
+
+
+def layer_rows(
+    run: Setup, model: nn.Module, layer: str | nn.Module | None, change: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """What a layer gives for every example, changed to (n, d), on the CPU.
+
+    Of None it is what the last linear or convolutional layer that is called receives.
+
+    Raises:
+        ArgumentError: If there is no such layer.
+        ModelError: If it gives no tensor with one row per example, or NaN.
+    """
+    named = dict(model.named_modules())
+    if isinstance(layer, str) and (layer not in named or not layer):
+        names = ", ".join(name for name in named if name)
+        raise ArgumentError(f"layer {layer!r}: the model has no such module; it has {names}")
+    chosen = (
+        [named[layer] if isinstance(layer, str) else layer]
+        if layer is not None
+        else product_layers(model)
+    )
+    parts = []
+    with torch.no_grad(), calls_of(chosen, output=layer is not None, last=True) as take:
         for batch in run.batches():
             run.function({}, batch.inputs)
-            rows = take()
+            rows = next(iter(take()), None)
+            if not isinstance(rows, Tensor):
+                what = "a linear or convolutional layer" if layer is None else f"layer {layer!r}"
+                raise ModelError(f"{what} gave no tensor in the forward pass")
             if rows.ndim < 2 or len(rows) != len(batch):
+                name = type(layer).__name__ if isinstance(layer, nn.Module) else layer
                 raise ModelError(
-                    f"layer {layer or 'before the last weight'!r} gives shape "
+                    f"layer {name or 'before the last weight'!r} gives shape "
                     f"{tuple(rows.shape)}: expected one row for each of {len(batch)} examples"
                 )
-            rows = rows.mean((2, 3)) if pool and rows.ndim == 4 else rows.flatten(1)
-            parts.append(rows.cpu())
+            parts.append(change(rows).cpu())
     result = torch.cat(parts)
     if not bool(torch.isfinite(result).all()):
         raise ModelError("the representation has NaN or infinite entries")
-    return result, run.examples.labels.cpu()
+    return result
 
 
 def davies_bouldin(

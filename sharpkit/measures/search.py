@@ -17,15 +17,8 @@ def size_of_drop(
 ) -> float:
     """Where the accuracy has fallen by `drop`: bracketed by factors of 4, then Brent's method.
 
-    Args:
-        accuracy: Size of the perturbation, > 0, to accuracy; one fixed function.
-        clean: Accuracy without a perturbation.
-        drop: Fall in accuracy.
-        guess: Where the search begins.
-        hint: What to try if every size is too large, for the error message.
-
-    Returns:
-        float: The size, to 0.5 %.
+    `accuracy` is one fixed function of the size, > 0, which is found to 0.5 %; the search begins at
+    `guess`. A hint is what to try if every size is too large.
 
     Raises:
         ModelError: If the accuracy never falls by `drop`, or falls further however small the size.

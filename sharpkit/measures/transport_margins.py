@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.errors import DataError, ModelError
-from sharpkit.measures.margin_gradients import LayerMargins, layer_margins
+from sharpkit.measures.layer_margins import LayerMargins, layer_margins
 from sharpkit.measures.passes import setup
 from sharpkit.measures.weight_layers import Convolution, called_layers
 

@@ -9,7 +9,8 @@ belongs to its linear map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_in_order
+from sharpkit.contract.modules import hooked
 from sharpkit.contract.parameters import select_parameters
-from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.errors import ModelError
 
 Convolution = nn.modules.conv._ConvNd
 BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -29,20 +31,13 @@ BatchNorm: TypeAlias = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 
 @dataclass(frozen=True)
 class WeightLayer:
-    """A weight of a network, in float64, with what is needed to apply it as a linear map.
+    """A weight of a network, in float64, with what is needed to apply it as a linear map."""
 
-    Attributes:
-        name: Dotted name of the parameter.
-        weight: The weight with a following BatchNorm folded in; (out, in) or a kernel's shape.
-        module: The convolution, or None for a plain matrix.
-        pad: The zero padding applied just before, None if there is none.
-        input_shape: Shape of one input of the convolution, before `pad`; None for a matrix.
-    """
-
-    name: str
-    weight: Tensor
-    module: Convolution | None = None
-    pad: nn.Module | None = None
+    name: str  # dotted name of the parameter
+    weight: Tensor  # the weight with a following BatchNorm folded in; (out, in) or a kernel's shape
+    module: Convolution | None = None  # the convolution, or None for a plain matrix
+    pad: nn.Module | None = None  # the zero padding applied just before, None if there is none
+    # shape of one input of the convolution, before `pad`; None for a matrix
     input_shape: tuple[int, ...] | None = None
 
 
@@ -89,13 +84,10 @@ def wiring(model: nn.Module, data: Data) -> Wiring:
     with frozen(model), torch.no_grad():
         handles = [leaf.register_forward_pre_hook(before_call) for leaf in leaves]
         handles += [leaf.register_forward_hook(watch) for leaf in leaves]
-        try:
+        with hooked(handles):
             function = FunctionalModel(model)
             one = load_in_order(data, n=1).to(function.device, function.dtype)
             function({}, one.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
     # a layer or BatchNorm that is called twice has two roles, and cannot take part in a fold
     for layer, norm in list(found.norms.items()):
         is_layer = isinstance(layer, nn.Linear | Convolution)
@@ -202,8 +194,7 @@ def initial_layers(
 def fold(layer: nn.Module, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """The scale and shift of a BatchNorm in eval mode, float64.
 
-    Returns:
-        tuple: The scale shaped to multiply the layer's weight; scale and shift per channel.
+    Returns the scale shaped to multiply the layer's weight; scale and shift per channel.
     """
     assert norm.running_mean is not None and norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -232,71 +223,31 @@ def _is_linear_map(module: nn.Module, parameter: Tensor) -> bool:
     return parameter.ndim == 2 and not isinstance(module, nn.LayerNorm)
 
 
-@contextmanager
-def captured(model: nn.Module, layer: str | nn.Module | None) -> Iterator[Callable[[], Tensor]]:
-    """Inside, a call after each forward pass gives what a module received or returned.
-
-    Args:
-        model: Any module.
-        layer: A module or its name, whose output is kept; None for the input of the last module
-            with a weight matrix that is called.
-
-    Raises:
-        ArgumentError: If there is no such module.
-    """
-    kept: list[Tensor] = []
-    modules = dict(model.named_modules())
-    if isinstance(layer, str) and (layer not in modules or not layer):
-        names = ", ".join(name for name in modules if name)
-        raise ArgumentError(f"layer {layer!r}: the model has no such module; it has {names}")
-
-    def keep_output(_: nn.Module, __: Any, output: Any) -> None:
-        kept[:] = [output]
-
-    def keep_input(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        kept[:] = [inputs[0]]
-
-    if layer is not None:
-        module = modules[layer] if isinstance(layer, str) else layer
-        handles = [module.register_forward_hook(keep_output)]
-    else:
-        wanted = [m for m in modules.values() if isinstance(m, nn.Linear | Convolution)]
-        handles = [m.register_forward_pre_hook(keep_input) for m in wanted]
-
-    def take() -> Tensor:
-        if not kept or not isinstance(kept[0], Tensor):
-            what = "a linear or convolutional layer" if layer is None else f"layer {layer!r}"
-            raise ModelError(f"{what} gave no tensor in the forward pass")
-        return kept[0]
-
-    try:
-        yield take
-    finally:
-        for handle in handles:
-            handle.remove()
+def product_layers(model: nn.Module) -> list[nn.Module]:
+    """The linear and convolutional layers, in the order of the model."""
+    return [m for m in model.modules() if isinstance(m, nn.Linear | Convolution)]
 
 
 @contextmanager
-def layer_inputs(model: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
-    """Inside, a call after each forward pass gives what every linear or convolutional layer got.
+def calls_of(
+    modules: Iterable[nn.Module], *, output: bool = False, last: bool = False
+) -> Iterator[Callable[[], list[Any]]]:
+    """Inside, a call gives what modules have received, or given as output, since the last one.
 
-    In the order of the calls; a layer that is called twice counts twice.
+    In the order of their calls, one that is called twice counting twice; or the last one alone.
     """
-    kept: list[Tensor] = []
+    kept: deque[Any] = deque(maxlen=1 if last else None)
 
-    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if inputs and isinstance(inputs[0], Tensor):
-            kept.append(inputs[0])
+    def keep(_: nn.Module, inputs: tuple[Any, ...], *result: Any) -> None:
+        kept.append(result[0] if output else next(iter(inputs), None))
 
-    def take() -> list[Tensor]:
-        found = kept.copy()
+    def take() -> list[Any]:
+        found = list(kept)
         kept.clear()
         return found
 
-    wanted = [m for m in model.modules() if isinstance(m, nn.Linear | Convolution)]
-    handles = [m.register_forward_pre_hook(keep) for m in wanted]
-    try:
+    with hooked(
+        m.register_forward_hook(keep) if output else m.register_forward_pre_hook(keep)
+        for m in modules
+    ):
         yield take
-    finally:
-        for handle in handles:
-            handle.remove()

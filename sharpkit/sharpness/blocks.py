@@ -46,9 +46,7 @@ class Blocks:
     def merged(self, groups: int, factored: frozenset[str] = frozenset()) -> Blocks:
         """The mean gradient of every len/groups consecutive blocks.
 
-        Args:
-            groups: A divisor of the number of blocks.
-            factored: Names whose factors are kept; the others' are multiplied out.
+        `groups` divides the number of blocks; only factors of the names in `factored` are kept.
         """
         q = len(self) // groups
         whole = self if q == 1 else self._added_up(groups, q)

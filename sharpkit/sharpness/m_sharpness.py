@@ -241,13 +241,9 @@ def m_sharpness(
 
         def run(sweep: Sweep) -> Sweep:
             with progress_bar(
-                total=len(examples),
-                desc="m-sharpness",
-                unit="example",
-                leave=False,
-                delay=2,
+                total=len(examples), desc="m-sharpness", unit="example", leave=False, delay=2,
                 progress=progress,
-            ) as bar:
+            ) as bar:  # fmt: skip
                 for start, stop in itertools.pairwise([0, *stops]):
                     sweep.extend(start, stop, bar.update)
                     if tolerance is not None and _precise(sweep.levels, tolerance):

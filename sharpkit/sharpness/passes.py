@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -75,24 +75,19 @@ class Alone:
         self, examples: Examples, groups: int, at: Tensors, thin: Factors | None = None
     ) -> Tensor:
         """As `Passes`."""
-        tensors = self.packing.parts(at)
-        return torch.stack(
-            [
-                self.objective.losses({name: t[i] for name, t in tensors.items()}, part)[0]
-                for i, part in enumerate(_split(examples, groups))
-            ]
-        )
+        return torch.stack([self.objective.losses(w, e)[0] for w, e in self._each(at, examples)])
 
     def slopes(self, examples: Examples, groups: int, at: Tensors) -> tuple[Tensors, Tensor]:
         """As `Passes`."""
-        tensors = self.packing.parts(at)
-        found = stacked(
-            [
-                self._block({name: t[i] for name, t in tensors.items()}, part)
-                for i, part in enumerate(_split(examples, groups))
-            ]
-        )
+        found = stacked([self._block(w, e) for w, e in self._each(at, examples)])
         return found.tensors, found.loss
+
+    def _each(self, at: Tensors, examples: Examples) -> Iterator[tuple[Tensors, Examples]]:
+        """The weights and the examples of every group."""
+        tensors = self.packing.parts(at)
+        groups = len(next(iter(tensors.values())))
+        for i, part in enumerate(_split(examples, groups)):
+            yield {name: t[i] for name, t in tensors.items()}, part
 
     def _block(self, weights: Tensors, examples: Examples) -> Blocks:
         found = self.objective.gradient(weights, examples)
@@ -111,9 +106,7 @@ class Alone:
 class OneBatchPasses:
     """All groups as one ordinary batch.
 
-    Args:
-        passes: The passes.
-        compile: Run them compiled, one form of each: that of the first chunk.
+    With `compile` they run compiled, one form of each: that of the first chunk.
     """
 
     def __init__(self, passes: BatchPasses, *, compile: bool = False) -> None:

@@ -49,19 +49,8 @@ class Care(IntEnum):
 class Sweep:
     """All m and rho over a stream of chunks.
 
-    Args:
-        objective: What is measured.
-        examples: In the order of the groups.
-        ms: Group sizes.
-        rhos: Radii.
-        ascent: How the inner maximum is found.
-        alone: How one group is evaluated.
-        side: How many are, side by side; None to take all one after the other.
-        care: That gradients are taken with.
-
-    Attributes:
-        levels: What was measured.
-        in_place: How groups are evaluated if a loop by hand is the fastest way.
+    `alone` is how one group is evaluated, `side` how many are, side by side, or None to take all
+    one after the other. `levels` is what was measured.
     """
 
     def __init__(

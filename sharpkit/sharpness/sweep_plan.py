@@ -90,15 +90,8 @@ def sweep_plan(
 ) -> SweepPlan:
     """The plan for a model.
 
-    Args:
-        function: The model.
-        loss: The loss.
-        weights: The perturbed parameters.
-        probe: What the model was examined with.
-        ms: Group sizes.
-        chunk: Examples at a time, if that was asked for.
-        memory_budget: Bytes for a chunk; None for the default.
-        allows_factors: Whether gradients may stay in factors.
+    `chunk` and `memory_budget` are what was asked for; `allows_factors` says whether gradients may
+    stay in factors.
 
     Raises:
         ArgumentError: If not even one example fits the budget.
@@ -167,10 +160,7 @@ def factored_weights(
 ) -> dict[str, int]:
     """Rows per example of every weight matrix that is used by linear layers and nothing else.
 
-    Args:
-        model: The model.
-        weights: The perturbed parameters.
-        examples: One example, on the model's device.
+    Found by one example, on the model's device.
     """
     matrices = {name: w for name, w in weights.items() if w.ndim == 2}
     rows = dict.fromkeys(matrices, 0)

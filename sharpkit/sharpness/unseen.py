@@ -26,24 +26,16 @@ class Doubtful(Exception):
 
 @dataclass
 class Level:
-    """The groups of one m, in their order.
+    """The groups of one m, in their order."""
 
-    Attributes:
-        m: Group size.
-        factored: Weights whose gradient stays in factors.
-        pending: The mean gradient of a group that is not complete yet.
-        increases: (rho, groups) float64 each.
-        sizes: Examples of every group.
-        weights: By which groups are averaged, (groups,) each.
-        zero_gradients: Groups that do not move, a scalar each.
-    """
-
-    m: int
-    factored: frozenset[str] = frozenset()
-    pending: Blocks | None = None
-    increases: list[Tensor] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    m: int  # group size
+    factored: frozenset[str] = frozenset()  # weights whose gradient stays in factors
+    pending: Blocks | None = None  # the mean gradient of a group that is not complete yet
+    increases: list[Tensor] = field(default_factory=list)  # (rho, groups) float64 each
+    sizes: list[int] = field(default_factory=list)  # examples of every group
+    # by which groups are averaged, (groups,) each
     weights: list[Tensor] = field(default_factory=list)
+    # groups that do not move, a scalar each
     zero_gradients: list[Tensor] = field(default_factory=list)
 
     @property
@@ -53,24 +45,13 @@ class Level:
 
 
 class Unseen:
-    """What was found since it was last looked at.
-
-    Args:
-        objective: What is measured.
-        examples: In the order of the groups.
-        rhos: Radii.
-
-    Attributes:
-        losses: Where groups start, their losses, and their size.
-        doubts: Whether there are groups whose gradient's norm is doubtful.
-        lost: How many groups have a gradient that is not finite.
-    """
+    """What was found since it was last looked at."""
 
     def __init__(self, objective: Objective, examples: Examples, rhos: Sequence[float]) -> None:
         self._objective, self._examples, self._rhos = objective, examples, rhos
-        self.losses: list[tuple[int, Tensor, int]] = []
-        self.doubts: list[Tensor] = []
-        self.lost: list[Tensor] = []
+        self.losses: list[tuple[int, Tensor, int]] = []  # where groups start, losses, their size
+        self.doubts: list[Tensor] = []  # whether a gradient's norm is doubtful
+        self.lost: list[Tensor] = []  # how many groups have a gradient that is not finite
         self._seen: dict[int, int] = {}
 
     def note(self, direction: Direction, counted: Tensor | None = None) -> None:

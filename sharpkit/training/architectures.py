@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,23 +156,13 @@ def _convolution(inside: int, out: int, size: int, stride: int, norm: bool) -> l
 class ResNet(nn.Module):
     """He et al.'s residual network for small images: three stages of n blocks, 6n + 2 layers.
 
-    Args:
-        channels: Of the images.
-        classes: Outputs.
-        blocks: In each stage.
+    `blocks` are those of each stage.
     """
 
     def __init__(self, channels: int, classes: int, blocks: int) -> None:
         super().__init__()
         self.stem = nn.Sequential(*_convolution(channels, 16, 3, 1, True))
-        widths = [16, 32, 64]
-        self.blocks = nn.Sequential(
-            *(
-                ResidualBlock(_before(widths, stage, i), width, 2 if stage and not i else 1)
-                for stage, width in enumerate(widths)
-                for i in range(blocks)
-            )
-        )
+        self.blocks = _stages(ResidualBlock, [16, 32, 64], blocks)
         self.head = nn.Linear(64, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,25 +195,14 @@ class ResidualBlock(nn.Module):
 class WideResNet(nn.Module):
     """Zagoruyko and Komodakis' network: three stages of n pre-activation blocks, 6n + 4 layers.
 
-    Args:
-        channels: Of the images.
-        classes: Outputs.
-        blocks: In each stage.
-        factor: Width factor k.
-        norm: BatchNorm; without it, biases and SkipInit.
+    `factor` is the width factor k; without `norm` it has biases and SkipInit in place of BatchNorm.
     """
 
     def __init__(self, channels: int, classes: int, blocks: int, factor: int, norm: bool) -> None:
         super().__init__()
         widths = [16 * factor, 32 * factor, 64 * factor]
         self.stem = nn.Conv2d(channels, 16, 3, padding=1, bias=not norm)
-        self.blocks = nn.Sequential(
-            *(
-                WideBlock(_before(widths, stage, i), width, 2 if stage and not i else 1, norm)
-                for stage, width in enumerate(widths)
-                for i in range(blocks)
-            )
-        )
+        self.blocks = _stages(partial(WideBlock, norm=norm), widths, blocks)
         self.norm = nn.BatchNorm2d(widths[-1]) if norm else nn.Identity()
         self.head = nn.Linear(widths[-1], classes)
 
@@ -267,11 +247,15 @@ class SkipScale(nn.Module):
         return self.weight * x
 
 
-def _before(widths: list[int], stage: int, block: int) -> int:
-    """Channels that enter a block."""
-    if block or not stage:
-        return widths[stage] if block else 16
-    return widths[stage - 1]
+def _stages(block: Callable[..., nn.Module], widths: list[int], blocks: int) -> nn.Sequential:
+    """Stages of blocks (channels in, channels out, stride), after a stem of 16 channels."""
+    layers: list[nn.Module] = []
+    inside = 16
+    for stage, width in enumerate(widths):
+        for i in range(blocks):
+            layers.append(block(inside, width, 2 if stage and not i else 1))
+            inside = width
+    return nn.Sequential(*layers)
 
 
 def _initialise(model: nn.Module) -> None:

@@ -20,13 +20,7 @@ class Augmenter:
       equal probability. Zeros come in at the edge: in normalised data, the mean colour.
     - "flip-crop": both.
 
-    Args:
-        kind: One of these.
-        images: How many images an epoch has.
-        shape: (channels, height, width).
-        seed: Of the training.
-        epoch: Every epoch has choices of its own.
-        device: Where the images are.
+    Every epoch has choices of its own; a shape is (channels, height, width).
 
     Example:
         >>> augment = Augmenter("flip", 2, (1, 1, 2), seed=1, epoch=1, device=torch.device("cpu"))
@@ -81,10 +75,7 @@ class Augmenter:
 def noisy_labels(labels: Tensor, fraction: float, seed: int) -> Tensor:
     """The labels with a fraction of them replaced by another class, every other one equally likely.
 
-    Args:
-        labels: Classes, int64, shape (n,).
-        fraction: Between 0 and 1; round(fraction · n) labels are wrong.
-        seed: Of the choice.
+    Of n labels, round(fraction · n) are wrong.
 
     Raises:
         ArgumentError: If there is only one class.

@@ -45,11 +45,7 @@ def tracked_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 class Recorder:
-    """Notes the batch statistics of BatchNorm layers and leaves the running ones untouched.
-
-    Args:
-        layers: As `tracked_layers` finds them.
-    """
+    """Notes the batch statistics of BatchNorm layers and leaves the running ones untouched."""
 
     def __init__(self, layers: dict[str, _BatchNorm]) -> None:
         self.layers = layers
@@ -84,23 +80,12 @@ class Recorder:
             self._recorded, self._before = {}, False
 
     @contextmanager
-    def of_one_group(self) -> Iterator[Statistics]:
-        """The same for a single group without vmap, from what the layers compute anyway.
-
-        With a momentum of 1 they write the statistics of the batch to their running ones; the
-        model must run on copies of its buffers (a `FunctionalModel` does).
-        """
-        with self._collecting(1):
-            yield self._recorded
-
-    @contextmanager
     def of_one_batch(self, groups: int) -> Iterator[Statistics]:
-        """The same for groups as one batch, whose layers normalise channels of `groups` groups."""
-        with self._collecting(groups):
-            yield self._recorded
+        """The same for groups as one batch, or a group alone, from what layers compute anyway.
 
-    @contextmanager
-    def _collecting(self, groups: int) -> Iterator[None]:
+        With a momentum of 1 they write the statistics of each group's channels to their running
+        ones; the model must run on copies of its buffers (a `FunctionalModel` does).
+        """
         kept = {name: dict(layer._buffers) for name, layer in self.layers.items()}
         momenta = {name: layer.momentum for name, layer in self.layers.items()}
         self._recorded, self._after, self._groups = {}, True, groups
@@ -109,7 +94,7 @@ class Recorder:
             layer.momentum, layer.track_running_stats = 1.0, True
             layer._buffers.update(running_mean=next(empty), running_var=next(empty))
         try:
-            yield
+            yield self._recorded
         finally:
             self._recorded, self._after = {}, False
             for name, layer in self.layers.items():

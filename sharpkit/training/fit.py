@@ -32,13 +32,7 @@ from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.run_directory import sole_driver
 from sharpkit.training.loop import Training, classifies, outputs_of
 from sharpkit.training.parallel import Ranks
-from sharpkit.training.run_files import (
-    COLUMNS,
-    Row,
-    RunFiles,
-    examples_fingerprint,
-    fingerprint,
-)
+from sharpkit.training.run_files import COLUMNS, Row, RunFiles, examples_fingerprint, fingerprint
 from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
 from sharpkit.training.variants import PLAIN_SAM, SamVariant
 

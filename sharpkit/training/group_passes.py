@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,8 +23,7 @@ from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.batch_passes import BatchPasses
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient
-from sharpkit.groupwise.group_terms import group_losses
+from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient, group_losses
 from sharpkit.groupwise.objective import (
     PlainGradient,
     examples_in_layout,
@@ -39,31 +38,22 @@ from sharpkit.training.noise import Noise
 from sharpkit.training.radius import Radii
 from sharpkit.training.variants import PLAIN_SAM, SamVariant, combined
 
+if TYPE_CHECKING:
+    from sharpkit.training.step_plan import StepPlan
+
 
 @dataclass(frozen=True)
 class Task:
-    """What one step works on.
-
-    Attributes:
-        model: The model as a function.
-        loss: The loss of a batch.
-        shared: The values of the parameters to be trained, by name, detached.
-        radii: Of their perturbations.
-        recorder: Of BatchNorm statistics.
-        examples: The batch.
-        m: Examples per group.
-        scale: Multiplies the loss whose gradient is taken.
-        variant: Of SAM.
-    """
+    """What one step works on."""
 
     model: FunctionalModel
     loss: MeanLoss
-    shared: Tensors
-    radii: Radii
-    recorder: Recorder
-    examples: Examples
-    m: int
-    scale: Callable[[Tensor], Tensor] = lambda loss: loss
+    shared: Tensors  # the values of the parameters to be trained, by name, detached
+    radii: Radii  # of their perturbations
+    recorder: Recorder  # of BatchNorm statistics
+    examples: Examples  # the batch
+    m: int  # examples per group
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss  # of the loss whose gradient is taken
     variant: SamVariant = PLAIN_SAM
 
     def weighted(self, weight: Tensor) -> Tensor:
@@ -94,24 +84,19 @@ class Found(NamedTuple):
     doubtful: Tensor  # a bool: whether a norm may have left float32 on the way
 
 
-class Passes(Protocol):
-    """A way to run both passes over `groups` equally large groups of consecutive examples."""
-
-    def __call__(self, examples: Examples, groups: int) -> Found:
-        """Both passes."""
+# both passes over some number of equally large groups of consecutive examples
+Passes: TypeAlias = Callable[[Examples, int], Found]
 
 
 class AsOneBatch:
     """All groups as one ordinary batch, whose layers know whose examples are whose.
 
-    Args:
-        task: The step.
-        factored: Rows per example of the weights whose perturbations stay in factors.
-        careful: As in `steps_of_groups`.
+    Perturbations of the weights that the plan has in factors stay in factors.
     """
 
-    def __init__(self, task: Task, factored: dict[str, int], *, careful: bool) -> None:
-        self.task, self._careful, self._thin = task, careful, frozenset(factored)
+    def __init__(self, task: Task, plan: StepPlan) -> None:
+        factored = plan.factored
+        self.task, self._careful, self._thin = task, plan.careful, frozenset(factored)
         self._passes = BatchPasses(
             task.model, task.loss, task.shared, factored, packed=not task.variant.by_name
         )
@@ -220,7 +205,7 @@ class _At(torch.autograd.Function):
 class Vectorised:
     """Each group a call of the model as a function, all of them under vmap."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, plan: StepPlan) -> None:
         self.task = task
         self._scale = task.radii.scale(task.shared)
 
@@ -275,20 +260,14 @@ class Vectorised:
 
 
 class Alone:
-    """A group by itself, by plain autograd with the weights assigned.
+    """A group by itself, by plain autograd with the weights assigned."""
 
-    Args:
-        task: The step.
-        layout: Of images and of the weights of convolutions.
-        careful: As in `step_of_one`.
-    """
-
-    def __init__(self, task: Task, layout: torch.memory_format, *, careful: bool) -> None:
-        self.task, self._layout, self._careful = task, layout, careful
-        self._weights: Tensors = in_layout(task.shared, layout)
+    def __init__(self, task: Task, plan: StepPlan) -> None:
+        self.task, self._layout, self._careful = task, plan.layout, plan.careful
+        self._weights: Tensors = in_layout(task.shared, plan.layout)
         self._scale = task.radii.scale(self._weights)
         wide = task.model.dtype in (torch.float32, torch.float64)
-        self._scaled = careful or not wide or torch.is_autocast_enabled(task.model.device.type)
+        self._scaled = plan.careful or not wide or torch.is_autocast_enabled(task.model.device.type)
         self._leaves: list[Tensor] | None = None
 
     @contextmanager
@@ -311,7 +290,7 @@ class Alone:
         task, model = self.task, self.task.model
         noise = Noise(model.device)
         with without_reentry():
-            with task.recorder.of_one_group() as statistics:
+            with task.recorder.of_one_batch(1) as statistics:
                 first = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
             at, doubtful = step_of_one(
                 self._weights, self._real(first.gradient), first.exponent, task.radii,

@@ -86,18 +86,9 @@ def step_of_one(
 ) -> tuple[Tensors, Tensor]:
     """The same for a single group, in as few calls as parameters allow.
 
-    Args:
-        weights: w, (*shape).
-        gradients: In the order of the weights, None where there is none.
-        exponent: +inf where the gradient is 0 for certain, a scalar.
-        radii: Of the parameters.
-        scale: T of the weights; None if it is the same number for all parameters.
-        direction: As above.
-        careful: As above.
-        scaled: Whether the gradient is times a power of two.
-
-    Returns:
-        tuple: w + ε, and whether the norm may be wrong.
+    Gradients are in the order of the weights, None where there is none, and `scaled` if they are
+    times a power of two; the exponent is a scalar. Returns w + ε, and whether the norm may be
+    wrong.
     """
     used = {n: g for n, g in zip(weights, gradients, strict=True) if g is not None}
     if careful or not used or direction is not None:

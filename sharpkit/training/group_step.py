@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -14,12 +14,7 @@ from sharpkit.contract.holding import run_eagerly
 from sharpkit.contract.losses import check_labels
 from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
-from sharpkit.groupwise.fallback import (
-    Disagreement,
-    Engine,
-    first_that_works,
-    vectorised_or_loop,
-)
+from sharpkit.groupwise.fallback import Disagreement, Engine, first_that_works, vectorised_or_loop
 from sharpkit.training.batch_norm_statistics import Averages
 from sharpkit.training.group_passes import Alone, AsOneBatch, Found, Passes, Task, Vectorised
 from sharpkit.training.noise import Noise
@@ -37,7 +32,7 @@ class Result:
     doubtful: bool
 
 
-Way = Callable[[Task, StepPlan], Passes]
+Way = type[AsOneBatch] | type[Vectorised] | type[Alone]
 
 
 def run(task: Task, engine: Engine) -> Result:
@@ -61,7 +56,7 @@ def run(task: Task, engine: Engine) -> Result:
 
         def by(way: Way, groups: int) -> Result:
             """Along a way that has proved right, and once more where a norm needs more care."""
-            if way is not alone and not plan.compared and len(task.examples) >= 2 * task.m:
+            if way is not Alone and not plan.compared and len(task.examples) >= 2 * task.m:
                 _compare(task, plan, way)
                 again()
                 plan.compared = True
@@ -73,10 +68,10 @@ def run(task: Task, engine: Engine) -> Result:
             return result
 
         def as_one_batch() -> Result:
-            result = by(one_batch, plan.groups)
+            result = by(AsOneBatch, plan.groups)
             if not result.finite:  # a weight was used otherwise than before, or training diverged
                 again()
-                other = by(alone, 1)
+                other = by(Alone, 1)
                 plan.one_batch = not other.finite
                 result = other
             return result
@@ -84,17 +79,17 @@ def run(task: Task, engine: Engine) -> Result:
         def under_vmap() -> Result:
             plan.one_batch = plan.compared = False
             again()
-            return by(vectorised, plan.groups)
+            return by(Vectorised, plan.groups)
 
         def side_by_side() -> Result:
             if plan.groups == 1:
-                return by(alone, 1)
+                return by(Alone, 1)
             return first_that_works(as_one_batch, under_vmap) if plan.one_batch else under_vmap()
 
         result, was_vectorised = vectorised_or_loop(
             "loop" if plan.loop_only and engine == "auto" else engine,
             side_by_side,
-            lambda: by(alone, 1),
+            lambda: by(Alone, 1),
             task.model.model,
             again,
         )
@@ -104,21 +99,6 @@ def run(task: Task, engine: Engine) -> Result:
         return result
 
 
-def one_batch(task: Task, plan: StepPlan) -> Passes:
-    """Groups as one batch."""
-    return AsOneBatch(task, plan.factored, careful=plan.careful)
-
-
-def vectorised(task: Task, plan: StepPlan) -> Passes:
-    """Groups under vmap."""
-    return Vectorised(task)
-
-
-def alone(task: Task, plan: StepPlan) -> Passes:
-    """Group by group."""
-    return Alone(task, plan.layout, careful=plan.careful)
-
-
 def _compare(task: Task, plan: StepPlan, way: Way) -> None:
     """Raise Disagreement if two groups side by side differ from one after the other.
 
@@ -126,7 +106,7 @@ def _compare(task: Task, plan: StepPlan, way: Way) -> None:
     """
     two = replace(task, examples=task.examples.slice(0, 2 * task.m), scale=lambda loss: loss)
     careful = replace(plan, careful=True)
-    one, repeated = (_chunks(two, careful, alone, 1) for _ in range(2))
+    one, repeated = (_chunks(two, careful, Alone, 1) for _ in range(2))
     draws = task.variant.by_name or not torch.equal(one.value, repeated.value)
     if draws and differ(two, one.gradient, repeated.gradient):
         return
@@ -137,8 +117,8 @@ def _compare(task: Task, plan: StepPlan, way: Way) -> None:
 def _chunks(task: Task, plan: StepPlan, way: Way, groups: int) -> Result:
     """Both passes over every chunk of at most `groups` groups; the smaller last group alone."""
     n, m = len(task.examples), task.m
-    way = way if n >= 2 * m else alone
-    passes = way(task, plan)
+    way = way if n >= 2 * m else Alone
+    passes: Passes = way(task, plan)
     whole = n // m * m
     groups = math.ceil(n // m / math.ceil(n // m / groups))  # chunks of nearly equal size
     total, averages = _Total(len(task.shared)), Averages()
@@ -150,9 +130,9 @@ def _chunks(task: Task, plan: StepPlan, way: Way, groups: int) -> Result:
             stop = n if start == whole else min(start + groups * m, whole)
             examples = task.examples.slice(start, stop)
             count = max(1, len(examples) // m)
-            if count == 1 and way is not alone:
-                way, passes = alone, alone(task, plan)
-            with vmap_friendly(task.model.model) if way is vectorised else nullcontext():
+            if count == 1 and way is not Alone:
+                way, passes = Alone, Alone(task, plan)
+            with vmap_friendly(task.model.model) if way is Vectorised else nullcontext():
                 found = passes(examples, count)
             averages.add(found.statistics, len(examples) // count, count)
             total.add(found.gradient)

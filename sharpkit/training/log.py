@@ -17,10 +17,7 @@ from sharpkit.training.run_files import Row
 class Reporter:
     """Shows a training's progress.
 
-    Args:
-        bar: A tqdm bar over all steps; its estimate of the time left is for the whole training.
-        writer: TensorBoard's, or None.
-        epochs: How many there are at most.
+    Its bar is over all steps: its estimate of the time left is for the whole training.
     """
 
     def __init__(self, bar: Any, writer: Any, epochs: int) -> None:
@@ -64,12 +61,8 @@ def reporting(
 ) -> Iterator[Reporter]:
     """A reporter for a training of some epochs and steps per epoch, part of which may be done.
 
-    Args:
-        epochs: Of the whole training.
-        steps: In an epoch.
-        history: The epochs that are done.
-        board: Folder for TensorBoard's files; None for none.
-        progress: Show the bar.
+    `steps` are those of an epoch, `history` the epochs that are done, `board` the folder for
+    TensorBoard's files or None.
 
     Raises:
         ArgumentError: If TensorBoard is not installed.

@@ -22,8 +22,7 @@ from sharpkit.training.log import Reporter, reporting
 from sharpkit.training.parallel import Ranks
 from sharpkit.training.run_files import Row, RunFiles
 from sharpkit.training.sam import SAM
-from sharpkit.training.schedules import SCHEDULES
-from sharpkit.training.settings import FitSettings
+from sharpkit.training.settings import SCHEDULES, FitSettings
 from sharpkit.training.streams import global_stream, stream, stream_seed
 from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
@@ -180,12 +179,7 @@ def _optimizer(model: nn.Module, settings: FitSettings, variant: SamVariant) -> 
 
 
 def _sgd_step(
-    network: nn.Module,
-    optimizer: Any,
-    inputs: Any,
-    labels: Tensor,
-    _m: int | None,
-    loss: MeanLoss,
+    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, _m: int | None, loss: MeanLoss
 ) -> Tensor:
     optimizer.zero_grad()
     value = loss(outputs_of(network, inputs, loss), labels)

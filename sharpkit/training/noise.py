@@ -1,4 +1,4 @@
-"""Random numbers drawn twice: both passes of SAM see the same dropout masks."""
+"""Both passes of SAM alike: they draw the same random numbers, and the second moves no buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,9 +52,7 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._numbers: list[int] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, and note how much it drew."""
         out = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -67,3 +66,44 @@ class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         half, odd = divmod(len(self._numbers), 2)
         first, second = self._numbers[:half], self._numbers[half:]
         return not odd and all(2 * a == 3 * b for a, b in zip(first, second, strict=True))
+
+
+class BufferGuard:
+    """Remembers the buffers of every module that runs in training mode, and puts them back.
+
+    SAM's second pass must not move running statistics, and an optimizer does not know its model:
+    so modules are noticed when they are called. Only what runs between `start` and `stop` is.
+    """
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+        self._seen: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
+        self._called: set[nn.Module] = set()
+
+    def start(self) -> None:
+        """From now on, note a module's buffers before its first call."""
+        note = torch.compiler.disable(self._note)  # type: ignore[no-untyped-call]
+        self._handle = register_module_forward_pre_hook(note)
+
+    @torch.no_grad()
+    def stop(self) -> None:
+        """Put every buffer noted back, and take no more notes; harmless if not started."""
+        if self._handle is not None:
+            self._handle.remove()
+        for module, buffers in self._seen.items():
+            for name, (buffer, before) in buffers.items():
+                buffer.copy_(before)
+                module._buffers[name] = buffer
+        self._handle, self._seen, self._called = None, {}, set()
+
+    def _note(self, module: nn.Module, args: Any) -> None:
+        if module in self._called:
+            return
+        for part in module.modules():  # a compiled module does not announce its parts
+            if part not in self._called and part.training:
+                self._seen[part] = {
+                    name: (buffer, buffer.detach().clone())
+                    for name, buffer in part._buffers.items()
+                    if buffer is not None
+                }
+            self._called.add(part)

@@ -18,15 +18,10 @@ from sharpkit.errors import ArgumentError
 
 @dataclass(frozen=True)
 class Ranks:
-    """Which of the processes this is; every method is called by all of them.
+    """Which of the processes this is; every method is called by all of them."""
 
-    Args:
-        rank: Number of this process; 0 writes the files.
-        world: How many there are.
-    """
-
-    rank: int = 0
-    world: int = 1
+    rank: int = 0  # number of this process; 0 writes the files
+    world: int = 1  # how many there are
 
     @classmethod
     def current(cls) -> Ranks:
@@ -90,10 +85,7 @@ def averaged_over_ranks(
 ) -> list[Tensor | None]:
     """The mean over ranks of every gradient; None where no rank has one.
 
-    Args:
-        model: Gives the process group.
-        gradients: Of this rank; None counts as zero if another rank has one.
-        like: The parameters, the same on every rank.
+    A gradient that is None here counts as zero if another rank has one.
     """
     used = on_any_rank(model, [gradient is not None for gradient in gradients])
     full: list[Tensor | None] = [
@@ -117,11 +109,8 @@ def averaged_over_ranks(
 def process_group(device: str = "cpu") -> Iterator[str]:
     """Join the processes that `torchrun` started, if it did; leave them at the end.
 
-    Args:
-        device: "cpu" (then they talk through gloo) or "cuda" (nccl, a GPU for each).
-
-    Yields:
-        str: This process's own device, such as "cuda:1".
+    On a "cpu" they talk through gloo, with "cuda" through nccl, a GPU for each. Gives this
+    process's own device, such as "cuda:1".
 
     Raises:
         ArgumentError: If there are more local processes than GPUs.

@@ -38,15 +38,8 @@ def perturb(
 ) -> bool:
     """Move parameters to w + ε with ε = T² g / ‖T g‖₂, T = ρ or ρ|w| (see `radius`).
 
-    Nothing is moved where the gradient is exactly zero, or is not finite.
-
-    Args:
-        parameters: The parameters of every group; all have a dense `.grad`.
-        rhos: Radius of every group.
-        adaptive: Whether T contains |w|, for every group.
-
-    Returns:
-        bool: Whether the gradient is finite.
+    Nothing is moved where the gradient is exactly zero, or is not finite. All parameters have a
+    dense `.grad`. Returns whether the gradient is finite.
     """
     moving = [
         ([real(p) for p in group], [real(p.grad) for p in group if p.grad is not None], rho, own)

@@ -40,10 +40,8 @@ Row = dict[str, float]
 class RunFiles:
     """Where a training keeps its files; without a path, nothing is written.
 
-    Args:
-        path: The directory, locked by the caller; None for no files.
-        config: What decides the result. A checkpoint of another one is refused.
-        writes: Whether this process writes (one of several does).
+    The caller locks the directory. `config` is what decides the result: a checkpoint of another one
+    is refused. One of several processes `writes`.
     """
 
     def __init__(

@@ -17,9 +17,8 @@ from sharpkit.contract.examples import Inputs
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.training.buffers import BufferGuard
 from sharpkit.training.m_sam import accumulate
-from sharpkit.training.noise import Noise
+from sharpkit.training.noise import BufferGuard, Noise
 from sharpkit.training.perturbation import perturb, perturb_along, real
 from sharpkit.training.radius import checked_radius, radii_of_groups
 from sharpkit.training.variants import PLAIN_SAM, SamVariant, both, check_variant

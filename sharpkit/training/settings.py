@@ -1,4 +1,7 @@
-"""The settings of a training, checked once: one vocabulary wherever networks are trained."""
+"""The settings of a training, checked once: one vocabulary wherever networks are trained.
+
+Schedules give the learning rate over the course of a training, as a fraction of the first one.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,42 @@ from typing import Any, Literal, TypeAlias
 from sharpkit.errors import ArgumentError
 from sharpkit.training.augmentation import AUGMENTATIONS
 from sharpkit.training.radius import checked_radius
-from sharpkit.training.schedules import SCHEDULES
+
+
+def cosine(progress: float) -> float:
+    """From 1 to 0 along half a cosine (Loshchilov and Hutter 2017, without restarts).
+
+    Args:
+        progress: Steps made, as a fraction of all.
+
+    Example:
+        >>> [round(cosine(t), 3) for t in (0.0, 0.5, 1.0)]
+        [1.0, 0.5, 0.0]
+    """
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def step(progress: float) -> float:
+    """A tenth after half of the training and a hundredth after three quarters (He et al. 2016).
+
+    Example:
+        >>> [step(t) for t in (0.49, 0.5, 0.75)]
+        [1.0, 0.1, 0.01]
+    """
+    return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+
+
+def constant(progress: float) -> float:
+    """Always 1."""
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": cosine,
+    "step": step,
+    "constant": constant,
+}
+
 
 OptimizerName: TypeAlias = Literal["sgd", "sam"]
 Schedule: TypeAlias = Literal["cosine", "step", "constant"]

@@ -22,6 +22,7 @@ from sharpkit.contract.checks import check_rows
 from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.holding import unfused_attention
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
+from sharpkit.contract.modules import hooked
 from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.contract.state import Attributes
@@ -152,11 +153,8 @@ def _check_loss(task: Task) -> None:
 def _groups_at_a_time(per_group: int, m: int, found: Survey, device: torch.device) -> int:
     """How many groups of m examples to evaluate together.
 
-    Args:
-        per_group: Bytes of a group's activations, gradient, perturbation and perturbed weights.
-        m: Examples per group.
-        found: What a forward pass costs.
-        device: A CPU prefers a working set near its cache.
+    `per_group` is the bytes of its activations, gradient, perturbation and perturbed weights; a CPU
+    prefers a working set near its cache.
     """
     on_cpu = device.type != "cuda"
     if m >= found.alone(device):
@@ -246,9 +244,5 @@ def vmap_friendly(model: nn.Module) -> Iterator[None]:
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     kind = next(model.parameters()).device.type
     hooks = [n.register_forward_pre_hook(widen) for n in norms if torch.is_autocast_enabled(kind)]
-    try:
-        with unfused_attention():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), unfused_attention():
+        yield

@@ -81,11 +81,7 @@ def combined(
 ) -> Tensors:
     """Σ_i share_i combine(g_i(w), g_i(w + ε_i)).
 
-    Args:
-        rule: The rule.
-        plain: Gradients at w (groups, *shape), each times 2^exponent, and exponents (groups,).
-        perturbed: The same at w + ε_i.
-        shares: What groups count, (groups,).
+    Gradients (groups, *shape) come times 2^exponent, with the exponents (groups,).
     """
     found = both(rule, _unscaled(*plain), _unscaled(*perturbed))
     return {name: (g * geometry.expand(shares, g)).sum(0) for name, g in found.items()}

@@ -1,4 +1,4 @@
-"""Normalisation layers on one example, whose gradient PyTorch may get wrong.
+"""Normalisation layers: how `F.batch_norm` was called, and their gradient for one example.
 
 On a CPU the backward pass of BatchNorm and InstanceNorm reads a gradient of other strides than the
 input's (as after `flatten(2).transpose(1, 2)`) in the wrong order if the batch has one example.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from sharpkit.contract.modules import hooked
 
 
 def norms(model: nn.Module) -> list[nn.Module]:
@@ -30,12 +32,8 @@ def contiguous_gradients(layers: list[nn.Module]) -> Iterator[None]:
         ...     layer(torch.ones(1, 2, 1, 1)).flatten().tolist()
         [0.99999..., 0.99999...]
     """
-    handles = [layer.register_forward_hook(_reorder) for layer in layers]
-    try:
+    with hooked(layer.register_forward_hook(_reorder) for layer in layers):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _reorder(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -61,3 +59,22 @@ class _Contiguous(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.clone()
+
+
+class BatchNormCall(NamedTuple):
+    """One call of `F.batch_norm`, made as that is: `BatchNormCall(*args, **kwargs)`.
+
+    Example:
+        >>> import torch
+        >>> BatchNormCall(torch.ones(1, 2), None, None, training=True).eps
+        1e-05
+    """
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
