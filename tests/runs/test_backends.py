@@ -169,6 +169,7 @@ def test_ray_gives_the_same_bits(ray, zoo, table):
     assert_same_bits(scores, table)
 
 
+@pytest.mark.slow
 def test_every_measure_has_the_same_bits_on_ray(ray, images):
     zoo, expected = images
     pd.testing.assert_frame_equal(
@@ -176,6 +177,7 @@ def test_every_measure_has_the_same_bits_on_ray(ray, images):
     )
 
 
+@pytest.mark.slow
 def test_ray_survives_a_model_that_kills_or_hangs_its_worker(ray, zoo, tmp_path):
     marker = str(tmp_path / "marker")
     for id_, name in (("3", "first"), ("5", "second")):

@@ -13,6 +13,8 @@ from clusters import local_ray
 from sharpkit.errors import RunError
 from sharpkit.workers import Workers, cluster, run_items
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def ray():

@@ -15,6 +15,8 @@ if sys.platform != "linux":
 
 import bombs
 
+pytestmark = pytest.mark.slow
+
 SECONDS, MEBIBYTES = 2, 256  # of one processor, and beyond what the imports take
 NAMES = [(kind, name) for kind, (makers, _) in bombs.KINDS.items() for name in makers]
 

@@ -112,7 +112,7 @@ def test_neither_workers_nor_random_state_change_a_number(trained, tmp_path):
     assert same_zoo(trained, tmp_path / "two")
 
 
-@pytest.mark.parametrize("backend", ["processes", "ray"])
+@pytest.mark.parametrize("backend", ["processes", pytest.param("ray", marks=pytest.mark.slow)])
 def test_backends_train_the_same_zoo(trained, tmp_path, backend):
     if backend == "ray":
         pytest.importorskip("ray", reason="Ray is not installed: pip install 'sharpkit[ray]'")
