@@ -263,7 +263,7 @@ def _lanczos_runs(
     size, storage = operator.shape[0], (starts.dtype, starts.device)
     return [
         lanczos(operator, steps=steps, probes=block.T, seed=seed)
-        for block in torch.split(starts, probes_at_once(size, steps, probes, *storage))
+        for block in torch.split(starts, probes_at_once(size, steps, int(probes), *storage))
     ]
 
 
