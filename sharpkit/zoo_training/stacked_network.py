@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,6 +138,9 @@ def _units(config: dict[str, Any]) -> dict[str, torch.Size]:
     return found
 
 
+_TRIES = 5
+
+
 @dataclass(frozen=True)
 class Draws:
     """How a network alone draws its dropout masks in a step: part after part of a batch.
@@ -188,8 +192,13 @@ def draws_of(
     Raises:
         ModelError: The network draws in an order that is not understood.
     """
-    model = build_model(config, device=examples.device).train()
-    step(model)  # a first step tries things out, and draws for that too
+    for _ in range(_TRIES):
+        model = build_model(config, device=examples.device).train()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step(model)  # a first step tries things out, and draws for that too
+        if not caught:  # else groups are taken one by one, mostly because of unlucky draws
+            break
     with _DropoutCalls() as calls:
         step(model)
     layers = len(units)
