@@ -13,7 +13,8 @@ from torch.utils.data import TensorDataset
 from sharpkit.contract.examples import standard_tensor
 from sharpkit.workers import Failure, Workers, run_items
 from sharpkit.zoo_training.model import TrainedModel
-from sharpkit.zoo_training.stacked import Job, train_stacked
+from sharpkit.zoo_training.stacked import train_stacked
+from sharpkit.zoo_training.stacked_state import Job
 
 # networks of one shape, and how many of them at a time
 Stacked: TypeAlias = tuple[list[Job], int]

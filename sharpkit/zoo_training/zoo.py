@@ -40,9 +40,9 @@ from sharpkit.zoo.writer import ZooWriter
 from sharpkit.zoo_training.grid_file import ZooPlan
 from sharpkit.zoo_training.model import TrainedModel, train_model
 from sharpkit.zoo_training.recipe import Recipe
-from sharpkit.zoo_training.stacked import Job
 from sharpkit.zoo_training.stacked_plan import Stack, check_stack, stacks_of
 from sharpkit.zoo_training.stacked_run import train_stacks
+from sharpkit.zoo_training.stacked_state import Job
 
 if TYPE_CHECKING:
     import pandas as pd

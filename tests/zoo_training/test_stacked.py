@@ -17,11 +17,12 @@ from sharpkit.cli import main
 from sharpkit.errors import ArgumentError, ModelError
 from sharpkit.workers import Failure
 from sharpkit.zoo import load_zoo
-from sharpkit.zoo_training import stacked, stacked_plan
+from sharpkit.zoo_training import stacked_plan, stacked_state
 from sharpkit.zoo_training.model import train_model
 from sharpkit.zoo_training.recipe import Recipe
-from sharpkit.zoo_training.stacked import Job, train_stacked
+from sharpkit.zoo_training.stacked import train_stacked
 from sharpkit.zoo_training.stacked_plan import shape_of, sizes_of, stacks_of
+from sharpkit.zoo_training.stacked_state import Job
 from sharpkit.zoo_training.zoo import train_zoo
 
 
@@ -161,7 +162,7 @@ def test_one_that_diverges_tells_so_and_leaves_the_others_alone(float64, sam):
 
 def test_a_missed_target_is_tried_again_from_other_random_numbers(float64):
     train, test = blobs(30, 0), blobs(21, 1)
-    recipes = [replace(r, stop_at_loss=0.6, epochs=3, attempts=9) for r in varied(**UNTIL)]
+    recipes = [replace(r, stop_at_loss=0.75, epochs=2, attempts=30) for r in varied(**UNTIL)]
     expected = alone(recipes, train, test)
     assert len({model.metrics["attempt"] for model in expected}) > 1
     found = dict(train_stacked(jobs_of(recipes), train, test, most=3))
@@ -173,7 +174,7 @@ def test_an_error_is_that_of_all_that_are_not_done(float64, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(stacked, "sgd_slopes", full)
+    monkeypatch.setattr(stacked_state, "sgd_slopes", full)
     found = dict(train_stacked(jobs_of(varied()), blobs(30, 0), blobs(21, 1), most=3))
     assert len(found) == 8
     assert all(failure.message.endswith("give a smaller stack") for failure in found.values())
