@@ -130,6 +130,24 @@ def test_stacks_of_any_size_give_the_networks_that_train_alone(float64, kind, fi
             assert_same(found[str(i)], model, 1e-10)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Recipe, DROPOUT),
+        (Normed, {"rho": 0.02, **DROPOUT}),
+        (Recipe, {"rho": 0.02, "m": 2, **NIN}),
+    ],
+)
+def test_a_stack_on_a_gpu_gives_the_networks_that_train_alone_there(float64, kind, fields):
+    recipes = varied(kind, **fields, **FIFTY_STEPS)
+    train, test = blobs(349, 0), blobs(21, 1)
+    found = dict(train_stacked(jobs_of(recipes), train, test, most=8, device="cuda"))
+    for i, recipe in enumerate(recipes):
+        expected = train_model(recipe, train, test, seed=(5, i), device="cuda")
+        assert_same(found[str(i)], expected, 1e-10)
+
+
 @pytest.mark.parametrize("sam", [{}, {"rho": 0.02, "m": 2}])
 def test_networks_that_are_done_leave_and_others_take_their_places(float64, sam):
     recipes = [
