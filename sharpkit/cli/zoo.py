@@ -60,6 +60,16 @@ def fetch(name: str, to: Path | None) -> None:
     say(fetch_zoo(name, to))
 
 
+def _stack(context: click.Context, option: click.Parameter, value: str) -> Any:
+    """A number, "auto", or None for "none"."""
+    if value in ("auto", "none"):
+        return None if value == "none" else value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f'{value!r} is not a number, "auto" or "none"') from None
+
+
 @zoo.command()
 @click.argument("grid")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The zoo's root.")
@@ -67,6 +77,14 @@ def fetch(name: str, to: Path | None) -> None:
 @of_workers("Models")
 @click.option("--limit", type=int, help="Only the first models of the grid.")
 @DEVICE
+@click.option(
+    "--stack",
+    default="none",
+    show_default=True,
+    callback=_stack,
+    help='Networks of one shape that train together: a number; "none" for one by one; "auto" for '
+    "stacks on a GPU and none on a CPU.",
+)
 def train(grid: str, out: Path, data: str | None, **options: Any) -> None:
     """Train one model for every setting of GRID and write them as a zoo in the PGDL layout.
 

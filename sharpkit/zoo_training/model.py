@@ -68,40 +68,62 @@ def train_model(
     with limited_threads(1), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         for attempt in range(recipe.attempts):
             try:
-                model, initial, epochs = _attempt(config, recipe, x, y, (*seed, attempt))
+                start = begin(config, recipe, (*seed, attempt))
+                epochs = _fit(start.model.to(x.device), recipe, x, y, start.order)
                 break
             except ModelError:
                 if attempt == recipe.attempts - 1:
                     raise
-        train_loss, train_acc = _evaluate(model, x, y)
-        test_loss, test_acc = _evaluate(model, test_x, test_y)
-        _, shipped_acc = _evaluate(model, test_x[:shipped_test], test_y[:shipped_test])
-    metrics = {
+        metrics = final_metrics(start.model, (x, y), (test_x, test_y), shipped_test)
+    metrics |= {"epochs": epochs, "attempt": attempt}
+    return TrainedModel(config, start.initial, state_of(start.model), metrics)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network before its first step; torch's global state draws its dropout masks.
+
+    Args:
+        model: On the CPU.
+        initial: Its weights.
+        order: Draws the order of the examples in every epoch.
+    """
+
+    model: KerasModel
+    initial: dict[str, NDArray[np.float32]]
+    order: torch.Generator
+
+
+def begin(config: dict[str, Any], recipe: Recipe, seed: tuple[int, ...]) -> Start:
+    """The network of an attempt, and torch's global state set to what it draws from."""
+    seeds = np.random.SeedSequence(seed).generate_state(3, np.uint64).tolist()
+    torch.manual_seed(seeds[0])  # dropout draws from the global generator
+    model = build_model(config)
+    _initialise(model, recipe.init_gain, torch.Generator().manual_seed(seeds[1]))
+    return Start(model, state_of(model), torch.Generator().manual_seed(seeds[2]))
+
+
+def final_metrics(
+    model: KerasModel,
+    train: tuple[Tensor, Tensor],
+    test: tuple[Tensor, Tensor],
+    shipped_test: int | None,
+) -> dict[str, float]:
+    """Accuracies and losses of a finished network, on inputs and labels of its device."""
+    train_loss, train_acc = _evaluate(model, *train)
+    test_loss, test_acc = _evaluate(model, *test)
+    _, shipped_acc = _evaluate(model, *(t[:shipped_test] for t in test))
+    return {
         "train_acc": train_acc,
         "test_acc": test_acc,
         "train_loss": train_loss,
         "test_loss": test_loss,
         "shipped_test_acc": shipped_acc,
-        "epochs": epochs,
-        "attempt": attempt,
     }
-    return TrainedModel(config, initial, _state(model), metrics)
 
 
-def _attempt(
-    config: dict[str, Any], recipe: Recipe, x: Tensor, y: Tensor, seed: tuple[int, ...]
-) -> tuple[KerasModel, dict[str, NDArray[np.float32]], int]:
-    """The trained network, its initial weights and the number of epochs."""
-    seeds = np.random.SeedSequence(seed).generate_state(3, np.uint64).tolist()
-    torch.manual_seed(seeds[0])  # dropout draws from the global generator
-    model = build_model(config)
-    _initialise(model, recipe.init_gain, torch.Generator().manual_seed(seeds[1]))
-    initial = _state(model)
-    model.to(x.device)
-    return model, initial, _fit(model, recipe, x, y, torch.Generator().manual_seed(seeds[2]))
-
-
-def _state(model: nn.Module) -> dict[str, NDArray[np.float32]]:
+def state_of(model: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """Parameters and buffers by name, copied."""
     return {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
 
 
@@ -118,8 +140,7 @@ def _initialise(model: nn.Module, gain: float, generator: torch.Generator) -> No
 
 def _fit(model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, shuffle: torch.Generator) -> int:
     """SGD or SAM until the training loss is at most the target; the number of epochs."""
-    optimizer, schedule = _optimizer(model, recipe)
-    loss = math.inf
+    optimizer, schedule = optimizer_of(model, recipe)
     for epoch in range(1, recipe.epochs + 1):
         model.train()
         for batch in torch.split(torch.randperm(len(x), generator=shuffle), recipe.batch_size):
@@ -131,18 +152,30 @@ def _fit(model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, shuffle: torch.
                 optimizer.step()
         schedule.step()
         loss, _ = _evaluate(model, x, y)
-        if not math.isfinite(loss):
-            raise ModelError(f"training diverged: the loss is {loss} after epoch {epoch}")
-        if loss <= recipe.stop_at_loss:
+        if reached(recipe, loss, epoch):
             return epoch
-    raise ModelError(
-        f"training loss {loss:.3g} after {recipe.epochs} epochs; target {recipe.stop_at_loss}"
-    )
+    raise AssertionError("the last epoch decides")
 
 
-def _optimizer(
+def reached(recipe: Recipe, loss: float, epoch: int) -> bool:
+    """Whether a training loss after an epoch is at most the target.
+
+    Raises:
+        ModelError: The loss is not finite, or this was the last epoch.
+    """
+    if not math.isfinite(loss):
+        raise ModelError(f"training diverged: the loss is {loss} after epoch {epoch}")
+    if loss > recipe.stop_at_loss and epoch == recipe.epochs:
+        raise ModelError(
+            f"training loss {loss:.3g} after {recipe.epochs} epochs; target {recipe.stop_at_loss}"
+        )
+    return loss <= recipe.stop_at_loss
+
+
+def optimizer_of(
     model: nn.Module, recipe: Recipe
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """What makes the steps of a recipe, and what changes their size after every epoch."""
     scale = math.sqrt(recipe.batch_size / 16) if recipe.scale_lr else 1.0
     settings: dict[str, Any] = {
         "lr": recipe.lr * scale,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -40,6 +40,9 @@ from sharpkit.zoo.writer import ZooWriter
 from sharpkit.zoo_training.grid_file import ZooPlan
 from sharpkit.zoo_training.model import TrainedModel, train_model
 from sharpkit.zoo_training.recipe import Recipe
+from sharpkit.zoo_training.stacked_plan import Stack, check_stack, stacks_of
+from sharpkit.zoo_training.stacked_run import train_stacks
+from sharpkit.zoo_training.stacked_state import Job
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,6 +102,7 @@ def train_zoo(
     limit: int | None = None,
     workers: int | Workers = 1,
     device: str = "cpu",
+    stack: Stack = None,
     progress: bool = True,
 ) -> TrainingReport:
     """Train one model for each setting of a grid and write them as a zoo.
@@ -121,6 +125,9 @@ def train_zoo(
         workers: How many models at a time, or who trains them (`Workers`). A script that starts
             processes needs `if __name__ == "__main__":`.
         device: Where to train, such as "cpu" or "cuda".
+        stack: How many networks of one shape and batch size train together in one process: a
+            number, which memory may lower; None for one by one; "auto" for None on a CPU, and on a
+            GPU for as many as keep it busy. It changes weights by rounding alone.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -148,6 +155,7 @@ def train_zoo(
     """
     recipe = Recipe() if recipe is None else recipe
     check_device(device)
+    check_stack(stack)
     _check(grid, train, test)
     trainers = on_one_thread(workers)
     shipped = len(test) if shipped_test is None else min(shipped_test, len(test))
@@ -176,14 +184,13 @@ def train_zoo(
         skipped = [i for i in wanted if i in done]
         todo = {i: recipes[i] for i in wanted if i not in done}
         arrays = [t.numpy() for data in (train, test) for t in data.tensors]
-        train_one = partial(_train_one, arrays, seed, shipped)
-        results = run_items(train_one, todo.items(), trainers, device=device)
+        results = _train_all(todo, arrays, seed, shipped, stack, trainers, device)
         failed: dict[str, str] = {}
         bar = progress_bar(
             total=len(wanted), initial=len(skipped), desc="train", unit="model", progress=progress
         )
         with bar, closing(results):  # workers end at once if this process is interrupted
-            for (i, _), result in results:
+            for i, result in results:
                 if isinstance(result, Failure):
                     failed[i] = result.message
                     bar.write(f"model {i} failed: {printable(result.message)}", file=sys.stderr)
@@ -213,6 +220,28 @@ def train_plan(
         shipped_test=plan.shipped_test,
         **options,
     )
+
+
+def _train_all(
+    todo: Mapping[str, Recipe],
+    arrays: list[NDArray[Any]],
+    seed: int,
+    shipped: int,
+    stack: Stack,
+    trainers: Workers,
+    device: str,
+) -> Generator[tuple[str, TrainedModel | Failure]]:
+    """What comes of every model: of those that train alone, and then of stacks."""
+    x, y, *_ = arrays
+    input_shape, classes = (x.shape[2], x.shape[3], x.shape[1]), int(y.max()) + 1
+    stacks = stacks_of(todo, input_shape, classes, stack=stack, device=torch.device(device))
+    stacked = {i for ids, _ in stacks for i in ids}
+    alone = [(i, recipe) for i, recipe in todo.items() if i not in stacked]
+    train_one = partial(_train_one, arrays, seed, shipped)
+    for (i, _), result in run_items(train_one, alone, trainers, device=device):
+        yield i, result
+    jobs = [([Job(i, todo[i], (seed, int(i))) for i in ids], most) for ids, most in stacks]
+    yield from train_stacks(jobs, arrays, shipped, trainers, device=device)
 
 
 def _train_one(

@@ -21,7 +21,7 @@ from sharpkit.run_directory import sole_driver
 from sharpkit.workers import Workers
 from sharpkit.zoo import build_model, load_zoo
 from sharpkit.zoo_training.fashion_mnist import fashion_mnist
-from sharpkit.zoo_training.model import _optimizer, train_model
+from sharpkit.zoo_training.model import optimizer_of, train_model
 from sharpkit.zoo_training.recipe import Recipe
 from sharpkit.zoo_training.zoo import _train_one, train_zoo
 
@@ -382,7 +382,7 @@ def test_nin_halves_the_image_in_every_block_and_averages_positions():
 
 def test_the_step_size_follows_the_recipe():
     def rates(recipe, epochs):
-        optimizer, schedule = _optimizer(torch.nn.Linear(1, 1), recipe)
+        optimizer, schedule = optimizer_of(torch.nn.Linear(1, 1), recipe)
         found = []
         for _ in range(epochs):
             found.append(optimizer.param_groups[0]["lr"])
