@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sharpkit.contract.losses import resolve_loss
 from sharpkit.errors import DivergedError
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.group_terms import group_losses
+from sharpkit.groupwise.group_gradient import group_losses
 from sharpkit.training.m_sam import m_sam_gradient
 from sharpkit.training.noise import Noise
 from sharpkit.zoo.keras import KerasModel

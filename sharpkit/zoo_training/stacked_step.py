@@ -14,7 +14,7 @@ from sharpkit.contract.class_losses import IGNORED
 from sharpkit.contract.losses import resolve_loss
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.group_terms import group_losses, group_slopes
+from sharpkit.groupwise.group_gradient import group_losses, group_slopes
 from sharpkit.zoo_training.stacked_network import StackedNetwork
 
 
