@@ -9,17 +9,17 @@ demo: $(VENV)/.installed
 	$(BIN)/sharpkit figure3 --preset mini --panels right --workers 2 --out demo-output
 	$(BIN)/sharpkit plot demo-output/scores --out demo-output/predictive_power.png
 
-# Two processes of one thread each; a file's tests stay together, with what they share. The order
-# is that of the files, so that small ones come last and neither process waits for the other.
-TWO := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Three processes of one thread each, for some tests wait more than they compute; a file's tests stay
+# together, with what they share. The order is that of the files, so that small ones come last.
+PARALLEL := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The core, at most 8 minutes on 2 idle cores.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python $(TWO) -m 'not slow' $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PARALLEL) -m 'not slow' $(TESTS)
 
 # What takes long: statistics over many zoos, training again, whole commands.
 test-slow: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python $(TWO) -m slow $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PARALLEL) -m slow $(TESTS)
 
 # The measurements on networks of torchvision, timm, transformers and peft: tests/models.
 test-models: .venv-models/.installed
@@ -68,7 +68,7 @@ minimum: .venv-minimum/.installed
 
 # The tests with the newest torch of the index, the rest as in constraints.txt. As large as minimum.
 newest: .venv-newest/.installed
-	OMP_NUM_THREADS=1 .venv-newest/bin/python $(TWO) $(TESTS)
+	OMP_NUM_THREADS=1 .venv-newest/bin/python $(PARALLEL) $(TESTS)
 
 .venv-bench/.installed: pyproject.toml constraints.txt benchmarks/requirements-peers.txt
 	$(PYTHON) -m venv .venv-bench

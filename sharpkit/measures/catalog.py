@@ -320,7 +320,8 @@ def chosen_measures(
         ArgumentError: For an unknown name; lists the known ones.
 
     Example:
-        >>> [measure.name for measure in chosen_measures("depth,m_sharpness", MSharpness(m=1))]
+        >>> own = MSharpness(m=1, rho=0.1)
+        >>> [measure.name for measure in chosen_measures("depth,m_sharpness", own)]
         ['depth', 'm_sharpness']
     """
     every = names == "all"

@@ -366,7 +366,7 @@ def _read_store(folder: Path, path: Path) -> None:
     run = folder / "read"
     run.mkdir(exist_ok=True)
     for old in run.iterdir():
-        old.unlink()
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     shutil.copyfile(path, run / "results.sqlite")
     scores = sk.Scores.open(run)
     try:

@@ -17,6 +17,7 @@ def case(folder, item, device):
     return try_case(folder, *item)
 
 
+@pytest.mark.slow
 def test_damaged_files_load_or_are_refused_within_time_and_memory(tmp_path):
     write_seeds(tmp_path)
     items = [(kind, seed) for kind in KINDS for seed in range(CASES)]
