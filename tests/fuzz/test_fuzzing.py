@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from functools import partial
 
+import pytest
 from fuzzing import KINDS, try_case, write_seeds
 from pace import start_seconds
 
