@@ -2,9 +2,9 @@
 
     python benchmarks/bench_load.py
 
-Each measurement has a fresh process. Memory is its peak, the imports included. A report evaluates,
-so its time is given beside that of the evaluation in it. The page is opened in a headless Chromium,
-where there is one, until its last figure is drawn.
+Each measurement has a fresh process. Memory is its peak, the imports included. The report is of a
+run that was evaluated before; what is left of the evaluation in it is given as well. The page is
+opened in a headless Chromium, where there is one, until its last figure is drawn.
 """
 
 from __future__ import annotations
