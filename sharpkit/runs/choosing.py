@@ -78,17 +78,15 @@ def checkpoint_models(
                     f"{Path(first).parent} and {Path(other).parent} were trained on different data "
                     "or labels: measure them one by one, or give --build and --data"
                 )
-        return {name: partial(load_trained, c, build) for name, c in names.items()}, trained_data(
-            first
-        )[0]
+        loaders: Loaders = {name: partial(load_trained, c, build) for name, c in names.items()}
+        return loaders, trained_data(first)[0]
     if build is None or data is None:
         raise ArgumentError(
             f"{first} is not from `sharpkit train`, so it needs --build module:callable and "
             "--data FILE.npz"
         )
-    return {name: partial(load_checkpoint, c, build) for name, c in names.items()}, load_arrays(
-        data
-    )
+    loaders = {name: partial(load_checkpoint, c, build) for name, c in names.items()}
+    return loaders, load_arrays(data)
 
 
 def score_tasks(

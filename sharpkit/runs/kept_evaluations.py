@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.doors import read_json
+from sharpkit.doors import read_json, reading
 from sharpkit.errors import RunError
 from sharpkit.files import atomic_path
 
@@ -124,14 +124,16 @@ def _read(path: Path, digest: str) -> pd.DataFrame:
     content = read_json(path, RunError)
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise RunError(f"{path}: is not as it was written")
-    if content["question"] != digest:
-        raise RunError(f"{path}: is of another question")
-    columns = {
-        name: pd.Series([float(v) for v in values] if dtype == "float64" else values, dtype=dtype)
-        for name, dtype, values in content["columns"]
-    }
-    _warn(content["warnings"])
-    return pd.DataFrame(columns)
+    with reading(path, RunError, "a table as it was kept"):  # anybody can write a checksum
+        if content["question"] != digest:
+            raise RunError(f"{path}: is of another question")
+        columns = {
+            name: pd.Series(list(map(float, v)) if dtype == "float64" else v, dtype=dtype)
+            for name, dtype, v in content["columns"]
+        }
+        table, messages = pd.DataFrame(columns), list(map(str, content["warnings"]))
+    _warn(messages)
+    return table
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -122,6 +122,29 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
     assert file.read_text() == content
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"columns": [["value", "float64", ["a word"]]]},
+        {"columns": [["value", "no dtype", [1.0]]]},
+        {"columns": 3},
+        {"warnings": None},
+        {"question": None},
+    ],
+    ids=str,
+)
+def test_a_file_of_another_form_is_made_again_whatever_its_checksum(tmp_path, change):
+    with pytest.warns(UserWarning):
+        table = kept_table(tmp_path, a_table, 1)
+    (file,) = files(tmp_path)
+    content = {**json.loads(file.read_text()), **change}
+    del content["checksum"]
+    content["checksum"] = kept_evaluations._checksum(content)
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="left out"):
+        assert_frame_equal(kept_table(tmp_path, a_table, 1), table, check_exact=True)
+
+
 def test_where_nothing_can_be_written_nothing_is_kept(tmp_path):
     (tmp_path / FOLDER).write_text("a file where the folder would be")
     with pytest.warns(UserWarning):
