@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharpkit.doors import read_json, reading
 from sharpkit.errors import RunError
-from sharpkit.files import atomic_path
+from sharpkit.files import atomic_path, remove_leftovers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,6 +113,7 @@ def _write(path: Path, digest: str, table: pd.DataFrame, messages: list[str]) ->
     with atomic_path(path) as temporary:
         content["checksum"] = _checksum(content)
         temporary.write_text(json.dumps(content), encoding="utf-8")
+    remove_leftovers(path.parent)
     for old in sorted(path.parent.glob("*.json"), key=lambda p: p.stat().st_mtime)[:-_KEPT]:
         old.unlink(missing_ok=True)
 

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -157,6 +159,17 @@ def test_the_oldest_make_place(tmp_path, monkeypatch):
         for k in range(6):
             kept_table(tmp_path, a_table, k)
     assert len(files(tmp_path)) == 3
+
+
+def test_what_a_killed_process_has_left_is_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left = tmp_path / FOLDER / f".table.json.{gone.pid}-{32 * '0'}.tmp"
+    left.parent.mkdir()
+    left.write_text("half of a table")
+    with pytest.warns(UserWarning):
+        kept_table(tmp_path, a_table, 1)
+    assert not left.exists()
 
 
 def test_results_in_memory_keep_nothing():
