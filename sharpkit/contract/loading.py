@@ -93,6 +93,20 @@ def load_in_order(data: Data, n: int | None = None) -> Examples:
     return load_examples(data, n=n, seed=None)
 
 
+def as_data(examples: Examples) -> Data:
+    """Examples in a form that can be loaded again, in their own order with `seed=None`.
+
+    Example:
+        >>> import torch
+        >>> inputs, labels = as_data(Examples(torch.zeros(2, 1), torch.arange(2)))
+        >>> labels
+        tensor([0, 1])
+    """
+    if examples.uniform:
+        return examples.inputs, examples.labels
+    return [(part.inputs, part.labels) for part in examples.chunks(len(examples))]
+
+
 def _load(data: Data, n: int | None, seed: int | None) -> Examples:
     if isinstance(data, DataLoader):
         return _from_loader(data, n, seed)
