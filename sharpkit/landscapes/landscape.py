@@ -335,7 +335,7 @@ def _described(
         subspace.text,
         f"{_entries(what, moved)} parameters move"
         + (f", {len(outside)} tensors do not" if outside else ""),
-        f"{name} over {count} examples (seed {seed}), eval mode",
+        f"loss {name} over {count} examples (seed {seed}), eval mode",
     ]
     if not any(np.isnan(subspace.norms)):
         parts.insert(1, one)

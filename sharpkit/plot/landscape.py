@@ -22,6 +22,7 @@ Kind: TypeAlias = Literal["line", "contour", "surface"]
 
 _LEVELS = 15  # of a contour plot
 _LOG_FROM = 10.0  # ratio of the largest to the least loss from which levels are logarithmic
+_LONGEST = 4  # ratio of the sides up to which a plane is drawn at its true proportions
 _COLOURS = "viridis"
 
 
@@ -206,7 +207,8 @@ def _draw_contours(axis: Axes, result: Landscape) -> None:
             )  # fmt: skip
     axis.set_xlim(x[0], x[-1])
     axis.set_ylim(y[0], y[-1])
-    if result.norms[0] == result.norms[1]:
+    widths = np.array([np.ptp(x), np.ptp(y)])
+    if np.isclose(*result.norms, rtol=1e-4) and widths.max() < _LONGEST * widths.min():
         axis.set_aspect("equal")
     axis.set_xlabel(result.labels[0])
     axis.set_ylabel(result.labels[1])
