@@ -149,8 +149,8 @@ def barrier(
         parameters: What moves; None for all parameters, and then t = 1 is the model b. With a
             selection, all else is a's.
         batch_norm: "stored", the mean of both models' running statistics, or "recomputed", those of
-            the examples at each t; see `landscape`. Between stored statistics the barrier is mostly
-            far higher.
+            the examples at each t; see `landscape`. With stored statistics, part of the
+            barrier may be theirs.
         confidence: Nominal coverage of interval and band.
         resamples: Draws of examples.
         chunk: Examples at a time.

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
+from sharpkit.errors import ModelError
 
 STATISTICS_BATCH = 256  # examples, at most; a number of its own, since statistics depend on it
 
@@ -47,6 +48,10 @@ def recompute_statistics(
             layer.momentum, layer.training = None, True  # a plain mean over batches
         for batch in batches:
             function.outputs(batch.to(function.device, function.dtype).inputs)
+    except ValueError as error:  # of a layer that gets a single value per channel
+        raise ModelError(
+            f"BatchNorm statistics cannot be recomputed from {len(batch)} examples: {error}"
+        ) from error
     finally:
         for layer, momentum, training in before:
             layer.momentum, layer.training = momentum, training

@@ -112,7 +112,7 @@ def eigenvector_subspace(
         basis,
         tuple(f"eigenvector {k + 1} (λ = {v:.3g})" for k, v in enumerate(values)),
         tuple(map(length, basis)),
-        f"eigenvectors of the Hessian of this loss, of norm 1, eigenvalues {shown} (residuals up "
+        f"eigenvectors of the Hessian of this loss; of norm 1, eigenvalues {shown} (residuals up "
         f"to {top.residual_norms.max():.1g})",
         np.eye(dimensions),
         eigenvalues=values,
@@ -153,7 +153,7 @@ def component_subspace(origin: Tensors, states: Sequence[Tensors], dimensions: i
         basis,
         tuple(f"component {k + 1} ({100 * s:.1f} % of variance)" for k, s in enumerate(shares)),
         tuple(map(length, basis)),
-        f"principal components of {count} checkpoints, of norm 1, through the model's weights; "
+        f"principal components of {count} checkpoints; of norm 1, through the model's weights; "
         f"share of the checkpoints' variance {shown}",
         np.eye(dimensions),
         shares=shares,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ _MARGIN = 0.25  # of the larger side, around models and trajectories
 def read_points(points: Points | None, dimensions: int, default: int) -> tuple[int, ...]:
     """The number of points along each axis."""
     given = default if points is None else points
-    counts = (given,) * dimensions if isinstance(given, int) else tuple(given)
+    counts = tuple(given) if isinstance(given, Sequence) else (given,) * dimensions
     valid = all(isinstance(c, int) and not isinstance(c, bool) and c >= 2 for c in counts)
     if len(counts) != dimensions or not valid:
         raise ArgumentError(
@@ -35,9 +36,9 @@ def read_extent(extent: Extent | None, dimensions: int) -> list[tuple[float, flo
     if extent is None:
         return None
     given: Any = extent
-    if isinstance(given, int | float):
+    if isinstance(given, Real):
         ends = [(-float(given), float(given))] * dimensions
-    elif len(given) == 2 and all(isinstance(e, int | float) for e in given):
+    elif len(given) == 2 and all(isinstance(e, Real) for e in given):
         ends = [(float(given[0]), float(given[1]))] * dimensions
     else:
         try:

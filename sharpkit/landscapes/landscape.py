@@ -27,7 +27,14 @@ from sharpkit.landscapes.grid import Extent, Points, around, axis, read_extent, 
 from sharpkit.landscapes.measured import BatchNorm, How, Opened, evaluate, opened
 from sharpkit.landscapes.passes import Terms
 from sharpkit.landscapes.result import AXES, Landscape, grid_points
-from sharpkit.landscapes.states import State, Tensors, as_states, read_buffers, read_weights
+from sharpkit.landscapes.states import (
+    State,
+    Tensors,
+    as_states,
+    read_buffers,
+    read_weights,
+    require_same_integers,
+)
 from sharpkit.landscapes.subspace import Subspace, given_subspace
 from sharpkit.measures.passes import weighted_mean
 
@@ -113,7 +120,7 @@ def landscape(
             the cost of a second pass.
         chunk: Examples at a time; the loss changes by rounding only.
         engine: "loop", one point after the other; "vectorized", several side by side; "auto" takes
-            the second for networks of up to 8 million parameters on a GPU.
+            the second on a GPU that the examples of one point do not fill.
         progress: Show a bar if it takes longer than two seconds.
 
     Returns:
@@ -302,6 +309,8 @@ def between(
     weights = [_weights(what, s, name) for s, name in zip(others, names, strict=True)]
     found: list[Tensors] = []
     if buffers:
+        for state, name in zip(others, names, strict=True):
+            require_same_integers(state, what.function, name)
         found = [read_buffers(what.function.model, what.function, "model")]
         found += [read_buffers(s, what.function, k) for s, k in zip(others, names, strict=True)]
         found = [] if not found[0] else [{k: t.clone() for k, t in f.items()} for f in found]

@@ -124,8 +124,11 @@ def evaluate(
     function, probe = what.function, what.probe
     loop_loss = needs_loop_loss(what.loss, probe)
     recompute = how.batch_norm == "recomputed"
-    prefers = prefers_side_by_side(function, what.origin) and not recompute
-    engine: Engine = "loop" if how.engine == "auto" and not prefers else how.engine
+    engine = how.engine
+    if engine == "auto" and (
+        recompute or not prefers_side_by_side(function, what.origin, probe, len(what.examples))
+    ):
+        engine = "loop"
 
     def passes(batch: int) -> Passes:
         layout = image_layout(function, probe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.objective import examples_in_layout, in_layout
+from sharpkit.groupwise.survey import survey
 from sharpkit.landscapes.batch_norm import (
     layers_with_statistics,
     recompute_statistics,
@@ -172,7 +174,7 @@ class Passes:
             return single_terms(self.loss)(outputs, labels)
         pairs = []
         for k in range(len(labels)):
-            one = pytree.tree_map(lambda t, k=k: t[k : k + 1], outputs)
+            one = pytree.tree_map(partial(_row, k), outputs)
             pairs.append(self.loss.terms(one, labels[k : k + 1]))
         means, weights = (torch.stack(list(part)) for part in zip(*pairs, strict=True))
         return means * weights.to(means.dtype), weights
@@ -193,13 +195,14 @@ def needs_loop_loss(loss: MeanLoss, probe: Probe) -> bool:
     return False
 
 
-def prefers_side_by_side(function: FunctionalModel, origin: Tensors) -> bool:
-    """Whether points run faster side by side: small networks on a GPU, which waits for calls.
+def prefers_side_by_side(function: FunctionalModel, origin: Tensors, probe: Probe, n: int) -> bool:
+    """Whether points run faster side by side: where one alone leaves a GPU waiting for calls.
 
     On a CPU one after the other took 0.35 to 0.7 of the time.
     """
-    entries = sum(w.numel() for w in origin.values())
-    return function.device.type == "cuda" and 8 * entries <= _STACKED
+    if function.device.type != "cuda":
+        return False
+    return n < survey(function, origin, probe.examples).alone(function.device)
 
 
 def points_at_a_time(weights: Sequence[Tensor]) -> int:
@@ -211,6 +214,10 @@ def points_at_a_time(weights: Sequence[Tensor]) -> int:
 def _bytes(examples: Examples) -> int:
     parts = (pytree.tree_leaves((p.inputs, p.labels)) for p in examples.chunks(len(examples)))
     return sum(t.nbytes for leaves in parts for t in leaves)
+
+
+def _row(k: int, leaf: Any) -> Any:
+    return leaf[k : k + 1] if isinstance(leaf, Tensor) else leaf
 
 
 def _in_double(leaf: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.embeddings import renormalised
@@ -73,6 +74,19 @@ def read_buffers(state: State, function: FunctionalModel, what: str) -> Tensors:
     }
 
 
+def require_same_integers(state: State, function: FunctionalModel, what: str) -> None:
+    """Raise ModelError if parameters that are no real numbers differ: nothing is between them."""
+    other = state.state_dict() if isinstance(state, nn.Module) else state
+    own = _without_prefix(other, function.model)
+    for name, parameter in function.model.named_parameters():
+        real = parameter.is_floating_point() or parameter.is_complex()
+        if not real and not parameter.equal(_fitting(own, name, parameter, what)):
+            raise ModelError(
+                f"{what}: {name!r} is {parameter.dtype} and differs from the model's: there is no "
+                "line between integers; compare the models before they are quantised"
+            )
+
+
 def _without_prefix(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Names as the model has them, without what wrappers have put before them."""
     known = dict(model.named_parameters())
@@ -93,6 +107,6 @@ def _fitting(own: Mapping[str, Tensor], name: str, like: Tensor, what: str) -> T
             "expected the same layers"
         )
     value = found.detach().to(like.device, like.dtype)
-    if not bool(parts_of(value)[-1].isfinite().all()):
+    if not bool(torch.isfinite(parts_of(value)[-1]).all()):
         raise ModelError(f"{what}: {name!r} has NaN or infinite entries")
     return value

@@ -124,7 +124,7 @@ def single_terms(loss: Loss) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
     loss_fn = resolve_loss(loss)
 
     def one(output: Any, label: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = pytree.tree_map(lambda t: t.unsqueeze(0), output)
+        outputs = pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, output)
         mean, weight = loss_fn.terms(outputs, label.unsqueeze(0))
         return mean * weight.to(mean.dtype), weight
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -133,7 +134,7 @@ def barrier(result: Barrier, out: str | Path | None = None, *, ax: Axes | None =
     axis.set_xlabel("t (0 = a, 1 = b)")
     axis.set_ylabel("loss")
     axis.grid(alpha=0.25)
-    axis.legend(handles=handles, fontsize=8)
+    _add_legend(axis, handles)
     axis.set_title(
         f"barrier {result.value:.3g} ({result.low:.3g} to {result.high:.3g})\n"
         f"{100 * result.confidence:g} % band of the whole curve, n = {result.n}",
@@ -169,7 +170,13 @@ def _draw_line(axis: Axes, result: Landscape) -> None:
     axis.set_xlabel(result.labels[0])
     axis.set_ylabel("loss")
     axis.grid(alpha=0.25)
-    axis.legend(handles=handles, fontsize=8)
+    _add_legend(axis, handles)
+
+
+def _add_legend(axis: Axes, handles: Sequence[Any]) -> None:
+    """Below the axis, where no data are."""
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
+    axis.legend(handles=handles, fontsize=8, ncols=3, frameon=False, **place)
 
 
 def _draw_accuracy(axis: Axes, x: NDArray[np.float64], accuracy: NDArray[np.float64]) -> Any:
@@ -189,7 +196,8 @@ def _draw_contours(axis: Axes, result: Landscape) -> None:
     filled = axis.contourf(x, y, loss, levels=levels, cmap=_COLOURS, norm=norm)
     lines = axis.contour(x, y, loss, levels=levels, colors="white", linewidths=0.5, alpha=0.6)
     axis.clabel(lines, levels[::3], fmt=lambda v: f"{v:.3g}", fontsize=7)
-    bar = axis.figure.colorbar(filled, ax=axis)
+    # as high as the plane, whatever its proportions
+    bar = axis.figure.colorbar(filled, cax=axis.inset_axes((1.03, 0.0, 0.045, 1.0)))
     bar.set_label("loss")
     bar.set_ticks(levels[::2].tolist())
     bar.ax.yaxis.set_major_formatter(lambda v, _: f"{v:.3g}")

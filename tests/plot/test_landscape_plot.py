@@ -46,7 +46,8 @@ def test_a_line_has_the_loss_its_band_and_the_accuracy(line):
 
 
 def test_contours_run_over_all_values_and_the_trajectory_is_drawn(plane):
-    axis, bar = plane.plot().axes
+    (axis,) = plane.plot().axes
+    (bar,) = axis.child_axes
     contours = axis.collections[0]
     assert contours.levels[[0, -1]] == pytest.approx([plane.loss.min(), plane.loss.max()])
     path = next(x for x in axis.lines if len(x.get_xdata()) == 4)
