@@ -80,9 +80,9 @@ def landscape(
     Random directions are Gaussian, and each filter d_f is scaled to the model's own,
     d_f ← d_f ‖w_f‖ / ‖d_f‖, so that a network and the same function with rescaled ReLU layers have
     one picture. A filter is all that leads to one output unit: a row of a linear layer, a kernel of
-    a convolution (of a transposed one over the inputs of its group), the vector of a token. The
-    model is evaluated in eval mode, in full precision, and left exactly as found. A point costs one
-    forward pass over the examples.
+    a convolution (of a transposed one over the inputs of its group), the vector of a token; in a
+    layer of your own, what its first axis counts. The model is evaluated in eval mode, in full
+    precision, and left exactly as found. A point costs one forward pass over the examples.
 
     A plane shows two of many directions: what looks convex there need not be, and pictures of two
     models have no common scale but through these norms.

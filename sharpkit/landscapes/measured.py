@@ -90,13 +90,15 @@ class How:
 
 @contextmanager
 def opened(
-    model: nn.Module, data: Data, loss: Loss, n: int | None, seed: int | None, chosen: Parameters
+    model: nn.Module, data: Data, loss: Loss, n: int | None, seed: int, chosen: Parameters
 ) -> Iterator[Opened]:
     """Inside, the model is held still, and has passed the contract; it is left as it was.
 
     Raises:
         SharpkitError: As `m_sharpness`; also if the model gives other outputs afterwards.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ArgumentError(f"seed must be a whole number, got {seed!r}")
     loss_fn = resolve_loss(loss)
     with frozen(model) as found:
         names = floating_parameters(model, chosen)

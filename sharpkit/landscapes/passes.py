@@ -70,12 +70,14 @@ class Passes:
     loop_loss: bool = False
     _home: list[Tensor] = field(init=False, repr=False)
     _basis: list[list[Tensor]] = field(init=False, repr=False)
+    _held: bool = field(init=False, repr=False)  # whether all examples are on the device
 
     def __post_init__(self) -> None:
         origin = {name: working(w) for name, w in self.subspace.origin.items()}
         self._home = list(in_layout(origin, self.layout).values())
         self._basis = [list(in_layout(b, self.layout).values()) for b in self.subspace.basis]
-        if _bytes(self.examples) <= _HELD:
+        self._held = _bytes(self.examples) <= _HELD
+        if self._held:
             self.examples = self._ready(self.examples)
 
     def one_by_one(self, coefficients: NDArray[np.float64]) -> Iterator[Terms]:
@@ -141,7 +143,7 @@ class Passes:
         found: list[Terms] = []
         entries = 0
         for part in self.examples.chunks(self.batch):
-            ready = self._ready(part)
+            ready = part if self._held else self._ready(part)
             outputs = self.function.outputs(ready.inputs)
             waiting.append((outputs, ready.labels))
             entries += sum(t.numel() for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor))

@@ -175,8 +175,10 @@ def _draw_line(axis: Axes, result: Landscape) -> None:
 
 def _add_legend(axis: Axes, handles: Sequence[Any]) -> None:
     """Below the axis, where no data are."""
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13)}
-    axis.legend(handles=handles, fontsize=8, ncols=3, frameon=False, **place)
+    axis.legend(
+        handles=handles, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3,
+        frameon=False,
+    )  # fmt: skip
 
 
 def _draw_accuracy(axis: Axes, x: NDArray[np.float64], accuracy: NDArray[np.float64]) -> Any:
@@ -216,7 +218,10 @@ def _draw_contours(axis: Axes, result: Landscape) -> None:
     axis.set_xlim(x[0], x[-1])
     axis.set_ylim(y[0], y[-1])
     widths = np.array([np.ptp(x), np.ptp(y)])
-    if np.isclose(*result.norms, rtol=1e-4) and widths.max() < _LONGEST * widths.min():
+    if (
+        np.isclose(result.norms[0], result.norms[1], rtol=1e-4)
+        and widths.max() < _LONGEST * widths.min()
+    ):
         axis.set_aspect("equal")
     axis.set_xlabel(result.labels[0])
     axis.set_ylabel(result.labels[1])
