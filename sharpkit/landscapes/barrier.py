@@ -18,9 +18,9 @@ from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.groupwise.fallback import Engine
 from sharpkit.landscapes.band import Band, excess_band
-from sharpkit.landscapes.landscape import between
 from sharpkit.landscapes.measured import BatchNorm, How, evaluate, opened
 from sharpkit.landscapes.passes import Terms
+from sharpkit.landscapes.request import between
 
 if TYPE_CHECKING:
     import pandas as pd

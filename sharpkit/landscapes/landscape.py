@@ -3,50 +3,31 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters, left_out
 from sharpkit.contract.precision import current_precision
-from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.errors import ModelError
 from sharpkit.groupwise.fallback import Engine
 from sharpkit.landscapes.batch_norm import layers_with_statistics
-from sharpkit.landscapes.directions import (
-    Normalise,
-    component_subspace,
-    eigenvector_subspace,
-    model_subspace,
-    random_subspace,
-)
-from sharpkit.landscapes.grid import Extent, Points, around, axis, read_extent, read_points
+from sharpkit.landscapes.directions import Normalise
+from sharpkit.landscapes.grid import Extent, Points, axis, read_extent, read_points
 from sharpkit.landscapes.measured import BatchNorm, How, Opened, evaluate, opened
 from sharpkit.landscapes.passes import Terms
+from sharpkit.landscapes.request import Directions, read_request, weights_of
 from sharpkit.landscapes.result import AXES, Landscape, grid_points
-from sharpkit.landscapes.states import (
-    State,
-    Tensors,
-    as_states,
-    read_buffers,
-    read_weights,
-    require_same_integers,
-)
-from sharpkit.landscapes.subspace import Subspace, given_subspace
+from sharpkit.landscapes.states import State
+from sharpkit.landscapes.subspace import Subspace
 from sharpkit.measures.passes import weighted_mean
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Kinds: TypeAlias = Literal["random", "eigenvectors", "trajectory"]
-Directions: TypeAlias = "Kinds | Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None"
-
-_POINTS = {1: 61, 2: 25}
-_EXTENT = {"random": 1.0, "eigenvectors": 0.5, "given": 1.0}
-_LINE = (-0.25, 1.25)
 
 
 def landscape(
@@ -153,39 +134,24 @@ def landscape(
     began = time.perf_counter()
     how = How(batch_norm, chunk, engine, progress)
     how.check(model)
-    others = None if to is None else as_states(to, "to")
-    path = None if trajectory is None else as_states(trajectory, "trajectory")
-    kind, axes = _kind(directions, others, path, dimensions)
-    if normalise not in get_args(Normalise):
-        raise ArgumentError(f'normalise must be "filter" or "layer", got {normalise!r}')
-    counts = read_points(points, axes, _default_points(axes, others))
+    request = read_request(directions, to, trajectory, dimensions, normalise, biases, norms, seed)
+    axes = request.dimensions
+    counts = read_points(points, axes, request.default_points)
     ends = read_extent(extent, axes)
-    chosen = "*" if others is not None and parameters is None else parameters
-    with opened(model, data, loss, n, seed, chosen) as what:
-        states = [_weights(what, s, f"checkpoint {k}") for k, s in enumerate(path or [])]
-        if kind == "to":
-            subspace = between(what, others or [], axes, buffers=parameters is None)
-        elif kind == "random":
-            subspace = random_subspace(model, what.origin, axes, seed, normalise, biases, norms)
-        elif kind == "eigenvectors":
-            subspace = eigenvector_subspace(
-                model, what.origin, what.examples, what.loss, axes, seed, progress
-            )
-        elif kind == "trajectory":
-            subspace = component_subspace(what.origin, states, axes)
-        else:
-            subspace = given_subspace(what.origin, _as_mappings(directions))
+    whole = parameters is None
+    path = request.checkpoints
+    with opened(
+        model, data, loss, n, seed, "*" if request.others and whole else parameters
+    ) as what:
+        states = [weights_of(what, s, f"checkpoint {k}") for k, s in enumerate(path or [])]
+        subspace = request.subspace(model, what, states, buffers=whole, progress=progress)
         places = [subspace.project(state) for state in states]
-        ends = ends or _default_extent(kind, subspace, [place for place, _ in places])
+        ends = ends or request.default_extent(subspace, [place for place, _ in places])
+        subspace.require_within(ends)
         coordinates = tuple(
             axis(low, high, count, subspace.marks, k)
             for k, ((low, high), count) in enumerate(zip(ends, counts, strict=True))
         )
-        if subspace.matrix is None and not 0 <= ends[0][0] < ends[0][1] <= len(subspace.basis):
-            raise ArgumentError(
-                f"extent = {extent!r}: a path through {len(subspace.basis) + 1} models runs from 0 "
-                f"to {len(subspace.basis)}"
-            )
         coefficients = subspace.coefficients(grid_points(coordinates))
         found, used = evaluate(what, subspace, coefficients, how, summary)
         moved = subspace.moving()
@@ -222,99 +188,6 @@ def summary(terms: Terms) -> tuple[float, float, float]:
     loss = weighted_mean(terms.sums, terms.weights)
     right = float("nan") if terms.right is None else float(terms.right.nanmean())
     return loss.value, loss.std_error, right
-
-
-def _kind(
-    directions: Directions,
-    others: Sequence[State] | None,
-    path: Sequence[State] | None,
-    dimensions: int | None,
-) -> tuple[str, int]:
-    """What the axes are made of, and how many there are."""
-    if dimensions not in (None, 1, 2):
-        raise ArgumentError(f"dimensions must be 1 or 2, got {dimensions!r}")
-    if others is not None:
-        if directions is not None:
-            raise ArgumentError("give either `to` or `directions`: both say where the axes go")
-        if dimensions == 2 and len(others) != 2:
-            raise ArgumentError(
-                f"to: a plane goes through the model and two others, got {len(others)}; for a path "
-                "through all of them ask for dimensions=1"
-            )
-        return "to", dimensions or (2 if len(others) == 2 else 1)
-    if directions is None:
-        directions = "random" if path is None else "trajectory"
-    if not isinstance(directions, str):
-        given = len(_as_mappings(directions))
-        if dimensions not in (None, given):
-            raise ArgumentError(f"directions: got {given}, expected {dimensions} as dimensions say")
-        return "given", given
-    if directions not in get_args(Kinds):
-        raise ArgumentError(
-            f"unknown directions {directions!r}: expected one of {', '.join(get_args(Kinds))}, or "
-            "mappings of parameter names to tensors"
-        )
-    if directions == "trajectory" and path is None:
-        raise ArgumentError('directions="trajectory" needs the checkpoints: pass trajectory=[...]')
-    return directions, dimensions or 2
-
-
-def _as_mappings(directions: Directions) -> list[Mapping[str, Tensor]]:
-    items = [directions] if isinstance(directions, Mapping) else list(directions or ())
-    for item in items:
-        if not isinstance(item, Mapping):
-            raise ArgumentError(
-                f"directions: found {type(item).__name__}, expected mappings of parameter names to "
-                "tensors"
-            )
-    return items  # type: ignore[return-value]
-
-
-def _default_points(dimensions: int, others: Sequence[State] | None) -> int:
-    if dimensions == 1 and others is not None and len(others) > 1:
-        return 25 * len(others) + 1
-    return _POINTS[dimensions]
-
-
-def _default_extent(
-    kind: str, subspace: Subspace, places: Sequence[tuple[float, ...]]
-) -> list[tuple[float, float]]:
-    dimensions = len(subspace.labels)
-    if subspace.matrix is None:
-        return [(0.0, float(len(subspace.basis)))]
-    if kind == "to" and dimensions == 1:
-        return [_LINE]
-    if places or kind == "to":
-        return around([(0.0,) * dimensions, *subspace.marks.values(), *places])
-    return [(-_EXTENT[kind], _EXTENT[kind])] * dimensions
-
-
-def _weights(what: Opened, state: State, name: str) -> Tensors:
-    return read_weights(state, what.function, what.origin, name)
-
-
-def between(
-    what: Opened,
-    others: Sequence[State],
-    dimensions: int,
-    *,
-    buffers: bool,
-    called: str = "",
-) -> Subspace:
-    """The line, plane or path; with the means of running statistics if `buffers`.
-
-    `called` is what a single other model is called in messages.
-    """
-    names = [called or f"model {k + 1} of `to`" for k in range(len(others))]
-    weights = [_weights(what, s, name) for s, name in zip(others, names, strict=True)]
-    found: list[Tensors] = []
-    if buffers:
-        for state, name in zip(others, names, strict=True):
-            require_same_integers(state, what.function, name)
-        found = [read_buffers(what.function.model, what.function, "model")]
-        found += [read_buffers(s, what.function, k) for s, k in zip(others, names, strict=True)]
-        found = [] if not found[0] else [{k: t.clone() for k, t in f.items()} for f in found]
-    return model_subspace(what.origin, weights, dimensions, found)
 
 
 def _trajectory(places: Sequence[tuple[tuple[float, ...], float]], dimensions: int) -> pd.DataFrame:

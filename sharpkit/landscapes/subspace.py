@@ -56,6 +56,14 @@ class Subspace:
         hats: Array = np.maximum(0.0, 1.0 - np.abs(points - corners))
         return hats
 
+    def require_within(self, ends: Sequence[tuple[float, float]]) -> None:
+        """Raise ArgumentError if these ends of the axes leave a path."""
+        last = len(self.basis)
+        if self.matrix is None and not 0 <= ends[0][0] < ends[0][1] <= last:
+            raise ArgumentError(
+                f"extent = {ends[0]}: a path through {last + 1} models runs from 0 to {last}"
+            )
+
     def moving(self) -> list[str]:
         """The names of the parameters that are not the same everywhere."""
         return [name for name in self.origin if any(bool(b[name].any()) for b in self.basis)]
