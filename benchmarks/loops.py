@@ -77,6 +77,29 @@ def _step(
     return torch._foreach_mul(total, rho / torch.nn.utils.get_total_norm(total))
 
 
+@torch.no_grad()
+def landscape_loop(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    batch: int,
+    directions: Sequence[Sequence[Tensor]],
+    points: Iterable[Sequence[float]],
+) -> Tensor:
+    """Mean losses at points along directions, shape (points,): weights in place, batches, undo."""
+    parameters = list(model.parameters())
+    home = [p.detach().clone() for p in parameters]
+    batches = list(zip(x.split(batch), y.split(batch), strict=True))
+    losses = []
+    for point in points:
+        for c, direction in zip(point, directions, strict=True):
+            torch._foreach_add_(parameters, direction, alpha=c)
+        parts = [cross_entropy(model(xb), yb, reduction="sum") for xb, yb in batches]
+        losses.append(torch.stack(parts).sum() / len(x))
+        torch._foreach_copy_(parameters, home)
+    return torch.stack(losses)
+
+
 def sgd_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
     """A plain step of SGD with momentum."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)

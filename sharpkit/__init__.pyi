@@ -22,6 +22,12 @@ from .datasets import (
 from .evaluation import (
     conditional_mutual_information as conditional_mutual_information,
 )
+from .landscapes import (
+    Barrier as Barrier,
+    Landscape as Landscape,
+    barrier as barrier,
+    landscape as landscape,
+)
 from .measures import (
     MSharpness as MSharpness,
 )

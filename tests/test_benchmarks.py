@@ -24,6 +24,7 @@ from dispatch import calls, counted, waits
 from loops import (
     LAYOUTS,
     Layouts,
+    landscape_loop,
     m_sam_loop_step,
     moved_in_place,
     moved_side_by_side,
@@ -68,6 +69,16 @@ def test_the_loop_is_right_for_every_kind_of_network(name: str) -> None:
         model, (x, y), m=2, rho=0.01, seed=None, progress=False, engine="loop"
     ).value
     assert float(sharpness_loop(model, x, y, 2, 0.01, 2)) == pytest.approx(ours, rel=1e-9)
+
+
+def test_the_loop_over_a_plane_finds_the_landscape() -> None:
+    model, x, y = double("CNN 0.22 M", 6)
+    step = {name: 0.1 * torch.randn_like(p) for name, p in model.named_parameters()}
+    ours = sharpkit.landscape(model, (x, y), directions=step, points=3, progress=False).loss
+    before = [p.clone() for p in model.parameters()]
+    found = landscape_loop(model, x, y, 4, [list(step.values())], [(-1.0,), (0.0,), (1.0,)])
+    assert found.tolist() == pytest.approx(ours.tolist(), rel=1e-10)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(

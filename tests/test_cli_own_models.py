@@ -172,3 +172,35 @@ def test_test_metrics_of_own_checkpoints_are_targets(here):
     run("score", *files, *FILES, "--out", "run", "--m", 1, "--test-metrics")
     metrics = sk.Scores.open(here / "run").metrics()
     assert metrics[["test_ece", "test_nll", "test_brier"]].notna().all(axis=None)
+
+
+def test_the_landscape_around_a_model_and_its_page(here):
+    pytest.importorskip("plotly", reason="the extra `report` is not installed")
+    text = run(
+        "landscape", "net0.pt", *FILES, "--points", "3,2", "--extent", "-1,1,0,2", "--biases",
+        "--out", "out/around", "--trajectory", "net1.pt", "--directions", "random",
+    )  # fmt: skip
+    data = torch.from_numpy(X), torch.from_numpy(Y)
+    found = sk.landscape(
+        network(0), data, points=(3, 2), extent=((-1, 1), (0, 2)), biases=True, progress=False
+    )
+    table = pd.read_csv(here / "out" / "around.csv")
+    np.testing.assert_allclose(table["loss"], found.loss.ravel(), rtol=1e-7)
+    assert {p.name for p in (here / "out").iterdir()} == {"around.png", "around.csv", "around.html"}
+    assert "3 x 2 points" in text and "random directions (seed 0)" in text
+    assert "net0" in (here / "out" / "around.html").read_text("utf-8")
+
+
+def test_the_line_and_the_barrier_between_two_models(here):
+    text = run("landscape", "net0.pt", "net1.pt", *FILES, "--no-page", "--out", "line.png")
+    assert "the line between two models" in text and not (here / "line.html").exists()
+    text = run("barrier", "net0.pt", "net1.pt", *FILES, "--points", 5, "--out", "barrier.csv")
+    data = torch.from_numpy(X), torch.from_numpy(Y)
+    found = sk.barrier(network(0), network(1), data, points=5, progress=False)
+    assert f"loss barrier {found.value:.4g}" in text
+    table = pd.read_csv(here / "barrier.csv")
+    assert table["excess"].tolist() == pytest.approx(found.excess.tolist(), abs=1e-7)
+    text = run("landscape", "net0.pt", "net0.pt", *FILES, "--out", "line.png", code=1)
+    assert "named twice" in text
+    text = run("landscape", "net0.pt", *FILES, "--extent", "1,2,3", "--out", "line.png", code=1)
+    assert "expected 1, 2 or 4" in text

@@ -73,6 +73,7 @@ def figure3():
 
 
 RESULTS = {
+    "Barrier": lambda: sk.barrier(model(), nn.Linear(4, 3), DATA, points=5),
     "CMIResult": lambda: sk.conditional_mutual_information(VALUES, CONFIGS),
     "CombinedPredictor": lambda: combined_predictor(
         pd.DataFrame({"a": VALUES, "b": SQUARES}), CONFIGS, resamples=5
@@ -85,6 +86,7 @@ RESULTS = {
     "FitResult": lambda: sk.fit(model(), DATA, epochs=1, progress=False),
     "GranulatedKendall": lambda: granulated_kendall(VALUES, CONFIGS),
     "Interval": lambda: bootstrap_interval(VALUES, CONFIGS, resamples=50),
+    "Landscape": lambda: sk.landscape(model(), DATA, points=5),
     "ModelComparison": lambda: sk.compare_models(model(), model(), DATA, m=1, rho=0.1),
     "ModelEntry": lambda: sk.embedded_zoo()["fashion_mnist_14x14"]["0"],
     "PowerLaw": lambda: sk.measures.fit_power_law([1.0, 2.0, 3.0, 5.0, 8.0]),

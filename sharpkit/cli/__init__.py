@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from sharpkit.cli.figure3 import figure3
+from sharpkit.cli.landscape import barrier, landscape
 from sharpkit.cli.results import evaluate, export, plot, report
 from sharpkit.cli.score import score
 from sharpkit.cli.sharpness import sharpness
@@ -27,5 +28,8 @@ def main(debug: bool) -> None:
     """
 
 
-for command in (zoo, score, sharpness, export, evaluate, plot, report, spectrum, train, figure3):
+for command in (
+    *(zoo, score, sharpness, landscape, barrier, export, evaluate, plot, report, spectrum, train),
+    figure3,
+):
     main.add_command(command)

@@ -177,6 +177,14 @@ class FunctionalModel:
         """From now on, start every forward pass with the given values of these buffers."""
         self.habits.buffers, self._first_buffers = names, dict(first)
 
+    @torch.no_grad()
+    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """From now on, run with these values of some buffers; the module's own stay."""
+        for name, value in values.items():
+            self._buffers[name].copy_(value)
+            if name in self._first_buffers:
+                self._first_buffers[name] = value
+
     def reset_buffers(self) -> None:
         """Start again from the module's own buffers."""
         self._buffers = _copies(self._own_buffers)

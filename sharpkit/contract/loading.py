@@ -253,9 +253,13 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def as_data(examples: Examples) -> Data:
-    """Examples as a data set again; a pair if inputs are a structure.
+    """Examples as data again, which keep their order where they are loaded with `seed=None`.
 
-    Examples of several shapes are a list of batches.
+    A data set; a pair if inputs are a structure; a list of batches if they differ in shape.
+
+    Example:
+        >>> as_data(Examples(torch.zeros(2, 1), torch.arange(2))).tensors[1]
+        tensor([0, 1])
     """
     if not examples.uniform:
         return [(part.inputs, part.labels) for part in examples.chunks(len(examples))]

@@ -23,11 +23,13 @@ def vectorised_or_loop(
     loop: Callable[[], T],
     model: nn.Module,
     again: Callable[[], object] = lambda: None,
+    what: str = "groups",
 ) -> tuple[T, bool]:
     """What `vectorised` gives or, whatever goes wrong there, what `loop` gives.
 
     "vectorized" never takes the loop, "loop" takes nothing else. `again` puts the random state back
-    before the second try. Returns the result, and whether it was vectorised.
+    before the second try; `what` stands side by side. Returns the result, and whether it was
+    vectorised.
 
     Raises:
         ModelError: If both fail, with the cause of the first failure; or the first fails and the
@@ -42,13 +44,13 @@ def vectorised_or_loop(
         return found[0], True
     cause = reason(failure, model)
     if engine == "vectorized":
-        raise ModelError(f"{cause}: groups cannot be vectorised, use engine='loop'") from failure
+        raise ModelError(f"{cause}: {what} cannot be vectorised, use engine='loop'") from failure
     again()
     found, again_failed = _tried(loop)
     if again_failed is not None:
         raise ModelError(f"the model cannot be measured: {cause}") from failure
     warnings.warn(
-        f"groups are evaluated one after the other, which is slower, because side by side {cause} "
+        f"{what} are evaluated one after the other, which is slower, because side by side {cause} "
         "(engine='loop' does so without this warning)",
         stacklevel=4,
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import Probe, examine
 from sharpkit.contract.examples import Examples
@@ -114,15 +116,16 @@ def mean_gradient(run: Setup, parameters: Mapping[str, Tensor], loss: Loss) -> d
     return {k: g / counted for k, g in total.items()}
 
 
-def single_terms(loss: Loss) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def single_terms(loss: Loss) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:
     """The sum and the weight of each example's loss, shape (n,), from outputs and labels (n, ...).
 
     The loss of any examples is Σ sums / Σ weights; for a plain mean the weights are 1.
     """
     loss_fn = resolve_loss(loss)
 
-    def one(output: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        mean, weight = loss_fn.terms(output.unsqueeze(0), label.unsqueeze(0))
+    def one(output: Any, label: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = pytree.tree_map(lambda t: t.unsqueeze(0) if isinstance(t, Tensor) else t, output)
+        mean, weight = loss_fn.terms(outputs, label.unsqueeze(0))
         return mean * weight.to(mean.dtype), weight
 
     return torch.func.vmap(one)

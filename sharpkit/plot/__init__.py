@@ -1,9 +1,10 @@
 """One function per figure; each returns a matplotlib Figure and can save it."""
 
 from sharpkit.plot.figure3 import figure3
+from sharpkit.plot.landscape import barrier, landscape
 from sharpkit.plot.predictive_power import predictive_power
 from sharpkit.plot.spectrum import spectrum
 
-__all__ = ["figure3", "predictive_power", "spectrum"]
+__all__ = ["barrier", "figure3", "landscape", "predictive_power", "spectrum"]
 
 __dir__ = __all__.copy  # submodules can be imported, but are not listed

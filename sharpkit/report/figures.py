@@ -37,7 +37,7 @@ def ranking(table: pd.DataFrame, statistic: str, setting: str) -> str:
     labels = [plain(label) for label in rows["label"]]
     has = np.isfinite(low) & np.isfinite(high)
     text = [interval_text(a, b) or "no interval" for a, b in zip(low, high, strict=True)]
-    figure = go.Figure(layout=_layout(height=130 + _ROW * len(rows), kind="rows"))
+    figure = go.Figure(layout=base_layout(height=130 + _ROW * len(rows), kind="rows"))
     _add_noise_rows(figure, rows, statistic)
     figure.add_scatter(
         x=value.tolist(),
@@ -68,14 +68,14 @@ def ranking(table: pd.DataFrame, statistic: str, setting: str) -> str:
         automargin=True,
         zeroline=False,
     )
-    return _json(figure)
+    return as_json(figure)
 
 
 def against_m(table: pd.DataFrame, statistic: str, setting: str) -> str:
     """A statistic of m-sharpness against m, one line with its band per radius."""
     rows = table[table["m"].notna()].sort_values("m")
     by = ["measure", "rho"] if "rho" in rows else ["measure"]
-    figure = go.Figure(layout=_layout(height=440))
+    figure = go.Figure(layout=base_layout(height=440))
     _add_noise_band(figure, rows, statistic)
     for k, (key, line) in enumerate(rows.groupby(by, dropna=False, sort=False)):
         colour = COLOURS[k % len(COLOURS)]
@@ -100,7 +100,7 @@ def against_m(table: pd.DataFrame, statistic: str, setting: str) -> str:
         ticktext=[number(m) for m in ticks],
     )
     figure.update_yaxes(title=TABLE[statistic].title, zeroline=True, automargin=True)
-    return _json(figure)
+    return as_json(figure)
 
 
 def _ends(rows: pd.DataFrame, statistic: str, ends: Sequence[str]) -> list[np.ndarray]:
@@ -271,7 +271,7 @@ def _heat_map(
     )
     longest = max(map(len, columns), default=0)
     figure = go.Figure(
-        trace, _layout(height=120 + 6 * min(longest, 40) + _ROW * len(rows), kind="map")
+        trace, base_layout(height=120 + 6 * min(longest, 40) + _ROW * len(rows), kind="map")
     )
     figure.update_layout(margin_b=16)
     figure.update_xaxes(
@@ -292,7 +292,7 @@ def _heat_map(
         showgrid=False,
         tickfont={"size": 11},
     )
-    return _json(figure)
+    return as_json(figure)
 
 
 def _by_similarity(matrix: np.ndarray) -> list[int]:
@@ -308,7 +308,7 @@ def _by_similarity(matrix: np.ndarray) -> list[int]:
     return [int(k) for k in leaves_list(linkage(squareform(distance, checks=False), "average"))]
 
 
-def _layout(height: int, kind: str = "") -> go.Layout:
+def base_layout(height: int, kind: str = "") -> go.Layout:
     """The common look; of its kind depends what the page changes on a narrow screen."""
     return go.Layout(
         template="none",
@@ -326,6 +326,7 @@ def _layout(height: int, kind: str = "") -> go.Layout:
     )
 
 
-def _json(figure: go.Figure) -> str:
+def as_json(figure: go.Figure) -> str:
+    """A figure as plotly reads it."""
     text: str = figure.to_json()
     return text

@@ -70,11 +70,7 @@ def write_report(
         >>> write_report(folder, resamples=9).name
         'report.html'
     """
-    missing = [name for name in _NEEDED if find_spec(name) is None]
-    if missing:
-        raise ArgumentError(
-            f"a report needs {' and '.join(missing)}: pip install 'sharpkit[report]'"
-        )
+    require_extra("a report")
     run = Path(run)
     path = Path(out) if out is not None else run / "report.html"
     with closing(Scores.open(run)) as scores:
@@ -85,10 +81,6 @@ def write_report(
 
 
 def _render(run: Path, scores: Scores, resamples: int, seed: int, test_size: int | None) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     from sharpkit.report.content import task_content
     from sharpkit.report.reproduce import environments, score_command, versions
 
@@ -100,16 +92,8 @@ def _render(run: Path, scores: Scores, resamples: int, seed: int, test_size: int
     provenance = scores.provenance()
     command = ["sharpkit", "report", str(run), "--resamples", str(resamples), "--seed", str(seed)]
     command += [] if test_size is None else ["--test-size", str(test_size)]
-    plotly, script, style = get_plotlyjs(), _file("page.js"), _file("style.css")
-    environment = Environment(
-        loader=PackageLoader("sharpkit.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"json_script": _json_script, "breakable": _breakable}
-    return environment.get_template("template.html").render(
+    return rendered(
+        "template.html",
         title=run.resolve().name,
         tasks=tasks,
         failures=_failures(scores.failures),
@@ -125,6 +109,33 @@ def _render(run: Path, scores: Scores, resamples: int, seed: int, test_size: int
         test_size=test_size,
         run_seed=scores.config.get("seed"),
         n=scores.config.get("n"),
+    )
+
+
+def require_extra(what: str) -> None:
+    """Raise ArgumentError unless all that a page is made with is installed."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ArgumentError(f"{what} needs {' and '.join(missing)}: pip install 'sharpkit[report]'")
+
+
+def rendered(template: str, **content: Any) -> str:
+    """A page of its own template, with the style and scripts that all pages have."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    plotly, script, style = get_plotlyjs(), _file("page.js"), _file("style.css")
+    environment = Environment(
+        loader=PackageLoader("sharpkit.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"json_script": _json_script, "breakable": _breakable}
+    return environment.get_template(template).render(
+        **content,
         style=Markup(style),
         plotly=Markup(plotly),
         script=Markup(script),

@@ -97,7 +97,7 @@ def sweep_plan(
         ArgumentError: If not even one example fits the budget.
     """
     device = function.device
-    layout = _layout(function, probe)
+    layout = image_layout(function, probe)
     found = survey(function, weights, probe.examples, smallest=math.gcd(*ms))
     per_example, unused = try_gradient(function, loss, weights, probe.examples)
     factored = found.factored(weights) if allows_factors else {}
@@ -126,7 +126,7 @@ def sweep_plan(
     return SweepPlan(function, loss, weights, size, batch, layout, found, memory, unused)
 
 
-def _layout(function: FunctionalModel, probe: Probe) -> torch.memory_format:
+def image_layout(function: FunctionalModel, probe: Probe) -> torch.memory_format:
     """Channels-last for images on a CPU, where it is the faster one, if the model takes it."""
     few = probe.examples
     images = few.uniform and any(isinstance(m, nn.Conv2d) for m in function.model.modules())

@@ -11,16 +11,26 @@ import pytest
 import torch
 
 from sharpkit.curvature import spectral_density
-from sharpkit.plot import figure3, predictive_power, spectrum
+from sharpkit.landscapes import barrier as measure_barrier, landscape as measure_landscape
+from sharpkit.plot import barrier, figure3, landscape, predictive_power, spectrum
 
 POWER = pd.DataFrame({"task": "t", "m": [1, 4], "rho": 0.1, "cmi_pgdl": [0.2, 0.1]})
 DENSITY = spectral_density(torch.diag(torch.arange(1.0, 11.0)), steps=10)
+DATA = torch.eye(3), torch.arange(3)
+LANDSCAPE = measure_landscape(torch.nn.Linear(3, 3), DATA, points=3, progress=False)
+BARRIER = measure_barrier(
+    torch.nn.Linear(3, 3), torch.nn.Linear(3, 3), DATA, points=3, progress=False
+)
 PLOTS = {
+    "barrier": lambda: barrier(BARRIER),
+    "landscape": lambda: landscape(LANDSCAPE),
     "figure3": lambda: figure3(predictive_power=POWER),
     "predictive_power": lambda: predictive_power(POWER),
     "spectrum": lambda: spectrum({"a": DENSITY, "b": DENSITY}),
 }
 SAVED = {
+    "barrier": lambda path: barrier(BARRIER, path),
+    "landscape": lambda path: landscape(LANDSCAPE, path),
     "predictive_power": lambda path: predictive_power(POWER, path),
     "spectrum": lambda path: spectrum(DENSITY, path),
 }
@@ -45,8 +55,12 @@ def test_pyplot_does_not_keep_figures_that_are_saved_in_a_loop(plot, tmp_path):
 @pytest.mark.parametrize("plot", SAVED)
 def test_a_figure_of_the_user_stays_open_when_it_is_saved(plot, tmp_path):
     own, axis = plt.subplots()
-    given = {"predictive_power": POWER, "spectrum": DENSITY}[plot]
-    draw = {"predictive_power": predictive_power, "spectrum": spectrum}[plot]
+    given, draw = {
+        "barrier": (BARRIER, barrier),
+        "landscape": (LANDSCAPE, landscape),
+        "predictive_power": (POWER, predictive_power),
+        "spectrum": (DENSITY, spectrum),
+    }[plot]
     assert draw(given, tmp_path / "own.png", ax=axis) is own
     assert plt.fignum_exists(own.number)
 
