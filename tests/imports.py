@@ -14,7 +14,7 @@ ROOMS = (
     *("errors", "safe_text", "files", "doors", "containers", "settings", "tensor_files"),
     *("importing", "memory", "compiling", "device", "display", "progress", "download", "digests"),
     *("contract", "run_directory", "workers", "groupwise", "curvature", "sharpness", "training"),
-    *("measures", "evaluation", "plot", "data", "zoo", "datasets", "zoo_training"),
+    *("measures", "evaluation", "plot", "tracking", "data", "zoo", "datasets", "zoo_training"),
     *("runs", "report", "cli", "__main__"),
 )
 

@@ -3,7 +3,8 @@
 from sharpkit.plot.figure3 import figure3
 from sharpkit.plot.predictive_power import predictive_power
 from sharpkit.plot.spectrum import spectrum
+from sharpkit.plot.tracking import tracking
 
-__all__ = ["figure3", "predictive_power", "spectrum"]
+__all__ = ["figure3", "predictive_power", "spectrum", "tracking"]
 
 __dir__ = __all__.copy  # submodules can be imported, but are not listed
