@@ -270,7 +270,7 @@ class Tracker:
         if self._table is not None:
             self._table.write(self.rows)
 
-    def resume(self, folder: Path | None, state: Mapping[str, Any] | None) -> None:
+    def begin(self, folder: Path | None, state: Mapping[str, Any] | None) -> None:
         """Begin a training that may go on from a checkpoint, as `sharpkit.fit` does.
 
         Args:

@@ -96,7 +96,7 @@ class SAM(Optimizer):
 
     # GradScaler then always calls `step`, which puts the weights back even if it skips the update
     _step_supports_amp_scaling = True
-    splits_batches = False  # whether the last batch had a perturbation for each group of m
+    splits_batches = False  # whether a batch has had a perturbation for each group of m
 
     def __init__(
         self,
@@ -334,7 +334,7 @@ class SAM(Optimizer):
             model, inputs, labels, m=m, radii=radii, loss=loss, scaler=scaler, variant=self.variant
         )
         self._phase, self._finite = _Phase.READY, True
-        self.splits_batches = m < len(labels)
+        self.splits_batches = self.splits_batches or m < len(labels)
         return value
 
     def step_batch(
