@@ -1,0 +1,23 @@
+"""SAM in Lightning, which calls `step` with a closure that SAM runs twice."""
+
+import lightning as L
+import torch
+from torch import nn
+
+import sharpkit as sk
+
+
+class Classifier(L.LightningModule):
+    def __init__(self, network, rho=0.1, lr=0.1):
+        super().__init__()
+        self.network, self.rho, self.lr = network, rho, lr
+
+    def forward(self, x):
+        return self.network(x)
+
+    def training_step(self, batch, number):
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def configure_optimizers(self):
+        return sk.SAM(self.parameters(), torch.optim.SGD, rho=self.rho, lr=self.lr)
