@@ -1,4 +1,4 @@
-"""The training that every trainer does here: few examples, few steps, no randomness but the seed."""
+"""The training that every trainer does here: few examples, few steps, all of it seeded."""
 
 from __future__ import annotations
 
