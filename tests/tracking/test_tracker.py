@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.sparse.linalg import eigsh
 from torch import nn
 from trainings import images, noisy_network, plain_network, sgd, train
 
@@ -27,6 +28,7 @@ EVERYTHING = (
     "loss", "stability", "trace", "critical_sharpness", "distance", "gradient_noise",
     MSharpness(m=4, rho=0.05, n=16),
 )  # fmt: skip
+RESUMED = ("loss", "stability", "critical_sharpness", "distance")
 
 
 def state(model, optimizer):
@@ -44,9 +46,9 @@ def test_training_reaches_the_same_bits_with_a_tracker(build):
         model = noisy_network()
         optimizer = build(model)
         torch.manual_seed(1)
-        train(model, optimizer, tracker, 9)
+        train(model, optimizer, tracker, 6)
         ends.append((state(model, optimizer), torch.get_rng_state().tolist(), torch.rand(1)))
-    assert len(tracker.rows) == 4
+    assert len(tracker.rows) == 3
     assert ends[0] == ends[1]
 
 
@@ -85,27 +87,29 @@ def test_training_reaches_the_same_bits_on_a_gpu():
 # --- λmax -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [128, 16], ids=["full batch", "mini-batches"])
+@pytest.mark.parametrize(
+    "batch", [128, pytest.param(16, marks=pytest.mark.slow)], ids=["full batch", "mini-batches"]
+)
 def test_a_followed_eigenvalue_is_that_of_a_cold_start_for_five_products(batch):
     """2 % were asked for; the residual of 2 % that is let pass errs by its square over the gap."""
     model = plain_network()
     optimizer = sgd(model, lr=0.1)
-    tracker = sk.Tracker(images(), measures="stability", every=4)
+    tracker = sk.Tracker(images(), measures="stability", every=3)
     exact = []
 
     class Both:
         def __call__(self, model, optimizer, *, step):
             if tracker(model, optimizer, step=step) is not None:
                 hessian = sk.HessianOperator(model.eval(), images())
-                exact.append(float(sk.top_eigenvalues(hessian, 1, tol=1e-4, seed=7).values[0]))
+                exact.append(eigsh(hessian.to_scipy(), 1, which="LA", tol=1e-4)[0][0])
 
-    train(model, optimizer, Both(), 60, batch=batch)
+    train(model, optimizer, Both(), 36, batch=batch)
     frame = tracker.frame()
     assert np.allclose(frame.lambda_max, exact, rtol=5e-3)
     assert np.all(frame.lambda_max <= np.array(exact) * (1 + 1e-4))
     assert (frame.lambda_max_residual <= 0.02 * frame.lambda_max).all()
     assert frame.lambda_max_products.min() == 5
-    later = frame.lambda_max_products[frame.step >= 20]
+    later = frame.lambda_max_products[frame.step >= 12]
     assert (later == 5).mean() > (0.9 if batch == 128 else 0.5)
     assert frame.lambda_max_products.max() <= 60
 
@@ -121,7 +125,7 @@ def test_full_batch_descent_hovers_at_its_threshold():
     model = plain_network()
     optimizer = sgd(model, momentum=0.0)
     tracker = sk.Tracker((x, targets), loss=squared, every=20)
-    for step in range(281):
+    for step in range(201):
         tracker(model, optimizer, step=step)
         optimizer.zero_grad()
         squared(model(x), targets).backward()
@@ -130,7 +134,7 @@ def test_full_batch_descent_hovers_at_its_threshold():
     assert (frame.threshold == 10).all()
     assert frame.lambda_max[0] > 20
     assert frame.lambda_max[1:].between(8, 13).all()
-    assert frame.loss.iloc[-1] < 0.7 * frame.loss.iloc[1]
+    assert frame.loss.iloc[-1] < 0.75 * frame.loss.iloc[1]
 
 
 def test_the_preconditioned_eigenvalue_is_that_of_the_dense_matrix():
@@ -350,12 +354,12 @@ def columns(tracker):
     return tracker.frame().drop(columns="seconds")
 
 
-@pytest.mark.parametrize("build", [sgd, lambda m: torch.optim.Adam(m.parameters(), lr=0.01)])
-def test_a_resumed_training_has_the_rows_of_one_that_was_not_stopped(build, tmp_path):
+def test_a_resumed_training_has_the_rows_of_one_that_was_not_stopped(tmp_path):
+    def build(model):
+        return torch.optim.Adam(model.parameters(), lr=0.01)
+
     def tracker(name):
-        return sk.Tracker(
-            images(), measures=EVERYTHING, n=32, every=4, out=tmp_path / f"{name}.csv"
-        )
+        return sk.Tracker(images(), measures=RESUMED, n=32, every=4, out=tmp_path / f"{name}.csv")
 
     model = plain_network()
     optimizer, whole = build(model), tracker("whole")
@@ -409,6 +413,7 @@ train(model, sgd(model), tracker, 100)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_training_leaves_a_readable_file(tmp_path):
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
