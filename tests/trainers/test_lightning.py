@@ -19,6 +19,9 @@ from sharpkit.tracking import lightning_callback
 
 
 class Plain(Classifier):
+    def on_train_start(self):
+        pass  # Adam takes accumulated gradients
+
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
@@ -110,6 +113,11 @@ def test_sam_with_clipping_by_lightning(tmp_path):
     """It clips in the closure, so both gradients: the first one's length does not matter."""
     module = fit(Classifier(network()), tmp_path, max_epochs=2, gradient_clip_val=0.3)
     assert close(weights(module), weights(sam_by_hand(network(), micro_batches(1) * 2, clip=0.3)))
+
+
+def test_sam_refuses_batches_that_lightning_keeps_to_itself(tmp_path):
+    with pytest.raises(ValueError, match="last of the accumulated batches"):
+        fit(Classifier(network()), tmp_path, accumulate_grad_batches=2)
 
 
 def test_sam_with_accumulated_gradients(tmp_path):

@@ -19,5 +19,9 @@ class Classifier(L.LightningModule):
         x, y = batch
         return nn.functional.cross_entropy(self(x), y)
 
+    def on_train_start(self):
+        if self.automatic_optimization and self.trainer.accumulate_grad_batches > 1:
+            raise ValueError("SAM would see the last of the accumulated batches only")
+
     def configure_optimizers(self):
         return sk.SAM(self.parameters(), torch.optim.SGD, rho=self.rho, lr=self.lr)
