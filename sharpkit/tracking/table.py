@@ -76,5 +76,11 @@ def _text(value: Any) -> str:
 
 
 def tidy(row: Mapping[str, Any]) -> Row:
-    """A row with Python's own numbers."""
+    """A row with Python's own numbers, which files and checkpoints take.
+
+    Example:
+        >>> import numpy as np
+        >>> tidy({"step": np.int64(3), "loss": np.float32(0.5)})
+        {'step': 3, 'loss': 0.5}
+    """
     return {k: v.item() if hasattr(v, "item") else v for k, v in row.items()}

@@ -24,7 +24,7 @@ from sharpkit.run_directory import refuse_another
 from sharpkit.tracking.loggers import Logger, check_logger, send
 from sharpkit.tracking.pace import Pace
 from sharpkit.tracking.quantities import Memory, Moment, Quantities, standing
-from sharpkit.tracking.table import Row, Table
+from sharpkit.tracking.table import Row, Table, tidy
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -170,6 +170,7 @@ class Tracker:
             DataError: For examples that do not fit the model.
             RunError: If the CSV file has other rows, or cannot be written.
         """
+        step = int(step)  # of whatever kind the caller counts in
         count = step if self.per == "step" else epoch
         if count is None or count % self.every or step == self._seen:
             return None
@@ -209,7 +210,7 @@ class Tracker:
                 found, failed = self._quantities.measure(now)
             finally:
                 now.close()
-        row |= found
+        row |= tidy(found)
         if failed:
             row["failed"] = "; ".join(f"{name}: {why}" for name, why in failed.items())
             for name in failed.keys() - self._told:

@@ -207,6 +207,19 @@ def test_columns_are_the_values_of_the_functions_they_are_named_after():
     assert (row["distance"], row["lr"]) == (0.0, 0.2)
 
 
+def test_a_measure_of_ones_own_may_give_numbers_of_numpy(tmp_path):
+    def largest_weight(model, data, *, seed):
+        return {"form=max": np.float32(0.5), "form=mean": sk.measures.Estimate(np.float64(0.25))}
+
+    tracker = sk.Tracker(images(), measures=[largest_weight], out=tmp_path / "t.csv")
+    tracker(plain_network(), step=np.int64(0))
+    frame = pd.read_csv(tmp_path / "t.csv")
+    assert frame["largest_weight form=max"].tolist() == [0.5]
+    assert frame["largest_weight form=mean"].tolist() == [0.25]
+    torch.save(tracker.state_dict(), tmp_path / "state.pt")
+    torch.load(tmp_path / "state.pt", weights_only=True)
+
+
 def test_distance_and_cosine_of_a_known_way():
     model = nn.Linear(2, 1, bias=False).double()
     tracker = sk.Tracker((torch.ones(2, 2), torch.ones(2, 1)), measures="distance", loss="mse")
