@@ -88,7 +88,7 @@ class Moment:
         if not there <= {id(p) for p in self.model.parameters()}:
             raise ArgumentError(
                 "the optimizer moves parameters that the model does not have: give the tracker the "
-                "model that is trained, with whole parameters (they are not while FSDP shards them)"
+                "model that is trained, and an optimizer of its own parameters"
             )
         return {k: p for k, p in trained.items() if id(p) in there}
 
@@ -128,8 +128,17 @@ def standing(model: nn.Module) -> Iterator[None]:
     """Hold a model in eval mode as it is written, and leave everything as it was.
 
     Accelerate puts autocast into the forward of a model that it has prepared; inside, it is off.
+
+    Raises:
+        ArgumentError: If a parameter is sharded.
     """
     inner = unwrapped(model)
+    for name, parameter in inner.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # a DTensor: other processes would be waited for
+            raise ArgumentError(
+                f"the parameter {name!r} is sharded over processes: a tracker needs whole ones; "
+                "measure a model that is loaded from a full checkpoint"
+            )
     wrapped, plain = (inner.__dict__.get(name) for name in ("forward", "_original_forward"))
     with torch.inference_mode(False), torch.enable_grad(), frozen(model):
         if wrapped is None or plain is None:

@@ -313,6 +313,22 @@ def test_calls_that_make_no_sense_are_refused():
         )
 
 
+def test_sharded_parameters_are_refused(tmp_path):
+    distributed = torch.distributed
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import distribute_module
+
+        model = distribute_module(nn.Linear(4, 3), init_device_mesh("cpu", (1,)))
+        with pytest.raises(ArgumentError, match="'weight' is sharded"):
+            sk.Tracker((torch.randn(6, 4), torch.arange(6) % 3))(model, sgd(model), step=0)
+    finally:
+        distributed.destroy_process_group()
+
+
 # --- the budget -------------------------------------------------------------------------------
 
 
