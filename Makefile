@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-models lint docs format clean bench bench-gpu bench-compare wheel release-check minimum newest
+.PHONY: demo test test-slow test-models test-trainers lint docs format clean bench bench-gpu bench-compare wheel release-check minimum newest
 
 demo: $(VENV)/.installed
 	$(BIN)/sharpkit figure3 --preset mini --panels right --workers 2 --out demo-output
@@ -24,6 +24,10 @@ test-slow: $(VENV)/.installed
 # The measurements on networks of torchvision, timm, transformers and peft: tests/models.
 test-models: .venv-models/.installed
 	.venv-models/bin/python -m pytest tests/models
+
+# SAM and the tracker inside Lightning, Accelerate and the Trainer of Hugging Face: tests/trainers.
+test-trainers: .venv-trainers/.installed
+	.venv-trainers/bin/python -m pytest tests/trainers
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -100,6 +104,13 @@ newest: .venv-newest/.installed
 		-e '.[test,models]'
 	touch $@
 
+.venv-trainers/.installed: pyproject.toml constraints.txt constraints-models.txt constraints-trainers.txt
+	$(PYTHON) -m venv .venv-trainers
+	.venv-trainers/bin/python -m pip install --quiet -c constraints.txt torch
+	.venv-trainers/bin/python -m pip install --quiet -c constraints.txt -c constraints-models.txt \
+		-c constraints-trainers.txt -e '.[test,trainers]'
+	touch $@
+
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
@@ -107,4 +118,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-bench .venv-minimum .venv-models .venv-newest dist demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated
+	rm -rf $(VENV) .venv-bench .venv-minimum .venv-models .venv-newest .venv-trainers dist demo-output .pytest_cache .mypy_cache .ruff_cache docs/_build docs/api/generated

@@ -57,6 +57,9 @@ from .sharpness.comparison import (
     ModelComparison as ModelComparison,
     compare_models as compare_models,
 )
+from .tracking import (
+    Tracker as Tracker,
+)
 from .training import (
     SAM as SAM,
     FitResult as FitResult,

@@ -14,8 +14,8 @@ ROOMS = (
     *("errors", "safe_text", "files", "doors", "containers", "settings", "tensor_files"),
     *("importing", "memory", "compiling", "device", "display", "progress", "download", "digests"),
     *("contract", "run_directory", "workers", "groupwise", "curvature", "sharpness", "training"),
-    *("measures", "evaluation", "plot", "landscapes", "data", "zoo", "datasets", "zoo_training"),
-    *("runs", "report", "cli", "__main__"),
+    *("measures", "evaluation", "plot", "landscapes", "tracking", "data", "zoo", "datasets"),
+    *("zoo_training", "runs", "report", "cli", "__main__"),
 )
 
 

@@ -41,6 +41,10 @@ from sharpkit.cli.shell import say
 @click.option("--keep", type=Numbers(int), help="Epochs whose weights are kept, such as 0,10.")
 @click.option("--evaluate-every", default=1, show_default=True, help="Epochs.")
 @click.option("--tensorboard", is_flag=True, help="Log to OUT/tensorboard as well.")
+@click.option("--track", help="Measure while training: loss,stability,trace, ... (see below).")
+@click.option("--track-every", default=100, show_default=True, help="Steps.")
+@click.option("--track-examples", default=512, show_default=True, help="Measured; 0 for all.")
+@click.option("--track-budget", type=float, help="Share of the training time, such as 0.05.")
 @click.option("--seed", default=0, show_default=True, help="Of initial weights and training.")
 @DEVICE
 def train(data: str, root: Path | None, arch: str, out: Path, **options: Any) -> None:
@@ -52,6 +56,9 @@ def train(data: str, root: Path | None, arch: str, out: Path, **options: Any) ->
 
     --arch is vgg-WIDTHxBLOCKS, nin-WIDTHxBLOCKS (either with -bn), resnetDEPTH,
     wrn-DEPTH-WIDTH (or with -nobn), or module:callable.
+
+    --track takes loss, stability (λmax and the optimizer's threshold), lambda_max, trace,
+    critical_sharpness, distance, or a function of `sharpkit.measures`, and writes OUT/tracking.csv.
 
     Writes OUT/log.csv, config.json, model.safetensors and epoch-K.safetensors for --keep;
     `sharpkit spectrum --checkpoint OUT/model.safetensors` reads them.

@@ -16,6 +16,7 @@ from sharpkit.datasets import load_dataset
 from sharpkit.doors import MAX_CONFIG_BYTES, read_json, reading, shown
 from sharpkit.errors import ArgumentError, ModelError, RunError
 from sharpkit.runs.checkpoints import load_checkpoint
+from sharpkit.tracking import Tracker
 from sharpkit.training.architectures import build_architecture
 from sharpkit.training.augmentation import noisy_labels
 from sharpkit.training.fit import FitResult, fit
@@ -40,14 +41,34 @@ def provenance(
 
 
 def train_named(
-    data: str, root: Path | None, architecture: str, *, seed: int, keep: Any, **options: Any
+    data: str,
+    root: Path | None,
+    architecture: str,
+    *,
+    seed: int,
+    keep: Any,
+    track: str | None = None,
+    track_every: int = 100,
+    track_examples: int | None = None,
+    track_budget: float | None = None,
+    **options: Any,
 ) -> FitResult:
     """Train a network by its name on data by their name, as `sharpkit train` does."""
     train, test = load_dataset(data, root=root)
     origin = provenance(data, None if root is None else str(root), architecture, train)
     shape, classes = tuple(origin["input_shape"]), origin["classes"]
     model = build_architecture(architecture, shape, classes, seed=seed)
-    return fit(model, train, test, seed=seed, keep=keep or (), provenance=origin, **options)
+    tracker = None
+    if track is not None:
+        inputs, labels = train.tensors
+        trained_on = inputs, noisy_labels(labels, options.get("label_noise", 0.0), seed)
+        tracker = Tracker(
+            trained_on, measures=track.split(","), every=track_every, budget=track_budget,
+            seed=seed, n=min(track_examples, len(labels)) if track_examples else None,
+        )  # fmt: skip
+    return fit(
+        model, train, test, seed=seed, keep=keep or (), provenance=origin, track=tracker, **options
+    )
 
 
 def is_trained(path: str | Path) -> bool:

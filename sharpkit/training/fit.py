@@ -34,6 +34,7 @@ from sharpkit.training.loop import Training, classifies, outputs_of
 from sharpkit.training.parallel import Ranks
 from sharpkit.training.run_files import COLUMNS, Row, RunFiles, examples_fingerprint, fingerprint
 from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
+from sharpkit.training.step_tracker import StepTracker
 from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def fit(
     keep: Collection[int] = (),
     evaluate_every: int = 1,
     tensorboard: bool = False,
+    track: StepTracker | None = None,
     provenance: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
@@ -145,6 +147,9 @@ def fit(
         keep: Epochs whose weights are kept as `epoch-K.safetensors`; 0 is before training.
         evaluate_every: Epochs from one evaluation to the next; the last epoch is always evaluated.
         tensorboard: Log to `out`/tensorboard as well.
+        track: A `Tracker`, which is shown the model before the first step and after every one, on
+            rank 0. With `out` its rows are in `out`/tracking.csv, and it resumes with the training,
+            which has the same weights with it as without.
         provenance: Where model and data come from, for config.json; a run with another one is
             refused like one with other settings. Anything that JSON holds.
         device: Where to train, such as "cuda"; the model is moved there. None: where it is.
@@ -210,7 +215,9 @@ def fit(
     path = None if out is None else Path(out)
     directory = RunFiles(path, config, writes=ranks.rank == 0)
     with sole_driver(path if ranks.rank == 0 else None), _reproducible(place):
-        training = Training(model, examples, held_out, settings, ranks, directory, loss_fn, variant)
+        training = Training(
+            model, examples, held_out, settings, ranks, directory, loss_fn, variant, track
+        )
         board = path / "tensorboard" if path and tensorboard and ranks.rank == 0 else None
         training.run(set(keep), evaluate_every, board, progress=progress and ranks.rank == 0)
     return FitResult(model.eval(), _frame(training.history), path)

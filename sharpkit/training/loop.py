@@ -23,6 +23,7 @@ from sharpkit.training.parallel import Ranks
 from sharpkit.training.run_files import Row, RunFiles
 from sharpkit.training.sam import SAM
 from sharpkit.training.settings import SCHEDULES, FitSettings
+from sharpkit.training.step_tracker import StepTracker
 from sharpkit.training.streams import global_stream, stream, stream_seed
 from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
@@ -43,6 +44,7 @@ class Training:
         directory: RunFiles,
         loss: MeanLoss,
         variant: SamVariant = PLAIN_SAM,
+        track: StepTracker | None = None,
     ) -> None:
         parameter = next(model.parameters())
         self.loss = loss
@@ -53,7 +55,8 @@ class Training:
         self.test = None if test is None else test.to(self.device, parameter.dtype)
         self.steps = len(train) // settings.batch_size
         self.optimizer = _optimizer(model, settings, variant)
-        self.history = directory.restore(model, self.optimizer)
+        self.track = track if ranks.rank == 0 else None
+        self.history = directory.restore(model, self.optimizer, self.track)
 
     @property
     def finished(self) -> bool:
@@ -71,6 +74,8 @@ class Training:
         if 0 in keep and not self.history:
             self.directory.export(self.model, "epoch-0")
         network = self.ranks.wrap(self.model)
+        if not self.history:
+            self._tracked(0, epoch=0)
         with reporting(
             self.settings.epochs, self.steps, self.history, board, progress=progress
         ) as report:
@@ -85,11 +90,12 @@ class Training:
                     check_finite_weights(self.model)
                 except ModelError as error:
                     raise self._explained(error, epoch) from error
+                self._tracked(epoch * self.steps, epoch=epoch)
                 row["seconds"] = time.perf_counter() - start
                 self.history.append(row)
                 if epoch in keep:
                     self.directory.export(self.model, f"epoch-{epoch}")
-                self.directory.save(self.model, self.optimizer, self.history)
+                self.directory.save(self.model, self.optimizer, self.history, self.track)
                 report.epoch(row)
         self.directory.write_log(self.history)
         self.directory.export(self.model, "model")
@@ -126,8 +132,13 @@ class Training:
                         raise DivergedError(f"the loss is {mean} at step {i + 1} of {self.steps}")
                     report.loss(mean, self.history[-1] if self.history else None)
                 report.step()
+                self._tracked(done + 1)
         first = settings.lr * factor((epoch - 1) / settings.epochs)
         return {"epoch": epoch, "lr": first, "loss": mean}
+
+    def _tracked(self, step: int, epoch: int | None = None) -> None:
+        if self.track is not None:
+            self.track(self.model, self.optimizer, step=step, epoch=epoch)
 
     def _augmenter(self, epoch: int) -> Augmenter | None:
         kind = self.settings.augmentation
@@ -171,10 +182,12 @@ def _optimizer(model: nn.Module, settings: FitSettings, variant: SamVariant) -> 
         "weight_decay": settings.weight_decay,
     }
     if settings.optimizer == "sam":
-        return SAM(
+        sam = SAM(
             parameters, torch.optim.SGD, rho=settings.rho, adaptive=settings.adaptive,
             variant=variant, **kwargs,
         )  # fmt: skip
+        sam.splits_batches = settings.m is not None and settings.m < settings.batch_size
+        return sam
     return torch.optim.SGD(parameters, **kwargs)
 
 

@@ -2,6 +2,7 @@
 
 checkpoint.pt          weights, optimizer, epoch, history and configuration; tensors only
 log.csv                the history, one row per epoch
+tracking.csv           what a tracker measured, one row per measurement
 config.json            the configuration, for people and for `load_trained`
 epoch-K.safetensors    weights after K epochs, for the epochs to be kept
 model.safetensors      the final weights
@@ -26,6 +27,7 @@ from sharpkit.errors import RunError
 from sharpkit.files import atomic_path, disk_errors
 from sharpkit.run_directory import read_claim, refuse_another
 from sharpkit.tensor_files import read_torch
+from sharpkit.training.step_tracker import StepTracker
 
 COLUMNS = [
     "epoch", "lr", "loss", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds",
@@ -57,14 +59,18 @@ class RunFiles:
         path = None if self.path is None else self.path / _CHECKPOINT
         return path if path is not None and path.is_file() else None
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> list[Row]:
-        """Bring model and optimizer to the last checkpoint; the history up to there.
+    def restore(
+        self, model: nn.Module, optimizer: Optimizer, track: StepTracker | None = None
+    ) -> list[Row]:
+        """Bring model, optimizer and tracker to the last checkpoint; the history up to there.
 
         Raises:
             RunError: If the checkpoint is corrupt, or of another configuration.
         """
         path = self.checkpoint
         if path is None:
+            if track is not None:
+                track.begin(self.path, None)
             return []
         where = f"{path}: the checkpoint is corrupt; remove it to train from the start"
         content = _read(path, where)
@@ -75,6 +81,13 @@ class RunFiles:
             _require_history(content["history"])
             _require_state(content["model"], model.state_dict())
             _require_optimizer(content["optimizer"], optimizer)
+            if track is not None:
+                if "tracker" not in content:
+                    raise RunError(
+                        f"{path}: the training was not tracked from its first step. Leave out "
+                        "track, or train anew in another directory"
+                    )
+                track.begin(self.path, content["tracker"])
             model.load_state_dict(content["model"])
             optimizer.load_state_dict(content["optimizer"])
             return [dict(row) for row in content["history"]]
@@ -99,7 +112,13 @@ class RunFiles:
                     "Leave the epoch out, or train anew in another directory"
                 )
 
-    def save(self, model: nn.Module, optimizer: Optimizer, history: list[Row]) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        history: list[Row],
+        track: StepTracker | None = None,
+    ) -> None:
         """Write the checkpoint and the log."""
         if not self._writes:
             return
@@ -109,6 +128,7 @@ class RunFiles:
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "history": history,
+            **({} if track is None else {"tracker": track.state_dict()}),
         }
         buffer = io.BytesIO()
         torch.save(content, buffer)

@@ -48,7 +48,7 @@ class SAM(Optimizer):
 
     Ways to make a step, all of which end at a step of the base optimizer:
 
-    - `step(closure)` runs both passes.
+    - `step(closure)` runs both passes; only one while every ρ is 0, as ε = 0 then.
     - `first_step()`, second backward pass, `second_step()` in a loop of your own; several backward
       passes may be accumulated before each, and gradients clipped before the last.
     - `with opt.perturbed():` around the second pass, then `step()`: as before, but safe against
@@ -96,6 +96,7 @@ class SAM(Optimizer):
 
     # GradScaler then always calls `step`, which puts the weights back even if it skips the update
     _step_supports_amp_scaling = True
+    splits_batches = False  # whether a batch has had a perturbation for each group of m
 
     def __init__(
         self,
@@ -258,8 +259,9 @@ class SAM(Optimizer):
         """Make a whole step with a closure, or finish one without.
 
         Args:
-            closure: Computes the loss, calls its backward and returns it. It is called twice, with
-                the gradients cleared before each call, and with the same random numbers.
+            closure: Computes the loss, calls its backward and returns it. It is called twice (once
+                while every ρ is 0), with the gradients cleared before each call, and with the same
+                random numbers.
             no_sync: Context for the first call, such as `no_sync` of a DistributedDataParallel.
 
         Returns:
@@ -282,6 +284,13 @@ class SAM(Optimizer):
                 f"the variant {self.variant.name!r} combines the gradients of both passes, which "
                 "must then be the same on all ranks: leave out no_sync"
             )
+        if self.variant.combine is None and not any(group["rho"] for group in self.param_groups):
+            self.zero_grad()
+            with torch.enable_grad():
+                value = closure()
+            self._phase, self._finite = _Phase.READY, True
+            self._finish()
+            return value
         noise = Noise.of(p for group in self.param_groups for p in group["params"])
         self.zero_grad()
         with torch.enable_grad(), no_sync() if no_sync is not None else nullcontext():
@@ -333,6 +342,7 @@ class SAM(Optimizer):
             model, inputs, labels, m=m, radii=radii, loss=loss, scaler=scaler, variant=self.variant
         )
         self._phase, self._finite = _Phase.READY, True
+        self.splits_batches = self.splits_batches or m < len(labels)
         return value
 
     def step_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.training import SAM
+from sharpkit.training import SAM, SamVariant
 
 SGD = torch.optim.SGD
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -114,6 +115,39 @@ def test_radius_zero_is_the_base_optimizer_bit_for_bit(step, base):
         F.cross_entropy(plain(x), y).backward()
         reference.step()
     assert same(weights(model), weights(plain))
+
+
+def test_a_step_with_radius_zero_is_one_synchronised_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 2))
+    x = torch.randn(6, 4)
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "rho": 0.0}]
+    opt = SAM(groups, SGD, rho=0.1, lr=0.1)
+    calls, contexts = 0, 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    @contextmanager
+    def no_sync():
+        nonlocal contexts
+        contexts += 1
+        yield
+
+    for rho, expected in ((0.1, 2), (0.0, 3), (0.1, 5)):
+        opt.param_groups[0]["rho"] = rho
+        before = [p.detach().clone() for p in model.parameters()]
+        loss = opt.step(closure, no_sync=no_sync)
+        assert calls == expected and loss > 0
+        assert not all(map(torch.equal, before, model.parameters()))
+    assert contexts == 2  # a gradient that is stepped along has to be exchanged
+    variant = SamVariant("both", combine=lambda plain, perturbed: plain)
+    SAM(model.parameters(), SGD, rho=0.0, lr=0.1, variant=variant).step(closure)
+    assert calls == 7  # what combines both gradients gets both
 
 
 @pytest.mark.parametrize("step", STEPS)
