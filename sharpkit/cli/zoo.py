@@ -18,24 +18,43 @@ def zoo() -> None:
     """Look into, check and download zoos of trained models."""
 
 
+def _accuracies(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    """A number from 0, or None for "all"."""
+    if value == "all":
+        return None
+    if not value.isdecimal():
+        raise click.BadParameter(f'{value!r} is not a number, or "all"')
+    return int(value)
+
+
 @zoo.command()
 @click.argument("path")
 @click.option("--deep", is_flag=True, help="Load every model and read every data shard.")
+@click.option(
+    "--accuracies",
+    default="3",
+    show_default=True,
+    callback=_accuracies,
+    help="Of a zoo without images: networks of each task whose test accuracy is computed again on "
+    'yours; "all" for every one.',
+)
 @click.option("--csv", type=click.Path(path_type=Path), help="Write the table here as well.")
-def info(path: str, deep: bool, csv: Path | None) -> None:
+def info(path: str, deep: bool, accuracies: int | None, csv: Path | None) -> None:
     """List tasks, models, layers, parameters and gaps of the zoo at PATH; check every file.
 
     PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
-    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit.
+    docs/clusters.md), "embedded" for the zoo that ships with sharpkit, or the folder of a zoo in
+    another format (docs/guides/zoo-formats.md).
 
     \b
     Example:
       sharpkit zoo info public_data --deep --csv models.csv
+      sharpkit zoo info smallcnnzoo --accuracies all
     """
     from sharpkit.zoo import zoo_info
 
     # given the path, it reports also what keeps the zoo from loading
-    table = zoo_info(zoo_at(path) if path == "embedded" else path, deep=deep)
+    table = zoo_info(zoo_at(path) if path == "embedded" else path, deep=deep, accuracies=accuracies)
     if csv is not None:
         write_csv(table, csv)
     say_table(table, ".4f")

@@ -1,9 +1,10 @@
-"""Images of known data sets as bytes, not yet normalised: which files hold them, and reading them."""
+"""Images of known data sets as published, not normalised: which files hold them; reading them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,18 @@ def _all(folder: Path, names: list[str]) -> tuple[Path, ...] | None:
 
 
 def _idx(folder: Path) -> Published | None:
-    stems = [f"{s}-{k}" for s in ("train", "t10k") for k in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    files = [next((p for p in (folder / f"{s}.gz", folder / s) if p.is_file()), None) for s in stems]
-    present = tuple(p for p in files if p is not None)
-    if len(present) < len(files):
+    kinds = ("images-idx3-ubyte", "labels-idx1-ubyte")
+    stems = [folder / f"{split}-{kind}" for split in ("train", "t10k") for kind in kinds]
+    both = [(stem.with_name(f"{stem.name}.gz"), stem) for stem in stems]
+    present = tuple(next(filter(Path.is_file, pair), pair[1]) for pair in both)
+    if not all(map(Path.is_file, present)):
         return None
+    return Published(present, partial(_read_idx, folder))
 
-    def read() -> Pair:
-        (train, y_train), (test, y_test) = (read_idx_split(folder, s) for s in ("train", "t10k"))
-        return (train[:, None], y_train.astype(np.int64)), (test[:, None], y_test.astype(np.int64))
 
-    return Published(present, read)
+def _read_idx(folder: Path) -> Pair:
+    (train, y_train), (test, y_test) = (read_idx_split(folder, s) for s in ("train", "t10k"))
+    return (train[:, None], y_train.astype(np.int64)), (test[:, None], y_test.astype(np.int64))
 
 
 def _cifar10(folder: Path) -> Published | None:
@@ -98,19 +100,19 @@ def _cifar(
     folders = [folder, *sorted(p for p in folder.glob("cifar-*-batches-bin") if p.is_dir())]
     found = next(filter(None, (_all(f, names) for f in folders)), None)
     found = found or _all(folder, [archive])
-    return Published(found, lambda: read(folder)) if found else None
+    return Published(found, partial(read, folder)) if found else None
 
 
 def _svhn(folder: Path) -> Published | None:
     files = _all(folder, ["train_32x32.mat", "test_32x32.mat"])
-    return Published(files, lambda: svhn(folder)) if files else None
+    return Published(files, partial(svhn, folder)) if files else None
 
 
 def _tree(folder: Path) -> Published | None:
     if not ((folder / "train").is_dir() and (folder / "test").is_dir()):
         return None
-    files = tuple(sorted(p for s in ("train", "test") for p in (folder / s).rglob("*") if p.is_file()))
-    return Published(files, lambda: read_image_tree(folder))
+    found = (p for split in ("train", "test") for p in (folder / split).rglob("*") if p.is_file())
+    return Published(tuple(sorted(found)), partial(read_image_tree, folder))
 
 
 def _npz(folder: Path) -> Published | None:
@@ -119,7 +121,7 @@ def _npz(folder: Path) -> Published | None:
         return None
     if len(found) > 1:
         raise DataError(f"{folder}: has {len(found)} .npz files; expected one")
-    return Published((found[0],), lambda: _arrays(found[0]))
+    return Published((found[0],), partial(_arrays, found[0]))
 
 
 def _arrays(path: Path) -> Pair:
@@ -138,7 +140,8 @@ def _arrays(path: Path) -> Pair:
 
 def _split(path: Path, x: NDArray[Any], y: NDArray[Any], split: str) -> Images:
     """Images (n, c, h, w), float32 or uint8, and their labels."""
-    if y.shape != (len(x) if x.ndim else -1,) or not np.issubdtype(y.dtype, np.integer) or not len(y):
+    fits = x.ndim > 0 and y.shape == x.shape[:1] and np.issubdtype(y.dtype, np.integer)
+    if not fits or not len(y):
         raise DataError(
             f"{path}: y_{split} is {y.dtype} of shape {y.shape}, x_{split} has shape {x.shape}; "
             "expected an integer label for each image, and at least one"
@@ -155,5 +158,7 @@ def _split(path: Path, x: NDArray[Any], y: NDArray[Any], split: str) -> Images:
         if not np.isfinite(x).all():
             raise DataError(f"{path}: x_{split} has NaN or infinite entries")
     if (lowest := int(y.min())) < 0 or int(y.max()) >= 2**20:
-        raise DataError(f"{path}: y_{split} has labels from {lowest} to {int(y.max())}; expected classes from 0")
+        raise DataError(
+            f"{path}: y_{split} has labels from {lowest} to {int(y.max())}; expected classes from 0"
+        )
     return x, y.astype(np.int64)

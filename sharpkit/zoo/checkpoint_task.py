@@ -5,7 +5,6 @@ A format says what is in its files by a `Source`; everything else is the same fo
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -17,7 +16,8 @@ from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, SharpkitError, ZooFormatError
 from sharpkit.safe_text import printable
 from sharpkit.zoo.files import is_folder
-from sharpkit.zoo.recomputed import Recomputed, best_way, recomputed
+from sharpkit.zoo.grid import models_frame
+from sharpkit.zoo.recomputed import Recomputed, accuracy_again, best_way
 from sharpkit.zoo.task import Split, Weights
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ class Checkpoint:
             if not 0 <= value <= 1:
                 shown = f"is {value:g}" if name in found else "is missing or not a finite number"
                 raise ZooFormatError(
-                    f"{self.task.path}: network {self.network}, epoch {self.epoch}: {name} {shown}; "
-                    "expected a number from 0 to 1, so it is left out"
+                    f"{self.task.path}: network {self.network}, epoch {self.epoch}: {name} "
+                    f"{shown}; expected a number from 0 to 1, so it is left out"
                 )
         return found
 
@@ -142,8 +142,8 @@ class Checkpoint:
         """One row: task, model, the hyperparameters and the metrics."""
         import pandas as pd
 
-        names = {"task": self.task.name, "model": self.id}
-        return pd.concat([pd.DataFrame([p]) for p in (names, self.hyperparameters, self.metrics)], axis=1)
+        parts = {"task": self.task.name, "model": self.id}, self.hyperparameters, self.metrics
+        return pd.concat([pd.DataFrame([part]) for part in parts], axis=1)
 
     def _epoch_of(self, weights: Weights) -> int:
         if weights not in ("final", "initial"):
@@ -184,7 +184,9 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         self._datasets: dict[str, TensorDataset] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_datasets": {}}  # other processes read the data themselves
+        # other processes read the files themselves, but in the way that has been found
+        kept = ("source", "epochs", "path", "name", "images", "_chosen")
+        return {k: v for k, v in self.__dict__.items() if k in kept} | {"_datasets": {}}
 
     @cached_property
     def _models(self) -> dict[str, Checkpoint]:
@@ -227,14 +229,16 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         """
         task = CheckpointTask(self.source, tuple(epochs))
         if not len(task):
-            raise ArgumentError(f"no network of {self.source.name} has a checkpoint of epoch {_listed(epochs)}")
+            raise ArgumentError(
+                f"no network of {self.source.name} has a checkpoint of epoch {_listed(epochs)}"
+            )
         if "_chosen" in self.__dict__:  # the files are read in the same way
             task.__dict__["_chosen"] = self._chosen
         return task
 
     @cached_property
     def model_configs(self) -> dict[str, Any]:
-        """Id -> {"hparams", "metrics"} of the models with a usable record; `unusable` has the others.
+        """Id -> {"hparams", "metrics"} of the models with a usable record; see `unusable`.
 
         A hyperparameter that does not vary is left out; of one with more than 64 values, such as a
         continuous one, each model lists its own alone.
@@ -257,13 +261,8 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         return reasons
 
     def frame(self) -> pd.DataFrame:
-        """One row per usable model: task, model, its hyperparameters and its metrics."""
-        import pandas as pd
-
-        usable = [model for id_, model in self.items() if id_ not in self.unusable]
-        ids = [{"task": self.name, "model": model.id} for model in usable]
-        parts = [ids, [model.hyperparameters for model in usable], [m.metrics for m in usable]]
-        return pd.concat([pd.DataFrame(rows) for rows in parts], axis=1)
+        """One row per usable model: task, model, hyperparameters that vary, metrics."""
+        return models_frame(self.name, self.model_configs)
 
     @cached_property
     def images(self) -> Published:
@@ -284,9 +283,9 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         again = data_set.replace("_", "-")
         offer = f'; or sk.load_dataset("{again}") once, which keeps it' if data_set in _KEPT else ""
         raise ZooFormatError(
-            f"{self.path}: the images {f'({data_set}) ' if data_set else ''}are not here, and such a "
-            f"zoo comes without: put them, or a link to their folder, at {places[0]} or {places[1]}: "
-            f"{EXPECTED}{offer}"
+            f"{self.path}: such a zoo comes without images, and they are not here: put "
+            f"{data_set or 'them'}, or a link to the folder that has it, at {places[0]} or at "
+            f"{places[1]}: {EXPECTED}{offer}"
         )
 
     def files(self, split: Split = "train") -> list[Path]:
@@ -327,10 +326,10 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         try:
             images = self.images.read()
         except SharpkitError as error:
-            return ways[0], {way: f"not tried: {error}" for way in ways}
+            return ways[0], dict.fromkeys(ways, f"not tried: {error}")
         probes = self._probes()
         if not probes:
-            return ways[0], {way: "not tried: no network has a usable record" for way in ways}
+            return ways[0], dict.fromkeys(ways, "not tried: no network has a usable record")
         return best_way(ways, lambda way: self._try(images, way, probes))
 
     def _probes(self) -> list[Checkpoint]:
@@ -351,12 +350,11 @@ class CheckpointTask(Mapping[str, Checkpoint]):
 
     def _try(self, images: Pair, way: str, probes: Sequence[Checkpoint]) -> list[Recomputed]:
         test = self.source.examples(images, "test", way).tensors
-        return [
-            recomputed(
-                self.source.load(m.network, m.epoch, way), *test, m.metrics["test_acc"]
-            )
-            for m in probes
-        ]
+        found = []
+        for model in probes:
+            network = self.source.load(model.network, model.epoch, way)
+            found.append(accuracy_again(network, test[0], test[1], model.metrics["test_acc"]))
+        return found
 
     def recomputed(self, id_: str) -> Recomputed:
         """The test accuracy of a model on the images here, beside the recorded one.
@@ -364,8 +362,26 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         Raises:
             SharpkitError: The model or the images cannot be read, or do not fit together.
         """
-        model = self[id_]
-        return recomputed(model.load(), *self.dataset("test").tensors, model.metrics["test_acc"])
+        model, (inputs, labels) = self[id_], self.dataset("test").tensors
+        return accuracy_again(model.load(), inputs, labels, model.metrics["test_acc"])
+
+    def read_as(self, id_: str) -> str:
+        """How the files of a model are read where they do not tell, and what the other ways give.
+
+        Such as "stride 2 (stride 1: test accuracy 0.1032)"; "" if there is one way.
+        """
+        ways = self.source.ways
+        if len(ways) == 1:
+            return ""
+        images, others = self.images.read(), []
+        for way in ways:
+            if way != self.way:
+                try:
+                    [found] = self._try(images, way, [self[id_]])
+                    others.append(f"{way}: test accuracy {found.found:.4f}")
+                except SharpkitError:
+                    others.append(f"{way}: impossible")
+        return f"{self.way} ({'; '.join(others)})"
 
     def check(self) -> list[str]:
         """What a user must know, one sentence each: networks left out, images, accuracies.
@@ -377,7 +393,8 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         if self.unusable:
             first, reason = next(iter(self.unusable.items()))
             messages.append(
-                f"{len(self.unusable)} of {len(self)} models are left out; the first, {first}: {reason}"
+                f"{len(self.unusable)} of {len(self)} models are left out; the first, {first}: "
+                f"{reason}"
             )
         try:
             self.images  # noqa: B018

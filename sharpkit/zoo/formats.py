@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from sharpkit.display import readable
 from sharpkit.errors import SharpkitError, ZooFormatError
+from sharpkit.zoo.model_zoos import EXPECTED as MODEL_ZOO, model_zoo_tasks
 from sharpkit.zoo.pgdl import EXPECTED, pgdl_tasks
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
+from sharpkit.zoo.small_cnn_zoo import EXPECTED as SMALL_CNN_ZOO, small_cnn_tasks
 from sharpkit.zoo.task import Task
 
 if TYPE_CHECKING:
@@ -28,7 +30,11 @@ class Format(NamedTuple):
     expected: str  # what it looks for, for the error where no format fits
 
 
-FORMATS = {"PGDL": Format(pgdl_tasks, EXPECTED)}
+FORMATS = {
+    "PGDL": Format(pgdl_tasks, EXPECTED),
+    "Small CNN Zoo": Format(small_cnn_tasks, SMALL_CNN_ZOO),
+    "model zoos": Format(model_zoo_tasks, MODEL_ZOO),
+}
 
 
 def load_zoo(path: str | Path) -> Zoo:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,22 @@ _LEAST = 64  # images, whatever they cost
 _ROUNDING = 0.005  # of accuracies of the same images, by another library and precision
 _BATCH = 500
 _ERRORS = 4  # standard errors of a part of the images
+OF_ZOO = 3  # models of a task that are checked where nothing else is said
+COLUMNS = ["recomputed_test_acc", "examples", "read_as"]
 Way = TypeVar("Way", bound=Hashable)
+
+
+@runtime_checkable
+class Checked(Protocol):
+    """A task whose recorded accuracies can be computed again."""
+
+    name: str
+
+    def recomputed(self, id_: str) -> Recomputed:
+        """The test accuracy of a model on the images here, beside the recorded one."""
+
+    def read_as(self, id_: str) -> str:
+        """How the model was read where its files do not tell, and what other ways give."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +68,7 @@ class Recomputed:
         )
 
 
-def recomputed(model: nn.Module, inputs: Tensor, labels: Tensor, recorded: float) -> Recomputed:
+def accuracy_again(model: nn.Module, inputs: Tensor, labels: Tensor, recorded: float) -> Recomputed:
     """The accuracy of a network on test images beside the recorded one.
 
     Of n images, k are used: all, unless the network takes more than 2^36 multiplications for them.
@@ -72,7 +87,7 @@ def recomputed(model: nn.Module, inputs: Tensor, labels: Tensor, recorded: float
     Example:
         >>> model = nn.Linear(2, 2, bias=False)
         >>> model.weight.data = torch.eye(2)
-        >>> recomputed(model, torch.eye(2).repeat(50, 1), torch.tensor([0, 0] * 50), 0.5).agrees
+        >>> accuracy_again(model, torch.eye(2).repeat(50, 1), torch.tensor([0, 0] * 50), 0.5).agrees
         True
     """
     n = len(labels)
@@ -118,9 +133,36 @@ def best_way(
     return min(distances, key=lambda way: distances[way]), told
 
 
+def with_accuracies(
+    task: object, rows: Iterable[dict[str, Any]], models: int | None
+) -> list[dict[str, Any]]:
+    """Rows of `zoo_info`, some of them with the accuracies computed again, as `COLUMNS`.
+
+    Args:
+        task: One that is not `Checked` leaves the rows as they are.
+        rows: Those of its models, each with "problem".
+        models: How many, evenly chosen among those that can be read; None for all.
+    """
+    listed = list(rows)
+    if not isinstance(task, Checked) or models == 0:
+        return listed
+    sound = [row for row in listed if row.get("model") is not None and not row["problem"]]
+    count = len(sound) if models is None else min(models, len(sound))
+    for k in range(count):
+        row = sound[k * len(sound) // count]
+        try:
+            found = task.recomputed(row["model"])
+            values = (found.found, found.examples, task.read_as(row["model"]))
+            row |= dict(zip(COLUMNS, values, strict=True)) | {"problem": found.problem}
+        except SharpkitError as error:
+            message = f"recorded accuracies cannot be checked: {error}"
+            return [{"task": task.name, "problem": message}, *listed]
+    return listed
+
+
 @torch.no_grad()
 def _right(model: nn.Module, inputs: Tensor, labels: Tensor) -> int:
-    batches = zip(inputs.split(_BATCH), labels.split(_BATCH), strict=True)
+    batches = zip(torch.split(inputs, _BATCH), torch.split(labels, _BATCH), strict=True)
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
 
 
@@ -129,7 +171,7 @@ def _work(model: nn.Module, example: Tensor) -> int:
     counts: list[int] = []
 
     def count(layer: nn.Module, _: Any, output: Tensor) -> None:
-        counts.append(output[0].numel() * layer.weight[0].numel())  # type: ignore[index,operator]
+        counts.append(output[0].numel() * layer.weight[0].numel())  # type: ignore[index]
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]

@@ -1,4 +1,4 @@
-"""The model zoos of Schuerholt et al. 2022, and the phase-transition zoos, in Ray Tune's folders."""
+"""Model zoos of Schuerholt et al. 2022 and phase-transition zoos: a folder for each network."""
 
 from sharpkit.zoo.model_zoos.task import EXPECTED, ModelZoo, model_zoo_tasks
 

@@ -102,8 +102,8 @@ def _plain(where: str, kind: str, params: Mapping[str, Any], state: State) -> nn
     shapes = [tuple(kernel.shape) for kernel in kernels]
     if [len(shape) for shape in shapes] != [4, 4, 4, 2, 2]:
         raise ZooFormatError(
-            f"{where}: weights of shapes {shown(shapes)}; expected three convolutions and two dense "
-            f"layers for the type {kind}"
+            f"{where}: weights of shapes {shown(shapes)}; expected three convolutions and two "
+            f"dense layers for the type {kind}"
         )
     nonlinearity, dropout = params.get("model::nlin"), params.get("model::dropout", 0)
     if not isinstance(nonlinearity, str) or nonlinearity not in NONLINEARITIES:
@@ -112,11 +112,13 @@ def _plain(where: str, kind: str, params: Mapping[str, Any], state: State) -> nn
             f"{', '.join(NONLINEARITIES)}"
         )
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise ZooFormatError(f"{where}: model::dropout is {shown(dropout)}; expected a share below 1")
+        raise ZooFormatError(
+            f"{where}: model::dropout is {shown(dropout)}; expected a share below 1"
+        )
     pooled, always = _PLAIN[kind]
     drop = [dropout] if always or dropout > 0 else []
     layers: list[nn.Module] = []
-    for k, (out, inside, height, width) in enumerate(shapes[:3]):  # type: ignore[misc]
+    for k, (out, inside, height, width) in enumerate(shapes[:3]):
         layers.append(nn.Conv2d(inside, out, (height, width), device="meta"))
         if k in pooled:
             layers.append(nn.MaxPool2d(2))
@@ -138,11 +140,13 @@ def _resnet(where: str, state: State) -> ResNet:
             blocks.setdefault(int(match[1]), set()).add(int(match[2]))
     counts = [len(blocks.get(stage, ())) for stage in range(1, len(blocks) + 1)]
     first, last = state.get("conv1.weight"), state.get("fc.weight")
-    if not counts or 0 in counts or first is None or last is None or first.ndim != 4 or last.ndim != 2:
+    ends = first is not None and last is not None and (first.ndim, last.ndim) == (4, 2)
+    if not ends or not counts or 0 in counts:
         raise ZooFormatError(
-            f"{where}: has {_some(list(state))}; expected conv1, bn1, layer1.0.conv1, ..., fc, as a "
-            "residual network has"
+            f"{where}: has {_some(list(state))}; expected conv1, bn1, layer1.0.conv1, ..., fc, as "
+            "a residual network has"
         )
+    assert first is not None and last is not None
     kernel = first.shape[-1]
     if kernel not in (3, 7) or first.shape[-2] != kernel:
         raise ZooFormatError(
@@ -159,7 +163,7 @@ def _resnet(where: str, state: State) -> ResNet:
 
 
 class ResNet(nn.Module):
-    """A residual network whose parts have torchvision's names; stage k has 2^(k − 1) width channels.
+    """A residual network with torchvision's names; stage k has 2^(k − 1) width channels.
 
     Args:
         channels: Of the images.

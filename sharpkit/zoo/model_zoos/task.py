@@ -1,7 +1,6 @@
 """Tasks of the model zoos and of the phase-transition zoos: a folder for each network.
 
-Source: Schuerholt et al. 2022, arXiv:2209.14764; Schuerholt et al. 2025, arXiv:2504.18072. Data under
-CC-BY 4.0.
+Source: Schuerholt et al. 2022, arXiv:2209.14764, and 2025, arXiv:2504.18072; data under CC-BY 4.0.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ class ModelZoo:
         """As the training program prepared them; images of floats as they are."""
         pixels, labels = images[0] if split == "train" else images[1]
         if pixels.dtype != np.uint8:
-            return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
+            return TensorDataset(torch.from_numpy(pixels), torch.from_numpy(labels))
         if way not in self._preparations:
             raise ZooFormatError(
                 f"{self.path}: how the images were prepared is not known for the data set "
@@ -160,6 +159,6 @@ def _networks(folders: Sequence[Path]) -> list[Path]:
 def _remote(path: Path, mirror: Mirror) -> dict[str, str]:
     for folder in (path, *mirror.children(path)):
         if any(mirror.has(child / PARAMS) for child in mirror.children(folder)):
-            place = mirror.location(folder)
-            return {printable(folder.name): f"{place}: a model zoo must be on this machine: copy it here"}
+            reason = f"{mirror.location(folder)}: a model zoo must be on this machine: copy it here"
+            return {printable(folder.name): reason}
     return {}

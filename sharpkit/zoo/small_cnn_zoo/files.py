@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -66,8 +67,8 @@ def read_layout(path: Path) -> list[Layer]:
             match = _VARIABLE.fullmatch(row["varname"])
             if match is None:
                 raise ZooFormatError(
-                    f"{path}: variable {shown(row['varname'])}; expected a kernel or bias of conv2d "
-                    "or dense, such as sequential/conv2d_1/kernel:0"
+                    f"{path}: variable {shown(row['varname'])}; expected a kernel or bias of "
+                    "conv2d or dense, such as sequential/conv2d_1/kernel:0"
                 )
             layer = parts.setdefault((match[1], int(match[2] or 0)), {})
             if match[3] in layer:
@@ -105,8 +106,8 @@ def _layers(path: Path, parts: Mapping[tuple[str, int], Mapping[str, Variable]])
         fits = len(kernel) == (4 if kind == "conv2d" else 2) and bias == kernel[-1:]
         if not fits or (channels is not None and kernel[-2] != channels):
             raise ZooFormatError(
-                f"{path}: {_named([(kind, number)])} has a kernel {kernel} and a bias {bias}, which "
-                f"do not fit together, or not the {channels} channels before it"
+                f"{path}: {_named([(kind, number)])} has a kernel {kernel} and a bias {bias}, "
+                f"which do not fit together, or not the {channels} channels before it"
             )
         layers.append(Layer(part["kernel"], part["bias"]))
         channels = kernel[-1]
@@ -115,7 +116,7 @@ def _layers(path: Path, parts: Mapping[tuple[str, int], Mapping[str, Variable]])
             f"{path}: the first kernel is {layers[0].kernel.shape}; expected one channel, grey"
         )
     spans = sorted(v[:2] for layer in layers for v in (layer.kernel, layer.bias))
-    if any(a[1] > b[0] for a, b in zip(spans, spans[1:], strict=False)):
+    if any(before[1] > after[0] for before, after in pairwise(spans)):
         raise ZooFormatError(f"{path}: variables share columns of {WEIGHTS}")
     return layers
 
@@ -136,7 +137,7 @@ def read_metrics(path: Path) -> pd.DataFrame:
 
     with reading(path, ZooFormatError, "a gzip file of comma-separated values"):
         with open_expanded(path, ZooFormatError) as file:
-            content = io.BytesIO(file.read(file.left))
+            content = io.BytesIO(file.read(file.left + 1))  # one more is refused
         table = pd.read_csv(content, usecols=_wanted, low_memory=False)
         needed = ("modeldir", "step", "config.activation", *RECORDED)
         missing = [name for name in needed if name not in table]

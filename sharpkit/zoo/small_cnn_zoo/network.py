@@ -55,7 +55,8 @@ def build_network(
         parts[f"conv{k}"] = _filled(convolution, layer, row, (3, 2, 0, 1))
         parts[f"activation{k}"] = ACTIVATIONS[activation]()
     parts["mean"], parts["flatten"] = nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    dense = nn.Linear(*layers[-1].kernel.shape, device="meta")
+    inside, out = layers[-1].kernel.shape
+    dense = nn.Linear(inside, out, device="meta")
     parts["dense"] = _filled(dense, layers[-1], row, (1, 0))
     return nn.Sequential(parts).eval()
 

@@ -42,7 +42,8 @@ EXPECTED = f"{WEIGHTS} beside {METRICS} and {LAYOUT} (the Small CNN Zoo)"
 _STRIDES = {"stride 2": 2, "stride 1": 1}  # 2 is the training program's default
 _DATA_SETS = {"svhn_cropped": "svhn"}  # where the zoo has another name
 _ARCHIVES = [f"{name}.tar.xz" for name in ("mnist", "fashion_mnist", "cifar10", "svhn_cropped")]
-_READ_ANEW = ("_table", "_rows", "_layers", "_weights", "_settings", "_numbers")  # in other processes
+# other processes read these themselves
+_READ_ANEW = ("_table", "_rows", "_layers", "_weights", "_settings", "_numbers")
 
 
 class SmallCnns:
@@ -190,11 +191,13 @@ def small_cnn_tasks(
     refused = {}
     if not folders:
         for name in sorted(_names(path, mirror).intersection(_ARCHIVES)):
-            refused[name] = f"{path / name}: is packed; unpack it (tar xJf {name}), then open the folder"
+            refused[name] = f"{path / name}: unpack it (tar xJf {name}), then open the folder"
     elif mirror is not None:
         return [], {
-            printable(f.name): f"{mirror.location(f)}: {WEIGHTS} is read in place, so the Small CNN "
-            "Zoo must be on this machine: copy it here"
+            printable(
+                f.name
+            ): f"{mirror.location(f)}: the Small CNN Zoo must be on this machine, as "
+            f"{WEIGHTS} is read in place: copy it here"
             for f in folders
         }
     return [CheckpointTask(SmallCnns(f.resolve().name, f)) for f in folders], refused
@@ -205,5 +208,3 @@ def _names(folder: Path, mirror: Mirror | None) -> set[str]:
     if mirror is not None:
         return {child.name for child in mirror.children(folder)}
     return {name for name in (WEIGHTS, METRICS, *_ARCHIVES) if is_file(folder / name)}
-
-
