@@ -236,29 +236,30 @@ class CheckpointTask(Mapping[str, Checkpoint]):
             task.__dict__["_chosen"] = self._chosen
         return task
 
-    @cached_property
+    @property
     def model_configs(self) -> dict[str, Any]:
         """Id -> {"hparams", "metrics"} of the models with a usable record; see `unusable`.
 
         A hyperparameter that does not vary is left out; of one with more than 64 values, such as a
         continuous one, each model lists its own alone.
         """
-        settings, metrics = {}, {}
-        for id_, model in self.items():
-            if id_ not in self.unusable:
-                settings[id_], metrics[id_] = model.hyperparameters, model.metrics
-        return _configs(settings, metrics)
+        return self._read[0]
 
-    @cached_property
+    @property
     def unusable(self) -> dict[str, str]:
         """Id -> why there is no usable record of a model; it is not scored."""
-        reasons = {}
-        for id_, model in self.items():
+        return self._read[1]
+
+    @cached_property
+    def _read(self) -> tuple[dict[str, Any], dict[str, str]]:
+        settings, metrics, reasons = {}, {}, {}
+        for id_, model in self._models.items():
             try:
-                model.hyperparameters, model.metrics  # noqa: B018
+                metrics[id_] = model.metrics
+                settings[id_] = model.hyperparameters
             except SharpkitError as error:
                 reasons[id_] = str(error)
-        return reasons
+        return _configs(settings, metrics), reasons
 
     def frame(self) -> pd.DataFrame:
         """One row per usable model: task, model, hyperparameters that vary, metrics."""

@@ -150,19 +150,20 @@ class SmallCnns:
         """Networks that saw a part of the images, or ended early."""
         found = []
         self._weights  # noqa: B018  (raises here what would else fail with every network)
-        rows = [*map(dict.values, self._rows.values())]
+        rows = [*self._rows.values()]
         fractions = self._settings.get("config.train_fraction")
         if fractions is not None:
-            part = sum(fractions[next(iter(row))] < 1 for row in rows)
+            part = sum(fractions[next(iter(row.values()))] < 1 for row in rows)
             if part:
                 found.append(
                     f"{part:,} of {len(rows):,} networks were trained on a part of the training "
                     "images (config.train_fraction), and which is not recorded: measures take all"
                 )
         last = [max(epochs) for epochs in self._rows.values()]
-        if short := sum(epoch < max(last) for epoch in last):
+        end = max(last, default=0)
+        if short := sum(epoch < end for epoch in last):
             found.append(
-                f"{short:,} of {len(last):,} networks end before epoch {max(last)}: each is taken "
+                f"{short:,} of {len(last):,} networks end before epoch {end}: each is taken "
                 "at its last checkpoint"
             )
         return found
