@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sharpkit.cli.options import DATA, DEVICE, of_workers, zoo_at
+from sharpkit.cli.options import BUILD, DATA, DEVICE, of_folders, of_workers, zoo_at
 from sharpkit.cli.shell import exit_if_any, say, say_table
 from sharpkit.files import write_csv
 
@@ -22,20 +22,26 @@ def zoo() -> None:
 @click.argument("path")
 @click.option("--deep", is_flag=True, help="Load every model and read every data shard.")
 @click.option("--csv", type=click.Path(path_type=Path), help="Write the table here as well.")
-def info(path: str, deep: bool, csv: Path | None) -> None:
+@BUILD
+@click.option("--data", help="With --table and --deep: as for `sharpkit score`.")
+@of_folders
+def info(path: str, deep: bool, csv: Path | None, **of_folder: Any) -> None:
     """List tasks, models, layers, parameters and gaps of the zoo at PATH; check every file.
 
     PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
-    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit.
+    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit; with --table and --build,
+    a pattern of checkpoints.
 
     \b
     Example:
       sharpkit zoo info public_data --deep --csv models.csv
+      sharpkit zoo info "ckpts/*.pt" --table runs.csv --build nets:resnet
     """
     from sharpkit.zoo import zoo_info
 
     # given the path, it reports also what keeps the zoo from loading
-    table = zoo_info(zoo_at(path) if path == "embedded" else path, deep=deep)
+    by_path = path != "embedded" and not any(of_folder.values())
+    table = zoo_info(path if by_path else zoo_at(path, **of_folder), deep=deep)
     if csv is not None:
         write_csv(table, csv)
     say_table(table, ".4f")
