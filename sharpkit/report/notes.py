@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
+from sharpkit.evaluation.cmi import in_bins
 from sharpkit.evaluation.grid import Grid, normal_id
 from sharpkit.report.limits import COMPARED, drawn
 from sharpkit.report.models import reversals
@@ -56,6 +57,17 @@ def of_few(models: int, hyperparameters: int) -> list[str]:
             "that need pairs of hyperparameters are left out."
         )
     return found
+
+
+def of_bins(grid: Grid) -> list[str]:
+    """In how many bins a mutual information conditions on continuous hyperparameters."""
+    if not grid.bins:
+        return []
+    return [
+        f"Continuous hyperparameters: the mutual informations are given {in_bins(grid.binned)}. "
+        "All other statistics take the values as they are; those of models that differ in one "
+        "hyperparameter alone find few."
+    ]
 
 
 def of_order(

@@ -261,6 +261,8 @@ def _varied(
             unused[column] = "the same in all rows"
         elif len(texts) > 2 and len(set(texts)) == len(values):
             unused[column] = "a text of its own in every row"
+        elif word(column).endswith("seed") and len(set(map(str, values))) == len(values):
+            unused[column] = "a seed of its own in every row"
         else:
             found.append(column)
     return found
