@@ -63,10 +63,10 @@ def of_bins(grid: Grid) -> list[str]:
     """In how many bins a mutual information conditions on continuous hyperparameters."""
     if not grid.bins:
         return []
+    several = " No two models differ in one hyperparameter alone, which some statistics need."
     return [
         f"Continuous hyperparameters: the mutual informations are given {in_bins(grid.binned)}. "
-        "All other statistics take the values as they are; those of models that differ in one "
-        "hyperparameter alone find few."
+        f"All other statistics take the values as they are.{several if len(grid.bins) > 1 else ''}"
     ]
 
 

@@ -127,8 +127,11 @@ def test_only_what_conditions_is_binned_and_the_table_says_so():
     assert table["binned"].item() == "lr in 2 bins"
     assert table["cmi_jiang"].notna().item() and table["cmi_jiang_null_mean"].notna().item()
     assert table["kendall_tau"].item() == pytest.approx(kendall_tau(values, gaps))
-    # no two models share a learning rate, so none differ in the width alone
-    assert np.isnan(table["granulated_kendall"].item())
+    pairs = [  # no two models share a learning rate: those of one width differ in it alone
+        [k for k, s in enumerate(settings) if s["width"] == width] for width in (8, 16)
+    ]
+    expected = np.mean([kendall_tau(values[k], gaps[k]) for k in pairs])
+    assert table["granulated_kendall"].item() == pytest.approx(expected)
     without = rate_measures(pd.DataFrame({"a": values}), configs, resamples=20, definitions=())
     assert without["kendall_tau_low"].equals(table["kendall_tau_low"])
     within = permutation_p_value(dict(enumerate(values)), configs, within=["lr"], permutations=99)
