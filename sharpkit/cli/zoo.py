@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from sharpkit.cli.options import DATA, DEVICE, of_workers, zoo_at
+from sharpkit.cli.options import BUILD, DATA, DEVICE, of_folders, of_workers, zoo_at
 from sharpkit.cli.shell import exit_if_any, say, say_table
 from sharpkit.files import write_csv
 
@@ -39,22 +39,28 @@ def _accuracies(context: click.Context, option: click.Parameter, value: str) -> 
     'yours; "all" for every one.',
 )
 @click.option("--csv", type=click.Path(path_type=Path), help="Write the table here as well.")
-def info(path: str, deep: bool, accuracies: int | None, csv: Path | None) -> None:
+@BUILD
+@click.option("--data", help="With --table and --deep: as for `sharpkit score`.")
+@of_folders
+def info(path: str, deep: bool, accuracies: int | None, csv: Path | None, **of_folder: Any) -> None:
     """List tasks, models, layers, parameters and gaps of the zoo at PATH; check every file.
 
     PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
     docs/clusters.md), "embedded" for the zoo that ships with sharpkit, or the folder of a zoo in
-    another format (docs/guides/zoo-formats.md).
+    another format (docs/guides/zoo-formats.md); with --table and --build, a pattern of checkpoints.
 
     \b
     Example:
       sharpkit zoo info public_data --deep --csv models.csv
       sharpkit zoo info smallcnnzoo --accuracies all
+      sharpkit zoo info "ckpts/*.pt" --table runs.csv --build nets:resnet
     """
     from sharpkit.zoo import zoo_info
 
     # given the path, it reports also what keeps the zoo from loading
-    table = zoo_info(zoo_at(path) if path == "embedded" else path, deep=deep, accuracies=accuracies)
+    by_path = path != "embedded" and not any(of_folder.values())
+    opened = path if by_path else zoo_at(path, **of_folder)
+    table = zoo_info(opened, deep=deep, accuracies=accuracies)
     if csv is not None:
         write_csv(table, csv)
     say_table(table, ".4f")

@@ -138,6 +138,11 @@ class Checkpoint:
         """What `load` reads."""
         return [*self.task.source.checkpoint_files(self.network, self._epoch_of(weights))]
 
+    @property
+    def made_from(self) -> str:
+        """What the network depends on beside its files: how they are read where they do not tell."""
+        return self.task.way if len(self.task.source.ways) > 1 else ""
+
     def frame(self) -> pd.DataFrame:
         """One row: task, model, the hyperparameters and the metrics."""
         import pandas as pd

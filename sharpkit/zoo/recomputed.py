@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -107,10 +107,8 @@ def best_way(
 
     Args:
         ways: In the order in which they are to be preferred.
-        check: The accuracies of some networks, read in a way; a way that raises is not taken.
-
-    Raises:
-        SharpkitError: What the last way raised, if all did.
+        check: The accuracies of some networks, read in a way; a way that raises is not taken, but
+            the first is if all do.
 
     Example:
         >>> found = {1: Recomputed(0.9, 0.1, 100, 0.01), 2: Recomputed(0.9, 0.9, 100, 0.01)}
@@ -119,17 +117,14 @@ def best_way(
     """
     distances: dict[Way, float] = {}
     told: dict[Way, str] = {}
-    failure: SharpkitError | None = None
     for way in ways:
         try:
             found = check(way)
         except SharpkitError as error:
-            failure, told[way] = error, str(error)
+            distances[way], told[way] = inf, str(error)
         else:
             distances[way] = sum(abs(one.found - one.recorded) for one in found)
             told[way] = ", ".join(f"{one.found:.4f} for {one.recorded:.4f}" for one in found)
-    if not distances and failure is not None:
-        raise failure
     return min(distances, key=lambda way: distances[way]), told
 
 

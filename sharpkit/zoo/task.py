@@ -20,7 +20,11 @@ Weights: TypeAlias = Literal["final", "initial"]
 
 
 class ModelEntry(Protocol):
-    """One trained network of a task."""
+    """One trained network of a task.
+
+    If `load` depends on more than its files, an entry has a text `made_from` that tells on what: a
+    model whose text has changed is scored again.
+    """
 
     @property
     def metrics(self) -> Mapping[str, float]:

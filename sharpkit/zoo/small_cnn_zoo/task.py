@@ -118,7 +118,7 @@ class SmallCnns:
         found.pop("config.dataset", None)
         for name, value in found.items():
             if isinstance(value, float) and math.isnan(value):
-                found[name] = "nan"  # an empty cell, which is one value
+                found[name] = None  # an empty cell, which is one value
         return found
 
     def metrics(self, network: str, epoch: int) -> dict[str, float]:

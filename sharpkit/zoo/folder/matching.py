@@ -1,0 +1,128 @@
+"""Which file each row of a table is about."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from sharpkit.doors import reading
+from sharpkit.errors import ArgumentError, ZooFormatError
+from sharpkit.zoo.files import is_file, is_litter
+from sharpkit.zoo.folder.table import Table
+from sharpkit.zoo.remote import is_remote
+
+SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
+_WANDB = re.compile(r"(?:offline-)?run-[0-9]{8}_[0-9]{6}-(.+)")  # a folder of wandb's
+
+
+def find_files(pattern: str | Path) -> tuple[Path, list[Path]]:
+    """The folder that a pattern is about, and the files that fit it, 2 before 10.
+
+    A folder stands for all files below it whose names end as those of weights do.
+
+    Raises:
+        ArgumentError: It is a URL.
+        ZooFormatError: No file fits.
+    """
+    if is_remote(pattern):
+        raise ArgumentError(f"{pattern}: checkpoints with a table must be on this machine")
+    with reading(pattern, ZooFormatError, "a pattern of files, such as folder/*.pt"):
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            root, found = path, [p for p in path.rglob("*") if p.suffix in SUFFIXES]
+        elif path.is_file():
+            root, found = path.parent, [path]
+        else:
+            steady = list(takewhile(lambda part: not glob.has_magic(part), path.parts))
+            root, rest = Path(*steady), path.parts[len(steady) :]
+            found = list(root.glob("/".join(rest))) if rest else []
+        files = sorted((p for p in found if not is_litter(p.name) and is_file(p)), key=_in_order)
+    if not files:
+        raise ZooFormatError(
+            f"{pattern}: no such file; expected checkpoints, such as 'folder/*.pt' in quotes"
+        )
+    return root, files
+
+
+def _in_order(path: Path) -> list[str | int]:
+    """Text and numbers in turns, so that paths compare by both."""
+    parts = re.split("([0-9]+)", path.as_posix())
+    return [int(part) if k % 2 else part for k, part in enumerate(parts)]
+
+
+def model_ids(files: Sequence[Path], root: Path) -> list[str]:
+    """A name for each file: its path below the folder, without what is the same for all at the end.
+
+    Example:
+        >>> model_ids([Path("z/a/last.pt"), Path("z/b/last.pt")], Path("z"))
+        ['a', 'b']
+        >>> model_ids([Path("z/net 1.pt"), Path("z/net 2.safetensors")], Path("z"))
+        ['net 1', 'net 2']
+    """
+    whole = [p.relative_to(root) if p.is_relative_to(root) else p for p in files]
+    tails = {p.name for p in whole}
+    if len(tails) == 1 and len(files) > 1 and all(len(p.parts) > 1 for p in whole):
+        short = [p.parent.as_posix() for p in whole]
+    else:
+        short = [p.with_suffix("").as_posix() for p in whole]
+    return short if len(set(short)) == len(short) else [p.as_posix() for p in whole]
+
+
+class Matcher:
+    """Finds the file that a cell names, among these files.
+
+    In this order, the first that fits any file: a path that is there, from the table's folder or
+    the working directory; the end of a file's path; the name of a file without its ending and a
+    leading model_, or of a folder above it (also ID for wandb's run-20240131_120000-ID); a path of
+    another place whose file name is that of one file and of no other row.
+    """
+
+    def __init__(self, table: Table, column: str, root: Path, files: Sequence[Path]) -> None:
+        self.files = files
+        self._places = (table.folder, Path.cwd())
+        self._whole = {os.path.realpath(p): k for k, p in enumerate(files)}
+        self._parts = [_below(p, root) for p in files]
+        self._names = Counter(p.name for p in files)
+        self._called = Counter(_path(row[column]).name for row in table.rows)
+
+    def __call__(self, cell: str) -> list[int]:
+        """Numbers of the files that a cell may mean."""
+        path = _path(cell)
+        if not path.name:
+            return []
+        for place in self._places:
+            if (number := self._whole.get(os.path.realpath(place / path))) is not None:
+                return [number]
+        ends = [k for k, parts in enumerate(self._parts) if _ends_with(parts, path.parts)]
+        if ends:
+            return ends
+        if len(path.parts) == 1:
+            return [k for k, parts in enumerate(self._parts) if _is_named(parts, path.name)]
+        once = self._names[path.name] == self._called[path.name] == 1
+        return [k for k, p in enumerate(self.files) if once and p.name == path.name]
+
+
+def _path(cell: str) -> Path:
+    """The path in a cell, also of a URL file://..."""
+    text = cell.strip()
+    return Path(unquote(urlsplit(text).path) if text.startswith("file://") else text).expanduser()
+
+
+def _below(path: Path, root: Path) -> tuple[str, ...]:
+    return path.relative_to(root).parts if path.is_relative_to(root) else path.parts
+
+
+def _ends_with(parts: tuple[str, ...], end: tuple[str, ...]) -> bool:
+    return parts[-len(end) :] == end
+
+
+def _is_named(parts: tuple[str, ...], name: str) -> bool:
+    *folders, file = parts
+    runs = [match[1] for folder in folders if (match := _WANDB.fullmatch(folder))]
+    return name in (*folders, *runs) or Path(file).stem in (name, f"model_{name}")
