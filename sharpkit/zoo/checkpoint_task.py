@@ -140,7 +140,7 @@ class Checkpoint:
 
     @property
     def made_from(self) -> str:
-        """What the network depends on beside its files: how they are read where they do not tell."""
+        """What it depends on beside its files: how they are read where they do not tell."""
         return self.task.way if len(self.task.source.ways) > 1 else ""
 
     def frame(self) -> pd.DataFrame:

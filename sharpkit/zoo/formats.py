@@ -65,6 +65,10 @@ def load_zoo(
     models. Models that the file does not list, entries without a model, and incomplete or doubled
     grids are warned about.
 
+    The Small CNN Zoo, model zoos and phase-transition zoos are opened by their unpacked folder, or
+    by a folder of such folders. They come without images: put yours at `images` inside. Recorded
+    test accuracies of three networks are computed again, and it is warned about what does not fit.
+
     Of a zoo elsewhere, opening reads the listing and model_configs.json; any other file is copied
     into the cache (`SHARPKIT_CACHE`, or the platform's) when it is used, and again if it changes.
 
@@ -96,7 +100,9 @@ def load_zoo(
         DownloadError: The server cannot be reached, or refuses.
 
     Source:
-        Jiang et al., NeurIPS 2020 Competition: Predicting Generalization in Deep Learning.
+        Jiang et al., NeurIPS 2020 Competition: Predicting Generalization in Deep Learning;
+        Unterthiner et al. 2020, arXiv:2002.11448; Schuerholt et al. 2022, arXiv:2209.14764, and
+        2025, arXiv:2504.18072.
 
     Example:
         >>> import torch
