@@ -18,7 +18,7 @@ from sharpkit.data.npz import read_npz
 from sharpkit.errors import DataError
 from sharpkit.files import cache_folder
 
-Images = tuple[NDArray[Any], NDArray[np.int64]]  # (n, c, h, w) and labels (n,)
+Images = tuple[NDArray[Any], NDArray[Any]]  # (n, c, h, w), and labels (n,), integers
 Pair = tuple[Images, Images]  # training and test
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 EXPECTED = (

@@ -339,11 +339,12 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         return best_way(ways, lambda way: self._try(images, way, probes))
 
     def _probes(self) -> list[Checkpoint]:
-        """Networks that a wrong way would show: those of the best recorded accuracies."""
+        """Networks that a wrong way would show: of good recorded accuracy, the smallest first."""
         recorded = {id_: c["metrics"]["test_acc"] for id_, c in self.model_configs.items()}
-        order = sorted(recorded, key=lambda id_: -recorded[id_])
+        best = sorted(recorded, key=lambda id_: -recorded[id_])[: (len(recorded) + 1) // 2]
+        sizes = {id_: _size(self[id_].files()) for id_ in best}
         found = []
-        for id_ in order[: 10 * _PROBES]:
+        for id_ in sorted(best, key=lambda id_: (sizes[id_], -recorded[id_]))[: 10 * _PROBES]:
             model = self[id_]
             try:
                 self.source.load(model.network, model.epoch, self.source.ways[0])
@@ -418,6 +419,14 @@ class CheckpointTask(Mapping[str, Checkpoint]):
 
 
 _KEPT = ("cifar10", "cifar100", "svhn")  # by load_dataset
+
+
+def _size(files: Sequence[Path]) -> int:
+    """Bytes of a model's files."""
+    try:
+        return sum(file.stat().st_size for file in files)
+    except OSError:  # told when the model is loaded
+        return 0
 
 
 def _check_split(split: str) -> None:

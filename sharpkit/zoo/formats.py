@@ -169,7 +169,7 @@ def find_tasks(path: str | Path) -> Zoo:
     )
 
 
-@readable(lambda z: f"{len(z)} tasks, {sum(map(len, z.values()))} models, in {z.path}")
+@readable(lambda z: f"{len(z)} tasks, {sum(map(_models, z.values()))} models, in {z.path}")
 class Zoo(Mapping[str, Task]):
     """Tasks by name, in alphabetical order.
 
@@ -200,5 +200,13 @@ class Zoo(Mapping[str, Task]):
         """One row per task: task, models, path (or URL)."""
         import pandas as pd
 
-        rows = [(task.name, len(task), task.location) for task in self.values()]
+        rows = [(task.name, _models(task), task.location) for task in self.values()]
         return pd.DataFrame(rows, columns=["task", "models", "path"])
+
+
+def _models(task: Task) -> int:
+    """How many models a task has; none if its files cannot be read, which `check` has told."""
+    try:
+        return len(task)
+    except SharpkitError:
+        return 0
