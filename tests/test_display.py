@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import tempfile
 from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
@@ -61,6 +62,15 @@ def scores():
     return sk.score_models({"net": model()}, measure, DATA, DATA, progress=False)
 
 
+def folder_of_checkpoints():
+    folder = Path(tempfile.mkdtemp())
+    torch.save(model().state_dict(), folder / "a.pt")
+    table = pd.DataFrame({"path": ["a.pt"], "train_acc": [1.0], "test_acc": [0.9]})
+    with pytest.warns(UserWarning, match="taken as path"):
+        (task,) = sk.load_zoo(folder, build=model, table=table).values()
+    return task
+
+
 def spectra():
     density = sk.spectral_density(hessian(), steps=5)
     return Spectra({"net": density}, {"net": {"lambda_max": 1.0}}, {"other": "it diverged"})
@@ -82,6 +92,8 @@ RESULTS = {
     "Estimate": lambda: sk.measures.training_loss(model(), DATA),
     "Estimated": lambda: sk.trace(hessian()),
     "Figure3": figure3,
+    "FolderModel": lambda: folder_of_checkpoints()["a"],
+    "FolderTask": folder_of_checkpoints,
     "FitResult": lambda: sk.fit(model(), DATA, epochs=1, progress=False),
     "GranulatedKendall": lambda: granulated_kendall(VALUES, CONFIGS),
     "Interval": lambda: bootstrap_interval(VALUES, CONFIGS, resamples=50),

@@ -34,6 +34,8 @@ from sharpkit.runs.figure3 import figure, plan as figure3_plan
 from sharpkit.runs.saved_spectrum import read_spectrum
 from sharpkit.runs.spectrum import spectrum as measure_spectra
 from sharpkit.runs.trained import load_trained, same_examples, trained_data
+from sharpkit.zoo.folder.columns import path_columns, read_columns
+from sharpkit.zoo.folder.table import read_table
 from sharpkit.zoo_training import grid_file as zoo_plans, zoo as training_of_zoos
 
 RNG = np.random.default_rng(0)
@@ -139,6 +141,18 @@ def safetensors(folder: Path) -> Case:
     path = folder / "model.safetensors"
     save_file(small().state_dict(), path, {"format": "pt"})
     return path, lambda: load_checkpoint(path, small)
+
+
+def table(folder: Path) -> Case:
+    path = folder / "runs.csv"
+    lines = [f"net{k}.pt,{0.1 * k},adam,1.0,{0.9 - 0.01 * k}" for k in range(6)]
+    path.write_text("\n".join(["path,lr,params.optimizer,train_acc,test_acc", *lines]) + "\n")
+
+    def read() -> None:
+        found = read_table(path)
+        read_columns(found, path_columns(found)[0])
+
+    return path, read
 
 
 def training(folder: Path, name: str) -> Case:
@@ -269,7 +283,7 @@ FORMATS: dict[str, Callable[[Path], Case]] = {
     make.__name__: make
     for make in (
         idx, plain_idx, cifar, svhn, plain_svhn, npz, plain_npz, images, jpegs, pt, legacy_pt,
-        safetensors, checkpoint, fit_config, trained, spectrum, spectrum_config, zoo_plan,
+        table, safetensors, checkpoint, fit_config, trained, spectrum, spectrum_config, zoo_plan,
         figure_plan, figure_claim, zoo_claim, notes,
     )
 }  # fmt: skip

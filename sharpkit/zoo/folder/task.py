@@ -14,8 +14,8 @@ from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError, ZooFormatError
 from sharpkit.evaluation.grid import normal_id
 from sharpkit.importing import import_callable
-from sharpkit.zoo.folder.columns import Columns, read_columns
-from sharpkit.zoo.folder.matching import find_files, model_ids
+from sharpkit.zoo.folder.columns import Columns, path_columns, read_columns
+from sharpkit.zoo.folder.matching import find_files, matched, model_ids
 from sharpkit.zoo.folder.rows import Row, read_rows
 from sharpkit.zoo.folder.table import Value, read_table
 from sharpkit.zoo.grid import model_configs, models_frame
@@ -211,8 +211,9 @@ def folder_task(
         )
     root, files = find_files(pattern)
     read = read_table(table)
-    found = read_columns(read, columns, hyperparameters)
-    rows, messages = read_rows(read, found, root, files)
+    path, matches = matched(read, path_columns(read, columns), root, files)
+    found = read_columns(read, path, columns, hyperparameters)
+    rows, messages = read_rows(read, found, matches, root, files)
     ids = model_ids([row.path for row in rows], root)
     if len({normal_id(id_) for id_ in ids}) < len(ids):
         raise ZooFormatError(
