@@ -180,10 +180,20 @@ def test_a_pattern_with_a_table_is_a_zoo(here):
     assert "4 rows, 0 with problems" in text and "taken as path 'file'" in text
     score = ("score", *table, "--data", "data.npz", "--m", 1, "--rho", 0.1, "--out", "run")
     assert "no column is test_acc" in run(*score, code=1)
-    run(*score, "--column", "test_acc=accuracy", "--hyperparameters", "lr", "--workers", 2)
+    run(
+        *score,
+        "--column",
+        "test_acc=accuracy",
+        "--hyperparameters",
+        "lr",
+        "--workers",
+        2,
+        "--test-metrics",
+    )
     values = sk.Scores.open(here / "run").frame().set_index("model")["value"]
     for k in range(4):
         assert values[f"net{k}"] == pytest.approx(direct(k, m=1, rho=0.1).value, rel=1e-12)
+    assert sk.Scores.open(here / "run").metrics()["test_ece"].notna().all()
     assert "kendall_tau" in run("evaluate", "run", "--resamples", 20)
     (here / "net2.pt").write_bytes(b"broken")
     assert "1 with problems" in run("zoo", "info", *table, "--column", "test_acc=accuracy", code=1)

@@ -60,18 +60,21 @@ def model_ids(files: Sequence[Path], root: Path) -> list[str]:
     """A name for each file: its path below the folder, without what is the same for all at the end.
 
     Example:
-        >>> model_ids([Path("z/a/last.pt"), Path("z/b/last.pt")], Path("z"))
+        >>> model_ids([Path("z/a/files/last.pt"), Path("z/b/files/last.pt")], Path("z"))
         ['a', 'b']
         >>> model_ids([Path("z/net 1.pt"), Path("z/net 2.safetensors")], Path("z"))
         ['net 1', 'net 2']
     """
     whole = [p.relative_to(root) if p.is_relative_to(root) else p for p in files]
-    tails = {p.name for p in whole}
-    if len(tails) == 1 and len(files) > 1 and all(len(p.parts) > 1 for p in whole):
-        short = [p.parent.as_posix() for p in whole]
-    else:
-        short = [p.with_suffix("").as_posix() for p in whole]
-    return short if len(set(short)) == len(short) else [p.as_posix() for p in whole]
+    short = whole
+    while len(files) > 1 and len({p.name for p in short}) == 1 and all(map(_has_folder, short)):
+        short = [p.parent for p in short]
+    names = [(p.with_suffix("") if short is whole else p).as_posix() for p in short]
+    return names if len(set(names)) == len(names) else [p.as_posix() for p in whole]
+
+
+def _has_folder(path: Path) -> bool:
+    return len(path.parts) > 1
 
 
 def matched(
