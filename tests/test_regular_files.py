@@ -25,6 +25,7 @@ from sharpkit.runs.scores import write_scores
 from sharpkit.runs.trained import load_trained
 from sharpkit.tensor_files import read_safetensors, read_torch
 from sharpkit.zoo.files import read_json
+from sharpkit.zoo.folder.table import read_table
 from sharpkit.zoo.shards.tfrecord import _count_records, read_shards
 from sharpkit.zoo.small_cnn_zoo.files import open_weights, read_layout, read_metrics
 
@@ -147,6 +148,7 @@ READERS = {
     "read_torch": (lambda path: read_torch(path, str(path), ModelError), ModelError),
     "read_safetensors": (lambda path: read_safetensors(path, str(path), ModelError), ModelError),
     "load_arrays": (load_arrays, DataError),
+    "read_table": (read_table, ZooFormatError),
     "read_image_tree": (read_image_tree, DataError),
     "read_layout": (read_layout, ZooFormatError),
     "read_metrics": (read_metrics, ZooFormatError),

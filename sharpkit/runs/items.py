@@ -184,7 +184,10 @@ def _digest(task: Task, files: Iterable[Path], stamp: str, made_from: str) -> st
 
 def _made_from(entry: ModelEntry) -> str:
     """A digest of what a network depends on beside its files; empty for nothing."""
-    text = getattr(entry, "made_from", "")
+    try:
+        text = getattr(entry, "made_from", "")
+    except Exception:  # told when it is loaded
+        return ""
     return digest([text]) if text else ""
 
 

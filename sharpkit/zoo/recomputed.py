@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from sharpkit.display import one_row, readable
 from sharpkit.doors import reading
 from sharpkit.errors import SharpkitError, ZooFormatError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _WORK = 2**36  # multiplications for one network, some seconds
 _LEAST = 64  # images, whatever they cost
@@ -36,6 +40,9 @@ class Checked(Protocol):
         """How the model was read where its files do not tell, and what other ways give."""
 
 
+@readable(
+    lambda r: f"test accuracy {r.found:.4f} on {r.examples:,} images, recorded {r.recorded:.4f}"
+)
 @dataclass(frozen=True)
 class Recomputed:
     """The test accuracy of one network, computed again.
@@ -51,6 +58,10 @@ class Recomputed:
     found: float
     examples: int
     tolerance: float
+
+    def frame(self) -> pd.DataFrame:
+        """One row: recorded, found, examples, tolerance, agrees."""
+        return one_row(self, agrees=self.agrees)
 
     @property
     def agrees(self) -> bool:

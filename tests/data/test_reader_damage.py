@@ -7,7 +7,18 @@ import random
 import pytest
 from reader_files import FORMATS, outcomes
 
-SLOW = {"checkpoint", "fit_config", "spectrum", "spectrum_config"}  # reading trains or measures
+SLOW = {
+    "layout",
+    "metrics",
+    "weights",
+    "trial_params",
+    "trial_result",
+    "trial_checkpoint",
+    "checkpoint",
+    "fit_config",
+    "spectrum",
+    "spectrum_config",
+}  # reading trains or measures
 
 
 @pytest.mark.parametrize("name", FORMATS)

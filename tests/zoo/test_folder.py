@@ -351,6 +351,6 @@ def test_a_number_that_is_chosen_is_no_result():
         {"path": f"{k}.pt", "stop_at_loss": 0.1 * k, "label_smoothing": 0.1 * k, "test_error": 0.2,
          "train_acc": 1, "test_acc": 0.5, "epoch": k, "hours": 3 * k} for k in range(4)
     ]))  # fmt: skip
-    found = read_columns(table, None, None)
+    found = read_columns(table, "path")
     assert list(found.hyperparameters) == ["stop_at_loss", "label_smoothing", "epoch", "hours"]
     assert list(found.metrics) == ["train_acc", "test_acc", "test_error"]

@@ -49,6 +49,7 @@ def with_cell(name, line, value):
 
 def test_every_network_gives_the_logits_of_a_plain_loop(files):
     task = load_zoo(files.folder)["mnist"]
+    assert isinstance(task.source._weights, np.memmap)
     assert list(task) == [str(k) for k in range(8)]
     x = grey(files.test[0])
     for k, model in enumerate(task.values()):

@@ -37,7 +37,10 @@ _RESULT_WORDS = {
     *("acc", "accuracy", "acc1", "acc5", "top1", "top5", "loss", "error", "err", "nll", "ece"),
     *("auc", "f1", "perplexity", "ppl", "bleu", "gap", "val", "valid", "validation", "eval"),
 }
-_CHOSEN_WORDS = {"target", "stop", "at", "threshold", "weight", "coef", "label", "lambda", "size"}
+_CHOSEN_WORDS = {
+    *("target", "stop", "threshold", "weight", "coef", "lambda", "size", "fraction", "split"),
+    *("every", "interval", "freq", "batch", "patience", "ratio"),
+}
 # what a service or script notes of a run beside its hyperparameters
 _NOTED = {
     *("state", "status", "notes", "user", "tags", "created", "created_at", "updated", "runtime"),
@@ -46,6 +49,8 @@ _NOTED = {
     *("python_version", "os", "end_time", "start_time", "experiment_id", "artifact_uri", "date"),
     *("duration", "source_type", "source_name", "lifecycle_stage", "timestamp", "comment"),
     *("wall_time", "seconds", "training_time", "time", "relative_time_process", "version"),
+    *("id", "run_id", "run_name", "mlflow_runname", "model_id", "index", "idx", "unnamed_0", "row"),
+    *("trial", "trial_number", "trial_id"),
 }
 
 
@@ -53,7 +58,7 @@ _NOTED = {
 class Columns:
     """What the columns of a table were taken for."""
 
-    files: tuple[str, ...]  # what names the file: one column, or some of which one must fit
+    path: str  # what names the file
     metrics: dict[str, str]  # name -> column
     hyperparameters: dict[str, str]  # name -> column
     settings: dict[str, str]  # all that `build` may ask for: name -> column
@@ -62,9 +67,9 @@ class Columns:
     unused: dict[str, str]  # column -> why
     guessed: bool  # whether the user has left something to be recognised
 
-    def told(self, table: str, files: str) -> str:
-        """One sentence about what was taken for what; `files` names the file of a model."""
-        used = {"path": files, **self.metrics}
+    def told(self, table: str) -> str:
+        """One sentence about what was taken for what."""
+        used = {"path": self.path, **self.metrics}
         if self.initial is not None:
             used["initial"] = self.initial
         text = f"{table}: taken as " + ", ".join(f"{role} {c!r}" for role, c in used.items())
@@ -74,53 +79,69 @@ class Columns:
         return text
 
 
+def path_columns(table: Table, named: Mapping[str, str] | None = None) -> list[str]:
+    """Columns that may name the file: the one called a path, else those called an id or a name.
+
+    Raises:
+        ZooFormatError: There is none, or two are called a path.
+        ArgumentError: The one that is named is not there.
+    """
+    if named and "path" in named:
+        return [find_column(table, named["path"])]
+    path = _only(table, [c for c in table.columns if word(c) in _PATHS], "path")
+    found = [c for name in _NAMES for c in table.columns if word(c) == name]
+    if path is None and not found:
+        raise ZooFormatError(
+            f"{table.name}: no column names the files; it has {', '.join(table.columns)}. Say "
+            'which does, as columns={"path": NAME} or --column path=NAME'
+        )
+    return found if path is None else [path]
+
+
 def read_columns(
-    table: Table, named: Mapping[str, str] | None, hyperparameters: Sequence[str] | None
+    table: Table,
+    path: str,
+    named: Mapping[str, str] | None = None,
+    hyperparameters: Sequence[str] | None = None,
 ) -> Columns:
     """What each column of a table is.
 
     Args:
         table: Of models.
+        path: The column that names the file.
         named: What is named by the user: "path", "initial", or a metric -> column.
         hyperparameters: Columns that were varied; None for all numbers, bools and words that are
             neither results nor notes of a run, and differ between models.
 
     Raises:
         ZooFormatError: No column for the accuracies (or, without them, the losses), or two.
-        ArgumentError: There is no such column.
+        ArgumentError: There is no such column, or no number in one that is named as a metric.
     """
     named = {role: find_column(table, column) for role, column in (named or {}).items()}
     chosen = None if hyperparameters is None else [find_column(table, c) for c in hyperparameters]
-    state = next((c for c in table.columns if _is_state(table, c)), None)
     metrics = {role: column for role, column in named.items() if role not in ("path", "initial")}
-    metrics |= _recognised_metrics(table, {*named.values(), *(chosen or ())}, metrics)
+    for role, column in metrics.items():
+        if not any(map(is_number, table.values(column))):
+            raise ArgumentError(
+                f"{table.name}, {column}: has no number, for the metric {role!r}; what is no "
+                "metric is called path or initial"
+            )
+    metrics |= _recognised_metrics(table, {path, *named.values(), *(chosen or ())}, metrics)
     _check_gap(table, metrics)
-    files = (
-        (named["path"],)
-        if "path" in named
-        else _naming(table, {*metrics.values(), *(chosen or ())})
-    )
+    state = next((c for c in table.columns if _is_state(table, c)), None)
     initial = named.get("initial") or _only(
         table, [c for c in table.columns if word(c) in _INITIAL], "initial"
     )
-    roles = {*metrics.values(), *files, initial, state}
-    rest = [c for c in table.columns if c not in roles]
+    rest = [c for c in table.columns if c not in {*metrics.values(), path, initial, state}]
     unused: dict[str, str] = {}
-    varied = chosen if chosen is not None else _varied(table, rest, metrics, unused)
+    varied = chosen if chosen is not None else _varied(table, rest, unused)
     names = [short(c) for c in varied]
     if len(set(names)) < len(names):
         names = list(varied)
     settings = {short(c): c for c in rest if _kind(c) != "result"}
-    return Columns(
-        files,
-        metrics,
-        dict(zip(names, varied, strict=True)),
-        settings | dict(zip(names, varied, strict=True)),
-        state,
-        initial,
-        unused,
-        chosen is None or not {"path", *set(MAIN_METRICS) & set(metrics)} <= set(named),
-    )
+    of_names = dict(zip(names, varied, strict=True))
+    guessed = chosen is None or not {"path", *set(MAIN_METRICS) & set(metrics)} <= set(named)
+    return Columns(path, metrics, of_names, settings | of_names, state, initial, unused, guessed)
 
 
 def find_column(table: Table, name: str) -> str:
@@ -225,29 +246,12 @@ def _check_gap(table: Table, metrics: Mapping[str, str]) -> None:
     )
 
 
-def _naming(table: Table, taken: set[str]) -> tuple[str, ...]:
-    """Columns that may name the file: the one called a path, else those called an id or a name."""
-    free = [c for c in table.columns if c not in taken]
-    path = _only(table, [c for c in free if word(c) in _PATHS], "path")
-    if path is not None:
-        return (path,)
-    found = tuple(c for name in _NAMES for c in free if word(c) == name)
-    if not found:
-        raise ZooFormatError(
-            f"{table.name}: no column names the files; it has {', '.join(table.columns)}. Say "
-            'which does, as columns={"path": NAME} or --column path=NAME'
-        )
-    return found
-
-
 def _is_state(table: Table, column: str) -> bool:
     values = {row[column].strip().lower() for row in table.rows}
     return word(column) in ("state", "status") and values <= {*_STATES, ""}
 
 
-def _varied(
-    table: Table, columns: Sequence[str], metrics: Mapping[str, str], unused: dict[str, str]
-) -> list[str]:
+def _varied(table: Table, columns: Sequence[str], unused: dict[str, str]) -> list[str]:
     """The hyperparameters among the columns, why each other is none."""
     found = []
     for column in columns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -60,21 +60,49 @@ def model_ids(files: Sequence[Path], root: Path) -> list[str]:
     """A name for each file: its path below the folder, without what is the same for all at the end.
 
     Example:
-        >>> model_ids([Path("z/a/last.pt"), Path("z/b/last.pt")], Path("z"))
+        >>> model_ids([Path("z/a/files/last.pt"), Path("z/b/files/last.pt")], Path("z"))
         ['a', 'b']
         >>> model_ids([Path("z/net 1.pt"), Path("z/net 2.safetensors")], Path("z"))
         ['net 1', 'net 2']
     """
     whole = [p.relative_to(root) if p.is_relative_to(root) else p for p in files]
-    tails = {p.name for p in whole}
-    if len(tails) == 1 and len(files) > 1 and all(len(p.parts) > 1 for p in whole):
-        short = [p.parent.as_posix() for p in whole]
-    else:
-        short = [p.with_suffix("").as_posix() for p in whole]
-    return short if len(set(short)) == len(short) else [p.as_posix() for p in whole]
+    short = whole
+    while len(files) > 1 and len({p.name for p in short}) == 1 and all(map(_has_folder, short)):
+        short = [p.parent for p in short]
+    names = [(p.with_suffix("") if short is whole else p).as_posix() for p in short]
+    return names if len(set(names)) == len(names) else [p.as_posix() for p in whole]
 
 
-class Matcher:
+def _has_folder(path: Path) -> bool:
+    return len(path.parts) > 1
+
+
+def matched(
+    table: Table, columns: Sequence[str], root: Path, files: Sequence[Path]
+) -> tuple[str, list[list[int]]]:
+    """The column that names files, and for each row the files that it may mean.
+
+    Of several columns, the one by which most rows have one file.
+
+    Raises:
+        ZooFormatError: Two columns do so for as many rows, and with different files.
+    """
+    found: dict[str, list[list[int]]] = {}
+    for column in columns:
+        matcher = _Matcher(table, column, root, files)
+        found[column] = [matcher(row[column]) for row in table.rows]
+    alone = {c: sum(len(means) == 1 for means in rows) for c, rows in found.items()}
+    best = [c for c in found if alone[c] == max(alone.values())]
+    for other in best[1:]:
+        if alone[other] and found[other] != found[best[0]]:
+            raise ZooFormatError(
+                f"{table.name}: {best[0]!r} and {other!r} name different files; say which counts, "
+                f"as columns={{'path': {other!r}}} or --column path={other}"
+            )
+    return best[0], found[best[0]]
+
+
+class _Matcher:
     """Finds the file that a cell names, among these files.
 
     In this order, the first that fits any file: a path that is there, from the table's folder or
@@ -84,11 +112,15 @@ class Matcher:
     """
 
     def __init__(self, table: Table, column: str, root: Path, files: Sequence[Path]) -> None:
-        self.files = files
         self._places = (table.folder, Path.cwd())
-        self._whole = {os.path.realpath(p): k for k, p in enumerate(files)}
         self._parts = [_below(p, root) for p in files]
-        self._names = Counter(p.name for p in files)
+        self._whole = {os.path.realpath(p): k for k, p in enumerate(files)}
+        self._ends: dict[str, list[int]] = defaultdict(list)
+        self._names: dict[str, list[int]] = defaultdict(list)
+        for k, parts in enumerate(self._parts):
+            self._ends[parts[-1]].append(k)
+            for name in _names(parts):
+                self._names[name].append(k)
         self._called = Counter(_path(row[column]).name for row in table.rows)
 
     def __call__(self, cell: str) -> list[int]:
@@ -99,13 +131,13 @@ class Matcher:
         for place in self._places:
             if (number := self._whole.get(os.path.realpath(place / path))) is not None:
                 return [number]
-        ends = [k for k, parts in enumerate(self._parts) if _ends_with(parts, path.parts)]
+        same_name = self._ends.get(path.name, [])
+        ends = [k for k in same_name if self._parts[k][-len(path.parts) :] == path.parts]
         if ends:
             return ends
         if len(path.parts) == 1:
-            return [k for k, parts in enumerate(self._parts) if _is_named(parts, path.name)]
-        once = self._names[path.name] == self._called[path.name] == 1
-        return [k for k, p in enumerate(self.files) if once and p.name == path.name]
+            return self._names.get(path.name, [])
+        return same_name if len(same_name) == self._called[path.name] == 1 else []
 
 
 def _path(cell: str) -> Path:
@@ -118,11 +150,9 @@ def _below(path: Path, root: Path) -> tuple[str, ...]:
     return path.relative_to(root).parts if path.is_relative_to(root) else path.parts
 
 
-def _ends_with(parts: tuple[str, ...], end: tuple[str, ...]) -> bool:
-    return parts[-len(end) :] == end
-
-
-def _is_named(parts: tuple[str, ...], name: str) -> bool:
+def _names(parts: tuple[str, ...]) -> set[str]:
+    """What a file may be called beside its path."""
     *folders, file = parts
-    runs = [match[1] for folder in folders if (match := _WANDB.fullmatch(folder))]
-    return name in (*folders, *runs) or Path(file).stem in (name, f"model_{name}")
+    stem = Path(file).stem
+    runs = (match[1] for folder in folders if (match := _WANDB.fullmatch(folder)))
+    return {*folders, *runs, stem, stem.removeprefix("model_")}

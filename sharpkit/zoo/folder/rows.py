@@ -12,7 +12,6 @@ from pathlib import Path
 from sharpkit.doors import shown
 from sharpkit.errors import ZooFormatError
 from sharpkit.zoo.folder.columns import MAIN_METRICS, Columns, is_number
-from sharpkit.zoo.folder.matching import Matcher
 from sharpkit.zoo.folder.table import Table, Value, plain_value
 
 _SHOWN = 5  # rows or files in a message
@@ -32,17 +31,26 @@ class Row:
 
 
 def read_rows(
-    table: Table, columns: Columns, root: Path, files: Sequence[Path]
+    table: Table,
+    columns: Columns,
+    matches: Sequence[Sequence[int]],
+    root: Path,
+    files: Sequence[Path],
 ) -> tuple[list[Row], list[str]]:
     """The models that have a file and a row, in the order of the files, and what is to tell.
 
+    Args:
+        table: Of models.
+        columns: What its columns are.
+        matches: For each row the files that it may mean.
+        root: The folder of the files.
+        files: Those of models.
+
     Raises:
-        ZooFormatError: No row has a file, two columns name different files, or accuracies are
-            neither shares nor per cent.
+        ZooFormatError: No row has a file, or accuracies are neither shares nor per cent.
     """
-    column, matches = _matched(table, columns, root, files)
     scale = {c: _scale(table, c) for m, c in columns.metrics.items() if m in MAIN_METRICS[:2]}
-    lost = _Lost(table, column, root)
+    lost = _Lost(table, columns.path, root)
     rows_of: dict[int, list[int]] = defaultdict(list)  # file -> its rows
     for k, found in enumerate(matches):
         state = table.rows[k][columns.state].strip().lower() if columns.state else ""
@@ -75,7 +83,7 @@ def read_rows(
     for number, path in enumerate(files):
         if number not in named and os.path.realpath(path) not in initial:
             lost.file("files without a row", path)
-    messages = [columns.told(table.name, column)] if columns.guessed else []
+    messages = [columns.told(table.name)] if columns.guessed else []
     if in_per_cent := [name for name, factor in scale.items() if factor != 1.0]:
         messages.append(f"{table.name}: {' and '.join(in_per_cent)} taken as per cent")
     messages += lost.told()
@@ -109,28 +117,6 @@ class _Lost:
             + (", ..." if len(names) > _SHOWN else "")
             for why, names in self._found.items()
         ]
-
-
-def _matched(
-    table: Table, columns: Columns, root: Path, files: Sequence[Path]
-) -> tuple[str, list[list[int]]]:
-    """The column that names files, and for each row the files that it may mean.
-
-    Of several such columns, the one by which most rows have one file.
-    """
-    found = {}
-    for column in columns.files:
-        matcher = Matcher(table, column, root, files)
-        found[column] = [matcher(row[column]) for row in table.rows]
-    alone = {c: sum(len(files) == 1 for files in rows) for c, rows in found.items()}
-    best = [c for c in found if alone[c] == max(alone.values())]
-    for other in best[1:]:
-        if alone[other] and found[other] != found[best[0]]:
-            raise ZooFormatError(
-                f"{table.name}: {best[0]!r} and {other!r} name different files; say which counts, "
-                f"as columns={{'path': {other!r}}} or --column path={other}"
-            )
-    return best[0], found[best[0]]
 
 
 def _row(

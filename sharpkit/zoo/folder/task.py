@@ -14,8 +14,8 @@ from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError, ZooFormatError
 from sharpkit.evaluation.grid import normal_id
 from sharpkit.importing import import_callable
-from sharpkit.zoo.folder.columns import Columns, read_columns
-from sharpkit.zoo.folder.matching import find_files, model_ids
+from sharpkit.zoo.folder.columns import Columns, path_columns, read_columns
+from sharpkit.zoo.folder.matching import find_files, matched, model_ids
 from sharpkit.zoo.folder.rows import Row, read_rows
 from sharpkit.zoo.folder.table import Value, read_table
 from sharpkit.zoo.grid import model_configs, models_frame
@@ -121,7 +121,9 @@ class FolderTask(Mapping[str, FolderModel]):
     ) -> None:
         self.name, self.location = name, location
         self._models = {model.id: model for model in models}
-        self._messages, self._data = tuple(messages), dict(data or {})
+        self._messages = tuple(messages)
+        self._data = {split: given for split, given in (data or {}).items() if given is not None}
+        self._splits = frozenset(self._data)
         self._datasets: dict[str, TensorDataset] = {}
         self.model_configs = model_configs({m.id: m.hyperparameters for m in models}, metrics)
 
@@ -137,7 +139,7 @@ class FolderTask(Mapping[str, FolderModel]):
         return len(self._models)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_data": {}, "_datasets": {}}  # other processes share them
+        return {**self.__dict__, "_data": {}, "_datasets": {}}  # other processes are given them
 
     def __copy__(self) -> FolderTask:
         """The same task, which reads its data again."""
@@ -161,7 +163,7 @@ class FolderTask(Mapping[str, FolderModel]):
         """
         if split not in SPLITS:
             raise ArgumentError(f"split is {split!r}; expected 'train' or 'test'")
-        if self._data.get(split) is None:
+        if split not in self._splits:
             raise ZooFormatError(
                 f"task {self.name} has no {split} data; open it with load_zoo(..., data=(train, "
                 "test)), on the command line with --data"
@@ -182,9 +184,9 @@ class FolderTask(Mapping[str, FolderModel]):
 
         self.files(split)
         if split not in self._datasets:
-            data = self._data[split]
-            assert data is not None
-            examples = load_in_order(data)
+            if split not in self._data:
+                raise DataError(f"task {self.name}: the examples are in the process that opened it")
+            examples = load_in_order(self._data[split])
             if not examples.uniform or not isinstance(examples.inputs, Tensor):
                 raise DataError(
                     f"task {self.name}, {split} data: expected inputs of one shape in one tensor; "
@@ -211,8 +213,9 @@ def folder_task(
         )
     root, files = find_files(pattern)
     read = read_table(table)
-    found = read_columns(read, columns, hyperparameters)
-    rows, messages = read_rows(read, found, root, files)
+    path, matches = matched(read, path_columns(read, columns), root, files)
+    found = read_columns(read, path, columns, hyperparameters)
+    rows, messages = read_rows(read, found, matches, root, files)
     ids = model_ids([row.path for row in rows], root)
     if len({normal_id(id_) for id_ in ids}) < len(ids):
         raise ZooFormatError(

@@ -77,11 +77,9 @@ class Trial:
         path = self.path / RESULT
         with reading(path, ZooFormatError, "a JSON object for each epoch"):
             for line in reversed(read_regular(path, MAX_JSON_BYTES).splitlines()):
-                match = _EPOCH.search(line)
-                if match is None or int(match[1]) != epoch:
+                if epoch not in map(int, _EPOCH.findall(line)):
                     continue
                 content = parse_json(f"{path}, epoch {epoch}", line, ZooFormatError)
-                # the search may have met the name in the settings of the line
                 if isinstance(content, dict) and content.get("training_iteration") == epoch:
                     return _numbers(content)
         raise ZooFormatError(f"{path}: has no line with training_iteration {epoch}")
