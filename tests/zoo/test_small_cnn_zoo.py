@@ -110,7 +110,7 @@ def test_the_layout_of_the_file_is_trusted_over_the_published_one(files, tmp_pat
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_stride_that_gives_the_recorded_accuracies_is_kept_and_told(tmp_path, stride):
-    made = SmallCnnFiles(tmp_path / "mnist", stride=stride, n=30, networks=4)
+    made = SmallCnnFiles(tmp_path / "mnist", stride=stride, n=30, networks=2)
     task = load_zoo(made.write())["mnist"]
     assert task.way == f"stride {stride}"
     assert task["1"].load().conv1.stride == (stride, stride)
@@ -224,6 +224,12 @@ def test_a_network_without_a_usable_accuracy_costs_itself(files, copy, value):
     assert list(zoo["mnist"].model_configs) == [str(k) for k in range(8) if k != 5]
     table = zoo_info(copy)
     assert list(table["model"][table["problem"] != ""]) == ["5"]
+
+
+def test_a_network_that_is_left_out_is_a_failure_of_a_run_and_no_more(copy):
+    edit_metrics(copy, with_cell("test_accuracy", 3 * 5 + 3, "nan"))
+    with pytest.warns(UserWarning, match="1 of 8 models are left out"):
+        zoo = load_zoo(copy)
     scores = sk.score_zoo(zoo, sk.MSharpness(m=4, rho=0.1), n=8, progress=False)
     assert list(scores.failures["model"]) == ["5"] and scores.frame()["model"].nunique() == 7
     assert sk.evaluate(scores, resamples=10)["models"].tolist() == [7]
