@@ -6,6 +6,7 @@ A format says what is in its files by a `Source`; everything else is the same fo
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -230,8 +231,10 @@ class CheckpointTask(Mapping[str, Checkpoint]):
                 there. Ids are those of the networks, "@" and the epoch.
 
         Raises:
-            ArgumentError: No network has such a checkpoint.
+            ArgumentError: No network has such a checkpoint, or something else than numbers.
         """
+        if not all(isinstance(e, int) and not isinstance(e, bool) for e in epochs):
+            raise ArgumentError(f"at_epochs{epochs!r}: expected numbers, as in at_epochs(3, 86)")
         task = CheckpointTask(self.source, tuple(epochs))
         if not len(task):
             raise ArgumentError(
@@ -279,8 +282,8 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         """
         places = [self.path / "images", self.path.parent / "images" / self.source.name]
         for place in places:
-            if is_folder(place):
-                if found := images_in(place):
+            if os.path.lexists(place):  # a link to nowhere too
+                if is_folder(place) and (found := images_in(place)):
                     return found
                 raise ZooFormatError(f"{place}: no data set in it; expected {EXPECTED}")
         data_set = self.source.data_set

@@ -184,6 +184,8 @@ def test_every_checkpoint_can_be_a_model_of_its_own(files):
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ArgumentError, match="no network of mnist has a checkpoint of epoch 5"):
         task.at_epochs(5)
+    with pytest.raises(ArgumentError, match=r"expected numbers, as in at_epochs\(3, 86\)"):
+        task.at_epochs([1, 86])
     scores = sk.score_zoo(task.at_epochs(1, 86), sk.MSharpness(m=4, rho=0.1), n=8, progress=False)
     assert len(scores.frame()) == 16
 
@@ -328,6 +330,13 @@ def test_without_images_it_says_where_they_may_lie(copy):
     assert "recorded accuracies cannot be checked" in table["problem"][0] and len(table) == 9
 
 
+def test_a_link_to_nowhere_is_not_passed_over(copy):
+    shutil.rmtree(copy / "images")
+    (copy / "images").symlink_to(copy / "absent")
+    with pytest.warns(UserWarning, match="images: no data set in it; expected the four IDX"):
+        load_zoo(copy)
+
+
 def test_images_of_another_set_are_found_out(files, copy):
     from small_cnns import write_idx
 
@@ -349,6 +358,8 @@ def test_an_archive_must_be_unpacked_first(tmp_path):
     (tmp_path / "svhn_cropped.tar.xz").write_bytes(b"")
     with pytest.raises(ZooFormatError, match=r"unpack it \(tar xJf svhn_cropped.tar.xz\)"):
         load_zoo(tmp_path)
+    with pytest.raises(ZooFormatError, match="unpack the archive, then give the folder"):
+        load_zoo(tmp_path / "svhn_cropped.tar.xz")
 
 
 def test_a_zoo_elsewhere_must_be_copied(files, monkeypatch, tmp_path):
