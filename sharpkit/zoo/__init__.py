@@ -1,6 +1,6 @@
 """Zoos of trained networks: what a task is, and the formats in which zoos are stored."""
 
-from sharpkit.zoo.checkpoint_task import Checkpoint, CheckpointTask
+from sharpkit.zoo.checkpoints import Checkpoint, CheckpointTask
 from sharpkit.zoo.embedded import embedded_zoo
 from sharpkit.zoo.fetch import fetch_zoo
 from sharpkit.zoo.formats import Zoo, load_zoo

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 from sharpkit.data.published import Pair
 from sharpkit.errors import SharpkitError, ZooFormatError
 from sharpkit.safe_text import printable
-from sharpkit.zoo.checkpoint_task import CheckpointTask
+from sharpkit.zoo.checkpoints import CheckpointTask
 from sharpkit.zoo.files import is_file, is_folder, list_directory
 from sharpkit.zoo.model_zoos.networks import build_network
 from sharpkit.zoo.model_zoos.preparation import PREPARATIONS, Preparation, data_set_in, kind_of

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from sharpkit.data.published import Images, Pair
 from sharpkit.safe_text import printable
-from sharpkit.zoo.checkpoint_task import CheckpointTask
+from sharpkit.zoo.checkpoints import CheckpointTask
 from sharpkit.zoo.files import is_file, is_folder, list_directory
 from sharpkit.zoo.remote import Mirror
 from sharpkit.zoo.small_cnn_zoo.files import (

@@ -5,163 +5,31 @@ A format says what is in its files by a `Source`; everything else is the same fo
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from sharpkit.data.published import EXPECTED, Pair, Published, images_in, known_place
+from sharpkit.data.published import Pair, Published
 from sharpkit.display import readable
-from sharpkit.errors import ArgumentError, SharpkitError, ZooFormatError
+from sharpkit.errors import ArgumentError, SharpkitError
 from sharpkit.safe_text import printable
-from sharpkit.zoo.files import is_folder
+from sharpkit.zoo.checkpoints.checkpoint import Checkpoint
+from sharpkit.zoo.checkpoints.configs import varying_configs
+from sharpkit.zoo.checkpoints.images import images_of
+from sharpkit.zoo.checkpoints.source import Source
 from sharpkit.zoo.grid import models_frame
 from sharpkit.zoo.recomputed import Recomputed, accuracy_again, best_way
-from sharpkit.zoo.task import Split, Weights
+from sharpkit.zoo.task import Split
 
 if TYPE_CHECKING:
     import pandas as pd
-    from torch import nn
     from torch.utils.data import TensorDataset
 
     from sharpkit.zoo.remote import Mirror
 
 _PROBES = 3  # networks by which a way to read the zoo is chosen
-_LISTED = 64  # values of a hyperparameter that are listed with every model
 _SPLITS: tuple[Split, ...] = ("train", "test")
-
-
-class Source(Protocol):
-    """What a format has of one task: networks, each at some epochs.
-
-    Attributes:
-        name: The task's name.
-        path: Its folder.
-        data_set: "mnist", "cifar10", ...; "" if the files do not tell.
-        ways: How the files may be meant where they do not tell, the likeliest first; at least one.
-    """
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def path(self) -> Path: ...  # noqa: D102
-    @property
-    def data_set(self) -> str: ...  # noqa: D102
-    @property
-    def ways(self) -> Sequence[str]: ...  # noqa: D102
-
-    def networks(self) -> Sequence[str]:
-        """Their ids."""
-
-    def epochs(self, network: str) -> Sequence[int]:
-        """Those of its checkpoints, in increasing order; at least one."""
-
-    def hyperparameters(self, network: str) -> Mapping[str, Any]:
-        """Name -> value."""
-
-    def metrics(self, network: str, epoch: int) -> Mapping[str, float]:
-        """train_acc, test_acc and what else was recorded then; finite numbers."""
-
-    def load(self, network: str, epoch: int, way: str) -> nn.Module:
-        """The network in eval mode."""
-
-    def checkpoint_files(self, network: str, epoch: int) -> Sequence[Path]:
-        """What `load` and `metrics` read."""
-
-    def examples(self, images: Pair, split: Split, way: str) -> TensorDataset:
-        """The examples of a split as the networks took them, of published images."""
-
-    def remarks(self) -> Sequence[str]:
-        """What a user must know before believing a measure, one sentence each."""
-
-
-@readable(lambda c: f"{c.id} of task {c.task.name}", brief=True)
-class Checkpoint:
-    """One network at one epoch.
-
-    Args:
-        task: The task that it belongs to.
-        id: Its id there.
-        network: The network's id.
-        epoch: Of the checkpoint; None for the last one.
-    """
-
-    def __init__(self, task: CheckpointTask, id: str, network: str, epoch: int | None) -> None:
-        self.task, self.id, self.network, self._epoch = task, id, network, epoch
-
-    @property
-    def epoch(self) -> int:
-        """The epoch of the checkpoint."""
-        if self._epoch is None:
-            self._epoch = self.task.source.epochs(self.network)[-1]
-        return self._epoch
-
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """Name to this network's value; "epoch" too in a task of several."""
-        found = dict(self.task.source.hyperparameters(self.network))
-        return found | ({"epoch": self.epoch} if self.task.epochs is not None else {})
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """train_acc, test_acc and what else was recorded at this epoch.
-
-        Raises:
-            ZooFormatError: There is no record of it, or an accuracy is missing or not from 0 to 1.
-        """
-        found = dict(self.task.source.metrics(self.network, self.epoch))
-        for name in ("train_acc", "test_acc"):
-            value = found.get(name, math.nan)
-            if not 0 <= value <= 1:
-                shown = f"is {value:g}" if name in found else "is missing or not a finite number"
-                raise ZooFormatError(
-                    f"{self.task.path}: network {self.network}, epoch {self.epoch}: {name} "
-                    f"{shown}; expected a number from 0 to 1, so it is left out"
-                )
-        return found
-
-    def load(self, weights: Weights = "final") -> nn.Module:
-        """The network as a torch module in eval mode.
-
-        Args:
-            weights: "final" for those of this checkpoint, "initial" for those of epoch 0.
-
-        Raises:
-            ZooFormatError: Damaged files, NaN or infinite weights, no checkpoint of epoch 0, or no
-                record of the accuracies, without which a network is of no use.
-        """
-        self.metrics  # noqa: B018  (raises if the network cannot be rated)
-        return self.task.source.load(self.network, self._epoch_of(weights), self.task.way)
-
-    def files(self, weights: Weights = "final") -> list[Path]:
-        """What `load` reads."""
-        return [*self.task.source.checkpoint_files(self.network, self._epoch_of(weights))]
-
-    @property
-    def made_from(self) -> str:
-        """What it depends on beside its files: how they are read where they do not tell."""
-        return self.task.way if len(self.task.source.ways) > 1 else ""
-
-    def frame(self) -> pd.DataFrame:
-        """One row: task, model, the hyperparameters and the metrics."""
-        import pandas as pd
-
-        parts = {"task": self.task.name, "model": self.id}, self.hyperparameters, self.metrics
-        return pd.concat([pd.DataFrame([part]) for part in parts], axis=1)
-
-    def _epoch_of(self, weights: Weights) -> int:
-        if weights not in ("final", "initial"):
-            raise ArgumentError(f"weights is {weights!r}; expected 'final' or 'initial'")
-        if weights == "final":
-            return self.epoch
-        if 0 not in self.task.source.epochs(self.network):
-            raise ZooFormatError(
-                f"{self.task.path}: network {self.network} has no checkpoint of epoch 0, before "
-                "training"
-            )
-        return 0
 
 
 @readable(lambda t: f"{t.name}, in {t.path}", brief=True)
@@ -267,7 +135,7 @@ class CheckpointTask(Mapping[str, Checkpoint]):
                 settings[id_] = model.hyperparameters
             except SharpkitError as error:
                 reasons[id_] = str(error)
-        return _configs(settings, metrics), reasons
+        return varying_configs(settings, metrics), reasons
 
     def frame(self) -> pd.DataFrame:
         """One row per usable model: task, model, hyperparameters that vary, metrics."""
@@ -280,22 +148,7 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         Raises:
             ZooFormatError: They are in none of the places.
         """
-        places = [self.path / "images", self.path.parent / "images" / self.source.name]
-        for place in places:
-            if os.path.lexists(place):  # a link to nowhere too
-                if is_folder(place) and (found := images_in(place)):
-                    return found
-                raise ZooFormatError(f"{place}: no data set in it; expected {EXPECTED}")
-        data_set = self.source.data_set
-        if found := known_place(data_set):
-            return found
-        again = data_set.replace("_", "-")
-        offer = f'; or sk.load_dataset("{again}") once, which keeps it' if data_set in _KEPT else ""
-        raise ZooFormatError(
-            f"{self.path}: such a zoo comes without images, and they are not here: put "
-            f"{data_set or 'them'}, or a link to the folder that has it, at {places[0]} or at "
-            f"{places[1]}: {EXPECTED}{offer}"
-        )
+        return images_of(self.source)
 
     def files(self, split: Split = "train") -> list[Path]:
         """The files of the images."""
@@ -421,9 +274,6 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         return [model.id for model in self._probes()]
 
 
-_KEPT = ("cifar10", "cifar100", "svhn")  # by load_dataset
-
-
 def _size(files: Sequence[Path]) -> int:
     """Bytes of a model's files."""
     try:
@@ -439,30 +289,3 @@ def _check_split(split: str) -> None:
 
 def _listed(epochs: Sequence[int]) -> str:
     return ",".join(map(str, epochs)) or "all"
-
-
-def _configs(
-    settings: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Mapping[str, float]]
-) -> dict[str, dict[str, Any]]:
-    """As `grid.model_configs`, without what does not vary, and without long lists of values."""
-    values: dict[str, dict[str, Any]] = {}
-    for setting in settings.values():
-        for name, value in setting.items():
-            values.setdefault(name, {}).setdefault(str(value), value)
-    lists = {name: [*found.values()] for name, found in values.items() if len(found) > 1}
-    if len(lists.get("seed", ())) == len(settings):
-        lists.pop("seed", None)  # one each: it names the network, and conditions on everything
-    return {
-        id_: {
-            "hparams": {
-                name: {
-                    "possible_values": lists[name] if len(lists[name]) <= _LISTED else [value],
-                    "current_value": value,
-                }
-                for name, value in setting.items()
-                if name in lists
-            },
-            "metrics": dict(metrics[id_]),
-        }
-        for id_, setting in settings.items()
-    }
