@@ -241,6 +241,10 @@ def test_what_may_be_two_things_is_refused_with_the_way_out(rows):
         opened([{k.replace("test_acc", "val_acc"): v for k, v in r.items()} for r in rows])
     named = [{k.replace("test_acc", "val_acc"): v for k, v in r.items()} for r in rows]
     assert opened(named, columns={"test_acc": "val_acc"})["net 1"].metrics["test_acc"] == 0.89
+    with pytest.raises(ZooFormatError, match=r"'test_acc': expected numbers .* found \['90%'"):
+        opened([{**row, "test_acc": "90%"} for row in rows])
+    with pytest.raises(ZooFormatError, match=r"config, summary have dicts: pandas\.json_normalize"):
+        opened([{"name": r["path"], "config": "{'lr': 1}", "summary": "{'a': 1}"} for r in rows])
     with pytest.raises(ArgumentError, match="no column 'depth'"):
         opened(rows, hyperparameters=["depth"])
     with pytest.raises(ZooFormatError, match="'file' and 'checkpoint' may both be path"):
