@@ -90,7 +90,7 @@ def test_it_is_scored_rated_and_reported_with_the_values_of_a_plain_loop(rows, t
     table = sk.evaluate(scores, resamples=20)
     assert table["models"].item() == 12 and table["kendall_tau"].notna().all()
     page = sk.write_report(tmp_path / "run", resamples=20).read_text()
-    assert "net 7" in page and "sharpkit score" not in page.split("Reproduce")[-1][:2000]
+    assert "net 7" in page and "settings that the command line does not know" in page
 
 
 def test_what_it_holds_is_listed_and_a_broken_file_costs_one_model(rows, tmp_path):
