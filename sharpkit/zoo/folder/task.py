@@ -245,7 +245,7 @@ def build_arguments(build: Build, settings: Mapping[str, Value]) -> dict[str, Va
     """
     takes = _parameters(build)
     kinds = {p.kind for p in takes.values()}
-    known = {name: value for name, value in settings.items() if value is not None}
+    known: dict[str, Value] = {n: value for n, value in settings.items() if value is not None}
     if kinds == {inspect.Parameter.VAR_KEYWORD}:
         return known
     named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
