@@ -82,11 +82,12 @@ def score(
     """Compute m-sharpness, or other measures, of every model of a zoo, or of checkpoints.
 
     PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
-    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit. With --table, --build and
-    --data it is a pattern of checkpoints (.safetensors, or tensors saved by torch), whose
-    hyperparameters and accuracies the table tells. In its place, --checkpoint takes such files with
-    --build and --data, or runs of `sharpkit train`, which need neither; their accuracies are
-    computed, and they are scored in one process.
+    docs/clusters.md), "embedded" for the zoo that ships with sharpkit, or the folder of a published
+    zoo in another format (docs/guides/zoo-formats.md). With --table, --build and --data it is a
+    pattern of checkpoints (.safetensors, or tensors saved by torch), whose hyperparameters and
+    accuracies the table tells. In its place, --checkpoint takes such files with --build and --data,
+    or runs of `sharpkit train`, which need neither; their accuracies are computed, and they are
+    scored in one process.
 
     Results are saved one by one in --out; the same command resumes a stopped run. A model that
     fails, hangs or crashes does not stop the others; the exit code is then 1.
