@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sharpkit.contract.precision import measuring_precision
-from sharpkit.digests import digest_of_files, stamp
-from sharpkit.errors import RunError
+from sharpkit.digests import described, digest, digest_of_files, stamp
+from sharpkit.errors import RunError, SharpkitError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
 from sharpkit.progress import progress_bar
 from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_memory
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
-from sharpkit.zoo.task import Task
+from sharpkit.zoo.task import ModelEntry, Task
 
 
 class WorkItem(NamedTuple):
@@ -45,12 +46,13 @@ class Scorer:
         entry = task[item.model]
         files = model_files(task, item.model, measure)
         # before anything is loaded: a file that changes meanwhile will not fit its hash
-        weights_stamp, weights_hash = _stamp(task, files), ""
+        made_from = _made_from(entry)
+        weights_stamp, weights_hash = _stamp(task, files) + made_from, ""
         restart_peak_memory(device)
         values: dict[str, Estimate] = {}
         dtype, message = None, None
         try:
-            weights_hash = _digest(task, files, weights_stamp)
+            weights_hash = _digest(task, files, weights_stamp, made_from)
             model = entry.load().to(device)
             dtype = dtype_name(model)
             with measuring_precision():  # also for a user's own measures
@@ -110,9 +112,10 @@ def pending(
             continue
         try:
             files = model_files(tasks[name], model, measures[measure])
-            now = _stamp(tasks[name], files)
+            made_from = _made_from(tasks[name][model])
+            now = _stamp(tasks[name], files) + made_from
             if known_hash and now != known_stamp:
-                found = _digest(tasks[name], files, now)
+                found = _digest(tasks[name], files, now, made_from)
                 if found and found != known_hash:
                     continue
                 if found:
@@ -133,7 +136,7 @@ def pending(
 
 
 def hash_data(store: Store, name: str, task: Task) -> str:
-    """The hash of the files of a task's training data, kept in the store.
+    """The hash of the files of a task's training data, or of data in no file, kept in the store.
 
     Raises:
         ZooFormatError: They are missing.
@@ -142,11 +145,19 @@ def hash_data(store: Store, name: str, task: Task) -> str:
     files = task.files("train")
     now = _stamp(task, files)
     known_hash, known_stamp = store.data(name)
-    if known_hash and now == known_stamp:
+    if known_hash and now == known_stamp and files:
         return known_hash
-    found = digest_of_files(_local(task, files))
+    found = digest_of_files(_local(task, files)) if files else _digest_in_memory(task)
     store.set_data(name, found, now)
     return found
+
+
+def _digest_in_memory(task: Task) -> str:
+    """Of examples that are in no file: both splits, as far as they are there."""
+    parts = [*task.dataset("train").tensors]
+    with suppress(SharpkitError):  # a task may come without test data
+        parts += task.dataset("test").tensors
+    return digest(described(parts))
 
 
 def _data_hash(store: Store, name: str, task: Task) -> str | None:
@@ -166,8 +177,18 @@ def _stamp(task: Task, files: Iterable[Path]) -> str:
     return stamp(files) if task.mirror is None else " ".join(map(task.mirror.stamp, files))
 
 
-def _digest(task: Task, files: Iterable[Path], stamp: str) -> str:
-    return _digest_of_copies(_local(task, files), stamp)
+def _digest(task: Task, files: Iterable[Path], stamp: str, made_from: str) -> str:
+    found = _digest_of_copies(_local(task, files), stamp)
+    return digest([found, made_from]) if found and made_from else found
+
+
+def _made_from(entry: ModelEntry) -> str:
+    """A digest of what a network depends on beside its files; empty for nothing."""
+    try:
+        text = getattr(entry, "made_from", "")
+    except Exception:  # told when it is loaded
+        return ""
+    return digest([text]) if text else ""
 
 
 def _local(task: Task, files: Iterable[Path]) -> tuple[Path, ...]:

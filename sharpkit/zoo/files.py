@@ -11,6 +11,8 @@ from sharpkit.doors import MAX_CONFIG_BYTES, reading
 from sharpkit.errors import ZooFormatError
 from sharpkit.files import atomic_path
 
+_ARCHIVES = (".tar.xz", ".tar.gz", ".tar", ".zip")
+
 
 def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Any:
     """The content of a zoo's JSON file; ZooFormatError that names the file if it is no good one."""
@@ -30,7 +32,9 @@ def list_directory(path: Path) -> list[Path]:
         if not path.exists():
             raise ZooFormatError(f"{path}: directory is missing")
         if not path.is_dir():
-            raise ZooFormatError(f"{path}: expected a directory, found a file")
+            packed = path.name.endswith(_ARCHIVES)
+            hint = "; unpack the archive, then give the folder" if packed else ""
+            raise ZooFormatError(f"{path}: expected a directory, found a file{hint}")
         entries = sorted(path.iterdir())
     return [e for e in entries if not is_litter(e.name)]
 

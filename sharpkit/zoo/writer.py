@@ -16,6 +16,7 @@ from sharpkit.zoo.keras import KerasModel
 from sharpkit.zoo.keras.weights import write_weights
 from sharpkit.zoo.pgdl import WEIGHT_FILES, PgdlTask
 from sharpkit.zoo.shards.tfrecord import write_shard
+from sharpkit.zoo.task import Task
 
 
 class ZooWriter:
@@ -154,15 +155,17 @@ class ZooWriter:
         return self.path / "input_data" / task
 
 
-def write_zoo(zoo: Mapping[str, PgdlTask], path: str | Path, *, shard_size: int = 1000) -> None:
+def write_zoo(zoo: Mapping[str, Task], path: str | Path, *, shard_size: int = 1000) -> None:
     """Write tasks in the PGDL layout: a copy of a zoo, of some of its tasks, or of several zoos.
 
     Args:
-        zoo: Task name to `Task`, such as a `Zoo`.
+        zoo: Task name to task, such as a `Zoo`; all in the PGDL layout, whose networks are lists of
+            Keras layers.
         path: The new zoo's root.
         shard_size: Examples per shard.
 
     Raises:
+        ArgumentError: A task is in another format; nothing has been written.
         ZooFormatError: Some models or data cannot be read; everything else has been written.
 
     Example:
@@ -174,9 +177,19 @@ def write_zoo(zoo: Mapping[str, PgdlTask], path: str | Path, *, shard_size: int 
         PgdlTask: mine, 96 models, in ...
     """
     writer = ZooWriter(path, shard_size=shard_size)
-    failures = [f for name, task in zoo.items() for f in _copy_task(writer, name, task)]
+    tasks = {name: _in_layout(name, task) for name, task in zoo.items()}
+    failures = [f for name, task in tasks.items() for f in _copy_task(writer, name, task)]
     if failures:
         raise ZooFormatError(f"{len(failures)} parts were not written: " + "; ".join(failures))
+
+
+def _in_layout(name: str, task: Task) -> PgdlTask:
+    if not isinstance(task, PgdlTask):
+        raise ArgumentError(
+            f"task {name} is a {type(task).__name__}, expected a PgdlTask: the PGDL layout holds "
+            "lists of Keras layers only. Copy the task's own files; score_zoo takes it as it is"
+        )
+    return task
 
 
 def _copy_task(writer: ZooWriter, name: str, task: PgdlTask) -> Iterator[str]:
