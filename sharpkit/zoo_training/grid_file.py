@@ -2,6 +2,7 @@
 
 task = "my_task"                  # the zoo's task
 seed = 0
+replicates = 2                    # networks of every setting; 1, if left out
 
 [data]
 name = "cifar10"                  # as for sharpkit.load_dataset
@@ -18,8 +19,9 @@ batch_size = [32, 512]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -29,6 +31,7 @@ from sharpkit.datasets import FASHION_MNIST, DataSource
 from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
 from sharpkit.settings import checked_list, from_table, preset_path
+from sharpkit.training.settings import check_whole
 from sharpkit.zoo_training.fashion_mnist import fashion_mnist
 from sharpkit.zoo_training.recipe import Recipe
 
@@ -42,10 +45,14 @@ class ZooPlan:
     data: DataSource  # where the examples come from
     task: str  # name of the task
     seed: int = 0  # of the whole grid
+    replicates: int = 1  # networks of every setting
     shipped_test: int | None = None  # test examples written to the zoo; None for all
     recipe: Recipe = field(default_factory=Recipe)  # values of the fields that the grid leaves out
     # field of `Recipe` to its values
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_whole("replicates", self.replicates, 1)
 
     def load_data(self) -> tuple[TensorDataset, TensorDataset]:
         """Training and test data; also "fashion-mnist-14x14", those of the embedded zoo."""
@@ -60,8 +67,8 @@ def read_plan(grid: str | Path) -> ZooPlan:
     """The plan in a grid file.
 
     Args:
-        grid: A TOML file, or the name of a preset: "mini" (the embedded zoo), "task1", "task2",
-            "task8" (the competition's).
+        grid: A TOML file, or the name of a preset: "mini" (the embedded zoo), "medium" (576
+            networks on its data), "task1", "task2", "task8" (the competition's).
 
     Raises:
         ArgumentError: No such file or preset, not TOML, an unknown or missing field, or a value of
@@ -77,6 +84,20 @@ def read_plan(grid: str | Path) -> ZooPlan:
     axes = table.pop("grid", {})
     plan = from_table(ZooPlan, table, str(path))
     return replace(plan, grid=_checked_grid(axes, plan.recipe, f"{path}, grid"))
+
+
+def settings_of(
+    grid: Mapping[str, Sequence[Any]], replicates: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Model id to its values of the grid's fields, the last field fastest but for replicates.
+
+    Example:
+        >>> settings_of({"width": [4, 8]}, 2)
+        {'0': {'width': 4}, '1': {'width': 4}, '2': {'width': 8}, '3': {'width': 8}}
+    """
+    settings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    repeated = (setting for setting in settings for _ in range(replicates))
+    return {str(i): dict(setting) for i, setting in enumerate(repeated)}
 
 
 def _checked_grid(axes: Any, recipe: Recipe, where: str) -> dict[str, tuple[Any, ...]]:
