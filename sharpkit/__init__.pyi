@@ -73,8 +73,10 @@ from .zoo import (
     zoo_info as zoo_info,
 )
 from .zoo_training import (
+    TrainingCost as TrainingCost,
     TrainingReport as TrainingReport,
     train_zoo as train_zoo,
+    training_cost as training_cost,
 )
 
 __version__: str

@@ -31,11 +31,11 @@ from sharpkit.datasets import FASHION_MNIST, DataSource
 from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
 from sharpkit.settings import checked_list, from_table, preset_path
-from sharpkit.training.settings import check_whole
+from sharpkit.training.settings import check_number, check_whole
 from sharpkit.zoo_training.fashion_mnist import fashion_mnist
 from sharpkit.zoo_training.recipe import Recipe
 
-_EMBEDDED_DATA = "fashion-mnist-14x14"
+EMBEDDED_DATA, EMBEDDED_SIZE = "fashion-mnist-14x14", 2000  # examples, if nothing else is asked
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,23 @@ class ZooPlan:
     seed: int = 0  # of the whole grid
     replicates: int = 1  # networks of every setting
     shipped_test: int | None = None  # test examples written to the zoo; None for all
+    # epochs that a network took on average in an earlier run, which `training_cost` tells
+    recorded_epochs: float | None = None
     recipe: Recipe = field(default_factory=Recipe)  # values of the fields that the grid leaves out
     # field of `Recipe` to its values
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_whole("replicates", self.replicates, 1)
+        if self.recorded_epochs is not None:
+            check_number("recorded_epochs", self.recorded_epochs, lambda v: v > 0, "a number > 0")
 
     def load_data(self) -> tuple[TensorDataset, TensorDataset]:
         """Training and test data; also "fashion-mnist-14x14", those of the embedded zoo."""
         source = self.data
-        if source.name != _EMBEDDED_DATA:
+        if source.name != EMBEDDED_DATA:
             return source.load()
-        size = 2000 if source.train_size is None else source.train_size
+        size = EMBEDDED_SIZE if source.train_size is None else source.train_size
         return fashion_mnist(source.root or FASHION_MNIST, train_size=size, seed=source.seed)
 
 
