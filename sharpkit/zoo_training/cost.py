@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sharpkit.device import check_device
-from sharpkit.display import readable
+from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError
 from sharpkit.training.settings import check_number
 from sharpkit.zoo.keras import build_model
@@ -45,6 +45,7 @@ _OF_SHAPE = (
 )
 
 
+@readable(lambda cost: f"{cost.networks} networks of {cost.shape}", brief=True)
 @dataclass(frozen=True)
 class ShapeCost:
     """What the networks of one shape cost.
@@ -77,13 +78,17 @@ class ShapeCost:
     memory: int
     disk: int
 
+    def frame(self) -> pd.DataFrame:
+        """One row: the attributes."""
+        return one_row(self)
+
     def epochs_of(self, recorded: float | None) -> float:
         """Of all networks, with what their last evaluations take: at most, or as recorded."""
         epochs = self.epochs if recorded is None else self.networks * recorded
         return epochs + self.networks * self.last
 
 
-@readable(lambda cost: f"{cost.task}: {cost.total}", table=lambda cost: cost.frame())
+@readable(lambda cost: f"{cost.task}: {cost.total}")
 @dataclass(frozen=True)
 class TrainingCost:
     """What training a zoo would cost.
@@ -244,18 +249,20 @@ def training_cost(
     if not settings:
         raise ArgumentError(f"limit is {limit}: expected at least one network")
     recipes = {i: replace(plan.recipe, **setting) for i, setting in settings.items()}
-    shapes = tuple(
-        _cost(
-            [recipes[i] for i in ids],
-            sizes,
-            most,
-            shape=_shared([settings[i] for i in ids]),
-            grid=plan.grid,
-            device=torch.device(device),
-            seconds=seconds,
+    where = torch.device(device)
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        shapes = tuple(
+            _cost(
+                [recipes[i] for i in ids],
+                sizes,
+                most,
+                shape=_shared([settings[i] for i in ids]),
+                grid=plan.grid,
+                device=where,
+                seconds=seconds,
+            )
+            for ids, most in _together(recipes, sizes, stack, where)
         )
-        for ids, most in _together(recipes, sizes, stack, torch.device(device))
-    )
     return TrainingCost(
         task=plan.task,
         device=device,

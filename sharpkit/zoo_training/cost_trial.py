@@ -49,14 +49,13 @@ def epoch_seconds(
     """
     still = replace(recipe, lr=_STILL)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    devices = [device] if device.type == "cuda" else []
 
     def prepared(size: int) -> Epoch:
         x, y = _images(size, data, device)
         return _alone(still, data, x, y) if stack == 1 else _stacked(still, x, y, stack)
 
     least = min(recipe.batch_size, data.train, math.ceil(_FIRST_FLOPS / (stack * flops)))
-    with limited_threads(1), torch.random.fork_rng(devices=devices):
+    with limited_threads(1):
         took, size = timed(prepared, data.train, least, seconds, clock)
     return took * data.train / size / stack, size
 

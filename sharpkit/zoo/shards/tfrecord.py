@@ -155,7 +155,7 @@ def shard_bytes(count: int, shape: tuple[int, ...]) -> int:
 
     Example:
         >>> shard_bytes(2, (4,))
-        202
+        168
     """
     payload = _encode(np.zeros(shape, np.float32), np.asarray(0, "<i4"))
     return count * (16 + len(payload))
