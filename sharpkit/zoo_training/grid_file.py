@@ -3,6 +3,7 @@
 task = "my_task"                  # the zoo's task
 seed = 0
 replicates = 2                    # networks of every setting; 1, if left out
+recorded_epochs = 80              # of a network, on average, in an earlier run; for its cost
 
 [data]
 name = "cifar10"                  # as for sharpkit.load_dataset
@@ -19,6 +20,7 @@ batch_size = [32, 512]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import product
@@ -35,6 +37,7 @@ from sharpkit.training.settings import check_number, check_whole
 from sharpkit.zoo_training.fashion_mnist import fashion_mnist
 from sharpkit.zoo_training.recipe import Recipe
 
+_MAX_NETWORKS = 10**6  # of a grid; the competition's largest has 96
 EMBEDDED_DATA, EMBEDDED_SIZE = "fashion-mnist-14x14", 2000  # examples, if nothing else is asked
 
 
@@ -72,7 +75,8 @@ def read_plan(grid: str | Path) -> ZooPlan:
 
     Args:
         grid: A TOML file, or the name of a preset: "mini" (the embedded zoo), "medium" (576
-            networks on its data), "task1", "task2", "task8" (the competition's).
+            networks on its data), "task1", "task2", "task8" (the competition's), "svhn-nin",
+            "cifar-nin" (reduced copies of its tasks 2 and 9).
 
     Raises:
         ArgumentError: No such file or preset, not TOML, an unknown or missing field, or a value of
@@ -95,10 +99,16 @@ def settings_of(
 ) -> dict[str, dict[str, Any]]:
     """Model id to its values of the grid's fields, the last field fastest but for replicates.
 
+    Raises:
+        ArgumentError: More networks than anyone trains.
+
     Example:
         >>> settings_of({"width": [4, 8]}, 2)
         {'0': {'width': 4}, '1': {'width': 4}, '2': {'width': 8}, '3': {'width': 8}}
     """
+    count = replicates * math.prod(map(len, grid.values()))
+    if count > _MAX_NETWORKS:
+        raise ArgumentError(f"the grid has {count:,} networks, expected at most {_MAX_NETWORKS:,}")
     settings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     repeated = (setting for setting in settings for _ in range(replicates))
     return {str(i): dict(setting) for i, setting in enumerate(repeated)}

@@ -98,6 +98,11 @@ def test_other_data_can_be_given(grid, data, tmp_path):
         ("dense_units = 8", "units = 8", "grid.toml, recipe: unknown field 'units'"),
         ("dense_units = 8", 'width = "8"', "grid.toml, recipe, width: found '8', expected int"),
         ("dense_units = 8", "width = true", "grid.toml, recipe, width: found True, expected int"),
+        (
+            "seed = 3",
+            "recorded_epochs = -1",
+            "grid.toml: recorded_epochs is -1.0: expected a number",
+        ),
         ("seed = 3", "replicates = 0", "grid.toml: replicates is 0: expected a whole number >= 1"),
         (
             "batch_size = 8",
@@ -122,11 +127,16 @@ def test_a_faulty_grid_file_is_named_with_the_field(grid, old, new, message):
         read_plan(grid)
 
 
+def test_a_grid_that_nobody_trains_is_refused_before_it_is_made():
+    with pytest.raises(ArgumentError, match="has 10,000,000,000 networks, expected at most"):
+        settings_of({"width": [1, 2]}, 5 * 10**9)
+
+
 def test_missing_files_and_presets_are_named(tmp_path):
     with pytest.raises(ArgumentError, match=r"none\.toml: file is missing"):
         read_plan(tmp_path / "none.toml")
     with pytest.raises(
-        ArgumentError, match=r"no preset 'task3': .* medium, mini, task1, task2, task8"
+        ArgumentError, match=r"no preset 'task3': .* medium, mini, svhn-nin, task1, task2, task8"
     ):
         read_plan("task3")
     result = command("task3", "--out", tmp_path)
@@ -169,6 +179,23 @@ def test_medium_is_two_networks_of_each_of_288_settings():
     assert len(settings) == 576 and len({str(s) for s in settings.values()}) == 288
     assert settings["0"] == settings["1"] != settings["2"]
     assert set(read_plan("mini").grid) < set(plan.grid)
+
+
+def test_reduced_copies_have_the_axes_of_their_families():
+    """README of google-research/pgdl, tasks 2 and 9."""
+    svhn, whole = read_plan("svhn-nin"), read_plan("task2")
+    assert svhn.grid.keys() == whole.grid.keys()
+    for name in ("num_conv_blocks", "dropout", "weight_decay"):
+        assert svhn.grid[name] == whole.grid[name]
+    assert len(settings_of(svhn.grid)) == 54
+    cifar = read_plan("cifar-nin")
+    assert [3 * blocks for blocks in cifar.grid["num_conv_blocks"]] == [9, 12]
+    assert cifar.grid["dropout"] == (0.0, 0.25)
+    assert len(settings_of(cifar.grid)) == 32
+    for plan in (svhn, cifar):
+        assert plan.recipe.architecture == "nin"
+        assert (plan.recipe.lr, plan.recipe.decay_epochs) == (0.01, (300, 600, 900))
+        assert (plan.recipe.epochs, plan.data.train_size) == (1200, 10_000)
 
 
 @needs_shared
