@@ -116,6 +116,8 @@ def train(
         cost = training_cost(grid, data=data, **options)
         say_table(cost.frame())
         say(cost.total)
+        if (count := workers.count or 1) > 1:
+            say(f"{count} workers, on a core or GPU each: {cost.hours_at_most / count:.2g} hours")
         return
     if out is None:
         raise click.UsageError(

@@ -1,6 +1,7 @@
 """Training of zoos: a grid of hyperparameters becomes a zoo on disk."""
 
-from sharpkit.zoo_training.cost import TrainingCost, training_cost
+from sharpkit.zoo_training.cost import training_cost
+from sharpkit.zoo_training.cost_result import TrainingCost
 from sharpkit.zoo_training.recipe import Recipe
 from sharpkit.zoo_training.zoo import TrainingReport, train_zoo
 

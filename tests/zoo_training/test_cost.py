@@ -215,11 +215,12 @@ def command(*arguments):
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = command("mini", "--dry-run", "--limit", 2, "--out", "zoo")
+    result = command("mini", "--dry-run", "--limit", 2, "--out", "zoo", "--workers", 2)
     assert result.exit_code == 0, result.output
     assert "width=10 num_conv_blocks=1 batch_size=32" in result.output
     assert "2 networks; at most 600 epochs of each in the first of 4 attempts" in result.output
     assert "at the 76 epochs of a recorded run" in result.output
+    assert "2 workers, on a core or GPU each: " in result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -239,8 +240,10 @@ def test_the_preset_that_ships_is_told_whole():
 def test_presets_of_the_competition_can_be_timed_one_by_one_and_stacked():
     for preset in ("task1", "task2", "task8", "svhn-nin", "cifar-nin"):
         for stack in (None, 2):
-            cost = training_cost(preset, limit=1, stack=stack, **SOON)
-            assert cost.networks == 1 and cost.shapes[0].timed >= 1
+            cost = training_cost(preset, limit=4, stack=stack, **SOON)
+            assert sum(shape.networks for shape in cost.shapes) == 4
+            assert max(shape.stack for shape in cost.shapes) == (stack or 1)
+            assert all(shape.timed >= 1 and shape.seconds > 0 for shape in cost.shapes)
 
 
 @pytest.mark.slow
