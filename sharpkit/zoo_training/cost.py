@@ -129,7 +129,10 @@ def _shared(settings: Sequence[Mapping[str, Any]]) -> str:
     """The values of the grid that make the shape of these networks."""
     first = settings[0]
     same = [n for n in first if n in _OF_SHAPE and all(s[n] == first[n] for s in settings)]
-    return " ".join(f"{name}={first[name]}" for name in same) or "all"
+    texts = [f"{name}={first[name]}" for name in same]
+    if "rho" in first and "rho" not in same:  # of one shape, so each is above 0
+        texts.append("rho>0")
+    return " ".join(texts) or "all"
 
 
 def _cost(

@@ -129,8 +129,8 @@ class TrainingCost:
             f"{self.networks} networks",
             f"at most {self.most_epochs} epochs of each{several}: {self.steps_at_most:.2g} steps, "
             f"{self.flops_at_most:.2g} FLOP, {_short(self.hours_at_most)} {unit}",
-            f"{math.ceil(self.memory / _MIB):,} MiB of memory for each process",
-            f"{math.ceil(self.disk / _MIB):,} MiB of disk",
+            f"{_short(self.memory / _MIB)} MiB of memory for each process",
+            f"{_short(self.disk / _MIB)} MiB of disk",
         ]
         if self.recorded_epochs is not None:
             recorded = (

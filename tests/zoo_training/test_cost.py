@@ -1,6 +1,7 @@
 """What a zoo would cost: counts are those of the zoo that is trained, times those of the clock."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,17 @@ def test_networks_steps_and_operations_are_those_of_the_grid(blobs):
         assert table.loc[shape.shape, "flops_at_most"] == pytest.approx(epochs, rel=1e-12)
     assert cost.flops_at_most == pytest.approx(table["flops_at_most"].sum())
     assert cost.networks == 16
+
+
+def test_shapes_are_named_by_what_makes_them(blobs):
+    grid = {"lr": (0.1, 0.2), "rho": (0.0, 0.1, 0.2), "m": (0, 2)}
+    sam = training_cost(replace(plan_of(blobs), grid=grid), **SOON)
+    assert [(s.shape, s.networks) for s in sam.shapes] == [
+        ("rho=0.0", 4), ("m=0 rho>0", 4), ("m=2 rho>0", 4)
+    ]  # fmt: skip
+    assert [s.flops for s in sam.shapes[1:]] == [s.flops for s in sam.shapes[2:]] * 2
+    [one] = training_cost(replace(plan_of(blobs), grid={"lr": (0.1, 0.2)}), **SOON).shapes
+    assert one.shape == "all"
 
 
 @pytest.mark.parametrize("shipped_test", [None, 9])
