@@ -19,9 +19,14 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
-    text = json.dumps(content, indent=1, default=_plain)
+    text = json_text(content, indent=1)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n")
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON, with numbers of numpy and torch as Python's."""
+    return json.dumps(content, indent=indent, default=_plain)
 
 
 def list_directory(path: Path) -> list[Path]:
