@@ -110,7 +110,9 @@ def read_stored(path: Path, parts: Sequence[tuple[int, int]], where: str) -> lis
         size = os.fstat(file.fileno()).st_size
         end = max((start + length for start, length in parts), default=0)
         if end > size:
-            raise ValueError(f"{where}: it has {size:,} bytes of at least {end:,}: it was cut short")
+            raise ValueError(
+                f"{where}: it has {size:,} bytes of at least {end:,}: it was cut short"
+            )
         found = []
         for start, length in parts:
             file.seek(start)

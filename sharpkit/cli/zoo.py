@@ -1,10 +1,10 @@
-"""`sharpkit zoo`: look into, download and train zoos."""
+"""`sharpkit zoo`: look into, download, convert and train zoos."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -15,7 +15,7 @@ from sharpkit.files import write_csv
 
 @click.group()
 def zoo() -> None:
-    """Look into, check and download zoos of trained models."""
+    """Look into, check, download, convert and train zoos of networks."""
 
 
 @zoo.command()
@@ -43,6 +43,33 @@ def info(path: str, deep: bool, csv: Path | None) -> None:
     say(f"{len(table)} rows, {bad} with problems")
     if bad:
         sys.exit(1)
+
+
+LAYOUT = click.option(
+    "--layout",
+    default="pgdl",
+    show_default=True,
+    type=click.Choice(["pgdl", "stacked"]),
+    help="A directory per model, or files of many models of one shape, for thousands of them.",
+)
+
+
+@zoo.command()
+@click.argument("path")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="The new zoo's root.")
+@LAYOUT
+def convert(path: str, to: Path, layout: Literal["pgdl", "stacked"]) -> None:
+    """Write the zoo at PATH, as of `zoo info`, in another layout; no bit of a model changes.
+
+    \b
+    Example:
+      sharpkit zoo convert big_zoo --layout stacked --to big_zoo_stacked
+    """
+    from sharpkit.zoo import write_zoo
+
+    found = zoo_at(path)
+    write_zoo(found, to, layout=layout)
+    say(f"{to}: {sum(map(len, found.values()))} models of {len(found)} tasks written")
 
 
 @zoo.command()
@@ -85,8 +112,9 @@ def _stack(context: click.Context, option: click.Parameter, value: str) -> Any:
     help='Networks of one shape that train together: a number; "none" for one by one; "auto" for '
     "stacks on a GPU and none on a CPU.",
 )
+@LAYOUT
 def train(grid: str, out: Path, data: str | None, **options: Any) -> None:
-    """Train one model for every setting of GRID and write them as a zoo in the PGDL layout.
+    """Train one model for every setting of GRID and write them as a zoo.
 
     GRID is a TOML file, or a preset: "mini" (the zoo that ships with sharpkit), "task1", "task2" or
     "task8" (the competition's grids). The same command resumes a stopped run. The exit code is 1

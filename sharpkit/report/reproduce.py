@@ -57,7 +57,7 @@ def _parent(path: str) -> str:
 
 def _zoo_name(folder: str) -> str:
     """The folder of a zoo, or the name of the one that ships with sharpkit."""
-    paths = (Path(task.path).resolve().parent for task in embedded_zoo().values())
+    paths = (Path(task.location or "").parent for task in embedded_zoo().values())
     return "embedded" if Path(folder) in paths else folder
 
 

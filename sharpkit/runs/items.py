@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sharpkit.contract.precision import measuring_precision
-from sharpkit.digests import digest_of_files, stamp
+from sharpkit.digests import digest, digest_of_files, stamp
 from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
 from sharpkit.progress import progress_bar
@@ -18,7 +18,7 @@ from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_mem
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
-from sharpkit.zoo.task import Task
+from sharpkit.zoo.task import Task, Weights
 
 
 class WorkItem(NamedTuple):
@@ -50,7 +50,7 @@ class Scorer:
         values: dict[str, Estimate] = {}
         dtype, message = None, None
         try:
-            weights_hash = _digest(task, files, weights_stamp)
+            weights_hash = _digest(task, item.model, measure, files, weights_stamp)
             model = entry.load().to(device)
             dtype = dtype_name(model)
             with measuring_precision():  # also for a user's own measures
@@ -112,7 +112,7 @@ def pending(
             files = model_files(tasks[name], model, measures[measure])
             now = _stamp(tasks[name], files)
             if known_hash and now != known_stamp:
-                found = _digest(tasks[name], files, now)
+                found = _digest(tasks[name], model, measures[measure], files, now)
                 if found and found != known_hash:
                     continue
                 if found:
@@ -166,8 +166,20 @@ def _stamp(task: Task, files: Iterable[Path]) -> str:
     return stamp(files) if task.mirror is None else " ".join(map(task.mirror.stamp, files))
 
 
-def _digest(task: Task, files: Iterable[Path], stamp: str) -> str:
-    return _digest_of_copies(_local(task, files), stamp)
+def _digest(task: Task, model: str, measure: Measure, files: Iterable[Path], stamp: str) -> str:
+    """SHA-256 of what a measure of a model depends on; of files with other models, of its part.
+
+    Empty if a file cannot be read.
+    """
+    own: Callable[[Weights], str] | None = getattr(task[model], "digest", None)
+    if own is None:
+        return _digest_of_copies(_local(task, files), stamp)
+    parts = [own("final")]
+    if getattr(measure, "needs_initial", False):
+        parts.append(own("initial"))
+    if getattr(measure, "needs_test_data", False):
+        parts.append(digest_of_files(_local(task, task.files("test"))))
+    return digest(parts) if all(parts) else ""
 
 
 def _local(task: Task, files: Iterable[Path]) -> tuple[Path, ...]:

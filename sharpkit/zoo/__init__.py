@@ -1,4 +1,4 @@
-"""Zoos of trained networks: what a task is, and the PGDL format, read and written."""
+"""Zoos of trained networks: what a task is; the PGDL format and stacks, read and written."""
 
 from sharpkit.zoo.embedded import embedded_zoo
 from sharpkit.zoo.fetch import fetch_zoo
@@ -7,6 +7,7 @@ from sharpkit.zoo.grid import check_grid
 from sharpkit.zoo.info import zoo_info
 from sharpkit.zoo.keras import KerasModel, build_model, load_weights, read_weights, write_weights
 from sharpkit.zoo.pgdl import PgdlModel, PgdlTask
+from sharpkit.zoo.stacked import StackedModel, StackedTask
 from sharpkit.zoo.task import ModelEntry, Task
 from sharpkit.zoo.writer import ZooWriter, write_zoo
 
@@ -15,6 +16,8 @@ __all__ = [
     "ModelEntry",
     "PgdlModel",
     "PgdlTask",
+    "StackedModel",
+    "StackedTask",
     "Task",
     "Zoo",
     "ZooWriter",

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from sharpkit.display import readable
 from sharpkit.errors import SharpkitError, ZooFormatError
-from sharpkit.zoo.pgdl import EXPECTED, PgdlTask, pgdl_tasks
+from sharpkit.zoo.pgdl import EXPECTED, pgdl_tasks
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
+from sharpkit.zoo.stacked import EXPECTED as STACKED, stacked_tasks
+from sharpkit.zoo.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # a directory (and, if remote, its mirror) -> tasks, and folders that are none with the reason
-Finder: TypeAlias = Callable[[Path, Mirror | None], tuple[list[PgdlTask], dict[str, str]]]
+Finder: TypeAlias = Callable[[Path, Mirror | None], tuple[Sequence[Task], dict[str, str]]]
 
 
 class Format(NamedTuple):
@@ -27,7 +29,10 @@ class Format(NamedTuple):
     expected: str  # what it looks for, for the error where no format fits
 
 
-FORMATS = {"PGDL": Format(pgdl_tasks, EXPECTED)}
+FORMATS = {
+    "stacked": Format(stacked_tasks, STACKED),  # first: beside its tasks may be those of the next
+    "PGDL": Format(pgdl_tasks, EXPECTED),
+}
 
 
 def load_zoo(path: str | Path) -> Zoo:
@@ -36,7 +41,8 @@ def load_zoo(path: str | Path) -> Zoo:
     Of the PGDL competition's format, it accepts the root (`input_data` beside `reference_data`),
     `input_data` itself, a folder of tasks, or one task; model_configs.json may also lie beside the
     models. Models that the file does not list, entries without a model, and incomplete or doubled
-    grids are warned about.
+    grids are warned about. Tasks whose networks are in stacks (`ZooWriter(layout="stacked")`) may
+    lie among them.
 
     Of a zoo elsewhere, opening reads the listing and model_configs.json; any other file is copied
     into the cache (`SHARPKIT_CACHE`, or the platform's) when it is used, and again if it changes.
@@ -98,7 +104,7 @@ def find_tasks(path: str | Path) -> Zoo:
 
 
 @readable(lambda z: f"{len(z)} tasks, {sum(map(len, z.values()))} models, in {z.path}")
-class Zoo(Mapping[str, PgdlTask]):
+class Zoo(Mapping[str, Task]):
     """Tasks by name, in alphabetical order.
 
     Args:
@@ -108,12 +114,12 @@ class Zoo(Mapping[str, PgdlTask]):
     """
 
     def __init__(
-        self, path: Path, tasks: list[PgdlTask], refused: Mapping[str, str] | None = None
+        self, path: Path, tasks: Sequence[Task], refused: Mapping[str, str] | None = None
     ) -> None:
         self.path, self.refused = path, dict(refused or {})
         self._tasks = {task.name: task for task in tasks}
 
-    def __getitem__(self, name: str) -> PgdlTask:
+    def __getitem__(self, name: str) -> Task:
         if name not in self._tasks:
             raise KeyError(f"no task {name!r} in {self.path}; it has {', '.join(self._tasks)}")
         return self._tasks[name]

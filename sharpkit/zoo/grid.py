@@ -6,7 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from itertools import islice, product
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _SHOWN = 3  # settings listed in a message
 _MAX_LISTED = 100_000  # grids larger than this are counted, not enumerated
@@ -98,6 +101,26 @@ def model_configs(
         }
         for id_, setting in hyperparameters.items()
     }
+
+
+def models_frame(name: str, configs: Mapping[str, Any]) -> pd.DataFrame:
+    """The `frame` of a task of any format: task, model, hyperparameters, metrics.
+
+    A hyperparameter and a metric of the same name are two columns.
+
+    Example:
+        >>> models_frame("toy", model_configs({"a": {"lr": 0.1}}, {"a": {"test_acc": 0.9}}))
+          task model   lr  test_acc
+        0  toy     a  0.1       0.9
+    """
+    import pandas as pd
+
+    ids = [{"task": name, "model": id_} for id_ in configs]
+    settings = [
+        {name: h["current_value"] for name, h in c["hparams"].items()} for c in configs.values()
+    ]
+    metrics = [c["metrics"] for c in configs.values()]
+    return pd.concat([pd.DataFrame(rows) for rows in (ids, settings, metrics)], axis=1)
 
 
 def _hyperparameters(entry: Any) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, cast
 from sharpkit.errors import ArgumentError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import nn
     from torch.utils.data import TensorDataset
 
@@ -19,24 +20,38 @@ Weights: TypeAlias = Literal["final", "initial"]
 
 
 class ModelEntry(Protocol):
-    """One trained network of a task."""
+    """One trained network of a task.
+
+    Where a file has several models, a method `digest(weights)`, if there is one, gives the SHA-256
+    of what `load(weights)` reads for this model alone: then a change in `files` means that the
+    model is scored again only if its digest has changed too.
+    """
 
     @property
     def metrics(self) -> Mapping[str, float]:
         """What was recorded at the end of training: train_acc, test_acc, ...; finite numbers."""
 
     def load(self, weights: Weights = "final") -> nn.Module:
-        """The network in eval mode, with the trained weights or those before training."""
+        """The network in eval mode, with the trained weights or those before training.
+
+        Raises:
+            ZooFormatError: Its files are damaged, or there are no such weights.
+        """
 
     def files(self, weights: Weights = "final") -> Sequence[Path]:
-        """What `load` reads: a model whose files have changed is scored again."""
+        """What `load` reads: a model whose files have changed is scored again.
+
+        Raises:
+            ZooFormatError: There are no such weights.
+        """
 
 
 class Task(Protocol):
     """Models by id, with their hyperparameters, metrics, and the data that they were trained on.
 
     `score_zoo` takes any object like this, alone or in a mapping of names, and `evaluate` rates
-    what comes out of it. It is not inherited from. Worker processes get it pickled.
+    what comes out of it. It is not inherited from. Worker processes get it pickled. `check` and
+    `frame` are asked for where a zoo is opened and shown; `score_zoo` does without.
 
     Attributes:
         name: The task's name.
@@ -63,7 +78,21 @@ class Task(Protocol):
         """The examples of a split: inputs (n, ...) float32, labels (n,) int64."""
 
     def files(self, split: Split = "train") -> Sequence[Path]:
-        """What `dataset` reads: if it changes, every model is scored again."""
+        """What `dataset` reads: if it changes, every model is scored again.
+
+        Raises:
+            ZooFormatError: There is no such split.
+        """
+
+    def check(self) -> Sequence[str]:
+        """What does not fit together in the task, one sentence each, which `load_zoo` warns of.
+
+        Raises:
+            ZooFormatError: The task cannot be used.
+        """
+
+    def frame(self) -> pd.DataFrame:
+        """One row per model: task, model, its hyperparameters and its metrics."""
 
 
 def tasks_by_name(zoo: Task | Mapping[str, Task]) -> dict[str, Task]:

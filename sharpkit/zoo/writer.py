@@ -20,8 +20,7 @@ from sharpkit.zoo.stacked import StackedTask
 from sharpkit.zoo.stacked.file import Network
 from sharpkit.zoo.stacked.task import FOLDER
 from sharpkit.zoo.stacked.writer import StackWriter
-from sharpkit.zoo.task import Weights
-
+from sharpkit.zoo.task import Task, Weights
 
 Layout: TypeAlias = Literal["pgdl", "stacked"]
 
@@ -215,7 +214,7 @@ def check_layout(layout: Any) -> None:
 
 
 def write_zoo(
-    zoo: Mapping[str, PgdlTask | StackedTask],
+    zoo: Mapping[str, Task],
     path: str | Path,
     *,
     shard_size: int = 1000,
@@ -226,13 +225,15 @@ def write_zoo(
     Either layout is turned into the other without a change of a bit.
 
     Args:
-        zoo: Task name to `Task`, such as a `Zoo`.
+        zoo: Task name to task, such as a `Zoo`; each a `PgdlTask` or `StackedTask`, whose networks
+            are lists of Keras layers.
         path: The new zoo's root.
         shard_size: Examples per shard.
         layout: As for `ZooWriter`.
 
     Raises:
-        ArgumentError: The path is that of a task of the zoo, or another layout.
+        ArgumentError: A task is in another format, or would be written where it is, or there is no
+            such layout; nothing has been written.
         ZooFormatError: Some models or data cannot be read; everything else has been written.
 
     Example:
@@ -245,15 +246,24 @@ def write_zoo(
     """
     writer = ZooWriter(path, shard_size=shard_size, layout=layout)
     writer._at_once = False
-    for name, task in zoo.items():
-        if task.mirror is None and task.path.resolve() == writer._task_path(name).resolve():
-            raise ArgumentError(f"{task.path}: a task cannot be written where it is; take another")
+    tasks = {name: _in_layout(name, task, writer) for name, task in zoo.items()}
     try:
-        failures = [f for name, task in zoo.items() for f in _copy_task(writer, name, task)]
+        failures = [f for name, task in tasks.items() for f in _copy_task(writer, name, task)]
     finally:
         writer.finish()
     if failures:
         raise ZooFormatError(f"{len(failures)} parts were not written: " + "; ".join(failures))
+
+
+def _in_layout(name: str, task: Task, writer: ZooWriter) -> PgdlTask | StackedTask:
+    if not isinstance(task, PgdlTask | StackedTask):
+        raise ArgumentError(
+            f"task {name} is a {type(task).__name__}, expected a PgdlTask or StackedTask: these "
+            "hold lists of Keras layers. Copy the task's own files; score_zoo takes it as it is"
+        )
+    if task.mirror is None and task.path.resolve() == writer._task_path(name).resolve():
+        raise ArgumentError(f"{task.path}: a task cannot be written where it is; take another root")
+    return task
 
 
 def _copy_task(writer: ZooWriter, name: str, task: PgdlTask | StackedTask) -> Iterator[str]:

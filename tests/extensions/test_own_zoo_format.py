@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import sharpkit as sk
+from sharpkit.errors import ArgumentError
+from sharpkit.zoo import Zoo
 from sharpkit.zoo.grid import model_configs
 
 
@@ -66,6 +68,26 @@ def folder(tmp_path):
         known[f"net{i}"] = {"setting": {"width": width, "seed": seed}, "metrics": metrics}
     (path / "models.json").write_text(json.dumps(known))
     return path
+
+
+def test_what_it_holds_is_listed_and_what_is_broken_is_told(folder):
+    zoo = Zoo(folder, [FolderTask(folder)])
+    table = sk.zoo_info(zoo, deep=True)
+    assert list(table["model"]) == [f"net{i}" for i in range(9)] and set(table["problem"]) == {""}
+    assert list(table["layers"]) == [2] * 9
+    assert list(table["parameters"][::3]) == [4 * w + w + 2 * w + 2 for w in (4, 8, 16)]
+    assert table["generalization_gap"].tolist() == pytest.approx([0.1 + 0.01 * i for i in range(9)])
+    (folder / "net4.pt").write_bytes(b"broken")
+    zoo[folder.name].model_configs["net9"] = zoo[folder.name].model_configs["net8"]
+    table = sk.zoo_info(zoo)
+    assert list(table["model"][table["problem"] != ""].fillna("")) == ["", "net4"]
+    assert table["problem"][0] == "model net9 is listed but absent"
+
+
+def test_only_the_layout_of_the_competition_is_copied(folder, tmp_path):
+    with pytest.raises(ArgumentError, match="task mine is a FolderTask, expected a PgdlTask"):
+        sk.write_zoo(Zoo(folder, [FolderTask(folder)]), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def score(folder, **options):

@@ -78,7 +78,7 @@ class StackFile:
     path: Path
     local: Path
     tensors: Mapping[str, Stored]
-    configs: Sequence[dict[str, Any]]
+    configs: Sequence[Any]
     rows: Mapping[str, int]
     members: Sequence[Mapping[str, Any]]
 
@@ -101,7 +101,8 @@ class StackFile:
 
     def config(self, id_: str) -> dict[str, Any]:
         """The config.json of a network."""
-        return self.configs[self.members[self.rows[id_]]["config"]]
+        config: dict[str, Any] = self.configs[self.members[self.rows[id_]]["config"]]
+        return config
 
     def entry(self, id_: str) -> dict[str, Any]:
         """What model_configs.json would have of a network."""

@@ -12,7 +12,7 @@ from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, ZooFormatError
 from sharpkit.zoo.pgdl.model import models_table
 from sharpkit.zoo.pgdl.recorded import gap_of, hyperparameters_of, metrics_of
-from sharpkit.zoo.stacked.file import KINDS
+from sharpkit.zoo.stacked.file import KINDS, StackFile
 from sharpkit.zoo.task import Weights
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class StackedModel:
             ZooFormatError: The file is gone or cut short.
         """
         _check(weights)
-        return self.task.stack(self.id).digest(self.id, weights)
+        return self._stack().digest(self.id, weights)
 
     def load(self, weights: Weights = "final") -> KerasModel:
         """The network as a torch module in eval mode.
@@ -80,7 +80,7 @@ class StackedModel:
         from sharpkit.zoo.keras.weights import assign_weights
 
         _check(weights)
-        stack = self.task.stack(self.id)
+        stack = self._stack()
         model = self.build()
         wanted = {s.target: s.torch_shape for _, slots in model.slots for s in slots}
         there = dict(stack.shape)
@@ -110,6 +110,12 @@ class StackedModel:
     def generalization_gap(self) -> float:
         """Training accuracy minus test accuracy."""
         return gap_of(self.task, self.id)
+
+    def _stack(self) -> StackFile:
+        """The file that has it, brought here if the task is remote."""
+        stack = self.task.stack(self.id)
+        self.task.local(stack.path)
+        return stack
 
 
 def _check(weights: Weights) -> None:

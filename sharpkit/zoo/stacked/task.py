@@ -131,7 +131,9 @@ class StackedTask(Mapping[str, StackedModel]):
             if stack.is_cut_short
         ]
         if len(self._data):
-            messages.append(f"{len(self._data)} directories model_<id> beside {FOLDER} are not read")
+            messages.append(
+                f"{len(self._data)} directories model_<id> beside {FOLDER} are not read"
+            )
         with reading(self.model_configs_path, ZooFormatError, "hyperparameters of a grid"):
             return messages + check_grid(self.model_configs)
 
