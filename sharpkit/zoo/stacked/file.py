@@ -146,6 +146,8 @@ class StackFile:
         named = self._named(weights)
         parts = [(s.start + row * (s.size // count), s.size // count) for s in named.values()]
         with reading(self.where(id_), ZooFormatError, "the rows of a network"):
+            if self.is_cut_short:
+                raise ZooFormatError(f"{self.where(id_)}: the file was cut short; copy it again")
             found = read_stored(self.local, parts, self.where(id_))
             return {
                 name: torch.from_numpy(np.frombuffer(content, "<f4").copy()).view(stored.shape[1:])

@@ -54,7 +54,7 @@ class StackedTask(Mapping[str, StackedModel]):
     def __init__(self, name: str, path: Path, mirror: Mirror | None = None) -> None:
         self.name, self.path, self.mirror = name, path, mirror
         self._data = PgdlTask(name, path, mirror)  # the same folder: it has the examples
-        self._stacks: dict[str, StackFile] | None = None
+        self._found: tuple[dict[str, StackFile], list[str]] | None = None
 
     def __getitem__(self, id_: str) -> StackedModel:
         if str(id_) not in self.stacks:
@@ -76,23 +76,25 @@ class StackedTask(Mapping[str, StackedModel]):
 
     @property
     def stacks(self) -> dict[str, StackFile]:
-        """Model id to the stack that has it, in numeric order.
+        """Model id to the stack that has it, in numeric order; without damaged files.
 
         Raises:
-            ZooFormatError: A file is no stack, or its header is damaged; names the file.
             DownloadError: The task is remote, and a file cannot be copied.
         """
-        if self._stacks is None:
-            self._stacks = read_stacks(self.path / FOLDER, self.mirror)
-        return self._stacks
+        return self._read()[0]
 
     def stack(self, id_: str) -> StackFile:
-        """The stack that has a model now: training on brings files together."""
+        """The stack that has a model now: training that goes on brings files together."""
         found = self.stacks[id_]
         if not is_file(found.local):
-            self._stacks = None
+            self._found = None
             found = self.stacks.get(id_, found)
         return found
+
+    def _read(self) -> tuple[dict[str, StackFile], list[str]]:
+        if self._found is None:
+            self._found = read_stacks(self.path / FOLDER, self.mirror)
+        return self._found
 
     @property
     def location(self) -> str:
@@ -105,7 +107,17 @@ class StackedTask(Mapping[str, StackedModel]):
 
     @cached_property
     def model_configs(self) -> dict[str, Any]:
-        """Id -> {"hparams", "metrics"}, as model_configs.json of the competition has it."""
+        """Id -> {"hparams", "metrics"}, as model_configs.json of the competition has it.
+
+        Raises:
+            ZooFormatError: A file is no stack, or its header is damaged, so that it cannot be told
+                which networks there are; names the files.
+        """
+        if damaged := self._read()[1]:
+            raise ZooFormatError(
+                f"{'; '.join(damaged)}. Copy the damaged files again; without them, their networks "
+                "would be missing"
+            )
         return {id_: stack.entry(id_) for id_, stack in self.stacks.items()}
 
     @property
@@ -122,7 +134,7 @@ class StackedTask(Mapping[str, StackedModel]):
         """What does not fit together in the hyperparameters, and which files were cut short.
 
         Raises:
-            ZooFormatError: As `stacks`.
+            ZooFormatError: As `model_configs`.
         """
         stacks = {stack.path: stack for stack in self.stacks.values()}
         messages = [
@@ -159,25 +171,22 @@ def stack_files(folder: Path, mirror: Mirror | None = None) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in numbered))
 
 
-def read_stacks(folder: Path, mirror: Mirror | None = None) -> dict[str, StackFile]:
-    """Model id to the stack that has it, in numeric order of the ids; see `StackedTask.stacks`."""
+def read_stacks(
+    folder: Path, mirror: Mirror | None, attempts: int = _ATTEMPTS
+) -> tuple[dict[str, StackFile], list[str]]:
+    """Model id to the stack that has it, in numeric order; and what is wrong with other files."""
     found: dict[str, StackFile] = {}
-    for stack in _listed_stacks(folder, mirror, attempts=_ATTEMPTS):
-        found |= dict.fromkeys(stack.rows, stack)
-    return {id_: found[id_] for id_ in sorted(found, key=lambda id_: (int(id_), id_))}
-
-
-def _listed_stacks(folder: Path, mirror: Mirror | None, attempts: int) -> list[StackFile]:
-    stacks = []
+    damaged = []
     for path in stack_files(folder, mirror).values():
         try:
-            stacks.append(read_stack(path, path if mirror is None else mirror.fetch(path)))
-        except ZooFormatError:
-            if mirror is not None or is_file(path) or attempts == 1:
-                raise
-            # since it was listed, its networks have been brought together with others
-            return _listed_stacks(folder, mirror, attempts - 1)
-    return stacks
+            stack = read_stack(path, path if mirror is None else mirror.fetch(path))
+            found |= dict.fromkeys(stack.rows, stack)
+        except ZooFormatError as error:
+            if mirror is None and not is_file(path) and attempts > 1:
+                # since it was listed, its networks have been brought together with others
+                return read_stacks(folder, mirror, attempts - 1)
+            damaged.append(str(error))
+    return {id_: found[id_] for id_ in sorted(found, key=lambda id_: (int(id_), id_))}, damaged
 
 
 def stacked_tasks(

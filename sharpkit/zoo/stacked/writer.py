@@ -14,6 +14,7 @@ from sharpkit.zoo.stacked.task import stack_files
 _MOST = 64  # networks of a file
 _MAX_BYTES = 2**26  # of a file that has more than one
 _MAX_HELD = 2**28  # bytes of networks that wait in memory
+_REMEDY = "copy the file again, or remove it, and its networks are written anew"
 
 # a network that is still in a small file, or in none
 _Waiting: TypeAlias = Network | StackFile
@@ -102,12 +103,12 @@ class StackWriter:
 
 
 def _read(path: Path) -> StackFile:
-    stack = read_stack(path)
+    try:
+        stack = read_stack(path)
+    except ZooFormatError as error:
+        raise ZooFormatError(f"{error}; {_REMEDY}") from error
     if stack.is_cut_short:
-        raise ZooFormatError(
-            f"{path}: was cut short; copy it again, or remove it to write its networks anew: "
-            f"{', '.join(list(stack.rows)[:10])}{', ...' if len(stack.rows) > 10 else ''}"
-        )
+        raise ZooFormatError(f"{path}: was cut short; {_REMEDY}")
     return stack
 
 
