@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import tempfile
 from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
@@ -72,6 +73,19 @@ def figure3():
     return sk.Figure3(Path("figure3.png"), spectra, None, power, {})
 
 
+@cache
+def stacked_task():
+    """One network in a stack."""
+    layers = [{"layer_name": "Dense", "units": 2}]
+    network = sk.zoo.build_model({"input_shape": [3], "model_config": layers})
+    writer = sk.ZooWriter(tempfile.mkdtemp(), layout="stacked")
+    writer.write_model(
+        "small", 0, network, initial=network, hyperparameters={}, possible_values={},
+        metrics={"train_acc": 1.0, "test_acc": 0.5},
+    )  # fmt: skip
+    return sk.load_zoo(writer.path)["small"]
+
+
 RESULTS = {
     "CMIResult": lambda: sk.conditional_mutual_information(VALUES, CONFIGS),
     "CombinedPredictor": lambda: combined_predictor(
@@ -95,6 +109,8 @@ RESULTS = {
     "SignErrorSummary": lambda: sign_error(VALUES, CONFIGS).overall,
     "Spectra": spectra,
     "SpectralDensity": lambda: sk.spectral_density(hessian(), steps=5),
+    "StackedModel": lambda: stacked_task()["0"],
+    "StackedTask": stacked_task,
     "Task": lambda: sk.embedded_zoo()["fashion_mnist_14x14"],
     "TrainingReport": lambda: sk.TrainingReport(Path("zoo"), ["0"], ["1"], {"2": "it diverged"}),
     "Tridiagonal": lambda: sk.curvature.lanczos(hessian(), steps=4),

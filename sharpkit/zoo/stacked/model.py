@@ -41,19 +41,19 @@ class StackedModel:
     @property
     def config(self) -> dict[str, Any]:
         """What the competition has in config.json."""
-        return self.task.stack(self.id).config(self.id)
+        return self.task._stack(self.id).config(self.id)
 
     def build(self, device: str = "meta") -> KerasModel:
         """The architecture without this model's weights; on "meta" nothing is allocated."""
         from sharpkit.zoo.keras.model import build_model
 
-        where = self.task.stack(self.id).where(self.id)
+        where = self.task._stack(self.id).where(self.id)
         return build_model(self.config, model_name=where, device=device)
 
     def files(self, weights: Weights = "final") -> list[Path]:
         """The file of the stack, which has other networks as well: see `digest`."""
         _check(weights)
-        return [self.task.stack(self.id).path]
+        return [self.task._stack(self.id).path]
 
     def digest(self, weights: Weights = "final") -> str:
         """SHA-256 of what `load` reads: of this network alone, whatever else is in its file.
@@ -113,7 +113,7 @@ class StackedModel:
 
     def _stack(self) -> StackFile:
         """The file that has it, brought here if the task is remote."""
-        stack = self.task.stack(self.id)
+        stack = self.task._stack(self.id)
         self.task.local(stack.path)
         return stack
 

@@ -57,15 +57,15 @@ class StackedTask(Mapping[str, StackedModel]):
         self._found: tuple[dict[str, StackFile], list[str]] | None = None
 
     def __getitem__(self, id_: str) -> StackedModel:
-        if str(id_) not in self.stacks:
+        if str(id_) not in self._stacks:
             raise KeyError(f"no model {id_!r} in task {self.name} ({len(self)} models)")
         return StackedModel(self, str(id_))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.stacks)
+        return iter(self._stacks)
 
     def __len__(self) -> int:
-        return len(self.stacks)
+        return len(self._stacks)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_data": copy.copy(self._data)}  # without the examples
@@ -75,7 +75,7 @@ class StackedTask(Mapping[str, StackedModel]):
         return models_table(list(self.values()))
 
     @property
-    def stacks(self) -> dict[str, StackFile]:
+    def _stacks(self) -> dict[str, StackFile]:
         """Model id to the stack that has it, in numeric order; without damaged files.
 
         Raises:
@@ -83,12 +83,12 @@ class StackedTask(Mapping[str, StackedModel]):
         """
         return self._read()[0]
 
-    def stack(self, id_: str) -> StackFile:
+    def _stack(self, id_: str) -> StackFile:
         """The stack that has a model now: training that goes on brings files together."""
-        found = self.stacks[id_]
+        found = self._stacks[id_]
         if not is_file(found.local):
             self._found = None
-            found = self.stacks.get(id_, found)
+            found = self._stacks.get(id_, found)
         return found
 
     def _read(self) -> tuple[dict[str, StackFile], list[str]]:
@@ -118,7 +118,7 @@ class StackedTask(Mapping[str, StackedModel]):
                 f"{'; '.join(damaged)}. Copy the damaged files again; without them, their networks "
                 "would be missing"
             )
-        return {id_: stack.entry(id_) for id_, stack in self.stacks.items()}
+        return {id_: stack.entry(id_) for id_, stack in self._stacks.items()}
 
     @property
     def model_configs_path(self) -> Path:
@@ -136,7 +136,7 @@ class StackedTask(Mapping[str, StackedModel]):
         Raises:
             ZooFormatError: As `model_configs`.
         """
-        stacks = {stack.path: stack for stack in self.stacks.values()}
+        stacks = {stack.path: stack for stack in self._stacks.values()}
         messages = [
             f"{path}: was cut short; its {len(stack.rows):,} networks cannot be loaded"
             for path, stack in stacks.items()
