@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from sharpkit.contract.precision import measuring_precision
 from sharpkit.digests import digest, digest_of_files, stamp
@@ -18,7 +21,10 @@ from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_mem
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
-from sharpkit.zoo.task import Task, Weights
+from sharpkit.zoo.keras import KerasModel
+from sharpkit.zoo.task import ModelEntry, Task, Weights
+
+_KEPT_BYTES = 2**28  # of the model that is kept
 
 
 class WorkItem(NamedTuple):
@@ -30,6 +36,35 @@ class WorkItem(NamedTuple):
     data: Any
 
 
+class LastLoaded:
+    """The model that was loaded last, as measures that come one after the other ask for it again.
+
+    Each gets a copy of its own: what one does to it, the next does not see. One model is kept, of
+    those that are layers and weights from files and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[str, ...], nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None}  # other processes load their own
+
+    def load(self, key: tuple[str, ...], load: Callable[[], nn.Module]) -> nn.Module:
+        """What `load` gives, or a copy of what it gave for the same key.
+
+        Args:
+            key: Changes whenever the files do.
+            load: Called if the last key was another one.
+        """
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # two are never in memory
+            model = load()
+            if not isinstance(model, KerasModel) or _bytes(model) > _KEPT_BYTES:
+                return model
+            self._kept = key, model
+        return copy.deepcopy(self._kept[1])
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Does a work item: loads the model, evaluates the measure, never raises."""
@@ -37,6 +72,7 @@ class Scorer:
     tasks: Mapping[str, Task]  # the zoo
     measures: Mapping[str, Measure]  # by name
     seed: int  # of the measures' random choices
+    last: LastLoaded = field(default_factory=LastLoaded)
 
     def __call__(self, item: WorkItem, device: str) -> Outcome:
         """The values, or the error, with where they come from."""
@@ -51,7 +87,7 @@ class Scorer:
         dtype, message = None, None
         try:
             weights_hash = _digest(task, item.model, measure, files, weights_stamp)
-            model = entry.load().to(device)
+            model = self._loaded(item, entry, weights_stamp).to(device)
             dtype = dtype_name(model)
             with measuring_precision():  # also for a user's own measures
                 values = evaluate_measure(
@@ -73,6 +109,11 @@ class Scorer:
             dtype=dtype,
             **circumstances(device),
         )
+
+    def _loaded(self, item: WorkItem, entry: ModelEntry, stamp: str) -> nn.Module:
+        if not stamp or "missing" in stamp:  # nothing that tells a change
+            return entry.load()
+        return self.last.load((item.task, item.model, stamp), entry.load)
 
 
 def model_files(task: Task, model: str, measure: Measure) -> tuple[Path, ...]:
@@ -159,6 +200,10 @@ def _data_hash(store: Store, name: str, task: Task) -> str | None:
         raise
     except Exception:  # told when the task is opened
         return None
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def _stamp(task: Task, files: Iterable[Path]) -> str:

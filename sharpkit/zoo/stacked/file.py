@@ -32,6 +32,7 @@ KINDS: tuple[Weights, ...] = get_args(Weights)
 _VERSION = 1
 _MAX_DIGITS = 200  # of an id, which may become the name of a folder
 _KEY = "networks"  # of the metadata
+_AT = "possible_values_at"
 _EXPECTED = "a stack of networks"
 
 
@@ -150,7 +151,8 @@ class StackFile:
                 raise ZooFormatError(f"{self.where(id_)}: the file was cut short; copy it again")
             found = read_stored(self.local, parts, self.where(id_))
             return {
-                name: torch.from_numpy(np.frombuffer(content, "<f4").copy()).view(stored.shape[1:])
+                # in memory of torch's own, aligned as that of weights from elsewhere
+                name: torch.tensor(np.frombuffer(content, "<f4")).view(stored.shape[1:])
                 for (name, stored), content in zip(named.items(), found, strict=True)
             }
 
@@ -170,9 +172,10 @@ def read_stack(path: Path, local: Path | None = None) -> StackFile:
         content = parse_json(f"{path}, {_KEY}", text, ZooFormatError)
         if content["version"] != _VERSION:
             raise ValueError(f"its version is {shown(content['version'])}, not {_VERSION}")
-        configs, members = content["configs"], content["members"]
-        for member in members:
+        configs = content["configs"]
+        for member in content["members"]:
             _check_member(member, configs)
+        members = [_unpacked(member, content["values"]) for member in content["members"]]
         rows = {member["id"]: row for row, member in enumerate(members)}
         if len(rows) < len(members) or not rows:
             raise ValueError("it has no network, or one twice")
@@ -200,20 +203,58 @@ def write_stack(path: Path, networks: Sequence[Network]) -> None:
         for kind in KINDS
         for name in networks[0].weights[kind]
     }
+    content = save(tensors, {_KEY: metadata_of(networks)})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def metadata_of(networks: Sequence[Network]) -> str:
+    """What a stack says of its networks; what many of them have in common stands in it once."""
     configs: dict[str, int] = {}
+    values: dict[str, int] = {}
     members = [
         {
             "id": network.id,
             "config": configs.setdefault(json_text(network.config), len(configs)),
-            "entry": network.entry,
+            "entry": _packed(network.entry, values),
             "sha256": {kind: _checksum(network.weights[kind]) for kind in KINDS},
         }
         for network in networks
     ]
-    told = {"version": _VERSION, "configs": list(map(json.loads, configs)), "members": members}
-    content = save(tensors, {_KEY: json_text(told)})
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+    listed = {"configs": list(map(json.loads, configs)), "values": list(map(json.loads, values))}
+    return json_text({"version": _VERSION, **listed, "members": members})
+
+
+def _packed(entry: Mapping[str, Any], values: dict[str, int]) -> dict[str, Any]:
+    """An entry in which the possible values of a hyperparameter are a place in a list of such."""
+
+    def pack(h: Any) -> Any:
+        if not isinstance(h, Mapping) or not isinstance(h.get("possible_values"), list):
+            return h  # nothing that the zoo's readers take
+        text = json_text(h["possible_values"])
+        rest = {key: value for key, value in h.items() if key != "possible_values"}
+        return {_AT: values.setdefault(text, len(values)), **rest}
+
+    hparams = entry.get("hparams")
+    if not isinstance(hparams, Mapping):
+        return dict(entry)
+    return {**entry, "hparams": {name: pack(h) for name, h in hparams.items()}}
+
+
+def _unpacked(member: Any, values: Any) -> dict[str, Any]:
+    """A network of the metadata with its entry as model_configs.json has it."""
+
+    def unpack(h: Any) -> Any:
+        if not isinstance(h, dict) or _AT not in h:
+            return h
+        rest = {key: value for key, value in h.items() if key != _AT}
+        return {"possible_values": values[h[_AT]], **rest}
+
+    hparams = member["entry"].get("hparams")
+    if not isinstance(hparams, dict):
+        return {**member}
+    opened = {name: unpack(h) for name, h in hparams.items()}
+    return {**member, "entry": {**member["entry"], "hparams": opened}}
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from sharpkit.errors import ZooFormatError
 from sharpkit.files import remove_leftovers
-from sharpkit.zoo.stacked.file import Network, StackFile, read_stack, write_stack
+from sharpkit.zoo.stacked.file import (
+    Network,
+    StackFile,
+    metadata_of,
+    read_stack,
+    write_stack,
+)
 from sharpkit.zoo.stacked.task import stack_files
 
 _MOST = 64  # networks of a file
 _MAX_BYTES = 2**26  # of a file that has more than one
+_MAX_TEXT = 2**20  # characters of the metadata of a file that has more than one
 _MAX_HELD = 2**28  # bytes of networks that wait in memory
 _REMEDY = "copy the file again, or remove it, and its networks are written anew"
 
@@ -84,7 +92,9 @@ class StackWriter:
     def _bring_together(self, shape: Any) -> None:
         waiting = self._waiting.pop(shape)
         self._held -= sum(map(_held, waiting.values()))
-        self._write([_network(id_, waiting[id_]) for id_ in sorted(waiting, key=int)])
+        networks = [_network(id_, waiting[id_]) for id_ in sorted(waiting, key=int)]
+        for part in _parts(networks):
+            self._write(part)
         self._remove_empty()
 
     def _write(self, networks: list[Network]) -> StackFile:
@@ -115,6 +125,16 @@ def _read(path: Path) -> StackFile:
 def _most(size: int) -> int:
     """Networks of a file, by the bytes of one."""
     return max(1, min(_MOST, _MAX_BYTES // max(1, size)))
+
+
+def _parts(networks: list[Network]) -> Iterator[list[Network]]:
+    """Networks that go into one file, as what is said of them is not too long to be read."""
+    if len(networks) == 1 or len(metadata_of(networks)) <= _MAX_TEXT:
+        yield networks
+        return
+    half = len(networks) // 2
+    yield from _parts(networks[:half])
+    yield from _parts(networks[half:])
 
 
 def _network(id_: str, waiting: _Waiting) -> Network:

@@ -191,6 +191,23 @@ def test_many_shapes_are_written_before_memory_runs_out(plain, tmp_path, monkeyp
     assert len(stacks(tmp_path / "there")) > 4
 
 
+def test_what_is_said_of_networks_stays_short(plain, tmp_path, monkeypatch):
+    """Possible values stand in a file once, and a file has fewer networks before it is too long."""
+    task = load_zoo(plain)["small"]
+    many = list(range(3000))
+    for entry in task.model_configs.values():
+        entry["hparams"]["seed"]["possible_values"] = many
+    with pytest.warns(UserWarning, match="settings have no model"):
+        write_zoo({"small": task}, tmp_path / "many", layout="stacked")
+        found = load_zoo(tmp_path / "many")["small"]
+    assert found.model_configs == task.model_configs
+    assert all(path.stat().st_size < 30_000 for path in stacks(tmp_path / "many"))
+    monkeypatch.setattr(stack_writer, "_MAX_TEXT", 2000)
+    write_zoo(load_zoo(plain), tmp_path / "short", layout="stacked")
+    same_task(load_zoo(plain)["small"], load_zoo(tmp_path / "short")["small"])
+    assert len(stacks(tmp_path / "short")) > 4
+
+
 def test_tasks_of_both_layouts_lie_in_one_zoo(plain, zoo_path, tmp_path):
     write_zoo(load_zoo(plain), zoo_path, layout="stacked")
     zoo = load_zoo(zoo_path)
@@ -358,6 +375,7 @@ def header(path):
         (lambda c: c["members"].clear(), "it has no network"),
         (lambda c: c["members"].pop(), "expected F32 with a row for each of"),
         (lambda c: c.pop("configs"), "KeyError"),
+        (lambda c: c["values"].clear(), "IndexError"),
     ],
 )  # fmt: skip
 def test_metadata_that_do_not_fit_are_refused(stacked, change, message):
@@ -460,7 +478,7 @@ def test_an_end_at_any_change_of_the_folder_loses_nothing(plain, tmp_path, monke
 _SCRIPT = """
 import sys
 sys.path[:0] = {tests!r}
-from test_stacked import settings, write
+from test_stacks import settings, write
 from sharpkit.zoo import ZooWriter
 from sharpkit.zoo.stacked import writer as stack_writer
 stack_writer._MOST = 4
