@@ -26,6 +26,7 @@ from sharpkit.runs.trained import load_trained
 from sharpkit.tensor_files import read_safetensors, read_torch
 from sharpkit.zoo.files import read_json
 from sharpkit.zoo.shards.tfrecord import _count_records, read_shards
+from sharpkit.zoo.stacked.file import read_stack
 
 TABLE = pd.DataFrame({"task": ["=cmd|' /C calc'!A0", "t\x1b[2J"], "value": [-0.5, 1.0]})
 
@@ -145,6 +146,7 @@ READERS = {
     "read_matlab": (lambda path: read_matlab(path, ["X"], DataError), DataError),
     "read_torch": (lambda path: read_torch(path, str(path), ModelError), ModelError),
     "read_safetensors": (lambda path: read_safetensors(path, str(path), ModelError), ModelError),
+    "read_stack": (read_stack, ZooFormatError),
     "load_arrays": (load_arrays, DataError),
     "read_image_tree": (read_image_tree, DataError),
     "load_trained": (lambda path: load_trained(path.with_name("model.safetensors")), RunError),

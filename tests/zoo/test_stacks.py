@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -425,6 +426,46 @@ def test_what_a_header_states_takes_no_memory(tmp_path, stacked, offsets, shape)
     else:
         with pytest.raises(ZooFormatError, match=path.name):
             read_stack(path)
+
+
+ODD_VALUES = [None, True, -1, 0.5, 2**63, -(10**300), 1e308, [], {}, [[]], "", "²", "../x", "0"]
+
+
+def places(tree, parent=None, key=None):
+    if parent is not None:
+        yield parent, key
+    for k, node in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(node, dict | list):
+            yield from places(node, tree, k)
+        else:
+            yield tree, k
+
+
+def test_odd_values_anywhere_in_a_header_give_errors_of_the_project_alone(stacked):
+    path = stacks(stacked)[0]
+    good, whole = path.read_bytes(), json.loads(header(path))
+    told, seen = json.loads(whole["__metadata__"]["networks"]), set()
+    for seed in range(120):
+        rng = random.Random(seed)
+        parts = {"header": json.loads(json.dumps(whole)), "told": json.loads(json.dumps(told))}
+        parent, key = rng.choice(list(places(parts[rng.choice(["header", "told"])])))
+        parent[key] = rng.choice(ODD_VALUES)
+        if isinstance(metadata := parts["header"]["__metadata__"], dict) and seed % 2:
+            metadata["networks"] = json.dumps(parts["told"])
+        text = json.dumps(parts["header"]).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + len(header(path)) :])
+        try:
+            for id_ in read_stack(path).rows:
+                entry = StackedTask("small", path.parents[1])[id_]
+                for ask in (entry.load, lambda entry=entry: (entry.metrics, entry.frame())):
+                    ask()
+            seen.add("read")
+        except ZooFormatError as error:
+            seen.add("refused")
+            assert path.name in str(error) or "networks: model" in str(error), seed
+        finally:
+            path.write_bytes(good)
+    assert seen == {"read", "refused"}
 
 
 # --- death at any moment -------------------------------------------------------------------------
