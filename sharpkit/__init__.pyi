@@ -36,9 +36,6 @@ from .runs import (
     score_zoo as score_zoo,
     selection_regret as selection_regret,
 )
-from .runs.checkpoints import (
-    load_checkpoint as load_checkpoint,
-)
 from .runs.figure3 import (
     Figure3 as Figure3,
     figure3 as figure3,
@@ -71,6 +68,9 @@ from .zoo import (
     load_zoo as load_zoo,
     write_zoo as write_zoo,
     zoo_info as zoo_info,
+)
+from .zoo.checkpoint import (
+    load_checkpoint as load_checkpoint,
 )
 from .zoo_training import (
     TrainingReport as TrainingReport,

@@ -11,14 +11,12 @@ import torch
 from torch.utils.data import TensorDataset
 
 from sharpkit.data.downloads import cifar10, cifar100, svhn
-from sharpkit.data.idx import read_idx_split
-from sharpkit.data.images import Split, normalised, read_image_tree
+from sharpkit.data.idx import FASHION_MNIST, read_idx_split
+from sharpkit.data.images import Split, channels_first, normalised, read_image_tree
 from sharpkit.data.npz import read_npz
 from sharpkit.doors import reading, shown
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.zoo import embedded_zoo, load_zoo
-
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 _NAMES = (
     "embedded, fashion-mnist, cifar10, cifar100, svhn, an .npz file, a folder or .zip of images, "
@@ -187,8 +185,8 @@ def _arrays(path: Path) -> Pair:
         )
     labels = [_whole(path, name, arrays[name]) for name in ("y_train", "y_test")]
     if train.dtype == np.uint8:
-        channels_first = _layout(path, train.shape)
-        return normalised((channels_first(train), labels[0]), (channels_first(test), labels[1]))
+        in_order = channels_first(path, train.shape)
+        return normalised((in_order(train), labels[0]), (in_order(test), labels[1]))
     if not np.issubdtype(train.dtype, np.floating):
         raise DataError(f"{path}: x_train is {train.dtype}; expected uint8 images or floats")
     (first, second) = (
@@ -203,19 +201,6 @@ def _whole(path: Path, name: str, labels: np.ndarray) -> np.ndarray:
     if labels.size and int(labels.max()) > np.iinfo(np.int64).max:
         raise DataError(f"{path}: {name} has the label {labels.max()}, more than an int64 holds")
     return labels.astype(np.int64)
-
-
-def _layout(path: Path, shape: tuple[int, ...]) -> Callable[..., np.ndarray]:
-    """How arrays of images of this shape become (n, c, h, w)."""
-    if len(shape) == 3:
-        return lambda images: images[:, None]
-    first, last = (len(shape) == 4 and shape[axis] in (1, 3, 4) for axis in (1, 3))
-    if first == last:
-        raise DataError(
-            f"{path}: uint8 images of shape {shape}; expected (n, h, w), (n, h, w, c) or "
-            "(n, c, h, w) with c = 1, 3 or 4, and no doubt which"
-        )
-    return lambda images: images if first else images.transpose(0, 3, 1, 2)
 
 
 def _checked(name: str, data: Pair) -> Pair:

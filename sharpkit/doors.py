@@ -25,6 +25,7 @@ MAX_JSON_BYTES = 2**26
 MAX_JSON_VALUES = 1_000_000  # of some 100 bytes each in memory
 MAX_CONFIG_BYTES = 24 * 2**20  # of a zoo's JSON files
 MAX_TOML_BYTES = 2**18
+MAX_TABLE_BYTES = 2**26  # of a table of models
 MAX_DEPTH = 64  # of nested lists and objects
 MAX_DIGITS = 300  # of one integer: more has no float64
 MAX_LAYERS = 10_000  # of one model

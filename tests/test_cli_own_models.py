@@ -167,6 +167,47 @@ def test_all_measures_know_attention_where_a_model_has_it(here, monkeypatch):
         assert not names & {"augmented_margin", "augmentation_inconsistency", "training_steps"}
 
 
+def test_a_pattern_with_a_table_is_a_zoo(here):
+    rows = []
+    for k in range(4):
+        torch.save(network(k).state_dict(), here / f"net{k}.pt")
+        rows.append(
+            {"file": f"net{k}.pt", "lr": 0.1 * k, "train_acc": 1.0, "accuracy": 0.9 - k / 9}
+        )
+    pd.DataFrame(rows).to_csv("runs.csv", index=False)
+    table = ("*.pt", "--table", "runs.csv", "--build", "my_nets:build")
+    text = run("zoo", "info", *table, "--column", "test_acc=accuracy")
+    assert "4 rows, 0 with problems" in text and "taken as path 'file'" in text
+    score = ("score", *table, "--data", "data.npz", "--m", 1, "--rho", 0.1, "--out", "run")
+    assert "no column is test_acc" in run(*score, code=1)
+    run(
+        *score,
+        "--column",
+        "test_acc=accuracy",
+        "--hyperparameters",
+        "lr",
+        "--workers",
+        2,
+        "--test-metrics",
+    )
+    values = sk.Scores.open(here / "run").frame().set_index("model")["value"]
+    for k in range(4):
+        assert values[f"net{k}"] == pytest.approx(direct(k, m=1, rho=0.1).value, rel=1e-12)
+    assert sk.Scores.open(here / "run").metrics()["test_ece"].notna().all()
+    assert "kendall_tau" in run("evaluate", "run", "--resamples", 20)
+    (here / "net2.pt").write_bytes(b"broken")
+    assert "1 with problems" in run("zoo", "info", *table, "--column", "test_acc=accuracy", code=1)
+
+
+def test_options_of_a_table_without_one_are_refused(here):
+    score = ("score", "--out", "run", "--m", 1)
+    assert "give --table" in run(*score, "*.pt", *FILES, code=2)
+    assert "expected ROLE=NAME" in run(*score, "*.pt", "--column", "accuracy", code=2)
+    both = (*score, "--checkpoint", "net0.pt", *FILES, "--table", "runs.csv")
+    assert "--checkpoint computes accuracies" in run(*both, code=2)
+    assert "needs table= (--table) as well" in run(*score, "*.pt", code=1)
+
+
 def test_test_metrics_of_own_checkpoints_are_targets(here):
     files = [p for k in (0, 1) for p in ("--checkpoint", f"net{k}.pt")]
     run("score", *files, *FILES, "--out", "run", "--m", 1, "--test-metrics")

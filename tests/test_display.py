@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 import pandas as pd
 import pytest
 import torch
+from small_cnns import SmallCnnFiles
 from torch import nn
 
 import sharpkit as sk
@@ -62,6 +63,21 @@ def scores():
     return sk.score_models({"net": model()}, measure, DATA, DATA, progress=False)
 
 
+def folder_of_checkpoints():
+    folder = Path(tempfile.mkdtemp())
+    torch.save(model().state_dict(), folder / "a.pt")
+    table = pd.DataFrame({"path": ["a.pt"], "train_acc": [1.0], "test_acc": [0.9]})
+    with pytest.warns(UserWarning, match="taken as path"):
+        (task,) = sk.load_zoo(folder, build=model, table=table).values()
+    return task
+
+
+@cache
+def small_cnns():
+    folder = SmallCnnFiles(Path(tempfile.mkdtemp()) / "mnist", n=10, networks=2).write()
+    return find_tasks(folder)["mnist"]
+
+
 def spectra():
     density = sk.spectral_density(hessian(), steps=5)
     return Spectra({"net": density}, {"net": {"lambda_max": 1.0}}, {"other": "it diverged"})
@@ -87,6 +103,8 @@ def stacked_task():
 
 
 RESULTS = {
+    "Checkpoint": lambda: small_cnns()["1"],
+    "CheckpointTask": small_cnns,
     "CMIResult": lambda: sk.conditional_mutual_information(VALUES, CONFIGS),
     "CombinedPredictor": lambda: combined_predictor(
         pd.DataFrame({"a": VALUES, "b": SQUARES}), CONFIGS, resamples=5
@@ -96,6 +114,8 @@ RESULTS = {
     "Estimate": lambda: sk.measures.training_loss(model(), DATA),
     "Estimated": lambda: sk.trace(hessian()),
     "Figure3": figure3,
+    "FolderModel": lambda: folder_of_checkpoints()["a"],
+    "FolderTask": folder_of_checkpoints,
     "FitResult": lambda: sk.fit(model(), DATA, epochs=1, progress=False),
     "GranulatedKendall": lambda: granulated_kendall(VALUES, CONFIGS),
     "Interval": lambda: bootstrap_interval(VALUES, CONFIGS, resamples=50),
@@ -103,6 +123,7 @@ RESULTS = {
     "ModelEntry": lambda: sk.embedded_zoo()["fashion_mnist_14x14"]["0"],
     "PowerLaw": lambda: sk.measures.fit_power_law([1.0, 2.0, 3.0, 5.0, 8.0]),
     "CMINull": lambda: cmi_null(VALUES, CONFIGS, shuffles=20),
+    "Recomputed": lambda: small_cnns().recomputed("0"),
     "Scores": scores,
     "SharpnessResult": lambda: sk.m_sharpness(model(), DATA, m=[1, 4], rho=0.1, progress=False),
     "SignError": lambda: sign_error(VALUES, CONFIGS),

@@ -25,7 +25,9 @@ from sharpkit.runs.scores import write_scores
 from sharpkit.runs.trained import load_trained
 from sharpkit.tensor_files import read_safetensors, read_torch
 from sharpkit.zoo.files import read_json
+from sharpkit.zoo.folder.table import read_table
 from sharpkit.zoo.shards.tfrecord import _count_records, read_shards
+from sharpkit.zoo.small_cnn_zoo.files import open_weights, read_layout, read_metrics
 from sharpkit.zoo.stacked.file import read_stack
 
 TABLE = pd.DataFrame({"task": ["=cmd|' /C calc'!A0", "t\x1b[2J"], "value": [-0.5, 1.0]})
@@ -148,7 +150,11 @@ READERS = {
     "read_safetensors": (lambda path: read_safetensors(path, str(path), ModelError), ModelError),
     "read_stack": (read_stack, ZooFormatError),
     "load_arrays": (load_arrays, DataError),
+    "read_table": (read_table, ZooFormatError),
     "read_image_tree": (read_image_tree, DataError),
+    "read_layout": (read_layout, ZooFormatError),
+    "read_metrics": (read_metrics, ZooFormatError),
+    "open_weights": (lambda path: open_weights(path, 1, 1), ZooFormatError),
     "load_trained": (lambda path: load_trained(path.with_name("model.safetensors")), RunError),
 }
 

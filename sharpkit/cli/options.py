@@ -44,15 +44,21 @@ def _loss(context: click.Context, option: click.Parameter, name: str) -> Loss:
     return loss
 
 
-def zoo_at(path: str) -> Zoo:
-    """The zoo at a path or URL, or the one that ships with sharpkit as "embedded"."""
-    if path == "embedded":
+def zoo_at(path: str, table: str | None = None, **of_folder: Any) -> Zoo:
+    """The zoo at a path or URL, "embedded" for the one that ships with sharpkit, or a folder's.
+
+    Args:
+        path: Where it is; with a table, a pattern of checkpoints.
+        table: Of a folder of checkpoints.
+        of_folder: build, data, columns and hyperparameters, as `of_folders` gives them.
+    """
+    if path == "embedded" and table is None:
         from sharpkit.zoo.embedded import embedded_zoo
 
         return embedded_zoo()
-    from sharpkit.zoo import load_zoo
+    from sharpkit.runs.choosing import opened_zoo
 
-    return load_zoo(path)
+    return opened_zoo(path, table=table, **of_folder)
 
 
 RUN = click.argument("run", type=click.Path(path_type=Path))
@@ -69,7 +75,7 @@ DEVICE = click.option(
 BUILD = click.option(
     "--build",
     help='"module:callable" that builds the model of checkpoints from elsewhere, or of a run of '
-    "`sharpkit train` with an --arch of your own.",
+    "`sharpkit train` with an --arch of your own. With --table, its parameters are columns.",
 )
 LOSS = click.option(
     "--loss",
@@ -78,6 +84,44 @@ LOSS = click.option(
     callback=_loss,
     help='"cross_entropy", "mse", or module:callable for (outputs, labels) -> mean loss.',
 )
+
+
+def _columns(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> Any:
+    """What is in which column, from ROLE=NAME."""
+    named = dict(text.partition("=")[::2] for text in given)
+    if not all(role and name for role, name in named.items()):
+        raise click.BadParameter("expected ROLE=NAME, such as test_acc=accuracy")
+    return named or None
+
+
+def _names(context: click.Context, option: click.Parameter, given: str | None) -> Any:
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+
+
+def of_folders(command: _Command) -> _Command:
+    """What makes a zoo of a folder of checkpoints, beside BUILD and the data."""
+    for option in (
+        click.option(
+            "--hyperparameters",
+            callback=_names,
+            help="Columns that were varied, comma-separated; all that fit by default.",
+        ),
+        click.option(
+            "--column",
+            "columns",
+            multiple=True,
+            callback=_columns,
+            help="ROLE=NAME: the column of the path, of initial weights, or of a metric such as "
+            "test_acc, where it is not recognised; may be repeated.",
+        ),
+        click.option(
+            "--table",
+            help="CSV with a row for each checkpoint of PATH, a pattern in quotes: file, "
+            "hyperparameters, accuracies; also an export of wandb or MLflow.",
+        ),
+    ):
+        command = option(command)
+    return command
 
 
 def of_m_sharpness(command: _Command) -> _Command:

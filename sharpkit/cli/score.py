@@ -16,6 +16,7 @@ from sharpkit.cli.options import (
     OUT,
     SEED,
     N,
+    of_folders,
     of_m_sharpness,
     of_workers,
     zoo_at,
@@ -34,8 +35,11 @@ _OF_ZOOS = ("tasks", "limit", "backend", "workers", "threads", "timeout", "memor
 @click.option("--checkpoint", multiple=True, help="Instead of PATH; may be repeated.")
 @BUILD
 @click.option(
-    "--data", help="For --checkpoint with --build: .npz with x_train, y_train, x_test, y_test."
+    "--data",
+    help="With --build: .npz with x_train, y_train, x_test, y_test, or a data set by name as "
+    "for `sharpkit train`.",
 )
+@of_folders
 @LOSS
 @of_m_sharpness
 @click.option(
@@ -65,6 +69,9 @@ def score(
     tasks: Sequence[str],
     build: str | None,
     data: str | None,
+    table: str | None,
+    columns: dict[str, str] | None,
+    hyperparameters: list[str] | None,
     m: list[int],
     rho: list[float],
     ascent: Any,
@@ -75,9 +82,11 @@ def score(
     """Compute m-sharpness, or other measures, of every model of a zoo, or of checkpoints.
 
     PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
-    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit. In its place,
-    --checkpoint takes weight files (.safetensors, or tensors saved by torch) with --build and
-    --data, or runs of `sharpkit train`, which need neither; they are scored in one process.
+    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit. With --table, --build and
+    --data it is a pattern of checkpoints (.safetensors, or tensors saved by torch), whose
+    hyperparameters and accuracies the table tells. In its place, --checkpoint takes such files with
+    --build and --data, or runs of `sharpkit train`, which need neither; their accuracies are
+    computed, and they are scored in one process.
 
     Results are saved one by one in --out; the same command resumes a stopped run. A model that
     fails, hangs or crashes does not stop the others; the exit code is then 1.
@@ -85,6 +94,7 @@ def score(
     \b
     Example:
       sharpkit score public_data --task task1_v4 --out runs/task1 --m 1,16,256 --rho 0.05 --n 2000
+      sharpkit score "ckpts/*.pt" --table runs.csv --build nets:resnet --data cifar10 --out runs/c
       sharpkit score --checkpoint sgd.pt --checkpoint sam.pt --build nets:resnet20 \\
           --data cifar.npz --out runs/own
     """
@@ -93,13 +103,32 @@ def score(
 
     if (path is None) == (not checkpoint):
         raise click.UsageError("give either the PATH of a zoo, or --checkpoint")
+    of_table: dict[str, Any] = {
+        "table": table,
+        "columns": columns,
+        "hyperparameters": hyperparameters,
+    }
+    _check_table(path, build or data, of_table)
     m_sharpness = MSharpness(m=m, rho=rho, ascent=ascent, adaptive=adaptive, loss=loss)
     if path is None:
         given = _without_options_of_zoos(context, options)
         scores = choosing.score_checkpoints(checkpoint, build, data, measures, m_sharpness, **given)
     else:
-        scores = choosing.score_tasks(zoo_at(path), tasks, measures, m_sharpness, **options)
+        zoo = zoo_at(path, build=build, data=data, **of_table)
+        scores = choosing.score_tasks(zoo, tasks, measures, m_sharpness, **options)
     _finish(scores, options["out"])
+
+
+def _check_table(path: str | None, of_files: str | None, of_table: dict[str, Any]) -> None:
+    """An option that would have no effect is an error."""
+    given = [name for name, value in of_table.items() if value is not None]
+    if path is None and given:
+        raise click.UsageError("--checkpoint computes accuracies: give PATH with --table instead")
+    if path is not None and of_table["table"] is None and (of_files or given):
+        raise click.UsageError(
+            "--build, --data, --column and --hyperparameters are for checkpoints: give --table "
+            "with a row for each, or --checkpoint, whose accuracies are computed"
+        )
 
 
 def _without_options_of_zoos(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:

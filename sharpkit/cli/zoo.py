@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from sharpkit.cli.options import DATA, DEVICE, of_workers, zoo_at
+from sharpkit.cli.options import BUILD, DATA, DEVICE, of_folders, of_workers, zoo_at
 from sharpkit.cli.shell import exit_if_any, say, say_table
 from sharpkit.files import write_csv
 
@@ -18,24 +18,49 @@ def zoo() -> None:
     """Look into, check, download, convert and train zoos of networks."""
 
 
+def _accuracies(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    """A number from 0, or None for "all"."""
+    if value == "all":
+        return None
+    if not value.isdecimal():
+        raise click.BadParameter(f'{value!r} is not a number, or "all"')
+    return int(value)
+
+
 @zoo.command()
 @click.argument("path")
 @click.option("--deep", is_flag=True, help="Load every model and read every data shard.")
+@click.option(
+    "--accuracies",
+    default="3",
+    show_default=True,
+    callback=_accuracies,
+    help="Of a zoo without images: networks of each task whose test accuracy is computed again on "
+    'yours; "all" for every one.',
+)
 @click.option("--csv", type=click.Path(path_type=Path), help="Write the table here as well.")
-def info(path: str, deep: bool, csv: Path | None) -> None:
+@BUILD
+@click.option("--data", help="With --table and --deep: as for `sharpkit score`.")
+@of_folders
+def info(path: str, deep: bool, accuracies: int | None, csv: Path | None, **of_folder: Any) -> None:
     """List tasks, models, layers, parameters and gaps of the zoo at PATH; check every file.
 
     PATH is a directory in the PGDL layout, the URL of one (such as s3://bucket/zoo, see
-    docs/clusters.md), or "embedded" for the zoo that ships with sharpkit.
+    docs/clusters.md), "embedded" for the zoo that ships with sharpkit, or the folder of a zoo in
+    another format (docs/guides/zoo-formats.md); with --table and --build, a pattern of checkpoints.
 
     \b
     Example:
       sharpkit zoo info public_data --deep --csv models.csv
+      sharpkit zoo info smallcnnzoo --accuracies all
+      sharpkit zoo info "ckpts/*.pt" --table runs.csv --build nets:resnet
     """
     from sharpkit.zoo import zoo_info
 
     # given the path, it reports also what keeps the zoo from loading
-    table = zoo_info(zoo_at(path) if path == "embedded" else path, deep=deep)
+    by_path = path != "embedded" and not any(of_folder.values())
+    opened = path if by_path else zoo_at(path, **of_folder)
+    table = zoo_info(opened, deep=deep, accuracies=accuracies)
     if csv is not None:
         write_csv(table, csv)
     say_table(table, ".4f")

@@ -14,6 +14,7 @@ from sharpkit.data.raw import read_values
 from sharpkit.doors import reading
 from sharpkit.errors import DataError
 
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # of Debian's dataset-fashion-mnist
 _BYTE = 0x08  # the element type of every file of the MNIST family
 
 

@@ -7,7 +7,7 @@ import math
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -63,6 +63,19 @@ def _table(channel: NDArray[np.uint8]) -> NDArray[np.float32]:
     deviation = np.sqrt((counts * (values - mean) ** 2).sum() / counts.sum())
     table: NDArray[np.float64] = (values - mean) / (deviation or 1.0)
     return table.astype(np.float32)
+
+
+def channels_first(path: Path, shape: tuple[int, ...]) -> Callable[..., NDArray[Any]]:
+    """How arrays of images of this shape become (n, c, h, w)."""
+    if len(shape) == 3:
+        return lambda images: images[:, None]
+    first, last = (len(shape) == 4 and shape[axis] in (1, 3, 4) for axis in (1, 3))
+    if first == last:
+        raise DataError(
+            f"{path}: uint8 images of shape {shape}; expected (n, h, w), (n, h, w, c) or "
+            "(n, c, h, w) with c = 1, 3 or 4, and no doubt which"
+        )
+    return lambda images: images if first else images.transpose(0, 3, 1, 2)
 
 
 def read_image_tree(path: Path) -> tuple[Split, Split]:

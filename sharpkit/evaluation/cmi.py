@@ -12,7 +12,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     lambda r: (
         f"{r.score:.4g} by {r.definition!r}, {r.models} models, at "
         f"{'no set' if r.argmin is None else set_name(r.argmin)}"
+        f"{(r.binned and ', with ' + in_bins(r.binned)) or ''}"
     )
 )
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class CMIResult:
             two hyperparameters, in the program's order.
         definition: `pgdl` or `jiang`.
         models: How many models were compared.
+        binned: Continuous hyperparameters -> number of quantile bins that stand for their values.
     """
 
     score: float
@@ -68,6 +70,7 @@ class CMIResult:
     conditioning_sets: Mapping[tuple[str, ...], float]
     definition: str
     models: int
+    binned: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def competition_score(self) -> float:
@@ -102,6 +105,11 @@ def conditional_mutual_information(
 
     `jiang`: ordered pairs of different models; |S| ≤ 2, the empty set included; cells weighted by
     their share of the pairs. Models without a value or a gap are left out.
+
+    A continuous hyperparameter - numbers with more than 10 values, which on average are shared by
+    fewer than 4 models - is replaced by its quantile bins, of n models √(n/6), at least 2 and at
+    most 4: given a value that one model has, there is nothing to compare. `binned` says which. The
+    grids of the competition have none.
 
     Time and memory: n² comparisons up to 512 models; beyond, the same whole numbers are counted by
     sorting, in about n log n per conditioning set.
@@ -161,8 +169,14 @@ def set_name(names: Sequence[str]) -> str:
     return ",".join(names) or "(none)"
 
 
+def in_bins(binned: Mapping[str, int]) -> str:
+    """Which hyperparameters are binned, as a phrase: "lr in 4 bins"."""
+    return ", ".join(f"{name} in {count} bins" for name, count in binned.items())
+
+
 def cmi_pgdl(values: Floats, grid: Grid) -> CMIResult:
     """The competition's score of one value per model (models,); no id is looked up."""
+    binned, grid = grid.binned, grid.conditioned
     pairs = list(itertools.combinations(range(len(grid.names)), 2))
     groups = [grid.groups(pair) for pair in pairs]
     tables = count_pairs(grid.gap, values, groups)
@@ -185,11 +199,12 @@ def cmi_pgdl(values: Floats, grid: Grid) -> CMIResult:
     ]
     kept = [f.pairs_kept(t) for (f, _), t in zip(maps, tables, strict=True)]
     _warn_of_outcome(score, empty, len(grid) ** 2 - min(kept, default=len(grid) ** 2), grid)
-    return CMIResult(score, argmin, sets, "pgdl", len(grid))
+    return CMIResult(score, argmin, sets, "pgdl", len(grid), binned)
 
 
 def cmi_jiang(values: Floats, grid: Grid) -> CMIResult:
     """The paper's score of one value per model (models,), no NaN among them."""
+    binned, grid = grid.binned, grid.conditioned
     sets = [s for size in (0, 1, 2) for s in itertools.combinations(range(len(grid.names)), size)]
     groups = [grid.groups(s) for s in sets]
     tables = count_pairs(grid.gap, values, groups)
@@ -205,9 +220,9 @@ def cmi_jiang(values: Floats, grid: Grid) -> CMIResult:
             stacklevel=3,
         )
     if not defined:
-        return CMIResult(math.nan, None, scores, "jiang", len(grid))
+        return CMIResult(math.nan, None, scores, "jiang", len(grid), binned)
     argmin = min(defined, key=defined.__getitem__)  # the first, so the smallest, of equal ones
-    return CMIResult(defined[argmin], argmin, scores, "jiang", len(grid))
+    return CMIResult(defined[argmin], argmin, scores, "jiang", len(grid), binned)
 
 
 def unweighted_ratios(sets: Sequence[Floats]) -> list[float]:

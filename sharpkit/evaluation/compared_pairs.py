@@ -95,7 +95,7 @@ class Compared:
     @functools.cached_property
     def conditioning_sets(self) -> ConditioningSets:
         """Of the definitions."""
-        return ConditioningSets.of(self.grid, self.definitions)
+        return ConditioningSets.of(self.grid.conditioned, self.definitions)
 
     @functools.cached_property
     def coupled(self) -> list[Pairs]:

@@ -10,13 +10,14 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharpkit.errors import ScoreError
+from sharpkit.evaluation.bins import Bins, quantile_bins
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,6 +40,7 @@ class Grid:
     levels: tuple[tuple[str, ...], ...]  # per hyperparameter, the values that occur
     possible: tuple[tuple[str, ...], ...]  # per hyperparameter, the values announced
     gap: Floats  # (models,)
+    bins: Mapping[int, Bins] = field(default_factory=dict)  # of continuous hyperparameters
 
     def __len__(self) -> int:
         """The number of models."""
@@ -49,7 +51,27 @@ class Grid:
         if np.asarray(rows).dtype == np.bool_ and np.asarray(rows).all():
             return self
         ids = tuple(np.asarray(self.ids, dtype=object)[rows])
-        return Grid(ids, self.names, self.codes[rows], self.levels, self.possible, self.gap[rows])
+        bins = {column: found.take(rows) for column, found in self.bins.items()}
+        codes, gap = self.codes[rows], self.gap[rows]
+        return Grid(ids, self.names, codes, self.levels, self.possible, gap, bins)
+
+    @functools.cached_property
+    def conditioned(self) -> Grid:
+        """The same models as a mutual information sees them: with bins as levels, see `bins`.
+
+        Itself if no hyperparameter is continuous."""
+        if not self.bins:
+            return self
+        codes, levels, possible = self.codes.copy(), list(self.levels), list(self.possible)
+        for column, found in self.bins.items():
+            codes[:, column] = found.codes
+            levels[column] = possible[column] = found.names
+        return Grid(self.ids, self.names, codes, tuple(levels), tuple(possible), self.gap)
+
+    @property
+    def binned(self) -> dict[str, int]:
+        """Names of the continuous hyperparameters, and how many bins each has."""
+        return {self.names[column]: len(found.names) for column, found in self.bins.items()}
 
     @functools.cached_property
     def derived(self) -> dict[tuple[str, tuple[int, ...]], Any]:
@@ -156,7 +178,10 @@ def read_configs(configs: Configs) -> Grid:
         columns.append([index[value] for value in values])
         levels.append(tuple(value for value in index if value is not None))
     codes = np.array(columns, dtype=np.int64).reshape(len(names), len(ids)).T
-    return Grid(ids, names, codes, tuple(levels), tuple(possible), np.array(gap, dtype=np.float64))
+    found = {h: quantile_bins(codes[:, h], levels[h]) for h in range(len(names))}
+    bins = {h: of_column for h, of_column in found.items() if of_column is not None}
+    gaps = np.array(gap, dtype=np.float64)
+    return Grid(ids, names, codes, tuple(levels), tuple(possible), gaps, bins)
 
 
 def read_measure(measure: Measure, grid: Grid) -> tuple[Floats, Bools]:

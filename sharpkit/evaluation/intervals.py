@@ -132,7 +132,7 @@ def no_interval(
     """Why a statistic has no interval in this zoo, whatever the measure; empty if it may have."""
     if len(grid) < LEAST_CERTAIN:
         return f"fewer than {LEAST_CERTAIN} models"
-    if TABLE[statistic].definition == "pgdl" and not pgdl_defined(grid):
+    if TABLE[statistic].definition == "pgdl" and not pgdl_defined(grid.conditioned):
         return no_value("pgdl", grid)
     if TABLE[statistic].worst_case:
         columns = grid.varying() if hyperparameter is None else [hyperparameter]

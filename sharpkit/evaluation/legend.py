@@ -30,6 +30,7 @@ _COLUMNS = {
     "p_value_holm": ("p_value, corrected for the number of rows", "share"),
     "resamples": ("bootstrap resamples, and shuffles of the mutual informations' null", "count"),
     "permutations": ("shuffles of all other p-values", "count"),
+    "binned": ("continuous hyperparameters, in bins for the mutual informations only", ""),
     "interval_note": ("statistics without an interval, and why", ""),
 }
 _ENDS = {

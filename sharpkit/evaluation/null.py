@@ -73,7 +73,7 @@ def cmi_null(
     The null hypothesis: the measure is what the hyperparameters explain, plus noise that has
     nothing to do with the gap. A shuffle keeps the explained part and shuffles the rest. With r the
     ranks of the measure about their mean and f their least-squares fit by one effect per value of
-    each hyperparameter,
+    each hyperparameter (of a continuous one, an effect per bin and a slope by rank within it),
 
         u = λ f + √(n / (n − p)) e_π,    λ = max(0, 1 − 1 / F),
 
@@ -140,7 +140,7 @@ def cmi_nulls(values: Floats, grid: Grid, shuffles: int, seed: int) -> dict[str,
     """
     n = len(grid)
     effects = _effects(grid)
-    information = ShuffledInformation.of(grid)
+    information = ShuffledInformation.of(grid.conditioned)
     orders = np.random.default_rng(seed).random((shuffles, n)).argsort(axis=1)
     ties = np.random.default_rng([seed, 1]).random((shuffles, n))
     few = ""
@@ -202,10 +202,18 @@ def adjusted_for_noise(value: float, null_mean: float) -> float:
 
 
 def _effects(grid: Grid) -> Floats:
-    """Orthonormal basis (models, p) of the mean and one effect per hyperparameter value."""
+    """Orthonormal basis (models, p) of the mean and one effect per hyperparameter value.
+
+    Of a continuous hyperparameter, each bin also has the slope by its ranks.
+    """
     columns = [np.ones(len(grid))]
+    seen = grid.conditioned.codes
     for h in range(len(grid.names)):
-        columns += [(grid.codes[:, h] == code) * 1.0 for code in np.unique(grid.codes[:, h])[1:]]
+        columns += [(seen[:, h] == code) * 1.0 for code in np.unique(seen[:, h])[1:]]
+        if h in grid.bins:
+            inside = [seen[:, h] == code for code in np.unique(seen[:, h])]
+            ranks = grid.bins[h].ranks / len(grid)
+            columns += [np.where(bin_, ranks - ranks[bin_].mean(), 0.0) for bin_ in inside]
     basis, size, _ = np.linalg.svd(np.stack(columns, axis=1), full_matrices=False)
     spanned: Floats = basis[:, size > 1e-9 * size[0]]
     return spanned

@@ -70,7 +70,7 @@ def permutation_p_value(
     unknown = [name for name in within if name not in grid.names]
     if unknown:
         raise ArgumentError(f"within = {list(within)}: the zoo has {', '.join(grid.names)}")
-    strata = grid.groups([grid.names.index(name) for name in within])
+    strata = grid.conditioned.groups([grid.names.index(name) for name in within])
     orders = random_orders(strata, permutations, seed)
     ((_, turned, _),) = by_direction(values[:, None], [direction], [statistic])
     found = chance_statistics(turned, grid, orders, [statistic], among_all=not within)

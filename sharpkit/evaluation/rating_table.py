@@ -9,7 +9,7 @@ import numpy as np
 
 from sharpkit.errors import ArgumentError, ScoreError
 from sharpkit.evaluation.arguments import LEAST, by_direction, check_direction, check_resampling
-from sharpkit.evaluation.cmi import DEFINITIONS, EXACT, set_name
+from sharpkit.evaluation.cmi import DEFINITIONS, EXACT, in_bins, set_name
 from sharpkit.evaluation.grid import (
     Bools,
     Configs,
@@ -95,8 +95,9 @@ def rate_measures(
             spearman, pearson, r_squared, sign_error, sign_error_90, sign_error_max, each with _low
             and _high; for a CMI also _set, the conditioning set that attains it, and _null_mean,
             _null_95, _p_value, _p_value_holm, _adjusted; p_value; p_value_holm; resamples and
-            permutations, how many there were; interval_note. A CMI is the raw ratio, not a
-            percentage.
+            permutations, how many there were; interval_note; and, if a hyperparameter is
+            continuous, `binned`, in how many bins a CMI conditions on it. A CMI is the raw ratio,
+            not a percentage.
 
     Raises:
         ScoreError: If every measure has a value for fewer than three models, a model is unknown to
@@ -132,10 +133,11 @@ def rate_measures(
     sampling = Sampling(resamples, permutations, confidence, seed)
     rows: list[dict[str, Any]] = [{} for _ in values.columns]
     zoo = read_configs(configs)
+    binned = {"binned": in_bins(zoo.binned)} if zoo.binned else {}
     for members, columns, grid in _by_models(values, zoo):
         kept = set(grid.ids)
         left_out = [name for name in zoo.ids if name not in kept]
-        head = {"models": len(grid), "left_out": listed(left_out)}
+        head = {"models": len(grid), "left_out": listed(left_out), **binned}
         if len(grid) < LEAST:
             for member in members:
                 note = f"all: fewer than {LEAST} models"
@@ -152,7 +154,9 @@ def rate_measures(
                     row |= _exact(name, columns[:, k], grid, rating, k)
             row["interval_note"] = _interval_note({n: r.notes[k] for n, r in ratings.items()})
             rows[member] = row
-    table = pd.DataFrame(rows, index=values.columns).reindex(columns=_columns(statistics))
+    table = pd.DataFrame(rows, index=values.columns).reindex(
+        columns=[*_columns(statistics), *binned]
+    )
     whole = ["direction", "resamples", "permutations"]
     table[whole] = table[whole].astype("Int64")
     for name in statistics:

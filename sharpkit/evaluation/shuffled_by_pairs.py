@@ -21,7 +21,7 @@ _SIGNS = 2_000_000  # of pairs held at a time
 
 def mutual_information(values: Floats, shuffles: Shuffles) -> tuple[Chance, ...]:
     """Conditional mutual information by the definitions `pgdl` and `jiang`; see `cmi`."""
-    scored = ShuffledInformation.of(shuffles.compared.grid)
+    scored = ShuffledInformation.of(shuffles.compared.grid.conditioned)
     return one_by_one(lambda column, orders: scored(column[orders]), values, shuffles)
 
 

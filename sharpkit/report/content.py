@@ -132,6 +132,7 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
         notes=[
             *notes.of_failures(results.failures, list(map(str, values.index)), grid),
             *notes.of_few(most, len(varying)),
+            *notes.of_bins(grid),
             *([f"No statistics: {results.unrated}."] if results.unrated and most >= LEAST else []),
             *notes.of_order(values, errors, results.keys, in_grid=bool(grid.names)),
         ],

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sharpkit.evaluation.arguments import LEAST, LEAST_CERTAIN
+from sharpkit.evaluation.cmi import in_bins
 from sharpkit.evaluation.grid import Grid, normal_id
 from sharpkit.report.limits import COMPARED, drawn
 from sharpkit.report.models import reversals
@@ -56,6 +57,17 @@ def of_few(models: int, hyperparameters: int) -> list[str]:
             "that need pairs of hyperparameters are left out."
         )
     return found
+
+
+def of_bins(grid: Grid) -> list[str]:
+    """In how many bins a mutual information conditions on continuous hyperparameters."""
+    if not grid.bins:
+        return []
+    several = " No two models differ in one hyperparameter alone, which some statistics need."
+    return [
+        f"Continuous hyperparameters: the mutual informations are given {in_bins(grid.binned)}. "
+        f"All other statistics take the values as they are.{several if len(grid.bins) > 1 else ''}"
+    ]
 
 
 def of_order(

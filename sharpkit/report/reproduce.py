@@ -14,6 +14,7 @@ from sharpkit.measures import MSharpness, standard_measures
 from sharpkit.measures.measure import describe
 from sharpkit.report.labels import given, records
 from sharpkit.zoo import embedded_zoo
+from sharpkit.zoo.folder.task import FOLDER_AND_TABLE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +34,8 @@ def score_command(config: Mapping[str, Any], run: Path) -> str | None:
         options = _m_sharpness_options(measures.pop(own[0]) if own else None)
     except (KeyError, TypeError, ValueError):
         return None
+    if any(FOLDER_AND_TABLE in path for path in config["tasks"].values()):
+        return None  # how its networks are built is not in the run
     if len(folders) != 1 or options is None or config.get("precision", "full") != "full":
         return None
     standard = dict(describe(measure) for measure in standard_measures(recorded=True))

@@ -17,16 +17,37 @@ from sharpkit.measures import MSharpness
 from sharpkit.measures.attention_geometry import has_attention
 from sharpkit.measures.catalog import chosen_measures
 from sharpkit.measures.recorded import KINDS
-from sharpkit.runs.checkpoints import load_arrays, load_checkpoint
+from sharpkit.runs.checkpoints import load_arrays, load_checkpoint, load_data
 from sharpkit.runs.score import score_zoo
 from sharpkit.runs.score_models import score_models
 from sharpkit.runs.scores import Scores
 from sharpkit.runs.trained import is_trained, load_trained, same_examples, trained_data
 from sharpkit.safe_text import printable
-from sharpkit.zoo import PgdlModel, Task, Zoo
+from sharpkit.zoo import PgdlModel, Task, Zoo, load_zoo
 
 _NAMED = 10  # tasks or models in a message
 Loaders = dict[str, Callable[[], nn.Module]]
+
+
+def opened_zoo(
+    path: str,
+    *,
+    build: str | None = None,
+    table: str | None = None,
+    data: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    hyperparameters: Sequence[str] | None = None,
+) -> Zoo:
+    """`load_zoo`, with data by name or as an .npz file."""
+    examples = None if data is None else load_data(data)
+    return load_zoo(
+        path,
+        build=build,
+        table=table,
+        data=examples,
+        columns=columns,
+        hyperparameters=hyperparameters,
+    )
 
 
 def zoo_models(
@@ -62,7 +83,7 @@ def checkpoint_models(
     """Models of weight files by name, not yet loaded, and their training data.
 
     Runs of `sharpkit train` need neither `build` ("module:callable" that builds the model) nor
-    `data` (an .npz file with x_train and y_train).
+    `data` (an .npz file with x_train and y_train, or the name of a data set).
 
     Raises:
         ArgumentError: If they were trained on different data, or `build` or `data` is missing.
@@ -86,7 +107,7 @@ def checkpoint_models(
             "--data FILE.npz"
         )
     loaders = {name: partial(load_checkpoint, c, build) for name, c in names.items()}
-    return loaders, load_arrays(data)
+    return loaders, load_data(data)[0]
 
 
 def score_tasks(
@@ -120,7 +141,9 @@ def score_checkpoints(
     """Score weight files; see `checkpoint_models`, `score_tasks`; options are of `score_models`."""
     models, train = checkpoint_models(checkpoints, build, data)
     suits = traits_of_models(models, train) if measures == "all" else {}
-    test = trained_data(checkpoints[0])[1] if data is None else load_arrays(data, "test")
+    test = trained_data(checkpoints[0])[1] if data is None else load_data(data)[1]
+    if test is None:
+        test = load_arrays(str(data), "test")  # says what is missing
     chosen = chosen_measures(measures, m_sharpness, **suits)
     return score_models(models, chosen, train, test, loss=m_sharpness.loss, **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from sharpkit.contract.precision import measuring_precision
-from sharpkit.digests import digest, digest_of_files, stamp
-from sharpkit.errors import RunError
+from sharpkit.digests import described, digest, digest_of_files, stamp
+from sharpkit.errors import RunError, SharpkitError
 from sharpkit.measures.measure import Estimate, Measure, evaluate_measure
 from sharpkit.progress import progress_bar
 from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_memory
@@ -81,12 +82,13 @@ class Scorer:
         entry = task[item.model]
         files = model_files(task, item.model, measure)
         # before anything is loaded: a file that changes meanwhile will not fit its hash
-        weights_stamp, weights_hash = _stamp(task, files), ""
+        made_from = _made_from(entry)
+        weights_stamp, weights_hash = _stamp(task, files) + made_from, ""
         restart_peak_memory(device)
         values: dict[str, Estimate] = {}
         dtype, message = None, None
         try:
-            weights_hash = _digest(task, item.model, measure, files, weights_stamp)
+            weights_hash = _digest(task, item.model, measure, files, weights_stamp, made_from)
             model = self._loaded(item, entry, weights_stamp).to(device)
             dtype = dtype_name(model)
             with measuring_precision():  # also for a user's own measures
@@ -152,9 +154,10 @@ def pending(
             continue
         try:
             files = model_files(tasks[name], model, measures[measure])
-            now = _stamp(tasks[name], files)
+            made_from = _made_from(tasks[name][model])
+            now = _stamp(tasks[name], files) + made_from
             if known_hash and now != known_stamp:
-                found = _digest(tasks[name], model, measures[measure], files, now)
+                found = _digest(tasks[name], model, measures[measure], files, now, made_from)
                 if found and found != known_hash:
                     continue
                 if found:
@@ -175,7 +178,7 @@ def pending(
 
 
 def hash_data(store: Store, name: str, task: Task) -> str:
-    """The hash of the files of a task's training data, kept in the store.
+    """The hash of the files of a task's training data, or of data in no file, kept in the store.
 
     Raises:
         ZooFormatError: They are missing.
@@ -184,11 +187,19 @@ def hash_data(store: Store, name: str, task: Task) -> str:
     files = task.files("train")
     now = _stamp(task, files)
     known_hash, known_stamp = store.data(name)
-    if known_hash and now == known_stamp:
+    if known_hash and now == known_stamp and files:
         return known_hash
-    found = digest_of_files(_local(task, files))
+    found = digest_of_files(_local(task, files)) if files else _digest_in_memory(task)
     store.set_data(name, found, now)
     return found
+
+
+def _digest_in_memory(task: Task) -> str:
+    """Of examples that are in no file: both splits, as far as they are there."""
+    parts = [*task.dataset("train").tensors]
+    with suppress(SharpkitError):  # a task may come without test data
+        parts += task.dataset("test").tensors
+    return digest(described(parts))
 
 
 def _data_hash(store: Store, name: str, task: Task) -> str | None:
@@ -212,20 +223,35 @@ def _stamp(task: Task, files: Iterable[Path]) -> str:
     return stamp(files) if task.mirror is None else " ".join(map(task.mirror.stamp, files))
 
 
-def _digest(task: Task, model: str, measure: Measure, files: Iterable[Path], stamp: str) -> str:
-    """SHA-256 of what a measure of a model depends on; of files with other models, of its part.
-
-    Empty if a file cannot be read.
-    """
+def _digest(
+    task: Task, model: str, measure: Measure, files: Iterable[Path], stamp: str, made_from: str
+) -> str:
+    """SHA-256 of what a measure of a model depends on; empty if a file cannot be read."""
     own: Callable[[Weights], str] | None = getattr(task[model], "digest", None)
     if own is None:
-        return _digest_of_copies(_local(task, files), stamp)
+        found = _digest_of_copies(_local(task, files), stamp)
+    else:
+        found = _digest_of_part(task, own, measure)
+    return digest([found, made_from]) if found and made_from else found
+
+
+def _digest_of_part(task: Task, own: Callable[[Weights], str], measure: Measure) -> str:
+    """The same of a model whose files have other models as well."""
     parts = [own("final")]
     if getattr(measure, "needs_initial", False):
         parts.append(own("initial"))
     if getattr(measure, "needs_test_data", False):
         parts.append(digest_of_files(_local(task, task.files("test"))))
     return digest(parts) if all(parts) else ""
+
+
+def _made_from(entry: ModelEntry) -> str:
+    """A digest of what a network depends on beside its files; empty for nothing."""
+    try:
+        text = getattr(entry, "made_from", "")
+    except Exception:  # told when it is loaded
+        return ""
+    return digest([text]) if text else ""
 
 
 def _local(task: Task, files: Iterable[Path]) -> tuple[Path, ...]:

@@ -109,6 +109,9 @@ def _remarks(table: pd.DataFrame) -> list[str]:
         notes = table["interval_note"].dropna()
         parts = {part for note in notes for part in str(note).split("; ") if part}
         lines += [f"no interval, {part}" for part in sorted(parts)]
+    if "binned" in table:
+        parts = {str(text) for text in table["binned"].dropna()}
+        lines += [f"mutual informations: given {text}" for text in sorted(parts)]
     nulls = [f"{s.name}_null_mean" for s in TABLE.values() if s.definition]
     if any(table[null].notna().any() for null in nulls if null in table):
         lines.append("noise: what a measure has on average that knows only the hyperparameters")

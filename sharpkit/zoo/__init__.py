@@ -1,5 +1,6 @@
-"""Zoos of trained networks: what a task is; the PGDL format and stacks, read and written."""
+"""Zoos of trained networks: what a task is, and the formats in which zoos are stored."""
 
+from sharpkit.zoo.checkpoint_task import Checkpoint, CheckpointTask
 from sharpkit.zoo.embedded import embedded_zoo
 from sharpkit.zoo.fetch import fetch_zoo
 from sharpkit.zoo.formats import Zoo, load_zoo
@@ -7,15 +8,19 @@ from sharpkit.zoo.grid import check_grid
 from sharpkit.zoo.info import zoo_info
 from sharpkit.zoo.keras import KerasModel, build_model, load_weights, read_weights, write_weights
 from sharpkit.zoo.pgdl import PgdlModel, PgdlTask
+from sharpkit.zoo.recomputed import Recomputed
 from sharpkit.zoo.stacked import StackedModel, StackedTask
 from sharpkit.zoo.task import ModelEntry, Task
 from sharpkit.zoo.writer import ZooWriter, write_zoo
 
 __all__ = [
+    "Checkpoint",
+    "CheckpointTask",
     "KerasModel",
     "ModelEntry",
     "PgdlModel",
     "PgdlTask",
+    "Recomputed",
     "StackedModel",
     "StackedTask",
     "Task",

@@ -22,6 +22,9 @@ Weights: TypeAlias = Literal["final", "initial"]
 class ModelEntry(Protocol):
     """One trained network of a task.
 
+    If `load` depends on more than its files, an entry has a text `made_from` that tells on what: a
+    model whose text has changed is scored again.
+
     Where a file has several models, a method `digest(weights)`, if there is one, gives the SHA-256
     of what `load(weights)` reads for this model alone: then a change in `files` means that the
     model is scored again only if its digest has changed too.

@@ -22,11 +22,15 @@ _FORWARD = 16  # examples of the trial run
 
 def task_rows(task: Task, deep: bool) -> Iterator[dict[str, Any]]:
     """What is wrong with the task, a row each; then a row per model."""
-    there = set(task)
-    problems = [f"model {i} is listed but absent" for i in task.model_configs if i not in there]
+    there: dict[str, None] = {}
+    problems: list[str] = []
+    with _told(problems):
+        there = dict.fromkeys(task)
+        absent = [i for i in task.model_configs if i not in there]
+        problems += [f"model {i} is listed but absent" for i in absent]
     trial = _trial(task, problems) if deep else None
     yield from ({"task": task.name, "problem": problem} for problem in problems)
-    for id_ in task:
+    for id_ in there:
         yield {"task": task.name, "model": id_, **_model_row(task, id_, trial)}
 
 

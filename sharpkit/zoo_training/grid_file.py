@@ -25,7 +25,8 @@ from typing import Any, get_type_hints
 
 from torch.utils.data import TensorDataset
 
-from sharpkit.datasets import FASHION_MNIST, DataSource
+from sharpkit.data.idx import FASHION_MNIST
+from sharpkit.datasets import DataSource
 from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
 from sharpkit.settings import checked_list, from_table, preset_path

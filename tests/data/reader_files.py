@@ -22,7 +22,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from scipy.io import savemat
+from small_cnns import SmallCnnFiles
 from torch import nn
+from trials import plain_weights, write_trial
 
 import sharpkit as sk
 from sharpkit import download as downloading
@@ -34,6 +36,9 @@ from sharpkit.runs.figure3 import figure, plan as figure3_plan
 from sharpkit.runs.saved_spectrum import read_spectrum
 from sharpkit.runs.spectrum import spectrum as measure_spectra
 from sharpkit.runs.trained import load_trained, same_examples, trained_data
+from sharpkit.zoo.folder.columns import path_columns, read_columns
+from sharpkit.zoo.folder.table import read_table
+from sharpkit.zoo.formats import find_tasks
 from sharpkit.zoo_training import grid_file as zoo_plans, zoo as training_of_zoos
 
 RNG = np.random.default_rng(0)
@@ -139,6 +144,62 @@ def safetensors(folder: Path) -> Case:
     path = folder / "model.safetensors"
     save_file(small().state_dict(), path, {"format": "pt"})
     return path, lambda: load_checkpoint(path, small)
+
+
+def table(folder: Path) -> Case:
+    path = folder / "runs.csv"
+    lines = [f"net{k}.pt,{0.1 * k},adam,1.0,{0.9 - 0.01 * k}" for k in range(6)]
+    path.write_text("\n".join(["path,lr,params.optimizer,train_acc,test_acc", *lines]) + "\n")
+
+    def read() -> None:
+        found = read_table(path)
+        read_columns(found, path_columns(found)[0])
+
+    return path, read
+
+
+def small_cnn_zoo(folder: Path, name: str) -> Case:
+    """A file of a task of the Small CNN Zoo."""
+    made = SmallCnnFiles(folder / "mnist", n=2, networks=1).write()
+    return made / name, lambda: _load_all(made)
+
+
+def layout(folder: Path) -> Case:
+    return small_cnn_zoo(folder, "layout.csv")
+
+
+def metrics(folder: Path) -> Case:
+    return small_cnn_zoo(folder, "metrics.csv.gz")
+
+
+def weights(folder: Path) -> Case:
+    return small_cnn_zoo(folder, "weights.npy")
+
+
+def ray_trial(folder: Path, name: str) -> Case:
+    """A file in the folder of a network of a model zoo."""
+    state = plain_weights("CNN", 0.0, RNG)
+    params = {"model::type": "CNN", "model::nlin": "tanh", "model::dropout": 0.0}
+    write_trial(folder / "zoo" / "a", params, {5: ({"train_acc": 1.0, "test_acc": 0.9}, state)})
+    return folder / "zoo" / "a" / name, lambda: _load_all(folder / "zoo")
+
+
+def _load_all(path: Path) -> None:
+    (task,) = find_tasks(path).values()
+    for model in task.values():
+        model.load()
+
+
+def trial_params(folder: Path) -> Case:
+    return ray_trial(folder, "params.json")
+
+
+def trial_result(folder: Path) -> Case:
+    return ray_trial(folder, "result.json")
+
+
+def trial_checkpoint(folder: Path) -> Case:
+    return ray_trial(folder, "checkpoint_000005/checkpoints")
 
 
 def training(folder: Path, name: str) -> Case:
@@ -269,8 +330,9 @@ FORMATS: dict[str, Callable[[Path], Case]] = {
     make.__name__: make
     for make in (
         idx, plain_idx, cifar, svhn, plain_svhn, npz, plain_npz, images, jpegs, pt, legacy_pt,
-        safetensors, checkpoint, fit_config, trained, spectrum, spectrum_config, zoo_plan,
-        figure_plan, figure_claim, zoo_claim, notes,
+        table, safetensors, checkpoint, fit_config, trained, spectrum, spectrum_config, zoo_plan,
+        figure_plan, figure_claim, zoo_claim, notes, layout, metrics, weights, trial_params,
+        trial_result, trial_checkpoint,
     )
 }  # fmt: skip
 

@@ -7,7 +7,9 @@ import random
 import pytest
 from reader_files import FORMATS, outcomes
 
-SLOW = {"checkpoint", "fit_config", "spectrum", "spectrum_config"}  # reading trains or measures
+# reading trains, measures, or opens a zoo
+SLOW = {"checkpoint", "fit_config", "spectrum", "spectrum_config", "layout", "metrics", "weights"}
+SLOW |= {"trial_params", "trial_result", "trial_checkpoint"}
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -132,8 +132,8 @@ def test_few_models_have_no_null() -> None:
     rng = np.random.default_rng(8)
     small = cmi_null(measure_for(rng.normal(size=6)), zoo((3, 2), rng.normal(size=6)), "jiang")
     assert small.note == "fewer than 12 models"
-    rows = [(k, k % 2) for k in range(14)]
-    crowded = zoo((14, 2), rng.normal(size=14), rows)
+    rows = [(k % 10, k % 2) for k in range(14)]  # ten values: not yet a continuous hyperparameter
+    crowded = zoo((10, 2), rng.normal(size=14), rows)
     null = cmi_null(measure_for(rng.normal(size=14)), crowded, "jiang", shuffles=10)
     assert null.note == "too few models for the values of the hyperparameters"
     with pytest.raises(ArgumentError, match="unknown definition"):
