@@ -15,10 +15,10 @@ from torch.utils.data import TensorDataset
 from sharpkit.datasets import load_dataset
 from sharpkit.doors import MAX_CONFIG_BYTES, read_json, reading, shown
 from sharpkit.errors import ArgumentError, ModelError, RunError
+from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.training.architectures import build_architecture
 from sharpkit.training.augmentation import noisy_labels
 from sharpkit.training.fit import FitResult, fit
-from sharpkit.zoo.checkpoint import load_checkpoint
 
 _FINAL = "model.safetensors"
 _MAX_SIZE = 2**31  # of one axis of the inputs, and of the classes

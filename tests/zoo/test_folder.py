@@ -90,7 +90,7 @@ def test_it_is_scored_rated_and_reported_with_the_values_of_a_plain_loop(rows, t
     table = sk.evaluate(scores, resamples=20)
     assert table["models"].item() == 12 and table["kendall_tau"].notna().all()
     page = sk.write_report(tmp_path / "run", resamples=20).read_text()
-    assert "net 7" in page and "sharpkit score" not in page.split("Reproduce")[-1][:2000]
+    assert "net 7" in page and "settings that the command line does not know" in page
 
 
 def test_what_it_holds_is_listed_and_a_broken_file_costs_one_model(rows, tmp_path):
@@ -241,6 +241,10 @@ def test_what_may_be_two_things_is_refused_with_the_way_out(rows):
         opened([{k.replace("test_acc", "val_acc"): v for k, v in r.items()} for r in rows])
     named = [{k.replace("test_acc", "val_acc"): v for k, v in r.items()} for r in rows]
     assert opened(named, columns={"test_acc": "val_acc"})["net 1"].metrics["test_acc"] == 0.89
+    with pytest.raises(ZooFormatError, match=r"'test_acc': expected numbers .* found \['90%'"):
+        opened([{**row, "test_acc": "90%"} for row in rows])
+    with pytest.raises(ZooFormatError, match=r"config, summary have dicts: pandas\.json_normalize"):
+        opened([{"name": r["path"], "config": "{'lr': 1}", "summary": "{'a': 1}"} for r in rows])
     with pytest.raises(ArgumentError, match="no column 'depth'"):
         opened(rows, hyperparameters=["depth"])
     with pytest.raises(ZooFormatError, match="'file' and 'checkpoint' may both be path"):

@@ -14,11 +14,11 @@ from torch.utils.data import TensorDataset
 from sharpkit.contract.examples import standard_tensor
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.errors import RunError
+from sharpkit.runs.checkpoints import load_checkpoint
 from sharpkit.runs.figure3.plan import Plan
 from sharpkit.runs.spectrum import spectrum
 from sharpkit.training import build_architecture, fit
 from sharpkit.training.augmentation import noisy_labels
-from sharpkit.zoo.checkpoint import load_checkpoint
 
 if TYPE_CHECKING:
     import pandas as pd

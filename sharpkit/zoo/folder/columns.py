@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, ZooFormatError
 from sharpkit.zoo.folder.table import Table, Value
 
@@ -114,20 +115,15 @@ def read_columns(
             neither results nor notes of a run, and differ between models.
 
     Raises:
-        ZooFormatError: No column for the accuracies (or, without them, the losses), or two.
-        ArgumentError: There is no such column, or no number in one that is named as a metric.
+        ZooFormatError: No column for the accuracies (or, without them, the losses), or two, or one
+            without a number.
+        ArgumentError: There is no such column.
     """
     named = {role: find_column(table, column) for role, column in (named or {}).items()}
     chosen = None if hyperparameters is None else [find_column(table, c) for c in hyperparameters]
     metrics = {role: column for role, column in named.items() if role not in ("path", "initial")}
-    for role, column in metrics.items():
-        if not any(map(is_number, table.values(column))):
-            raise ArgumentError(
-                f"{table.name}, {column}: has no number, for the metric {role!r}; what is no "
-                "metric is called path or initial"
-            )
     metrics |= _recognised_metrics(table, {path, *named.values(), *(chosen or ())}, metrics)
-    _check_gap(table, metrics)
+    _check_metrics(table, metrics)
     state = next((c for c in table.columns if _is_state(table, c)), None)
     initial = named.get("initial") or _only(
         table, [c for c in table.columns if word(c) in _INITIAL], "initial"
@@ -232,8 +228,14 @@ def _only(table: Table, found: Sequence[str], role: str) -> str | None:
     return exact[0] if exact else None
 
 
-def _check_gap(table: Table, metrics: Mapping[str, str]) -> None:
-    """Both accuracies are known, or neither and both losses."""
+def _check_metrics(table: Table, metrics: Mapping[str, str]) -> None:
+    """All have numbers, and both accuracies are known, or neither and both losses."""
+    for metric, column in metrics.items():
+        values = table.values(column)
+        if not any(map(is_number, values)):
+            raise ZooFormatError(
+                f"{table.name}, {column!r}: expected numbers for {metric}, found {shown(values)}"
+            )
     accuracies = [m for m in MAIN_METRICS[:2] if m in metrics]
     if len(accuracies) == 2 or (not accuracies and set(MAIN_METRICS[2:]) <= set(metrics)):
         return
@@ -242,8 +244,13 @@ def _check_gap(table: Table, metrics: Mapping[str, str]) -> None:
         f"{table.name}: no column is {' or '.join(missing)}; it has {', '.join(table.columns)}. "
         f'Say which, as columns={{"{missing[0]}": NAME}} or --column {missing[0]}=NAME (without '
         "accuracies, train_loss and test_loss will do). If they were not recorded, give the files "
-        "to score_models or --checkpoint, which compute them"
+        f"to score_models or --checkpoint, which compute them{_of_dicts(table)}"
     )
+
+
+def _of_dicts(table: Table) -> str:
+    columns = [c for c in table.columns if table.rows[0][c].lstrip().startswith("{")]
+    return f". {', '.join(columns)} have dicts: pandas.json_normalize flattens" if columns else ""
 
 
 def _is_state(table: Table, column: str) -> bool:

@@ -128,10 +128,10 @@ def _row(
         value = cells[column]
         return float(value) * scale.get(column, 1.0) if is_number(value) else math.nan  # type: ignore[arg-type]
 
-    initial = table.rows[number][columns.initial].strip() if columns.initial else ""
+    initial = cells[columns.initial] if columns.initial else None
     return Row(
         path,
-        _there(table, initial) if initial else None,
+        None if initial is None else _there(table, str(initial)),
         {name: cells[column] for name, column in columns.hyperparameters.items()},
         {name: cells[column] for name, column in columns.settings.items()},
         {name: number_in(column) for name, column in columns.metrics.items()},

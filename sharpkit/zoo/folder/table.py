@@ -62,7 +62,8 @@ def read_table(table: str | Path | pd.DataFrame) -> Table:
         return _parsed(str(path), path.resolve().parent, text)
     if not hasattr(table, "to_csv"):
         raise ArgumentError(f"table is {type(table).__name__}: expected a path or a DataFrame")
-    return _parsed("the table", Path.cwd(), table.to_csv(index=False))
+    text = table.to_csv(index=table.index.name is not None)  # as one of ids
+    return _parsed("the table", Path.cwd(), text)
 
 
 def plain_value(text: str) -> Value:

@@ -233,11 +233,11 @@ def folder_task(
 def build_arguments(build: Build, settings: Mapping[str, Value]) -> dict[str, Value]:
     """What of a row a function is given: what its parameters are called.
 
-    A function that takes nothing but **settings gets them all. Parameters that the row does not
-    have keep their defaults.
+    A function that takes nothing but **settings gets them all. Parameters of which the row has no
+    value keep their defaults.
 
     Example:
-        >>> row = {"width": 8, "lr": 0.1}
+        >>> row = {"width": 8, "lr": 0.1, "depth": None}
         >>> build_arguments(lambda width, depth=2: None, row)
         {'width': 8}
         >>> build_arguments(lambda **settings: None, row), build_arguments(lambda: None, row)
@@ -245,10 +245,11 @@ def build_arguments(build: Build, settings: Mapping[str, Value]) -> dict[str, Va
     """
     takes = _parameters(build)
     kinds = {p.kind for p in takes.values()}
+    known: dict[str, Value] = {n: value for n, value in settings.items() if value is not None}
     if kinds == {inspect.Parameter.VAR_KEYWORD}:
-        return dict(settings)
+        return known
     named = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
-    return {n: settings[n] for n, p in takes.items() if p.kind in named and n in settings}
+    return {n: known[n] for n, p in takes.items() if p.kind in named and n in known}
 
 
 def _parameters(build: Build) -> Mapping[str, inspect.Parameter]:
