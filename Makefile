@@ -46,7 +46,8 @@ bench: .venv-bench/.installed
 
 # The figures of a GPU, at most six minutes, with the Python that has the CUDA build of torch.
 bench-gpu:
-	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py $(if $(QUICK),--quick) $(if $(DEVICE),--device $(DEVICE))
+	PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu.py $(if $(QUICK),--quick) \
+		$(if $(ONLY),--only "$(ONLY)") $(if $(DEVICE),--device $(DEVICE))
 
 # BASE=<commit> [HEAD=<commit>]: fails if a case of the regression set is past 15 % slower.
 HEAD ?= HEAD

@@ -1,6 +1,7 @@
 """Every speed figure of a GPU as one table, in at most six minutes: `make bench-gpu`.
 
-    PYTHONPATH=. python benchmarks/gpu.py [--quick] [--device cuda] [--seconds N] [--out FILE]
+    PYTHONPATH=. python benchmarks/gpu.py [--quick] [--only TEXT] [--device cuda] [--seconds N]
+                                          [--out FILE]
 
 What is measured, and how, is as in `bench_speed.py`; a loop of many small groups runs over 64 of
 them. It takes what a CUDA image of PyTorch has and sharpkit's own requirements; sharpkit itself
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 import bench_curvature
+import factory
 import torch
 from bench_speed import (
     LOOP,
@@ -104,6 +106,7 @@ class Sizes:
     steps: int
     calls: tuple[str, ...]
     counted: tuple[int, int]  # images of which the waits are compared
+    factory: factory.Sizes
 
 
 FULL = Sizes(
@@ -111,12 +114,14 @@ FULL = Sizes(
     sam=tuple(IN_STEPS), sam_ms=SAM_MS, batch=128,
     curvature=tuple(IN_GRADIENTS), curvature_images=10_000, steps=20,
     calls=("CNN 0.47 M", "ResNet-20"), counted=(128, 512),
+    factory=factory.FULL,
 )  # fmt: skip
 QUICK = Sizes(
     networks=("CNN 0.47 M", "LSTM"), images=16, ms=(1, 16),
     sam=("CNN 0.22 M",), sam_ms=(1, 16), batch=16,
     curvature=("CNN 0.11 M",), curvature_images=48, steps=3,
     calls=("CNN 0.47 M",), counted=(32, 128),
+    factory=factory.QUICK,
 )  # fmt: skip
 
 
@@ -159,11 +164,25 @@ def jobs_of(sizes: Sizes, device: str, base: How) -> Iterator[Job]:
         yield from sharpness_jobs(sizes, gpu, base, name)
     yield Job("many pairs in one call", 3, partial(pairs, sizes))
     yield Job("four probes", 4, partial(probes, sizes, device))
+    yield from factory_jobs(sizes.factory, device)
     for name in sizes.curvature if installed_peers() else ():
         run = partial(products, sizes, device, name, True)
         yield Job(f"products of the peers, {name}", 6, run)
     if can_compile(sharpkit.m_sharpness) and compiler():
         yield Job("compiled", 6, partial(compiled, sizes, base))
+
+
+def factory_jobs(sizes: factory.Sizes, device: str) -> Iterator[Job]:
+    """Training and scoring of zoos."""
+    for preset in sizes.presets:
+        for recipe in factory.recipes_of(preset):
+            for stack in sizes.stacks:
+                run = partial(factory.training, sizes, device, preset, recipe, stack)
+                name = f"factory, training, {preset}, batch {recipe.batch_size}, stack of {stack}"
+                yield Job(name, 2, run)
+    for processes in sizes.processes:
+        run = partial(factory.scoring, sizes, device, processes)
+        yield Job(f"factory, scoring, {processes} processes", 4, run)
 
 
 def sharpness_jobs(sizes: Sizes, gpu: bool, base: How, name: str) -> Iterator[Job]:
@@ -377,6 +396,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quick", action="store_true", help="Sizes too small for the targets.")
+    parser.add_argument("--only", default="", help="Only cases with this in their names.")
     parser.add_argument("--seconds", type=float, default=330, help="After which no case begins.")
     parser.add_argument("--out", type=Path, help="JSON; benchmarks/results/<device>.json if none.")
     arguments = parser.parse_args()
@@ -390,12 +410,15 @@ def main() -> None:
     base = How(arguments.device, repeats, batches=batches, loop_groups=64, share=1)
     name = device_name(arguments.device)
     print(f"{name}, torch {torch.__version__}, sharpkit {own_version()} ({commit()})")
-    jobs = list(jobs_of(sizes, arguments.device, base))
+    jobs = [job for job in jobs_of(sizes, arguments.device, base) if arguments.only in job.name]
+    if not jobs:
+        raise SystemExit(f"no case has {arguments.only!r} in its name")
     records, left_out = run_jobs(jobs, base, arguments.seconds)
     timed = [r for r in records if r.unit in TIMES]
     fewer = [f"{r.case} ({len(r.values)})" for r in timed if len(r.values) < repeats]
-    slug = machine_name(name, 1).removesuffix("-1-cores")
-    out = arguments.out or HERE / "results" / f"{slug}{'-quick' * arguments.quick}.json"
+    slug = machine_name(name, 1).removesuffix("-1-cores") + "-quick" * arguments.quick
+    part = f"-{machine_name(arguments.only, 1).removesuffix('-1-cores')}" if arguments.only else ""
+    out = arguments.out or HERE / "results" / f"{slug}{part}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "device": name,

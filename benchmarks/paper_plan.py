@@ -12,24 +12,15 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
-from itertools import product
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sharpkit.zoo import build_model
-from sharpkit.zoo_training.grid_file import read_plan
+from sharpkit.zoo_training.cost_counts import flops_of_an_example
+from sharpkit.zoo_training.grid_file import read_plan, settings_of
 
 INPUTS = {"task1": (32, 32, 3), "task2": (32, 32, 3), "task8": (28, 28, 1)}
-
-
-def forward_flops(config: dict) -> int:
-    """Floating-point operations of a forward pass over one example; 2 per multiplication."""
-    model = build_model(config, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *model.input_shape, device="meta"))
-    return counter.get_total_flops()
 
 
 def seconds_per_unit(config: dict, device: torch.device, batch: int, times: int = 3) -> float:
@@ -61,11 +52,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for task, shape in INPUTS.items():
         plan = read_plan(task)
-        settings = [
-            dict(zip(plan.grid, values, strict=True)) for values in product(*plan.grid.values())
-        ]
-        configs = [replace(plan.recipe, **s).network(shape, 10) for s in settings]
-        flops = [forward_flops(config) for config in configs]
+        recipes = [replace(plan.recipe, **s) for s in settings_of(plan.grid).values()]
+        configs = [recipe.network(shape, 10) for recipe in recipes]
+        flops = [flops_of_an_example(recipe, shape, 10)[1] for recipe in recipes]
         print(
             f"{task}: {len(configs)} models in the grid, {min(flops) / 1e9:.3f} to "
             f"{max(flops) / 1e9:.3f}, mean {sum(flops) / len(flops) / 1e9:.3f} GFLOP per forward "

@@ -73,8 +73,10 @@ from .zoo.checkpoint import (
     load_checkpoint as load_checkpoint,
 )
 from .zoo_training import (
+    TrainingCost as TrainingCost,
     TrainingReport as TrainingReport,
     train_zoo as train_zoo,
+    training_cost as training_cost,
 )
 
 __version__: str

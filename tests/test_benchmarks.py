@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import factory
 import gpu
 from bench_speed import How, m_sam_step
 from compare import Comparison, compare
@@ -249,6 +250,38 @@ def test_the_script_for_a_gpu_runs_from_a_source_tree(tmp_path: Path) -> None:
     assert max(off) < 1e-3  # float32: losses are 10 to 100 times their differences
     for case in found:
         assert case in done.stdout
+
+
+@pytest.mark.slow
+def test_the_factory_is_measured_alone(tmp_path: Path) -> None:
+    out = tmp_path / "figures.json"
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--quick"]
+    done = subprocess.run(
+        [*command, "--only", "factory", "--out", out],
+        env={**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    assert (result["failed"], result["left_out"]) == ({}, [])
+    found = {(record["contender"], record["unit"]) for record in result["records"]}
+    assert {("stack", factory.RATE), ("processes", factory.RATE)} <= found
+    assert all(record["case"].startswith("factory, ") for record in result["records"])
+    assert all(record["median"] > 0 for record in result["records"])
+
+
+def test_a_network_that_did_not_train_is_no_figure() -> None:
+    factory.ended_as_planned("training loss 2.3 after 3 epochs; target 1e-30", 3)
+    for message in ("CUDA out of memory: give a smaller stack", ""):
+        with pytest.raises(RuntimeError, match="a network did not train"):
+            factory.ended_as_planned(message, 3)
+
+
+def test_the_factory_trains_the_largest_network_of_a_preset() -> None:
+    small, large = factory.recipes_of("medium")
+    assert (small.width, small.num_conv_blocks, small.dropout) == (24, 3, 0.25)
+    assert (small.batch_size, large.batch_size) == (16, 64)
 
 
 def test_a_source_tree_that_is_not_installed_has_a_version(

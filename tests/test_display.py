@@ -133,6 +133,8 @@ RESULTS = {
     "StackedModel": lambda: stacked_task()["0"],
     "StackedTask": stacked_task,
     "Task": lambda: sk.embedded_zoo()["fashion_mnist_14x14"],
+    "ShapeCost": lambda: sk.training_cost("mini", limit=1, seconds=0.01).shapes[0],
+    "TrainingCost": lambda: sk.training_cost("mini", limit=2, seconds=0.01),
     "TrainingReport": lambda: sk.TrainingReport(Path("zoo"), ["0"], ["1"], {"2": "it diverged"}),
     "Tridiagonal": lambda: sk.curvature.lanczos(hessian(), steps=4),
     "Zoo": sk.embedded_zoo,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from sharpkit.cli.options import BUILD, DATA, DEVICE, of_folders, of_workers, zoo_at
 from sharpkit.cli.shell import exit_if_any, say, say_table
 from sharpkit.files import write_csv
+
+if TYPE_CHECKING:
+    from sharpkit.workers import Workers
 
 
 @click.group()
@@ -124,7 +127,12 @@ def _stack(context: click.Context, option: click.Parameter, value: str) -> Any:
 
 @zoo.command()
 @click.argument("grid")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The zoo's root.")
+@click.option("--out", type=click.Path(path_type=Path), help="The zoo's root.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Time an epoch of each shape of network, tell what all would cost, and write nothing.",
+)
 @DATA
 @of_workers("Models")
 @click.option("--limit", type=int, help="Only the first models of the grid.")
@@ -138,21 +146,43 @@ def _stack(context: click.Context, option: click.Parameter, value: str) -> Any:
     "stacks on a GPU and none on a CPU.",
 )
 @LAYOUT
-def train(grid: str, out: Path, data: str | None, **options: Any) -> None:
+def train(
+    grid: str,
+    out: Path | None,
+    dry_run: bool,
+    data: str | None,
+    workers: Workers,
+    layout: Literal["pgdl", "stacked"],
+    **options: Any,
+) -> None:
     """Train one model for every setting of GRID and write them as a zoo.
 
-    GRID is a TOML file, or a preset: "mini" (the zoo that ships with sharpkit), "task1", "task2" or
-    "task8" (the competition's grids). The same command resumes a stopped run. The exit code is 1
-    if a model failed.
+    GRID is a TOML file, or a preset: "mini" (the zoo that ships with sharpkit), "medium" (576
+    networks on its data), "task1", "task2" or "task8" (the competition's grids), "svhn-nin" or
+    "cifar-nin" (reduced copies of its tasks 2 and 9). The same command resumes a stopped run. The
+    exit code is 1 if a model failed.
 
     \b
     Example:
+      sharpkit zoo train mini --dry-run
       sharpkit zoo train mini --data /usr/share/datasets/fashion-mnist --workers 2 --out zoo
     """
+    from sharpkit.zoo_training.cost import training_cost
     from sharpkit.zoo_training.grid_file import read_plan
     from sharpkit.zoo_training.zoo import train_plan
 
-    report = train_plan(read_plan(grid), out, data, **options)
+    if dry_run:
+        cost = training_cost(grid, data=data, **options)
+        say_table(cost.frame())
+        say(cost.total)
+        if (count := workers.count or 1) > 1:
+            say(f"{count} workers, on a core or GPU each: {cost.hours_at_most / count:.2g} hours")
+        return
+    if out is None:
+        raise click.UsageError(
+            "--out is missing: where to write the zoo, or --dry-run for its cost"
+        )
+    report = train_plan(read_plan(grid), out, data, workers=workers, layout=layout, **options)
     say(
         f"{report.path}: {len(report.trained)} models trained, {len(report.skipped)} were there, "
         f"{len(report.failed)} failed"

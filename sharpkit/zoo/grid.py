@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import islice, product
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,8 @@ def check_grid(model_configs: Mapping[str, Any]) -> list[str]:
     """What is incomplete or doubled in the hyperparameter grid of a task.
 
     Scores that condition on hyperparameters compare models that differ in few of them; a missing
-    or doubled setting silently shifts what is compared. Values are compared by `str()`.
+    or doubled setting silently shifts what is compared; the same number of models for every setting
+    does not. Values are compared by `str()`.
 
     Args:
         model_configs: The parsed model_configs.json: id -> {"hparams": {name: {"possible_values",
@@ -49,7 +50,7 @@ def check_grid(model_configs: Mapping[str, Any]) -> list[str]:
     return [
         *_disagreeing(grids, names),
         *_outside(settings, names, possible),
-        *_doubled(settings, names),
+        *_uneven(settings, names),
         *_missing(settings, names, possible),
     ]
 
@@ -162,8 +163,12 @@ def _outside(
     return messages
 
 
-def _doubled(settings: dict[str, tuple[str, ...]], names: list[str]) -> list[str]:
-    doubled = [s for s, count in Counter(settings.values()).items() if count > 1]
+def _uneven(settings: dict[str, tuple[str, ...]], names: list[str]) -> list[str]:
+    """Settings with more models than most have, or with fewer: replicates of all are no fault."""
+    counts = Counter(settings.values())
+    often = Counter(counts.values())
+    usual = min(often, key=lambda count: (-often[count], count))
+    doubled = [s for s, count in counts.items() if count > usual]
     messages = []
     for setting in doubled[:_SHOWN]:
         ids = [id_ for id_, s in settings.items() if s == setting]
@@ -172,6 +177,10 @@ def _doubled(settings: dict[str, tuple[str, ...]], names: list[str]) -> list[str
         )
     if len(doubled) > _SHOWN:
         messages.append(f"{len(doubled) - _SHOWN} further settings are shared by several models")
+    if fewer := [s for s, count in counts.items() if count < usual]:
+        verb = "has" if len(fewer) == 1 else "have"
+        message = f"{len(fewer)} of {len(counts)} settings {verb} fewer than {usual} models"
+        messages.append(f"{message}: {_first(names, fewer)}")
     return messages
 
 
@@ -188,9 +197,13 @@ def _missing(
     message = f"{missing} of {total} settings {verb} no model"
     if total > _MAX_LISTED:
         return [message]
-    absent = list(islice((s for s in product(*axes) if s not in present), _SHOWN))
-    more = ", ..." if missing > _SHOWN else ""
-    return [f"{message}: {'; '.join(_text(names, s) for s in absent)}{more}"]
+    return [f"{message}: {_first(names, (s for s in product(*axes) if s not in present))}"]
+
+
+def _first(names: list[str], settings: Iterable[tuple[str, ...]]) -> str:
+    some = list(islice(settings, _SHOWN + 1))
+    text = "; ".join(_text(names, s) for s in some[:_SHOWN])
+    return text + ", ..." if len(some) > _SHOWN else text
 
 
 def _text(names: list[str], setting: tuple[str, ...]) -> str:

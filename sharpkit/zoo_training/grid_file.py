@@ -2,6 +2,8 @@
 
 task = "my_task"                  # the zoo's task
 seed = 0
+replicates = 2                    # networks of every setting; 1, if left out
+recorded_epochs = 80              # of a network, on average, in an earlier run; for its cost
 
 [data]
 name = "cifar10"                  # as for sharpkit.load_dataset
@@ -18,8 +20,10 @@ batch_size = [32, 512]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -30,10 +34,12 @@ from sharpkit.datasets import DataSource
 from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
 from sharpkit.settings import checked_list, from_table, preset_path
+from sharpkit.training.settings import check_number, check_whole
 from sharpkit.zoo_training.fashion_mnist import fashion_mnist
 from sharpkit.zoo_training.recipe import Recipe
 
-_EMBEDDED_DATA = "fashion-mnist-14x14"
+_MAX_NETWORKS = 10**6  # of a grid; the competition's largest has 96
+EMBEDDED_DATA, EMBEDDED_SIZE = "fashion-mnist-14x14", 2000  # examples, if nothing else is asked
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,25 @@ class ZooPlan:
     data: DataSource  # where the examples come from
     task: str  # name of the task
     seed: int = 0  # of the whole grid
+    replicates: int = 1  # networks of every setting
     shipped_test: int | None = None  # test examples written to the zoo; None for all
+    # epochs that a network took on average in an earlier run, which `training_cost` tells
+    recorded_epochs: float | None = None
     recipe: Recipe = field(default_factory=Recipe)  # values of the fields that the grid leaves out
     # field of `Recipe` to its values
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_whole("replicates", self.replicates, 1)
+        if self.recorded_epochs is not None:
+            check_number("recorded_epochs", self.recorded_epochs, lambda v: v > 0, "a number > 0")
+
     def load_data(self) -> tuple[TensorDataset, TensorDataset]:
         """Training and test data; also "fashion-mnist-14x14", those of the embedded zoo."""
         source = self.data
-        if source.name != _EMBEDDED_DATA:
+        if source.name != EMBEDDED_DATA:
             return source.load()
-        size = 2000 if source.train_size is None else source.train_size
+        size = EMBEDDED_SIZE if source.train_size is None else source.train_size
         return fashion_mnist(source.root or FASHION_MNIST, train_size=size, seed=source.seed)
 
 
@@ -61,8 +75,9 @@ def read_plan(grid: str | Path) -> ZooPlan:
     """The plan in a grid file.
 
     Args:
-        grid: A TOML file, or the name of a preset: "mini" (the embedded zoo), "task1", "task2",
-            "task8" (the competition's).
+        grid: A TOML file, or the name of a preset: "mini" (the embedded zoo), "medium" (576
+            networks on its data), "task1", "task2", "task8" (the competition's), "svhn-nin",
+            "cifar-nin" (reduced copies of its tasks 2 and 9).
 
     Raises:
         ArgumentError: No such file or preset, not TOML, an unknown or missing field, or a value of
@@ -78,6 +93,26 @@ def read_plan(grid: str | Path) -> ZooPlan:
     axes = table.pop("grid", {})
     plan = from_table(ZooPlan, table, str(path))
     return replace(plan, grid=_checked_grid(axes, plan.recipe, f"{path}, grid"))
+
+
+def settings_of(
+    grid: Mapping[str, Sequence[Any]], replicates: int = 1
+) -> dict[str, dict[str, Any]]:
+    """Model id to its values of the grid's fields, the last field fastest but for replicates.
+
+    Raises:
+        ArgumentError: More networks than anyone trains.
+
+    Example:
+        >>> settings_of({"width": [4, 8]}, 2)
+        {'0': {'width': 4}, '1': {'width': 4}, '2': {'width': 8}, '3': {'width': 8}}
+    """
+    count = replicates * math.prod(map(len, grid.values()))
+    if count > _MAX_NETWORKS:
+        raise ArgumentError(f"the grid has {count:,} networks, expected at most {_MAX_NETWORKS:,}")
+    settings = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    repeated = (setting for setting in settings for _ in range(replicates))
+    return {str(i): dict(setting) for i, setting in enumerate(repeated)}
 
 
 def _checked_grid(axes: Any, recipe: Recipe, where: str) -> dict[str, tuple[Any, ...]]:

@@ -30,6 +30,13 @@ class TrainedModel:
     metrics: dict[str, float]  # accuracies, losses, the number of epochs and the attempt, from 0
 
 
+# names of the metrics
+METRICS = (
+    *("train_acc", "test_acc", "train_loss", "test_loss", "shipped_test_acc"),
+    *("epochs", "attempt"),
+)
+
+
 def train_model(
     recipe: Recipe,
     train: TensorDataset,
@@ -142,19 +149,32 @@ def _fit(model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, shuffle: torch.
     """SGD or SAM until the training loss is at most the target; the number of epochs."""
     optimizer, schedule = optimizer_of(model, recipe)
     for epoch in range(1, recipe.epochs + 1):
-        model.train()
-        for batch in torch.split(torch.randperm(len(x), generator=shuffle), recipe.batch_size):
-            if isinstance(optimizer, SAM):
-                optimizer.step_batch(model, x[batch], y[batch], m=recipe.m or recipe.batch_size)
-            else:
-                optimizer.zero_grad()
-                torch.autograd.backward(nn.functional.cross_entropy(model(x[batch]), y[batch]))
-                optimizer.step()
+        loss = train_epoch(model, optimizer, recipe, x, y, shuffle)
         schedule.step()
-        loss, _ = _evaluate(model, x, y)
         if reached(recipe, loss, epoch):
             return epoch
     raise AssertionError("the last epoch decides")
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    x: Tensor,
+    y: Tensor,
+    shuffle: torch.Generator,
+) -> float:
+    """Steps over all examples in a new order; the training loss after them."""
+    model.train()
+    for batch in torch.split(torch.randperm(len(x), generator=shuffle), recipe.batch_size):
+        if isinstance(optimizer, SAM):
+            optimizer.step_batch(model, x[batch], y[batch], m=recipe.m or recipe.batch_size)
+        else:
+            optimizer.zero_grad()
+            torch.autograd.backward(nn.functional.cross_entropy(model(x[batch]), y[batch]))
+            optimizer.step()
+    loss, _ = _evaluate(model, x, y)
+    return loss
 
 
 def reached(recipe: Recipe, loss: float, epoch: int) -> bool:

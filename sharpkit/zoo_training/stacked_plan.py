@@ -136,6 +136,51 @@ class Sizes:
     examples: int
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that one network takes.
+
+    Args:
+        kept: Throughout: copies of its weights.
+        passing: A batch, or a group of m-SAM, on its way through.
+        example: Of an evaluation.
+        groups: In a batch.
+    """
+
+    kept: int
+    passing: int
+    example: int
+    groups: int
+
+    def of(self, sizes: Sizes) -> int:
+        """What networks take that train so many at a time."""
+        steps = self.kept + min(sizes.groups, self.groups) * self.passing
+        return sizes.networks * max(steps, self.kept + sizes.examples * self.example)
+
+
+def needs_of(shape: Shape, x: Tensor, y: Tensor) -> Needs:
+    """What a network of a shape takes, by what autograd saves for the first examples.
+
+    Args:
+        shape: Of the network.
+        x: The inputs to fit, on the device.
+        y: Their labels.
+    """
+    model = build_model(shape.config, device=x.device).train()
+    function, loss = FunctionalModel(model), resolve_loss("cross_entropy")
+    weights = {name: function.value(name) for name in dict(model.named_parameters())}
+    of_example = try_gradient(function, loss, weights, Examples(x[:2], y[:2])).bytes
+    batch = min(shape.batch_size, len(x))
+    group = min(shape.m, batch) or batch
+    parameters = sum(w.nbytes for w in weights.values())
+    return Needs(
+        kept=4 * parameters,
+        passing=(6 if shape.m else 2) * parameters + 2 * of_example * group,
+        example=4 * x.element_size() * model.largest,
+        groups=math.ceil(batch / group),
+    )
+
+
 def sizes_of(shape: Shape, x: Tensor, y: Tensor, most: int) -> Sizes:
     """As many networks at a time as fit half of the memory, and then as many groups.
 
@@ -148,18 +193,9 @@ def sizes_of(shape: Shape, x: Tensor, y: Tensor, most: int) -> Sizes:
     budget = default_memory_budget(x.device)
     free = available_memory(x.device)
     budget = budget if free is None else min(budget, free // 2)
-    model = build_model(shape.config, device=x.device).train()
-    function, loss = FunctionalModel(model), resolve_loss("cross_entropy")
-    weights = {name: function.value(name) for name in dict(model.named_parameters())}
-    of_example = try_gradient(function, loss, weights, Examples(x[:2], y[:2])).bytes
-    batch = min(shape.batch_size, len(x))
-    group = min(shape.m, batch) or batch
-    number = x.element_size()
-    parameters = sum(w.nbytes for w in weights.values())
-    # copies of weights: kept, and for every batch or group of a pass
-    kept, passing = 4 * parameters, (6 if shape.m else 2) * parameters + 2 * of_example * group
-    networks = max(1, min(most, budget // (kept + passing)))
-    left = budget - networks * kept
-    groups = max(1, min(math.ceil(batch / group), left // (networks * passing)))
-    examples = budget // (networks * 4 * number * model.largest)
+    needs = needs_of(shape, x, y)
+    networks = max(1, min(most, budget // (needs.kept + needs.passing)))
+    left = budget - networks * needs.kept
+    groups = max(1, min(needs.groups, left // (networks * needs.passing)))
+    examples = budget // (networks * needs.example)
     return Sizes(networks, groups, max(1, min(_LARGEST_EVALUATED, examples)))

@@ -15,7 +15,6 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +32,11 @@ from sharpkit.files import disk_errors, remove_leftovers
 from sharpkit.progress import progress_bar
 from sharpkit.run_directory import read_claim, refuse_another, sole_driver, write_claim
 from sharpkit.safe_text import printable
+from sharpkit.training.settings import check_whole
 from sharpkit.workers import Failure, Workers, on_one_thread, run_items
 from sharpkit.zoo.keras.model import build_model
 from sharpkit.zoo.writer import Layout, ZooWriter, check_layout
-from sharpkit.zoo_training.grid_file import ZooPlan
+from sharpkit.zoo_training.grid_file import ZooPlan, settings_of
 from sharpkit.zoo_training.model import TrainedModel, train_model
 from sharpkit.zoo_training.recipe import Recipe
 from sharpkit.zoo_training.stacked_plan import Stack, check_stack, stacks_of
@@ -97,6 +97,7 @@ def train_zoo(
     task: str = "task1",
     recipe: Recipe | None = None,
     seed: int = 0,
+    replicates: int = 1,
     shipped_test: int | None = None,
     limit: int | None = None,
     workers: int | Workers = 1,
@@ -119,6 +120,8 @@ def train_zoo(
         task: Name of the task.
         recipe: Values of the fields that the grid leaves out; default `Recipe()`.
         seed: Of the whole grid; model i draws from the seed sequence (seed, i, attempt).
+        replicates: Networks of every setting, with consecutive ids. What they differ in is their
+            seed alone, which is no hyperparameter of the zoo.
         shipped_test: How many test examples, from the first, are written as the zoo's test split;
             their accuracy is recorded as `shipped_test_acc`. Default all.
         limit: Train only the first models of the grid; the rest can follow later.
@@ -159,10 +162,11 @@ def train_zoo(
     check_device(device)
     check_stack(stack)
     check_layout(layout)
+    check_whole("replicates", replicates, 1)
     _check(grid, train, test)
     trainers = on_one_thread(workers)
     shipped = len(test) if shipped_test is None else min(shipped_test, len(test))
-    settings = {str(i): setting for i, setting in enumerate(_settings(grid))}
+    settings = settings_of(grid, replicates)
     recipes = {i: replace(recipe, **setting) for i, setting in settings.items()}
     wanted = list(recipes)[:limit]
     plan = {
@@ -171,8 +175,8 @@ def train_zoo(
         "seed": seed,
         "shipped_test": shipped,
         "data": digest([*train.tensors, *test.tensors]),
-    }
-    if layout != "pgdl":  # which earlier versions did not note
+    } | ({"replicates": replicates} if replicates > 1 else {})  # earlier zoos do not say 1
+    if layout != "pgdl":  # nor do they say this
         plan["layout"] = layout
     root = Path(out)
     with sole_driver(root):
@@ -224,6 +228,7 @@ def train_plan(
         task=plan.task,
         recipe=plan.recipe,
         seed=plan.seed,
+        replicates=plan.replicates,
         shipped_test=plan.shipped_test,
         **options,
     )
@@ -285,10 +290,6 @@ def _write(
         possible_values=possible,
         metrics=trained.metrics,
     )
-
-
-def _settings(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
 def _check(grid: Mapping[str, Sequence[Any]], train: TensorDataset, test: TensorDataset) -> None:

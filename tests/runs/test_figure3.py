@@ -22,7 +22,7 @@ from sharpkit.errors import ArgumentError, RunError
 from sharpkit.runs.figure3 import figure3, read_plan
 from sharpkit.runs.figure3.trainings import best_lr
 from sharpkit.training import build_architecture, fit
-from sharpkit.zoo_training.grid_file import read_plan as read_zoo_plan
+from sharpkit.zoo_training.grid_file import read_plan as read_zoo_plan, settings_of
 
 TINY = """
 [data]
@@ -294,6 +294,8 @@ def test_experiments_are_readable():
     assert all(p.training.m == (1, 4, 16, 64, 256) and len(p.training.seeds) >= 3 for p in plans)
     zoo = read_zoo_plan(folder / "cifar10_zoo.toml")
     assert len(list(itertools.product(*zoo.grid.values()))) == 48
+    medium = read_zoo_plan(folder / "cifar10_medium.toml")
+    assert len(settings_of(medium.grid, medium.replicates)) == 192
 
 
 def test_the_command_draws_and_tells_of_failures(preset, tmp_path):

@@ -49,6 +49,15 @@ def test_doubled_settings_are_named():
     ]
 
 
+def test_replicates_of_every_setting_are_no_fault_but_a_lost_one_is():
+    replicates = {f"{id_}{r}": entry for id_, entry in GRID.items() for r in (0, 1)}
+    assert check_grid(replicates) == []
+    del replicates["30"]
+    assert check_grid(replicates) == [
+        "1 of 8 settings has fewer than 2 models: depth=1 dropout=0.5 bn=False"
+    ]
+
+
 def test_values_outside_the_grid_are_named():
     grid = {**GRID, "9": entry(POSSIBLE, depth=3, dropout=0.0, bn=True)}
     assert check_grid(grid) == [

@@ -15,9 +15,8 @@ from sharpkit.cli import main
 from sharpkit.datasets import DataSource
 from sharpkit.errors import ArgumentError
 from sharpkit.zoo import embedded_zoo, load_zoo
-from sharpkit.zoo_training.grid_file import read_plan
+from sharpkit.zoo_training.grid_file import read_plan, settings_of
 from sharpkit.zoo_training.recipe import Recipe
-from sharpkit.zoo_training.zoo import _settings
 
 GRID = """
 task = "toy"
@@ -100,6 +99,12 @@ def test_other_data_can_be_given(grid, data, tmp_path):
         ("dense_units = 8", 'width = "8"', "grid.toml, recipe, width: found '8', expected int"),
         ("dense_units = 8", "width = true", "grid.toml, recipe, width: found True, expected int"),
         (
+            "seed = 3",
+            "recorded_epochs = -1",
+            "grid.toml: recorded_epochs is -1.0: expected a number",
+        ),
+        ("seed = 3", "replicates = 0", "grid.toml: replicates is 0: expected a whole number >= 1"),
+        (
             "batch_size = 8",
             "batch_size = 0",
             "recipe: batch_size is 0: expected a whole number",
@@ -122,10 +127,17 @@ def test_a_faulty_grid_file_is_named_with_the_field(grid, old, new, message):
         read_plan(grid)
 
 
+def test_a_grid_that_nobody_trains_is_refused_before_it_is_made():
+    with pytest.raises(ArgumentError, match="has 10,000,000,000 networks, expected at most"):
+        settings_of({"width": [1, 2]}, 5 * 10**9)
+
+
 def test_missing_files_and_presets_are_named(tmp_path):
     with pytest.raises(ArgumentError, match=r"none\.toml: file is missing"):
         read_plan(tmp_path / "none.toml")
-    with pytest.raises(ArgumentError, match=r"no preset 'task3': .* mini, task1, task2, task8"):
+    with pytest.raises(
+        ArgumentError, match=r"no preset 'task3': .* medium, mini, svhn-nin, task1, task2, task8"
+    ):
         read_plan("task3")
     result = command("task3", "--out", tmp_path)
     assert result.exit_code == 1 and result.output.startswith("error: no preset 'task3'")
@@ -152,13 +164,38 @@ def test_mini_is_the_grid_of_the_embedded_zoo():
     plan, task = read_plan("mini"), embedded_zoo()["fashion_mnist_14x14"]
     assert plan.task == task.name
     assert {k: list(v) for k, v in plan.grid.items()} == task.possible_values
-    settings = {str(i): s for i, s in enumerate(_settings(plan.grid))}
+    settings = settings_of(plan.grid)
     assert settings == {id_: entry.hyperparameters for id_, entry in task.items()}
     for id_, entry in task.items():
         recipe = Recipe(**{**vars(plan.recipe), **settings[id_]})
         assert recipe.network((14, 14, 1), 10) == json.loads(
             (entry.path / "config.json").read_text()
         )
+
+
+def test_medium_is_two_networks_of_each_of_288_settings():
+    plan = read_plan("medium")
+    settings = settings_of(plan.grid, plan.replicates)
+    assert len(settings) == 576 and len({str(s) for s in settings.values()}) == 288
+    assert settings["0"] == settings["1"] != settings["2"]
+    assert set(read_plan("mini").grid) < set(plan.grid)
+
+
+def test_reduced_copies_have_the_axes_of_their_families():
+    """README of google-research/pgdl, tasks 2 and 9."""
+    svhn, whole = read_plan("svhn-nin"), read_plan("task2")
+    assert svhn.grid.keys() == whole.grid.keys()
+    for name in ("num_conv_blocks", "dropout", "weight_decay"):
+        assert svhn.grid[name] == whole.grid[name]
+    assert len(settings_of(svhn.grid)) == 54
+    cifar = read_plan("cifar-nin")
+    assert [3 * blocks for blocks in cifar.grid["num_conv_blocks"]] == [9, 12]
+    assert cifar.grid["dropout"] == (0.0, 0.25)
+    assert len(settings_of(cifar.grid)) == 32
+    for plan in (svhn, cifar):
+        assert plan.recipe.architecture == "nin"
+        assert (plan.recipe.lr, plan.recipe.decay_epochs) == (0.01, (300, 600, 900))
+        assert (plan.recipe.epochs, plan.data.train_size) == (1200, 10_000)
 
 
 @needs_shared
@@ -173,7 +210,7 @@ def test_task1_is_the_grid_of_the_published_task():
     plan = read_plan("task1")
     assert published.pop("dense_width") == (plan.recipe.dense_units,)
     assert published == dict(plan.grid)
-    assert len(_settings(plan.grid)) == len(models)
+    assert len(settings_of(plan.grid)) == len(models)
     losses = [m["metrics"]["train_loss"] for m in models if "train_loss" in m["metrics"]]
     assert max(losses) <= plan.recipe.stop_at_loss
 
@@ -183,7 +220,7 @@ def test_task2_and_task8_have_the_published_values():
     nin, vgg = read_plan("task2"), read_plan("task8")
     layers = [b * nin.recipe.convs_per_block for b in nin.grid["num_conv_blocks"]]
     assert layers == [6, 9, 12]
-    assert len(_settings(nin.grid)) == 54
+    assert len(settings_of(nin.grid)) == 54
     assert (nin.data.name, nin.recipe.lr) == ("svhn", 0.01)
     assert vgg.grid["lr"] == (0.001, 0.01)
     assert (vgg.data.name, vgg.recipe.weight_decay) == ("fashion-mnist", 0.0001)
@@ -225,15 +262,14 @@ AGAIN = """
 import sys
 import numpy as np
 from sharpkit.zoo import embedded_zoo
-from sharpkit.zoo_training.grid_file import read_plan
+from sharpkit.zoo_training.grid_file import read_plan, settings_of
 from sharpkit.zoo_training.model import train_model
 from sharpkit.zoo_training.recipe import Recipe
-from sharpkit.zoo_training.zoo import _settings
-id_, out = int(sys.argv[1]), sys.argv[2]
+id_, out = sys.argv[1:]
 plan, task = read_plan("mini"), embedded_zoo()["fashion_mnist_14x14"]
-recipe = Recipe(**{**vars(plan.recipe), **_settings(plan.grid)[id_]})
+recipe = Recipe(**{**vars(plan.recipe), **settings_of(plan.grid)[id_]})
 data = task.dataset("train"), task.dataset("test")
-model = train_model(recipe, *data, seed=(plan.seed, id_))
+model = train_model(recipe, *data, seed=(plan.seed, int(id_)))
 np.savez(out, **{f"{kind} {name}": array for kind in ("initial", "final")
                  for name, array in getattr(model, kind).items()}, **model.metrics)
 """

@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import subprocess
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -301,6 +302,23 @@ def test_a_full_disk_is_told_and_the_zoo_goes_on_later(trained, tmp_path, file):
     assert not list((tmp_path / "zoo").rglob("*.tmp"))
     assert train(tmp_path / "zoo").trained == ["0", "1", "2", "3"]
     assert same_zoo(trained, tmp_path / "zoo")
+
+
+def test_replicates_differ_by_their_seed_alone(trained, tmp_path):
+    report = train(tmp_path, grid={"width": [3, 5]}, replicates=2)
+    assert report.trained == ["0", "1", "2", "3"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task = load_zoo(tmp_path)["task1"]
+    assert [e.hyperparameters for e in task.values()] == [{"width": w} for w in (3, 3, 5, 5)]
+    first, second = (task[i].load("initial").state_dict()["conv2d.weight"] for i in "01")
+    assert not torch.equal(first, second)
+    alone = load_zoo(trained)["task1"]["0"].load("initial").state_dict()["conv2d.weight"]
+    assert torch.equal(first, alone)  # of model 0 and this seed, whatever else is trained
+    with pytest.raises(RunError, match="replicates: 2 there, null now"):
+        train(tmp_path, grid={"width": [3, 5]})
+    with pytest.raises(ArgumentError, match="replicates is 0: expected a whole number >= 1"):
+        train(tmp_path / "none", replicates=0)
 
 
 def test_two_drivers_of_one_directory_are_refused(tmp_path):

@@ -145,6 +145,17 @@ def write_weights(
         ...     [[a.shape for a in layer] for layer in read_weights(Path(folder, "weights.hdf5"))]
         [[(3, 3, 1, 10), (10,)], [(490, 32), (32,)], [(32, 10), (10,)]]
     """
+    content = weights_content(model, state)
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_bytes(content.getbuffer())
+
+
+def weights_content(model: KerasModel, state: Mapping[str, Tensor] | None = None) -> io.BytesIO:
+    """What `write_weights` writes, in memory: where a disk is full, HDF5 fails as it closes a file.
+
+    Raises:
+        ModelError: As there.
+    """
     import h5py
 
     state = model.state_dict() if state is None else state
@@ -152,7 +163,7 @@ def write_weights(
         (name, [(slot.keras_name, _to_array(state, slot)) for slot in slots])
         for name, slots in model.slots
     ]
-    content = io.BytesIO()  # where the disk is full, HDF5 itself fails while it closes the file
+    content = io.BytesIO()
     with h5py.File(content, "w") as file:
         _write_names(file, "layer_names", [name for name, _ in arrays])
         file.attrs["backend"] = np.bytes_(b"tensorflow")
@@ -162,8 +173,7 @@ def write_weights(
             _write_names(group, "weight_names", [f"{name}/{weight}" for weight, _ in layer])
             for weight, array in layer:
                 group.create_dataset(f"{name}/{weight}", data=array)
-    with atomic_path(Path(path)) as temporary:
-        temporary.write_bytes(content.getbuffer())
+    return content
 
 
 # --- reading ---------------------------------------------------------------------------------

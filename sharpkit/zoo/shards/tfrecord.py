@@ -146,6 +146,21 @@ def write_shard(path: str | Path, inputs: NDArray[Any], labels: NDArray[Any]) ->
     write_records(path, (_encode(x, y) for x, y in zip(inputs, labels.astype("<i4"), strict=True)))
 
 
+def shard_bytes(count: int, shape: tuple[int, ...]) -> int:
+    """How long a file `write_shard` makes of so many float32 examples.
+
+    Args:
+        count: Examples.
+        shape: Of one, in the layout to store.
+
+    Example:
+        >>> shard_bytes(2, (4,))
+        168
+    """
+    payload = _encode(np.zeros(shape, np.float32), np.asarray(0, "<i4"))
+    return count * (16 + len(payload))
+
+
 # --- decoding --------------------------------------------------------------------------------
 
 
