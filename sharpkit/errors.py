@@ -38,3 +38,17 @@ class RunError(SharpkitError):
 
 class DownloadError(SharpkitError):
     """An archive could not be downloaded or unpacked safely."""
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of somebody else's error, for one of ours.
+
+    Example:
+        >>> first_sentence(ValueError("no such layer. See the manual.")), first_sentence(KeyError())
+        ('no such layer', 'KeyError')
+    """
+    text = str(error).strip()
+    if not text:
+        return type(error).__name__
+    sentence = text.splitlines()[0].split(". ")[0]
+    return sentence if len(sentence) <= 200 else f"{sentence[:197]}..."

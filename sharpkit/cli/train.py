@@ -22,7 +22,7 @@ from sharpkit.cli.shell import say
 @OUT
 @click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "sam"]))
 @click.option("--m", type=int, help="SAM's group size; the batch by default.")
-@click.option("--rho", default=0.05, show_default=True, help="SAM's radius.")
+@click.option("--rho", type=float, help="SAM's radius; 0.05 by default.")
 @click.option("--adaptive", is_flag=True, help="SAM's perturbation in units of |w|.")
 @click.option("--epochs", required=True, type=int)
 @click.option("--batch-size", default=128, show_default=True)

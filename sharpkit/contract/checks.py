@@ -26,7 +26,7 @@ from sharpkit.contract.modules import call_module
 from sharpkit.contract.parameters import some
 from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.state import Found, differing
-from sharpkit.errors import ModelError, SharpkitError
+from sharpkit.errors import ModelError, SharpkitError, first_sentence
 
 _PROBED, _PROBED_LOSS = 8, 32  # examples; more for a loss whose form is not known
 # relative to the largest output: what different batch sizes may change by rounding
@@ -61,7 +61,7 @@ class Probe:
         try:
             swapped = function.within(moved, both)
         except Exception as error:
-            function.habits.not_functional = _one_line(error)
+            function.habits.not_functional = first_sentence(error)
         else:
             if not close(assigned, swapped):
                 function.habits.not_functional = (
@@ -200,7 +200,7 @@ def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any
             shapes = [(tuple(t.shape), str(t.dtype)) for t in pytree.tree_leaves(probe.inputs)]
             raise ModelError(
                 f"{type(function.model).__name__} does not take the inputs, (shape, dtype) "
-                f"{shapes}: {_one_line(error)}"
+                f"{shapes}: {first_sentence(error)}"
             ) from error
     habits.looks_up |= watch.replaced
     leaves = zip(pytree.tree_leaves(inputs), pytree.tree_leaves(probe.inputs), strict=True)
@@ -212,15 +212,6 @@ def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any
     if written:
         function.keep_buffers(written, buffers)
     return pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, outputs)
-
-
-def _one_line(error: BaseException) -> str:
-    """The first sentence of an error, for one of ours."""
-    text = str(error).strip()
-    if not text:
-        return type(error).__name__
-    sentence = text.splitlines()[0].split(". ")[0]
-    return sentence if len(sentence) <= 200 else f"{sentence[:197]}..."
 
 
 def check_rows(model: nn.Module, outputs: Any, n: int) -> None:
@@ -243,7 +234,7 @@ def _check_independent(function: FunctionalModel, probe: Examples, outputs: Any)
         raise
     except Exception as error:
         raise ModelError(
-            f"the model cannot evaluate a single example, or some of them: {_one_line(error)}"
+            f"the model cannot evaluate a single example, or some of them: {first_sentence(error)}"
         ) from error
     leaves = zip(*(pytree.tree_leaves(part) for part in parts), strict=True)
     together = [torch.cat(list(column)) for column in leaves if isinstance(column[0], Tensor)]
@@ -318,5 +309,5 @@ def reason(error: BaseException, model: nn.Module) -> str:
             innermost = owner
         trace = trace.tb_next
     if innermost is None:
-        return _one_line(error)
-    return f"{names[id(innermost)]!r} ({type(innermost).__name__}) failed: {_one_line(error)}"
+        return first_sentence(error)
+    return f"{names[id(innermost)]!r} ({type(innermost).__name__}) failed: {first_sentence(error)}"

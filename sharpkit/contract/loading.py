@@ -250,3 +250,15 @@ def _is_finite(tensor: Tensor) -> bool:
         bool(torch.isfinite(piece).all())
         for piece in (tensor[i : i + rows] for i in range(0, len(tensor), rows))
     )
+
+
+def as_data(examples: Examples) -> Data:
+    """Examples as a data set again; a pair if inputs are a structure.
+
+    Examples of several shapes are a list of batches.
+    """
+    if not examples.uniform:
+        return [(part.inputs, part.labels) for part in examples.chunks(len(examples))]
+    if isinstance(examples.inputs, Tensor):
+        return TensorDataset(examples.inputs, examples.labels)
+    return examples.inputs, examples.labels

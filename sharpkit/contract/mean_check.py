@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.terms import Terms
-from sharpkit.errors import ModelError, SharpkitError
+from sharpkit.errors import ModelError, SharpkitError, first_sentence
 
 Function: TypeAlias = Callable[[Any, Tensor], Terms]
 
@@ -90,7 +90,7 @@ def _call(terms: Function, outputs: Any, labels: Tensor) -> tuple[Terms, Any]:
         raise
     except Exception as error:
         raise ModelError(
-            f"the loss fails for {_shapes(outputs, labels)}: {_one_line(error)}"
+            f"the loss fails for {_shapes(outputs, labels)}: {first_sentence(error)}"
         ) from error
 
 
@@ -126,7 +126,7 @@ def _alone(terms: Function, outputs: Any, labels: Tensor, i: int) -> Terms:
         return terms(*one)
     except Exception as error:
         raise ModelError(
-            f"the loss does not accept a single example ({_shapes(*one)}): {_one_line(error)}"
+            f"the loss does not accept a single example ({_shapes(*one)}): {first_sentence(error)}"
         ) from error
 
 
@@ -191,7 +191,3 @@ def _shapes(outputs: Any, labels: Tensor) -> str:
     shapes = [tuple(t.shape) for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor)]
     shown = str(shapes[0]) if isinstance(outputs, Tensor) else str(shapes)
     return f"outputs of shape {shown} and labels of shape {tuple(labels.shape)}"
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

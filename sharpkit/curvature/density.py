@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sharpkit.curvature.grids import (
-    Scale,
+    GridScale,
     Spacing,
     check_grid,
     default_bandwidth,
@@ -210,7 +210,7 @@ def shown(
     if isinstance(grid, str):
         scale = make_scale(grid, nodes, weights, threshold, resolution)
     else:
-        scale = Scale("linear")
+        scale = GridScale("linear")
     visible = weights > 0
     if scale.spacing == "log":
         visible &= nodes >= -resolution

@@ -19,7 +19,7 @@ _MARGIN = 8.0  # bandwidths on each side: all but 1e-15 of a Gaussian
 
 
 @dataclass(frozen=True)
-class Scale:
+class GridScale:
     """The coordinate u(λ) in which grid points are equally spaced and smoothing is uniform."""
 
     spacing: Spacing  # "linear": u = λ; "log": u = ln λ; "symlog": u = asinh(λ / threshold)
@@ -44,7 +44,7 @@ class Scale:
 
 def make_scale(
     spacing: str, nodes: Array, weights: Array, threshold: float | None, resolution: float
-) -> Scale:
+) -> GridScale:
     """The scale for a spectrum with these Gauss nodes and weights.
 
     Raises:
@@ -53,7 +53,7 @@ def make_scale(
     if threshold is not None and not threshold > 0:
         raise ArgumentError(f"threshold must be positive, got {threshold}")
     if spacing == "linear":
-        return Scale("linear")
+        return GridScale("linear")
     if spacing == "log":
         lost = float(weights[nodes < -resolution].sum() / weights.sum())
         if lost > 1e-9:  # below that it is rounding of an ended Krylov space
@@ -62,14 +62,14 @@ def make_scale(
             )
         if not (weights[nodes > resolution] > 0).any():
             raise ArgumentError('a "log" grid cannot show a spectrum that is 0: use "linear"')
-        return Scale("log")
+        return GridScale("log")
     if spacing == "symlog":
         largest = float(np.abs(nodes).max())
-        return Scale("symlog", threshold or 1e-4 * largest or 1.0)
+        return GridScale("symlog", threshold or 1e-4 * largest or 1.0)
     raise ArgumentError(f'grid must be "linear", "log", "symlog" or an array, got {spacing!r}')
 
 
-def default_bandwidth(scale: Scale, nodes: Array) -> float:
+def default_bandwidth(scale: GridScale, nodes: Array) -> float:
     """1/200 of the range of the nodes, in the scale's coordinate."""
     u = scale.forward(nodes)
     width = float(u.max() - u.min())
@@ -77,11 +77,11 @@ def default_bandwidth(scale: Scale, nodes: Array) -> float:
     return (width if width > 1e-9 * size else size) / 200
 
 
-def make_grid(scale: Scale, nodes: Array, bandwidth: float, points: int) -> Array:
+def make_grid(scale: GridScale, nodes: Array, bandwidth: float, points: int) -> Array:
     """Equally spaced points in the scale's coordinate, 8 bandwidths beyond the nodes.
 
     Example:
-        >>> make_grid(Scale("linear"), np.array([0.0, 1.0]), 0.125, 5)
+        >>> make_grid(GridScale("linear"), np.array([0.0, 1.0]), 0.125, 5)
         array([-1. , -0.25,  0.5 ,  1.25,  2.  ])
     """
     if points < 2:
@@ -99,7 +99,7 @@ def check_grid(grid: Array) -> Array:
     return grid
 
 
-def smooth(nodes: Array, weights: Array, grid: Array, scale: Scale, bandwidth: float) -> Array:
+def smooth(nodes: Array, weights: Array, grid: Array, scale: GridScale, bandwidth: float) -> Array:
     """The density of Gaussians at the nodes, averaged over the cell around each grid point.
 
     Cells end half-way between grid points, so that a cell's width is the point's weight in the
@@ -118,7 +118,7 @@ def smooth(nodes: Array, weights: Array, grid: Array, scale: Scale, bandwidth: f
 
     Example:
         >>> grid = np.linspace(-1.0, 1.0, 21)
-        >>> density = smooth(np.array([0.0]), np.array([1.0]), grid, Scale("linear"), 0.1)
+        >>> density = smooth(np.array([0.0]), np.array([1.0]), grid, GridScale("linear"), 0.1)
         >>> round(float(np.trapezoid(density, grid)), 9)
         1.0
     """

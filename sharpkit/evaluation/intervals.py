@@ -15,6 +15,7 @@ from sharpkit.evaluation.shuffled_information import pgdl_defined
 from sharpkit.evaluation.sign_errors import Environments
 from sharpkit.evaluation.statistics import TABLE
 
+_APART = 1e-9  # between an end and the value that it excludes: below every digit that is shown
 _LEAST_PAIRS = 10.0  # that an environment needs for an interval of the worst one
 
 
@@ -73,8 +74,8 @@ def agree(
     """
     low, high = ends
     tail = (1 - confidence) / 2 * (1 + 1e-12)
-    just_above = np.maximum(low, np.nextafter(no_relation, np.inf))
-    just_below = np.minimum(high, np.nextafter(no_relation, -np.inf))
+    just_above = np.where(low <= no_relation, no_relation + _APART, low)
+    just_below = np.where(high >= no_relation, no_relation - _APART, high)
     low = np.where(above <= tail, just_above, np.minimum(low, no_relation))
     high = np.where(below <= tail, just_below, np.maximum(high, no_relation))
     return low, high

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharpkit.groupwise import recurrent_steps as steps
 from sharpkit.groupwise.group_layers import rows_of_groups
-from sharpkit.groupwise.recurrent_direction import Direction, Optional
+from sharpkit.groupwise.recurrent_direction import Optional, RecurrentDirection
 from sharpkit.groupwise.recurrent_steps import Kept
 
 # own matrices of the groups that go through all steps together: what a CPU's cache holds
@@ -28,7 +28,7 @@ class Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        way: Direction,
+        way: RecurrentDirection,
         x: Tensor,
         h: Tensor,
         c: Optional,
@@ -77,7 +77,7 @@ class Recurrence(torch.autograd.Function):
 
 
 def forward(
-    way: Direction, x: Tensor, h: Tensor, c: Optional
+    way: RecurrentDirection, x: Tensor, h: Tensor, c: Optional
 ) -> tuple[Tensor, Optional, list[Kept]]:
     """All states of a direction.
 
@@ -103,7 +103,7 @@ class Slopes:
     c: Optional
 
 
-def backward(way: Direction, kept: Sequence[Kept], by_h: Tensor, by_c: Optional) -> Slopes:
+def backward(way: RecurrentDirection, kept: Sequence[Kept], by_h: Tensor, by_c: Optional) -> Slopes:
     """The derivatives by z, u and the first states.
 
     by_h are derivatives by all states, (steps + 1, n, size), by_c by the last cell state.
@@ -118,7 +118,7 @@ def backward(way: Direction, kept: Sequence[Kept], by_h: Tensor, by_c: Optional)
     return Slopes(by_z, by_u, _joined(h, 0), _joined(c, 0))
 
 
-def _blocks(way: Direction, x: Tensor) -> Iterator[tuple[Direction, slice]]:
+def _blocks(way: RecurrentDirection, x: Tensor) -> Iterator[tuple[RecurrentDirection, slice]]:
     """On a CPU, as many groups at a time as leave their own weights in its cache."""
     nbytes = sum(m.value[0].nbytes for m in (way.inputs, way.hidden) if m.value.ndim == 3)
     step = max(1, _CPU_CACHE // nbytes) if nbytes and x.device.type == "cpu" else way.groups

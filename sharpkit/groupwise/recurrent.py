@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.groupwise.recurrence import Recurrence, forward
-from sharpkit.groupwise.recurrent_direction import Direction, Matrix, Optional
+from sharpkit.groupwise.recurrent_direction import Matrix, Optional, RecurrentDirection
 
 if TYPE_CHECKING:
     from sharpkit.groupwise.one_batch import OneBatch
@@ -168,7 +168,9 @@ def _probe(batch: OneBatch, name: str | None, like: Tensor, shape: tuple[int, ..
     return like.new_zeros(()).expand(shape).requires_grad_()
 
 
-def _way(batch: OneBatch, kind: str, weights: Sequence[Tensor], backwards: bool) -> Direction:
+def _way(
+    batch: OneBatch, kind: str, weights: Sequence[Tensor], backwards: bool
+) -> RecurrentDirection:
     """A direction at the groups' own weights."""
     point = batch.point
     names = [batch.name_of(w) for w in weights]
@@ -183,4 +185,4 @@ def _way(batch: OneBatch, kind: str, weights: Sequence[Tensor], backwards: bool)
         Matrix(value, bias, None if name is None else point.thin.get(name))
         for value, bias, name in zip(values[:2], biases, names[:2], strict=True)
     )
-    return Direction(kind, point.groups, inputs, hidden, backwards)
+    return RecurrentDirection(kind, point.groups, inputs, hidden, backwards)

@@ -87,7 +87,7 @@ def _by_group(t: Tensor, groups: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Direction:
+class RecurrentDirection:
     """One direction of one layer."""
 
     kind: str  # "tanh", "relu", "lstm" or "gru"
@@ -96,10 +96,10 @@ class Direction:
     hidden: Matrix  # W_hh; its bias is b_hh of a "gru", otherwise None
     backwards: bool = False  # from the last step to the first
 
-    def part(self, start: int, stop: int) -> Direction:
+    def part(self, start: int, stop: int) -> RecurrentDirection:
         """The same for some of the groups."""
         inputs, hidden = (m.part(start, stop) for m in (self.inputs, self.hidden))
-        return Direction(self.kind, stop - start, inputs, hidden, self.backwards)
+        return RecurrentDirection(self.kind, stop - start, inputs, hidden, self.backwards)
 
     def before(self, states: Tensor) -> Tensor:
         """The states before every step, of (steps + 1, n, size)."""

@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sharpkit.groupwise.recurrent_direction import Direction, Optional
+from sharpkit.groupwise.recurrent_direction import Optional, RecurrentDirection
 
 Kept: TypeAlias = tuple[Tensor, ...]
 Run: TypeAlias = tuple[Tensor, Optional, Kept]
@@ -29,7 +29,7 @@ _sigmoid_back = torch.ops.aten.sigmoid_backward.grad_input  # (dy, y) -> dy y (1
 _tanh_back = torch.ops.aten.tanh_backward.grad_input  # (dy, y) -> dy (1 − y²)
 
 
-def run(way: Direction, z: Tensor, h: Tensor, c: Optional) -> Run:
+def run(way: RecurrentDirection, z: Tensor, h: Tensor, c: Optional) -> Run:
     """All steps.
 
     z is (steps, n, out), and overwritten. Returns states, last cell and what `back` needs, as
@@ -43,7 +43,7 @@ def run(way: Direction, z: Tensor, h: Tensor, c: Optional) -> Run:
     return _plain(way, z, h)
 
 
-def back(way: Direction, kept: Kept, by_h: Tensor, by_c: Optional) -> Back:
+def back(way: RecurrentDirection, kept: Kept, by_h: Tensor, by_c: Optional) -> Back:
     """The derivatives by z and u (steps, n, out), and by the first states.
 
     by_h (steps + 1, n, size) are derivatives by all states, by_c (n, size) by the last of the cell.
@@ -59,7 +59,7 @@ def back(way: Direction, kept: Kept, by_h: Tensor, by_c: Optional) -> Back:
 # --- forward ----------------------------------------------------------------------------------
 
 
-def _lstm(way: Direction, z: Tensor, h: Tensor, c: Tensor) -> Run:
+def _lstm(way: RecurrentDirection, z: Tensor, h: Tensor, c: Tensor) -> Run:
     size = h.shape[1]
     states, cells = _states(way, z, h), _states(way, z, c)
     tanhs = torch.empty_like(states[1:])
@@ -80,7 +80,7 @@ def _lstm(way: Direction, z: Tensor, h: Tensor, c: Tensor) -> Run:
     return states, way.ends(cells)[1], (z, states, cells, tanhs)
 
 
-def _gru(way: Direction, z: Tensor, h: Tensor) -> Run:
+def _gru(way: RecurrentDirection, z: Tensor, h: Tensor) -> Run:
     size = h.shape[1]
     states, u = _states(way, z, h), _repeated(way.hidden.bias, z)
     each = zip(
@@ -96,7 +96,7 @@ def _gru(way: Direction, z: Tensor, h: Tensor) -> Run:
     return states, None, (z, states, u)
 
 
-def _plain(way: Direction, z: Tensor, h: Tensor) -> Run:
+def _plain(way: RecurrentDirection, z: Tensor, h: Tensor) -> Run:
     states = _states(way, z, h)
     each = zip(z.unbind(), way.before(states).unbind(), way.after(states).unbind(), strict=True)
     for own, h_before, h_after in _ordered(way, each):
@@ -108,7 +108,7 @@ def _plain(way: Direction, z: Tensor, h: Tensor) -> Run:
     return states, None, (states,)
 
 
-def _states(way: Direction, z: Tensor, first: Tensor) -> Tensor:
+def _states(way: RecurrentDirection, z: Tensor, first: Tensor) -> Tensor:
     """Room for the states (steps + 1, n, size), with the first in place."""
     states = z.new_empty(len(z) + 1, *first.shape)
     way.ends(states)[0].copy_(first)
@@ -125,7 +125,7 @@ def _repeated(bias: Optional, z: Tensor) -> Tensor:
 
 
 def _ordered(
-    way: Direction, each: Iterable[tuple[Tensor, ...]], *, back: bool = False
+    way: RecurrentDirection, each: Iterable[tuple[Tensor, ...]], *, back: bool = False
 ) -> Sequence[tuple[Tensor, ...]]:
     """Tensors of every step, in the order in which the steps are taken, or back."""
     steps = list(each)
@@ -135,7 +135,7 @@ def _ordered(
 # --- back -------------------------------------------------------------------------------------
 
 
-def _lstm_back(way: Direction, kept: Kept, by_h: Tensor, by_c: Tensor) -> Back:
+def _lstm_back(way: RecurrentDirection, kept: Kept, by_h: Tensor, by_c: Tensor) -> Back:
     gates, _, cells, tanhs = kept
     i, f, g, o = gates.chunk(4, 2)
     dz = torch.empty_like(gates)
@@ -163,7 +163,7 @@ def _lstm_back(way: Direction, kept: Kept, by_h: Tensor, by_c: Tensor) -> Back:
     return dz, dz, way.hidden.step_back(way.ends(by_h)[0], later), dc
 
 
-def _gru_back(way: Direction, kept: Kept, by_h: Tensor) -> Back:
+def _gru_back(way: RecurrentDirection, kept: Kept, by_h: Tensor) -> Back:
     gates, states, u = kept
     r, s, n = gates.chunk(3, 2)
     dn = torch.ops.aten.tanh_backward(1 - s, n)
@@ -189,13 +189,15 @@ def _gru_back(way: Direction, kept: Kept, by_h: Tensor) -> Back:
     return dz, du, _gru_state_back(way, way.ends(by_h)[0], later), None
 
 
-def _gru_state_back(way: Direction, by_h: Tensor, later: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def _gru_state_back(
+    way: RecurrentDirection, by_h: Tensor, later: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
     """By the state before a step: through the part that is kept, and through u."""
     dh, keep, du = later
     return way.hidden.step_back(torch.addcmul(by_h, dh, keep), du)
 
 
-def _plain_back(way: Direction, kept: Kept, by_h: Tensor) -> Back:
+def _plain_back(way: RecurrentDirection, kept: Kept, by_h: Tensor) -> Back:
     h = way.after(kept[0])
     dz = (h > 0).to(h.dtype) if way.kind == "relu" else 1 - h.square()
     later: Optional = None

@@ -105,18 +105,6 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
         )
     draws = "" if table is None else draws_note(table)
     scatter = scatter_data(values, table, grid, results.configs)
-    shown = {
-        "ranking": found["ranking"] is not None,
-        "m": "m" in found["choices"],
-        "models": True,
-        "scatter": bool(scatter["measures"]),
-        "sets": "sets" in found["choices"],
-        "correlations": bool(found["correlations"]),
-    }
-    # of few models their own numbers come first, of many the measures'
-    few = most < LEAST_CERTAIN
-    sequence = ("models", "scatter", "ranking", "m") if few else ("ranking", "m", "scatter")
-    sections = [s for s in (*sequence, "sets", "correlations", "models") if shown[s]]
     return TaskContent(
         name=name,
         facts={
@@ -136,7 +124,7 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
             *([f"No statistics: {results.unrated}."] if results.unrated and most >= LEAST else []),
             *notes.of_order(values, errors, results.keys, in_grid=bool(grid.names)),
         ],
-        sections={s: SECTIONS[s] for s in dict.fromkeys(sections)},
+        sections=_sections(found, scatter, few=most < LEAST_CERTAIN),
         models=models_table(
             values.iloc[:, order],
             errors.iloc[:, order],
@@ -148,6 +136,21 @@ def task_content(name: str, results: Results, *, resamples: int, seed: int) -> T
         scatter=scatter,
         **found,
     )
+
+
+def _sections(found: Mapping[str, Any], scatter: Mapping[str, Any], *, few: bool) -> dict[str, str]:
+    """What there is to show: of few models their own numbers first, of many the measures'."""
+    shown = {
+        "ranking": found["ranking"] is not None,
+        "m": "m" in found["choices"],
+        "models": True,
+        "scatter": bool(scatter["measures"]),
+        "sets": "sets" in found["choices"],
+        "correlations": bool(found["correlations"]),
+    }
+    first = ("models", "scatter", "ranking", "m") if few else ("ranking", "m", "scatter")
+    order = dict.fromkeys((*first, "sets", "correlations", "models"))
+    return {s: SECTIONS[s] for s in order if shown[s]}
 
 
 def _rated(

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import TensorDataset
 from tqdm import tqdm
 
 from sharpkit.contract.examples import Examples
-from sharpkit.contract.loading import Data, load_examples, load_in_order
+from sharpkit.contract.loading import Data, as_data, load_examples, load_in_order
 from sharpkit.contract.loss_text import loss_text
 from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.device import check_device
@@ -144,7 +143,7 @@ def score_models(
     check_request(named, n or len(whole))
     measured = whole
     if n is not None:
-        measured = load_examples(_as_data(whole), n=n, seed=seed)
+        measured = load_examples(as_data(whole), n=n, seed=seed)
     run = None if out is None else Path(out)
     with sole_driver(run):
         threads = recorded_threads(run) or torch.get_num_threads()
@@ -160,7 +159,7 @@ def score_models(
             measures=named,
             whole=whole,
             test=unseen,
-            measured=_as_data(measured),
+            measured=as_data(measured),
             loss=loss_fn,
             hashes=(_hash_examples(whole), _hash_examples(unseen)),
             settings=settings_hashes(config),
@@ -229,7 +228,7 @@ class _Scorer:
                 metrics |= {"train_acc": found[0]["acc"], "test_acc": found[1]["acc"]}
             metrics |= {"train_loss": found[0]["loss"], "test_loss": found[1]["loss"]}
             if self.test_metrics:
-                metrics |= held_out_metrics(model, _as_data(self.test), seed=self.seed)
+                metrics |= held_out_metrics(model, as_data(self.test), seed=self.seed)
             self.configs[name] |= {"metrics": metrics, "computed_from": computed_from}
             self.store.add_task(_TASK, self.configs)
 
@@ -283,18 +282,6 @@ class _Scorer:
             **circumstances(self.device),
         )
         self.store.add(_TASK, name, measure, complete)
-
-
-def _as_data(examples: Examples) -> Data:
-    """What measures are given: a data set as in `score_zoo`, a pair if inputs are a structure.
-
-    Examples of several shapes are a list of batches.
-    """
-    if not examples.uniform:
-        return [(part.inputs, part.labels) for part in examples.chunks(len(examples))]
-    if isinstance(examples.inputs, Tensor):
-        return TensorDataset(examples.inputs, examples.labels)
-    return examples.inputs, examples.labels
 
 
 def _model_configs(store: Store, hparams: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

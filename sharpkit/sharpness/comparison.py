@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from torch import nn
 
-from sharpkit.contract.examples import Examples
-from sharpkit.contract.loading import Data, load_examples
+from sharpkit.contract.loading import Data, as_data, load_examples
 from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.mean_loss import loss_of
 from sharpkit.contract.modules import unwrapped
@@ -194,7 +193,7 @@ def compare_models(
     names = _checked(names, confidence)
     loss_fn = resolve_loss(loss)
     examples = load_examples(data, n=n, seed=seed)
-    same = _as_data(examples)
+    same = as_data(examples)
 
     def measured(model: nn.Module) -> SharpnessResult:
         return m_sharpness(
@@ -270,12 +269,6 @@ def _checked(names: Any, confidence: float) -> tuple[str, str]:
     if not 0 < confidence < 1:
         raise ArgumentError(f"confidence = {confidence}: expected a number between 0 and 1")
     return str(names[0]), str(names[1])
-
-
-def _as_data(examples: Examples) -> Data:
-    if examples.uniform:
-        return examples.inputs, examples.labels
-    return [(part.inputs, part.labels) for part in examples.chunks(len(examples))]
 
 
 def _warn(a: nn.Module, b: nn.Module, comparison: ModelComparison) -> None:

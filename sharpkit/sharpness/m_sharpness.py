@@ -2,48 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sharpkit.contract.checks import examine, warn_of_unused
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.contract.holding import frozen, fused_attention
+from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_examples
 from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
-from sharpkit.groupwise.fallback import (
-    Disagreement,
-    first_that_works,
-    in_memory,
-    vectorised_or_loop,
-)
-from sharpkit.groupwise.objective import Objective
-from sharpkit.groupwise.packing import Packing
-from sharpkit.progress import progress_bar
 from sharpkit.sharpness.ascent_rules import Ascent, AscentLike, ascent_rule
-from sharpkit.sharpness.passes import Alone, Passes
-from sharpkit.sharpness.sweep import Care, Sweep
-from sharpkit.sharpness.sweep_plan import sweep_plan, transformed
-from sharpkit.sharpness.unseen import Doubtful, Level
+from sharpkit.sharpness.measurement import Measurement, collected, estimate
+from sharpkit.sharpness.sweep_plan import sweep_plan
+from sharpkit.sharpness.unseen import Level
 
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
-
-# how often an early stop is considered, as a share of the examples; a chunk never decides it
-_CHECKS = 16
 
 
 @readable(lambda r: f"n = {r.n}, {r.parameters} parameters, {r.seconds:.2g} s, engine {r.engine!r}")
@@ -237,56 +222,12 @@ def m_sharpness(
             allows_factors=rule.allows_factors,
         )  # fmt: skip
         warn_of_unused(plan.unused, weights)
-        stops = _stops(len(examples), ms, tolerance)
-
-        def run(sweep: Sweep) -> Sweep:
-            with progress_bar(
-                total=len(examples), desc="m-sharpness", unit="example", leave=False, delay=2,
-                progress=progress,
-            ) as bar:  # fmt: skip
-                for start, stop in itertools.pairwise([0, *stops]):
-                    sweep.extend(start, stop, bar.update)
-                    if tolerance is not None and _precise(sweep.levels, tolerance):
-                        break
-            return sweep
-
-        def measured(objective: Objective, side: Passes | None) -> Sweep:
-            packing = Packing(weights, rule.apart(weights)) if side is None else side.packing
-            alone = Alone(objective, packing)
-            for care in Care:
-                sweep = Sweep(objective, examples, ms, rhos, rule, alone, side, care=care)
-                if care == Care.NONE and sweep.in_place is None:
-                    continue
-                try:
-                    with fused_attention(), nullcontext() if side is None else side.held():
-                        sweep.compare(probe.examples)
-                        return run(sweep)
-                except Doubtful:
-                    continue
-            raise AssertionError("norms that were taken with care are not doubtful")
-
-        def side_by_side(objective: Objective) -> Sweep:
-            if not examples.uniform:
-                raise Disagreement("the examples have different shapes")
-            if math.gcd(*ms) >= objective.alone:
-                return measured(objective, None)
-            return first_that_works(
-                lambda: measured(objective, plan.one_batch(rule, compile=compile)),
-                lambda: measured(objective, transformed(objective, probe, rule)),
-            )
-
-        def measure(size: int) -> tuple[Sweep, bool]:
-            objective = plan.objective(size)
-            return vectorised_or_loop(
-                engine,
-                lambda: side_by_side(objective),
-                lambda: measured(plan.objective(size, loop=True), None),
-                function.model,
-            )
-
+        measurement = Measurement(
+            plan, probe, examples, ms, rhos, rule, engine, compile, tolerance, progress
+        )
         if function.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(function.device)
-        sweep, vectorised = in_memory(measure, plan.chunk)
+        sweep, vectorised = measurement()
         peak = plan.memory
         if function.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(function.device)
@@ -354,39 +295,6 @@ def read_rule(
     return Ascent(kind, float(norm), adaptive, steps, 0 if seed is None else seed, restarts)
 
 
-def _stops(n: int, ms: tuple[int, ...], tolerance: float | None) -> list[int]:
-    """Where an early stop is considered: whole groups of every m, whatever the chunk size."""
-    step = math.lcm(*ms)
-    if tolerance is None or step >= n:
-        return [n]
-    step *= max(1, round(n / _CHECKS / step))
-    return [*range(step, n, step), n]
-
-
-def _estimate(increases: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and its standard error over groups, which count by their weight; (rho,) each."""
-    share = weights / (weights.sum() or 1.0)
-    mean = increases @ share
-    groups = int((share > 0).sum())
-    if groups <= 1:
-        return mean, torch.full_like(mean, torch.nan)
-    squares = ((increases - mean.unsqueeze(1)) * share).square().sum(1)
-    return mean, torch.sqrt(squares * groups / (groups - 1))
-
-
-def _collected(level: Level) -> tuple[Tensor, Tensor]:
-    """Increases (rho, groups) and weights (groups,) of all groups, on the CPU."""
-    return torch.cat(level.increases, 1).cpu(), torch.cat(level.weights).cpu()
-
-
-def _precise(levels: Sequence[Level], tolerance: float) -> bool:
-    for level in levels:
-        mean, error = _estimate(*_collected(level))
-        if not bool((error <= tolerance * mean.abs()).all()):
-            return False
-    return True
-
-
 def _result(
     levels: Sequence[Level],
     ms: tuple[int, ...],
@@ -395,8 +303,8 @@ def _result(
     rho: float | Sequence[float],
     **how: Any,
 ) -> SharpnessResult:
-    increases, weights = zip(*(_collected(level) for level in levels), strict=True)
-    pairs = [_estimate(x, w) for x, w in zip(increases, weights, strict=True)]
+    increases, weights = zip(*(collected(level) for level in levels), strict=True)
+    pairs = [estimate(x, w) for x, w in zip(increases, weights, strict=True)]
     value, std_error = (torch.stack(part).numpy() for part in zip(*pairs, strict=True))
     drop = (
         slice(None) if isinstance(m, Iterable) else 0,

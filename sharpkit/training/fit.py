@@ -77,7 +77,7 @@ def fit(
     optimizer: OptimizerName = "sgd",
     loss: Loss = "cross_entropy",
     m: int | None = None,
-    rho: float = 0.05,
+    rho: float | None = None,
     adaptive: bool = False,
     variant: SamVariant = PLAIN_SAM,
     batch_size: int = 128,
@@ -126,7 +126,7 @@ def fit(
         m: SAM's group size: each group of m examples has its own perturbation (see
             `m_sam_gradient`); if m does not divide the batch, its last group is smaller. None for
             the batch, or a process's share of it.
-        rho: SAM's radius.
+        rho: SAM's radius; None for 0.05.
         adaptive: SAM's perturbation in units of |w| (ASAM).
         variant: Of SAM, with a first or second step of its own.
         batch_size: Examples of a step, over all processes together.
@@ -173,10 +173,14 @@ def fit(
         >>> result.history.shape
         (5, 8)
     """
+    if rho and optimizer != "sam":
+        raise ArgumentError(f'rho = {rho} belongs to SAM: give optimizer="sam" with it')
+    radius = FitSettings.rho if rho is None else rho
     settings = FitSettings(
-        epochs=epochs, optimizer=optimizer, m=m, rho=rho, adaptive=adaptive, batch_size=batch_size,
-        lr=lr, momentum=momentum, weight_decay=weight_decay, schedule=schedule,
-        augmentation=augmentation, label_noise=label_noise, stop_at_loss=stop_at_loss, seed=seed,
+        epochs=epochs, optimizer=optimizer, m=m, rho=radius, adaptive=adaptive,
+        batch_size=batch_size, lr=lr, momentum=momentum, weight_decay=weight_decay,
+        schedule=schedule, augmentation=augmentation, label_noise=label_noise,
+        stop_at_loss=stop_at_loss, seed=seed,
     )  # fmt: skip
     if variant != PLAIN_SAM and optimizer != "sam":
         raise ArgumentError('variant belongs to SAM: give optimizer="sam" with it')

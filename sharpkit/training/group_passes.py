@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Task:
+class StepTask:
     """What one step works on."""
 
     model: FunctionalModel
@@ -73,7 +73,7 @@ class Task:
         return [found[name] for name in self.shared]
 
 
-class Found(NamedTuple):
+class ChunkGradient(NamedTuple):
     """What both passes over a chunk give; the host has looked at nothing of it."""
 
     loss: Tensor  # at w, (groups,)
@@ -85,7 +85,7 @@ class Found(NamedTuple):
 
 
 # both passes over some number of equally large groups of consecutive examples
-Passes: TypeAlias = Callable[[Examples, int], Found]
+Passes: TypeAlias = Callable[[Examples, int], ChunkGradient]
 
 
 class AsOneBatch:
@@ -94,7 +94,7 @@ class AsOneBatch:
     Perturbations of the weights that the plan has in factors stay in factors.
     """
 
-    def __init__(self, task: Task, plan: StepPlan) -> None:
+    def __init__(self, task: StepTask, plan: StepPlan) -> None:
         factored = plan.factored
         self.task, self._careful, self._thin = task, plan.careful, frozenset(factored)
         self._passes = BatchPasses(
@@ -107,7 +107,7 @@ class AsOneBatch:
         scale = task.radii.scale(dense)
         self._weights, self._scale = join(dense), None if scale is None else join(scale)
 
-    def __call__(self, examples: Examples, groups: int) -> Found:
+    def __call__(self, examples: Examples, groups: int) -> ChunkGradient:
         """As `Passes`."""
         task, noise = self.task, Noise(self.task.model.device)
         with without_checkpointing():
@@ -129,7 +129,7 @@ class AsOneBatch:
                     gradient = task.combined(
                         (first.packs, terms.exponent), (second.packs, second.terms.exponent), shares
                     )
-        return Found(terms.mean, terms.weight, after, gradient, statistics, steps.doubtful)
+        return ChunkGradient(terms.mean, terms.weight, after, gradient, statistics, steps.doubtful)
 
     def _second_pass(
         self, examples: Examples, groups: int, steps: Steps, shares: Tensor
@@ -205,11 +205,11 @@ class _At(torch.autograd.Function):
 class Vectorised:
     """Each group a call of the model as a function, all of them under vmap."""
 
-    def __init__(self, task: Task, plan: StepPlan) -> None:
+    def __init__(self, task: StepTask, plan: StepPlan) -> None:
         self.task = task
         self._scale = task.radii.scale(task.shared)
 
-    def __call__(self, examples: Examples, groups: int) -> Found:
+    def __call__(self, examples: Examples, groups: int) -> ChunkGradient:
         """As `Passes`."""
         task, noise = self.task, Noise(self.task.model.device)
 
@@ -239,7 +239,7 @@ class Vectorised:
                     gradient = task.combined(
                         (found.dense, found.exponent), (one.dense, one.exponent), shares
                     )
-        return Found(found.mean, found.weight, after, gradient, found.noted, steps.doubtful)
+        return ChunkGradient(found.mean, found.weight, after, gradient, found.noted, steps.doubtful)
 
     def _second_pass(
         self, examples: Examples, groups: int, steps: Steps, shares: Tensor
@@ -262,7 +262,7 @@ class Vectorised:
 class Alone:
     """A group by itself, by plain autograd with the weights assigned."""
 
-    def __init__(self, task: Task, plan: StepPlan) -> None:
+    def __init__(self, task: StepTask, plan: StepPlan) -> None:
         self.task, self._layout, self._careful = task, plan.layout, plan.careful
         self._weights: Tensors = in_layout(task.shared, plan.layout)
         self._scale = task.radii.scale(self._weights)
@@ -280,13 +280,13 @@ class Alone:
             finally:
                 self._leaves = None
 
-    def __call__(self, examples: Examples, groups: int = 1) -> Found:
+    def __call__(self, examples: Examples, groups: int = 1) -> ChunkGradient:
         """As `Passes`, for a single group."""
         with nullcontext() if self._leaves is not None else self.held():
             assert self._leaves is not None
             return self._group(examples_in_layout(examples, self._layout), self._leaves)
 
-    def _group(self, examples: Examples, leaves: list[Tensor]) -> Found:
+    def _group(self, examples: Examples, leaves: list[Tensor]) -> ChunkGradient:
         task, model = self.task, self.task.model
         noise = Noise(model.device)
         with without_reentry():
@@ -310,7 +310,9 @@ class Alone:
                         self._group_of(first), self._group_of(second), share.unsqueeze(0)
                     )
             self._move(leaves, self._weights)
-        return Found(loss.unsqueeze(0), weight.unsqueeze(0), after, gradient, statistics, doubtful)
+        return ChunkGradient(
+            loss.unsqueeze(0), weight.unsqueeze(0), after, gradient, statistics, doubtful
+        )
 
     def _second_pass(
         self, examples: Examples, leaves: list[Tensor], share: Tensor

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
 from sharpkit.groupwise.fallback import Disagreement, Engine, first_that_works, vectorised_or_loop
 from sharpkit.training.batch_norm_statistics import Averages
-from sharpkit.training.group_passes import Alone, AsOneBatch, Found, Passes, Task, Vectorised
+from sharpkit.training.group_passes import (
+    Alone,
+    AsOneBatch,
+    ChunkGradient,
+    Passes,
+    StepTask,
+    Vectorised,
+)
 from sharpkit.training.noise import Noise
 from sharpkit.training.step_plan import StepPlan, differ, step_plan, vmap_friendly
 
@@ -35,7 +43,7 @@ class Result:
 Way = type[AsOneBatch] | type[Vectorised] | type[Alone]
 
 
-def run(task: Task, engine: Engine) -> Result:
+def run(task: StepTask, engine: Engine) -> Result:
     """The gradient of a batch.
 
     Raises:
@@ -44,54 +52,17 @@ def run(task: Task, engine: Engine) -> Result:
     with _no_autocast_cache(), task.recorder.attached(), _group_errors(task.m), run_eagerly():
         plan = step_plan(task)
         check_labels(task.examples.labels, plan.outputs, task.loss.given)
-        noise, habits = Noise(task.model.device), task.model.habits
+        step, habits = _Step(task, plan, Noise(task.model.device)), task.model.habits
         habits.loss_sees_weights = plan.loss_sees_weights
         if plan.writes:  # caches and the like: every pass starts from what they were
             habits.attributes = plan.writes
             habits.remembered = Attributes(task.model.model)
-
-        def again() -> None:
-            noise.replay()
-            task.model.reset_buffers()
-
-        def by(way: Way, groups: int) -> Result:
-            """Along a way that has proved right, and once more where a norm needs more care."""
-            if way is not Alone and not plan.compared and len(task.examples) >= 2 * task.m:
-                _compare(task, plan, way)
-                again()
-                plan.compared = True
-            result = _chunks(task, plan, way, groups)
-            if result.doubtful and not plan.careful:
-                plan.careful = True
-                again()
-                result = _chunks(task, plan, way, groups)
-            return result
-
-        def as_one_batch() -> Result:
-            result = by(AsOneBatch, plan.groups)
-            if not result.finite:  # a weight was used otherwise than before, or training diverged
-                again()
-                other = by(Alone, 1)
-                plan.one_batch = not other.finite
-                result = other
-            return result
-
-        def under_vmap() -> Result:
-            plan.one_batch = plan.compared = False
-            again()
-            return by(Vectorised, plan.groups)
-
-        def side_by_side() -> Result:
-            if plan.groups == 1:
-                return by(Alone, 1)
-            return first_that_works(as_one_batch, under_vmap) if plan.one_batch else under_vmap()
-
         result, was_vectorised = vectorised_or_loop(
             "loop" if plan.loop_only and engine == "auto" else engine,
-            side_by_side,
-            lambda: by(Alone, 1),
+            step.side_by_side,
+            lambda: step.by(Alone, 1),
             task.model.model,
-            again,
+            step.again,
         )
         plan.loop_only |= engine == "auto" and not was_vectorised
         if habits.remembered is not None:
@@ -99,7 +70,56 @@ def run(task: Task, engine: Engine) -> Result:
         return result
 
 
-def _compare(task: Task, plan: StepPlan, way: Way) -> None:
+class _Step(NamedTuple):
+    """The ways of evaluating a batch; what is learnt on one is kept in the plan for the next."""
+
+    task: StepTask
+    plan: StepPlan
+    noise: Noise
+
+    def again(self) -> None:
+        """Random state and buffers as before the batch."""
+        self.noise.replay()
+        self.task.model.reset_buffers()
+
+    def by(self, way: Way, groups: int) -> Result:
+        """Along a way that has proved right, and once more where a norm needs more care."""
+        task, plan = self.task, self.plan
+        if way is not Alone and not plan.compared and len(task.examples) >= 2 * task.m:
+            _compare(task, plan, way)
+            self.again()
+            plan.compared = True
+        result = _chunks(task, plan, way, groups)
+        if result.doubtful and not plan.careful:
+            plan.careful = True
+            self.again()
+            result = _chunks(task, plan, way, groups)
+        return result
+
+    def side_by_side(self) -> Result:
+        """All groups of a chunk together."""
+        if self.plan.groups == 1:
+            return self.by(Alone, 1)
+        if not self.plan.one_batch:
+            return self._under_vmap()
+        return first_that_works(self._as_one_batch, self._under_vmap)
+
+    def _as_one_batch(self) -> Result:
+        result = self.by(AsOneBatch, self.plan.groups)
+        if not result.finite:  # a weight was used otherwise than before, or training diverged
+            self.again()
+            other = self.by(Alone, 1)
+            self.plan.one_batch = not other.finite
+            result = other
+        return result
+
+    def _under_vmap(self) -> Result:
+        self.plan.one_batch = self.plan.compared = False
+        self.again()
+        return self.by(Vectorised, self.plan.groups)
+
+
+def _compare(task: StepTask, plan: StepPlan, way: Way) -> None:
     """Raise Disagreement if two groups side by side differ from one after the other.
 
     Not where the model draws random numbers, which it does in another order then.
@@ -114,7 +134,7 @@ def _compare(task: Task, plan: StepPlan, way: Way) -> None:
         raise Disagreement("the gradient of a group differs")
 
 
-def _chunks(task: Task, plan: StepPlan, way: Way, groups: int) -> Result:
+def _chunks(task: StepTask, plan: StepPlan, way: Way, groups: int) -> Result:
     """Both passes over every chunk of at most `groups` groups; the smaller last group alone."""
     n, m = len(task.examples), task.m
     way = way if n >= 2 * m else Alone
@@ -122,7 +142,7 @@ def _chunks(task: Task, plan: StepPlan, way: Way, groups: int) -> Result:
     whole = n // m * m
     groups = math.ceil(n // m / math.ceil(n // m / groups))  # chunks of nearly equal size
     total, averages = _Total(len(task.shared)), Averages()
-    chunks: list[Found] = []
+    chunks: list[ChunkGradient] = []
     with ExitStack() as stack:
         if isinstance(passes, Alone):
             stack.enter_context(passes.held())

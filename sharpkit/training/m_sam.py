@@ -14,7 +14,7 @@ from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, DataError, DivergedError
 from sharpkit.groupwise.fallback import Engine
 from sharpkit.training.batch_norm_statistics import Recorder, tracked_layers
-from sharpkit.training.group_passes import Task
+from sharpkit.training.group_passes import StepTask
 from sharpkit.training.group_step import run
 from sharpkit.training.parallel import averaged_over_ranks, on_any_rank
 from sharpkit.training.radius import Radii, checked_radius
@@ -130,7 +130,7 @@ def accumulate(
     loss_fn = loss_fn.where_all_count([examples.labels])
     if scaler is not None:
         scaler.scale(torch.zeros((), device=function.device))  # its state is made at first use
-    task = Task(
+    task = StepTask(
         function, loss_fn, shared, radii, Recorder(tracked_layers(network)), examples,
         min(m, len(examples)), variant=variant,
         **({} if scaler is None else {"scale": scaler.scale}),

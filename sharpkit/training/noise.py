@@ -45,7 +45,7 @@ class Noise:
             torch.cuda.set_rng_state(state, device)
 
 
-class Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class DrawsOfCalls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """How many random numbers every call draws in two passes, over 3 and then over 2 groups."""
 
     def __init__(self) -> None:

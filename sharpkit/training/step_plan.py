@@ -31,8 +31,8 @@ from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import floating_leaves, plain_gradient
 from sharpkit.groupwise.one_batch import OneBatch, Point
 from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
-from sharpkit.training.group_passes import Task
-from sharpkit.training.noise import Draws, Noise
+from sharpkit.training.group_passes import StepTask
+from sharpkit.training.noise import DrawsOfCalls, Noise
 
 _KEPT_PER_MODEL = 16
 _PROBED = 32  # examples that a loss of unknown kind is tried on
@@ -68,7 +68,7 @@ class StepPlan:
 _PLANS: WeakKeyDictionary[nn.Module, dict[Any, StepPlan]] = WeakKeyDictionary()
 
 
-def step_plan(task: Task) -> StepPlan:
+def step_plan(task: StepTask) -> StepPlan:
     """The plan for groups like the first; the same object for every step that is alike."""
     function, kind = task.model, task.model.device.type
     group = task.examples.slice(0, task.m)
@@ -95,7 +95,7 @@ def step_plan(task: Task) -> StepPlan:
     return plans[key]
 
 
-def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> StepPlan:
+def _plan(task: StepTask, group: Examples, replay: Callable[[], None]) -> StepPlan:
     function, weights, loss = task.model, task.shared, task.loss
     attributes = Attributes(function.model)
     with torch.enable_grad(), function.assigned(weights):
@@ -112,7 +112,7 @@ def _plan(task: Task, group: Examples, replay: Callable[[], None]) -> StepPlan:
     tried = try_gradient(function, loss, weights, group)
     per_group = task.m * tried.bytes
     size = min(task.m, 2)  # statistics of a group need two examples
-    with Draws() as draws, without_checkpointing():
+    with DrawsOfCalls() as draws, without_checkpointing():
         found = survey(function, weights, group, size)
     rows = {name: count for name, count in found.rows.items() if name not in task.radii.adaptive}
     factored = {k: count for k, count in rows.items() if count and pays(weights[k], count * task.m)}
@@ -143,7 +143,7 @@ def _detached(leaf: Any) -> Any:
     return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
-def _check_loss(task: Task) -> None:
+def _check_loss(task: StepTask) -> None:
     """Raise unless a loss of unknown kind is a mean over examples."""
     some = task.examples.select(label_diverse(task.examples, _PROBED))
     outputs = task.model.outputs(some.inputs)
@@ -166,7 +166,7 @@ def _groups_at_a_time(per_group: int, m: int, found: Survey, device: torch.devic
     return max(1, min(default_memory_budget(device) // per_group, enough // m))
 
 
-def _keeps_groups_apart(task: Task, replay: Callable[[], None]) -> bool:
+def _keeps_groups_apart(task: StepTask, replay: Callable[[], None]) -> bool:
     """Whether the outputs of a group stay what they are if another lies beside it in the batch."""
     first = torch.arange(task.m)
     found = []
@@ -194,7 +194,7 @@ def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
     return torch.allclose(a, b, rtol=0.0, atol=within, equal_nan=True)
 
 
-def _prefers_channels_last(task: Task, found: Survey) -> bool:
+def _prefers_channels_last(task: StepTask, found: Survey) -> bool:
     """Whether images are faster in channels-last: on a CPU, and where a GPU is busy with TF32."""
     device = task.model.device
     if not any(isinstance(module, nn.Conv2d) for module in task.model.model.modules()):
@@ -202,7 +202,7 @@ def _prefers_channels_last(task: Task, found: Survey) -> bool:
     return device.type == "cpu" or (may_use_tf32(device) and task.m >= found.alone(device))
 
 
-def _layout(task: Task, few: Examples, replay: Callable[[], None]) -> torch.memory_format:
+def _layout(task: StepTask, few: Examples, replay: Callable[[], None]) -> torch.memory_format:
     """Channels-last, if the model gives the same then."""
 
     def gradient(layout: torch.memory_format) -> list[Tensor | None]:
@@ -218,7 +218,7 @@ def _layout(task: Task, few: Examples, replay: Callable[[], None]) -> torch.memo
     return torch.channels_last
 
 
-def differ(task: Task, a: list[Tensor | None], b: list[Tensor | None]) -> bool:
+def differ(task: StepTask, a: list[Tensor | None], b: list[Tensor | None]) -> bool:
     """Whether two gradients differ by more than rounding."""
     tolerance = _AGREEMENT.get(task.model.dtype, 0.5)
     device = task.model.device

@@ -212,6 +212,7 @@ def test_frozen_parameters_stay():
         ({"optimizer": "sam", "rho": -0.1}, "-0.1"),
         ({"optimizer": "sam", "m": 0}, "m is 0"),
         ({"m": 4}, "belong to SAM"),
+        ({"rho": 0.1}, "rho = 0.1 belongs to SAM"),
         ({"epochs": 0}, "epochs is 0"),
         ({"epochs": 2.0}, "epochs is 2.0"),
         ({"lr": 0.0}, "lr is 0.0"),

@@ -158,6 +158,7 @@ def test_code_that_a_run_names_is_not_run(data, tmp_path, monkeypatch):
         ({"epochs": 0}, "epochs is 0"),
         ({"batch-size": 100}, "batch_size is 100, but there are 64"),
         ({"rho": -1}, "rho"),
+        ({"rho": 0.2}, "rho = 0.2 belongs to SAM"),
         ({"device": "abacus"}, "device 'abacus'"),
         ({"root": "."}, "root is for"),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 import sharpkit as sk
 from sharpkit.cli import main
-from sharpkit.runs.figure3.plan import Training
+from sharpkit.runs.figure3.plan import TrainingPlan
 from sharpkit.training import FitSettings
 from sharpkit.training.settings import TrainingSettings
 from sharpkit.zoo_training import Recipe
@@ -34,7 +34,7 @@ def test_what_a_recipe_and_fit_both_have_is_declared_once():
 
 
 def test_a_figures_trainings_are_settings_of_fit():
-    ours, theirs = get_type_hints(Training), get_type_hints(FitSettings)
+    ours, theirs = get_type_hints(TrainingPlan), get_type_hints(FitSettings)
     several = {"m": int, "rho": float, "lr": float}
     for name in ours.keys() - {"architecture", "seeds", *several}:
         assert ours[name] == theirs[name], name
@@ -44,8 +44,8 @@ def test_a_figures_trainings_are_settings_of_fit():
 
 def test_a_figures_settings_are_checked_when_it_is_read():
     common = {"architecture": "vgg-4x1", "epochs": 1, "seeds": (0,), "rho": (0.1,)}
-    Training(**common, m=(1,), lr=(0.1,))
+    TrainingPlan(**common, m=(1,), lr=(0.1,))
     with pytest.raises(sk.errors.ArgumentError, match=r"lr is 0\.0: expected lr > 0"):
-        Training(**common, m=(1,), lr=(0.1, 0.0))
+        TrainingPlan(**common, m=(1,), lr=(0.1, 0.0))
     with pytest.raises(sk.errors.ArgumentError, match=r"momentum is 1\.5"):
-        Training(**common, m=(1,), lr=(0.1,), momentum=1.5)
+        TrainingPlan(**common, m=(1,), lr=(0.1,), momentum=1.5)

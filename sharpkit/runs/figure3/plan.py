@@ -14,7 +14,7 @@ from sharpkit.training.settings import Augmentation, FitSettings, Schedule
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingPlan:
     """The trainings of the left and the middle panel.
 
     The fields are settings of `sharpkit.fit`, by the same names and with its defaults except for
@@ -93,7 +93,7 @@ class Plan:
     """
 
     data: DataSource
-    training: Training
+    training: TrainingPlan
     spectra: SpectraSettings
     power: Power
 
