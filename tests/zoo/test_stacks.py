@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from test_writer import same_model, same_task
 
+from sharpkit import doors
 from sharpkit.cli import main
 from sharpkit.errors import ArgumentError, ModelError, ZooFormatError
 from sharpkit.zoo import StackedTask, ZooWriter, build_model, load_zoo, write_zoo, zoo_info
@@ -207,6 +208,21 @@ def test_what_is_said_of_networks_stays_short(plain, tmp_path, monkeypatch):
     write_zoo(load_zoo(plain), tmp_path / "short", layout="stacked")
     same_task(load_zoo(plain)["small"], load_zoo(tmp_path / "short")["small"])
     assert len(stacks(tmp_path / "short")) > 4
+
+
+def test_what_would_not_be_read_again_is_not_written(stacked, tmp_path, monkeypatch):
+    """Of thousands of models, model_configs.json may be longer than any reader takes."""
+    zoo = load_zoo(stacked)
+    values = doors.json_values(json.dumps(zoo["small"].model_configs).encode())
+    monkeypatch.setattr(doors, "MAX_JSON_VALUES", values - 1)
+    with pytest.raises(ZooFormatError, match=rf"model_configs.json: not written.* {values} values"):
+        write_zoo(zoo, tmp_path / "plain")
+    assert not list(tmp_path.glob("plain/reference_data/*/model_configs.json"))
+    write_zoo(zoo, tmp_path / "again", layout="stacked")
+    monkeypatch.setattr(doors, "MAX_JSON_VALUES", 20)
+    with pytest.raises(ZooFormatError, match=r"values; at most 20 are read"):
+        write(ZooWriter(tmp_path / "one", layout="stacked"), "0", dict(settings())["0"])
+    assert not stacks(tmp_path / "one")
 
 
 def test_tasks_of_both_layouts_lie_in_one_zoo(plain, zoo_path, tmp_path):

@@ -101,7 +101,11 @@ class StackWriter:
         number = max(self._stacks, default=-1) + 1
         path = self._folder / f"networks_{number:06}.safetensors"
         write_stack(path, networks)
-        self._stacks[number] = stack = read_stack(path)
+        try:
+            self._stacks[number] = stack = read_stack(path)
+        except ZooFormatError:  # a network whose layers take more than any reader takes
+            path.unlink()
+            raise
         self._number |= dict.fromkeys(stack.rows, number)
         return stack
 
