@@ -6,6 +6,8 @@ import io
 import os
 import pickletools
 import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,20 +44,104 @@ def read_safetensors(path: Path, where: str, error: type[SharpkitError]) -> dict
 
     with reading(where, error, "a .safetensors file"):
         with open_regular(path, _MAX_SAFETENSORS) as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, _MAX_HEADER):
-                raise error(
-                    f"{where}: its header states {length:,} bytes, the file has {size:,}, and at "
-                    f"most {_MAX_HEADER:,} are read"
-                )
-            names = parse_json(where, file.read(length), error)
-        if len(names) > _MAX_TENSORS:
-            raise error(
-                f"{where}: it has {len(names):,} tensors; at most {_MAX_TENSORS:,} are read"
-            )
+            _header(file, where, error)
         found: dict[str, Tensor] = load_file(path)
     return found
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is in a .safetensors file.
+
+    Args:
+        dtype: As the format calls it, such as "F32".
+        shape: Its shape.
+        start: Of its first byte in the file.
+        size: Bytes.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
+def read_safetensors_header(
+    path: Path, where: str, error: type[SharpkitError]
+) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Where the tensors of a .safetensors file are, and its metadata; the tensors are not read.
+
+    Tensors follow each other without gaps, as the format has it, up to the end of what the header
+    states, which a file cut short does not have: see `read_stored`.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> from sharpkit.errors import ModelError
+        >>> path = Path(tempfile.mkdtemp(), "model.safetensors")
+        >>> save_file({"w": torch.ones(2, 3)}, path, {"by": "me"})
+        >>> tensors, metadata = read_safetensors_header(path, str(path), ModelError)
+        >>> tensors["w"].shape, tensors["w"].size, metadata
+        ((2, 3), 24, {'by': 'me'})
+    """
+    with reading(where, error, "a .safetensors file"):
+        with open_regular(path, _MAX_SAFETENSORS) as file:
+            header = _header(file, where, error)
+            first = file.tell()
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise error(f"{where}: its metadata has values that are no text")
+        tensors = {name: _stored(name, entry, first) for name, entry in header.items()}
+        for name, stored in sorted(tensors.items(), key=lambda item: item[1].start):
+            if stored.start != first:
+                raise ValueError(f"{shown(name)} does not begin where the tensor before it ends")
+            first += stored.size
+    return tensors, metadata
+
+
+def read_stored(path: Path, parts: Sequence[tuple[int, int]], where: str) -> list[bytes]:
+    """Bytes of a file, each part by its first byte and its size; memory is taken for what is there.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It ends before.
+    """
+    with open_regular(path, _MAX_SAFETENSORS) as file:
+        size = os.fstat(file.fileno()).st_size
+        end = max((start + length for start, length in parts), default=0)
+        if end > size:
+            raise ValueError(
+                f"{where}: it has {size:,} bytes of at least {end:,}: it was cut short"
+            )
+        found = []
+        for start, length in parts:
+            file.seek(start)
+            found.append(file.read(length))
+    return found
+
+
+def _header(file: IO[bytes], where: str, error: type[SharpkitError]) -> dict[str, Any]:
+    """What stands before the values of a .safetensors file; it is read up to these."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size, _MAX_HEADER):
+        raise error(
+            f"{where}: its header states {length:,} bytes, the file has {size:,}, and at "
+            f"most {_MAX_HEADER:,} are read"
+        )
+    names: dict[str, Any] = parse_json(where, file.read(length), error)
+    if len(names) > _MAX_TENSORS:
+        raise error(f"{where}: it has {len(names):,} tensors; at most {_MAX_TENSORS:,} are read")
+    return names
+
+
+def _stored(name: str, entry: Any, first: int) -> Stored:
+    """A tensor as a header describes it; ValueError if that is no description."""
+    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+    numbers = (*shape, start, stop)
+    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or stop < start:
+        raise ValueError(f"{shown(name)} has the shape or the place {shown(entry)}")
+    return Stored(str(entry["dtype"]), shape, first + start, stop - start)
 
 
 def read_torch(path: Path, where: str, error: type[SharpkitError]) -> Any:

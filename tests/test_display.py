@@ -89,6 +89,19 @@ def figure3():
     return sk.Figure3(Path("figure3.png"), spectra, None, power, {})
 
 
+@cache
+def stacked_task():
+    """One network in a stack."""
+    layers = [{"layer_name": "Dense", "units": 2}]
+    network = sk.zoo.build_model({"input_shape": [3], "model_config": layers})
+    writer = sk.ZooWriter(tempfile.mkdtemp(), layout="stacked")
+    writer.write_model(
+        "small", 0, network, initial=network, hyperparameters={}, possible_values={},
+        metrics={"train_acc": 1.0, "test_acc": 0.5},
+    )  # fmt: skip
+    return sk.load_zoo(writer.path)["small"]
+
+
 RESULTS = {
     "Barrier": lambda: sk.barrier(model(), nn.Linear(4, 3), DATA, points=5),
     "Checkpoint": lambda: small_cnns()["1"],
@@ -119,6 +132,8 @@ RESULTS = {
     "SignErrorSummary": lambda: sign_error(VALUES, CONFIGS).overall,
     "Spectra": spectra,
     "SpectralDensity": lambda: sk.spectral_density(hessian(), steps=5),
+    "StackedModel": lambda: stacked_task()["0"],
+    "StackedTask": stacked_task,
     "Task": lambda: sk.embedded_zoo()["fashion_mnist_14x14"],
     "ShapeCost": lambda: sk.training_cost("mini", limit=1, seconds=0.01).shapes[0],
     "TrainingCost": lambda: sk.training_cost("mini", limit=2, seconds=0.01),

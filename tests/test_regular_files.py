@@ -28,6 +28,7 @@ from sharpkit.zoo.files import read_json
 from sharpkit.zoo.folder.table import read_table
 from sharpkit.zoo.shards.tfrecord import _count_records, read_shards
 from sharpkit.zoo.small_cnn_zoo.files import open_weights, read_layout, read_metrics
+from sharpkit.zoo.stacked.file import read_stack
 
 TABLE = pd.DataFrame({"task": ["=cmd|' /C calc'!A0", "t\x1b[2J"], "value": [-0.5, 1.0]})
 
@@ -147,6 +148,7 @@ READERS = {
     "read_matlab": (lambda path: read_matlab(path, ["X"], DataError), DataError),
     "read_torch": (lambda path: read_torch(path, str(path), ModelError), ModelError),
     "read_safetensors": (lambda path: read_safetensors(path, str(path), ModelError), ModelError),
+    "read_stack": (read_stack, ZooFormatError),
     "load_arrays": (load_arrays, DataError),
     "read_table": (read_table, ZooFormatError),
     "read_image_tree": (read_image_tree, DataError),

@@ -1,10 +1,10 @@
-"""`sharpkit zoo`: look into, download and train zoos."""
+"""`sharpkit zoo`: look into, download, convert and train zoos."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def zoo() -> None:
-    """Look into, check and download zoos of trained models."""
+    """Look into, check, download, convert and train zoos of networks."""
 
 
 def _accuracies(context: click.Context, option: click.Parameter, value: str) -> int | None:
@@ -73,6 +73,33 @@ def info(path: str, deep: bool, accuracies: int | None, csv: Path | None, **of_f
         sys.exit(1)
 
 
+LAYOUT = click.option(
+    "--layout",
+    default="pgdl",
+    show_default=True,
+    type=click.Choice(["pgdl", "stacked"]),
+    help="A directory per model, or files of many models of one shape, for thousands of them.",
+)
+
+
+@zoo.command()
+@click.argument("path")
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="The new zoo's root.")
+@LAYOUT
+def convert(path: str, to: Path, layout: Literal["pgdl", "stacked"]) -> None:
+    """Write the zoo at PATH, as of `zoo info`, in another layout; no bit of a model changes.
+
+    \b
+    Example:
+      sharpkit zoo convert big_zoo --layout stacked --to big_zoo_stacked
+    """
+    from sharpkit.zoo import write_zoo
+
+    found = zoo_at(path)
+    write_zoo(found, to, layout=layout)
+    say(f"{to}: {sum(map(len, found.values()))} models of {len(found)} tasks written")
+
+
 @zoo.command()
 @click.argument("name", type=click.Choice(["public", "phase-one", "phase-two"]))
 @click.option("--to", type=click.Path(path_type=Path), help="Target folder.")
@@ -118,10 +145,17 @@ def _stack(context: click.Context, option: click.Parameter, value: str) -> Any:
     help='Networks of one shape that train together: a number; "none" for one by one; "auto" for '
     "stacks on a GPU and none on a CPU.",
 )
+@LAYOUT
 def train(
-    grid: str, out: Path | None, dry_run: bool, data: str | None, workers: Workers, **options: Any
+    grid: str,
+    out: Path | None,
+    dry_run: bool,
+    data: str | None,
+    workers: Workers,
+    layout: Literal["pgdl", "stacked"],
+    **options: Any,
 ) -> None:
-    """Train one model for every setting of GRID and write them as a zoo in the PGDL layout.
+    """Train one model for every setting of GRID and write them as a zoo.
 
     GRID is a TOML file, or a preset: "mini" (the zoo that ships with sharpkit), "medium" (576
     networks on its data), "task1", "task2" or "task8" (the competition's grids), "svhn-nin" or
@@ -148,7 +182,7 @@ def train(
         raise click.UsageError(
             "--out is missing: where to write the zoo, or --dry-run for its cost"
         )
-    report = train_plan(read_plan(grid), out, data, workers=workers, **options)
+    report = train_plan(read_plan(grid), out, data, workers=workers, layout=layout, **options)
     say(
         f"{report.path}: {len(report.trained)} models trained, {len(report.skipped)} were there, "
         f"{len(report.failed)} failed"

@@ -102,7 +102,9 @@ class OneBatch(TorchFunctionMode):
 
     def _listed(self, args: tuple[Any, ...]) -> set[str]:
         """Names of held tensors in lists among the arguments."""
-        lists = [a for a in args if isinstance(a, list | tuple | dict)]
+        lists = [a for a in args if isinstance(a, list | tuple | dict) and not _is_sizes(a)]
+        if not lists:  # of most calls, of which a pass has hundreds
+            return set()
         leaves = {self._names.get(id(leaf)) for leaf in pytree.tree_leaves(lists)}
         return {name for name in leaves if name is not None}
 
@@ -202,6 +204,11 @@ class OneBatch(TorchFunctionMode):
                 call.inputs, target, *operands, call.geometry
             )
         return result
+
+
+def _is_sizes(listed: Any) -> bool:
+    """Whether these are numbers, such as axes or the size of a kernel."""
+    return isinstance(listed, tuple) and all(type(entry) is int for entry in listed)
 
 
 def _autocast(tensor: Tensor) -> Tensor:

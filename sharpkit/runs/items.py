@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from sharpkit.contract.precision import measuring_precision
 from sharpkit.digests import described, digest, digest_of_files, stamp
@@ -19,7 +22,10 @@ from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_mem
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome, Store
 from sharpkit.workers import error_message
-from sharpkit.zoo.task import ModelEntry, Task
+from sharpkit.zoo.keras import KerasModel
+from sharpkit.zoo.task import ModelEntry, Task, Weights
+
+_KEPT_BYTES = 2**28  # of the model that is kept
 
 
 class WorkItem(NamedTuple):
@@ -31,6 +37,35 @@ class WorkItem(NamedTuple):
     data: Any
 
 
+class LastLoaded:
+    """The model that was loaded last, as measures that come one after the other ask for it again.
+
+    Each gets a copy of its own: what one does to it, the next does not see. One model is kept, of
+    those that are layers and weights from files and nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[tuple[str, ...], nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_kept": None}  # other processes load their own
+
+    def load(self, key: tuple[str, ...], load: Callable[[], nn.Module]) -> nn.Module:
+        """What `load` gives, or a copy of what it gave for the same key.
+
+        Args:
+            key: Changes whenever the files do.
+            load: Called if the last key was another one.
+        """
+        if self._kept is None or self._kept[0] != key:
+            self._kept = None  # two are never in memory
+            model = load()
+            if not isinstance(model, KerasModel) or _bytes(model) > _KEPT_BYTES:
+                return model
+            self._kept = key, model
+        return copy.deepcopy(self._kept[1])
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Does a work item: loads the model, evaluates the measure, never raises."""
@@ -38,6 +73,7 @@ class Scorer:
     tasks: Mapping[str, Task]  # the zoo
     measures: Mapping[str, Measure]  # by name
     seed: int  # of the measures' random choices
+    last: LastLoaded = field(default_factory=LastLoaded)
 
     def __call__(self, item: WorkItem, device: str) -> Outcome:
         """The values, or the error, with where they come from."""
@@ -52,8 +88,8 @@ class Scorer:
         values: dict[str, Estimate] = {}
         dtype, message = None, None
         try:
-            weights_hash = _digest(task, files, weights_stamp, made_from)
-            model = entry.load().to(device)
+            weights_hash = _digest(task, item.model, measure, files, weights_stamp, made_from)
+            model = self._loaded(item, entry, weights_stamp).to(device)
             dtype = dtype_name(model)
             with measuring_precision():  # also for a user's own measures
                 values = evaluate_measure(
@@ -75,6 +111,12 @@ class Scorer:
             dtype=dtype,
             **circumstances(device),
         )
+
+    def _loaded(self, item: WorkItem, entry: ModelEntry, stamp: str) -> nn.Module:
+        # with nothing that tells a change, or nobody who asks again
+        if not stamp or "missing" in stamp or len(self.measures) == 1:
+            return entry.load()
+        return self.last.load((item.task, item.model, stamp), entry.load)
 
 
 def model_files(task: Task, model: str, measure: Measure) -> tuple[Path, ...]:
@@ -115,7 +157,7 @@ def pending(
             made_from = _made_from(tasks[name][model])
             now = _stamp(tasks[name], files) + made_from
             if known_hash and now != known_stamp:
-                found = _digest(tasks[name], files, now, made_from)
+                found = _digest(tasks[name], model, measures[measure], files, now, made_from)
                 if found and found != known_hash:
                     continue
                 if found:
@@ -172,14 +214,35 @@ def _data_hash(store: Store, name: str, task: Task) -> str | None:
         return None
 
 
+def _bytes(model: nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
 def _stamp(task: Task, files: Iterable[Path]) -> str:
     """Sizes and times of files, or what a server tells in their place: no file is read."""
     return stamp(files) if task.mirror is None else " ".join(map(task.mirror.stamp, files))
 
 
-def _digest(task: Task, files: Iterable[Path], stamp: str, made_from: str) -> str:
-    found = _digest_of_copies(_local(task, files), stamp)
+def _digest(
+    task: Task, model: str, measure: Measure, files: Iterable[Path], stamp: str, made_from: str
+) -> str:
+    """SHA-256 of what a measure of a model depends on; empty if a file cannot be read."""
+    own: Callable[[Weights], str] | None = getattr(task[model], "digest", None)
+    if own is None:
+        found = _digest_of_copies(_local(task, files), stamp)
+    else:
+        found = _digest_of_part(task, own, measure)
     return digest([found, made_from]) if found and made_from else found
+
+
+def _digest_of_part(task: Task, own: Callable[[Weights], str], measure: Measure) -> str:
+    """The same of a model whose files have other models as well."""
+    parts = [own("final")]
+    if getattr(measure, "needs_initial", False):
+        parts.append(own("initial"))
+    if getattr(measure, "needs_test_data", False):
+        parts.append(digest_of_files(_local(task, task.files("test"))))
+    return digest(parts) if all(parts) else ""
 
 
 def _made_from(entry: ModelEntry) -> str:

@@ -9,6 +9,7 @@ from sharpkit.zoo.info import zoo_info
 from sharpkit.zoo.keras import KerasModel, build_model, load_weights, read_weights, write_weights
 from sharpkit.zoo.pgdl import PgdlModel, PgdlTask
 from sharpkit.zoo.recomputed import Recomputed
+from sharpkit.zoo.stacked import StackedModel, StackedTask
 from sharpkit.zoo.task import ModelEntry, Task
 from sharpkit.zoo.writer import ZooWriter, write_zoo
 
@@ -20,6 +21,8 @@ __all__ = [
     "PgdlModel",
     "PgdlTask",
     "Recomputed",
+    "StackedModel",
+    "StackedTask",
     "Task",
     "Zoo",
     "ZooWriter",

@@ -20,10 +20,22 @@ def read_json(path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> Any:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(content, indent=1, default=_plain)
+    """Write JSON atomically; ZooFormatError for what would not be read again."""
+    data = f"{json_text(content, indent=1)}\n".encode()
+    values, most = doors.json_values(data), doors.MAX_JSON_VALUES
+    if values > most or len(data) > MAX_CONFIG_BYTES:
+        raise ZooFormatError(
+            f"{path}: not written, for it would have {values:,} values in {len(data):,} bytes, and "
+            f"at most {most:,} and {MAX_CONFIG_BYTES:,} are read. Divide the models between tasks, "
+            'or put them into stacks (layout="stacked")'
+        )
     with atomic_path(path) as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_bytes(data)
+
+
+def json_text(content: Any, indent: int | None = None) -> str:
+    """JSON, with numbers of numpy and torch as Python's."""
+    return json.dumps(content, indent=indent, default=_plain)
 
 
 def list_directory(path: Path) -> list[Path]:

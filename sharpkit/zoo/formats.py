@@ -15,6 +15,7 @@ from sharpkit.zoo.model_zoos import EXPECTED as MODEL_ZOO, model_zoo_tasks
 from sharpkit.zoo.pgdl import EXPECTED, pgdl_tasks
 from sharpkit.zoo.remote import Mirror, is_remote, local_path
 from sharpkit.zoo.small_cnn_zoo import EXPECTED as SMALL_CNN_ZOO, small_cnn_tasks
+from sharpkit.zoo.stacked import EXPECTED as STACKED, stacked_tasks
 from sharpkit.zoo.task import Task
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
+    "stacked": Format(stacked_tasks, STACKED),  # first: beside its tasks may be those of the next
     "PGDL": Format(pgdl_tasks, EXPECTED),
     "Small CNN Zoo": Format(small_cnn_tasks, SMALL_CNN_ZOO),
     "model zoos": Format(model_zoo_tasks, MODEL_ZOO),
@@ -63,7 +65,8 @@ def load_zoo(
     Of the PGDL competition's format, it accepts the root (`input_data` beside `reference_data`),
     `input_data` itself, a folder of tasks, or one task; model_configs.json may also lie beside the
     models. Models that the file does not list, entries without a model, and incomplete or doubled
-    grids are warned about.
+    grids are warned about. Tasks whose networks are in stacks (`ZooWriter(layout="stacked")`) may
+    lie among them.
 
     The Small CNN Zoo, model zoos and phase-transition zoos are opened by their unpacked folder, or
     by a folder of such folders. They come without images: put yours at `images` inside. Recorded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sharpkit.errors import ArgumentError
+from sharpkit.errors import ArgumentError, SharpkitError
 from sharpkit.zoo.formats import Zoo, find_tasks
 from sharpkit.zoo.pgdl import PgdlTask
 from sharpkit.zoo.pgdl.problems import pgdl_rows
@@ -66,9 +66,12 @@ def zoo_info(
         {"task": name, "problem": problem} for name, problem in opened.refused.items()
     ]
     for task in opened.values():
-        # whose files can be looked into without loading the models
-        found = pgdl_rows(task, deep) if isinstance(task, PgdlTask) else task_rows(task, deep)
-        rows += with_accuracies(task, found, accuracies)
+        try:
+            # whose files can be looked into without loading the models
+            found = pgdl_rows(task, deep) if isinstance(task, PgdlTask) else task_rows(task, deep)
+            rows += with_accuracies(task, found, accuracies)
+        except SharpkitError as error:  # of the files that say which models there are
+            rows.append({"task": task.name, "problem": str(error)})
     again = AGAIN if any(AGAIN[0] in row for row in rows) else []
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *again])
     counts = {"layers": "Int64", "parameters": "Int64", "model": "string"}

@@ -24,6 +24,10 @@ class ModelEntry(Protocol):
 
     If `load` depends on more than its files, an entry has a text `made_from` that tells on what: a
     model whose text has changed is scored again.
+
+    Where a file has several models, a method `digest(weights)`, if there is one, gives the SHA-256
+    of what `load(weights)` reads for this model alone: then a change in `files` means that the
+    model is scored again only if its digest has changed too.
     """
 
     @property

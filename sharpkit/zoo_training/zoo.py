@@ -1,4 +1,4 @@
-"""A hyperparameter grid turned into a trained zoo on disk, in the PGDL competition's layout.
+"""A hyperparameter grid turned into a trained zoo on disk, in the PGDL layout or in stacks.
 
 Every setting of the grid becomes one small VGG-like network, trained by SGD until its training
 loss, in eval mode over the whole training set, falls to the recipe's target: models then differ in
@@ -34,9 +34,8 @@ from sharpkit.run_directory import read_claim, refuse_another, sole_driver, writ
 from sharpkit.safe_text import printable
 from sharpkit.training.settings import check_whole
 from sharpkit.workers import Failure, Workers, on_one_thread, run_items
-from sharpkit.zoo.files import read_json
 from sharpkit.zoo.keras.model import build_model
-from sharpkit.zoo.writer import ZooWriter
+from sharpkit.zoo.writer import Layout, ZooWriter, check_layout
 from sharpkit.zoo_training.grid_file import ZooPlan, settings_of
 from sharpkit.zoo_training.model import TrainedModel, train_model
 from sharpkit.zoo_training.recipe import Recipe
@@ -104,6 +103,7 @@ def train_zoo(
     workers: int | Workers = 1,
     device: str = "cpu",
     stack: Stack = None,
+    layout: Layout = "pgdl",
     progress: bool = True,
 ) -> TrainingReport:
     """Train one model for each setting of a grid and write them as a zoo.
@@ -131,6 +131,8 @@ def train_zoo(
         stack: How many networks of one shape and batch size train together in one process: a
             number, which memory may lower; None for one by one; "auto" for None on a CPU, and on a
             GPU for as many as keep it busy. It changes weights by rounding alone.
+        layout: "pgdl" for a directory per model; "stacked" for a file per 64 models of one shape,
+            which thousands of models need. `write_zoo` turns one into the other.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -159,6 +161,7 @@ def train_zoo(
     recipe = Recipe() if recipe is None else recipe
     check_device(device)
     check_stack(stack)
+    check_layout(layout)
     check_whole("replicates", replicates, 1)
     _check(grid, train, test)
     trainers = on_one_thread(workers)
@@ -173,18 +176,20 @@ def train_zoo(
         "shipped_test": shipped,
         "data": digest([*train.tensors, *test.tensors]),
     } | ({"replicates": replicates} if replicates > 1 else {})  # earlier zoos do not say 1
+    if layout != "pgdl":  # nor do they say this
+        plan["layout"] = layout
     root = Path(out)
     with sole_driver(root):
         written = root / "input_data" / task, root / "reference_data" / task, root / "training"
         for folder in written:
             remove_leftovers(folder, *(p for p in folder.rglob("*") if p.is_dir()))
-        writer = ZooWriter(root, shard_size=min(_SHARD_SIZE, max(len(train), shipped)))
+        size = min(_SHARD_SIZE, max(len(train), shipped))
+        writer = ZooWriter(root, shard_size=size, layout=layout)
         with disk_errors(root):
             names = _claim(root / "training" / f"{task}.json", plan)
             writer.write_dataset(task, "train", *train.tensors)
             writer.write_dataset(task, "test", *(t[:shipped] for t in test.tensors))
-        configs = root / "reference_data" / task / "model_configs.json"
-        done = _finished(configs)
+            done = _finished(writer, task)
         skipped = [i for i in wanted if i in done]
         todo = {i: recipes[i] for i in wanted if i not in done}
         arrays = [t.numpy() for data in (train, test) for t in data.tensors]
@@ -204,6 +209,8 @@ def train_zoo(
                         possible = {names[name]: list(values) for name, values in grid.items()}
                         _write(writer, task, i, result, setting, possible)
                 bar.update()
+        with disk_errors(root):
+            writer.finish()
     trained = [i for i in todo if i not in failed]
     return TrainingReport(root, trained, skipped, {i: failed[i] for i in todo if i in failed})
 
@@ -326,11 +333,14 @@ def _claim(path: Path, plan: Mapping[str, Any]) -> dict[str, str]:
     return dict(zip(now, noted["grid"], strict=True))
 
 
-def _finished(configs: Path) -> dict[str, Any]:
+def _finished(writer: ZooWriter, task: str) -> dict[str, Any]:
     """The entries of the models that are done, as the zoo lists them."""
-    done = read_json(configs) if configs.exists() else {}
+    done: Any = writer.entries(task)
     if not isinstance(done, dict):
-        raise RunError(f"{configs}: found {shown(done)}, expected an object with a name per model")
+        raise RunError(
+            f"{writer.path}, task {task}: its model_configs.json is {shown(done)}, expected an "
+            "object with a name per model"
+        )
     return done
 
 

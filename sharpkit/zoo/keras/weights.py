@@ -7,7 +7,7 @@ Everything a file declares is checked against the model and the file's size befo
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,12 +85,31 @@ def load_weights(model: KerasModel, path: str | Path) -> None:
             (slot.target, slot.to_torch(torch.from_numpy(read_array(path, name, dataset))))
             for name, slot, dataset in _match(model, path, layers)
         ]
+    assign_weights(model, loaded)
+
+
+def assign_weights(model: KerasModel, loaded: Iterable[tuple[str, Tensor]]) -> None:
+    """Set parameters and buffers by their dotted names; what no file has is then zero."""
     for target, value in loaded:
         _assign(model, target, value)
     for module in model.modules():  # BatchNorm's step counter is not in the file
         counter = getattr(module, "num_batches_tracked", None)
         if isinstance(counter, Tensor) and counter.is_meta:
             module.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+
+
+def weights_to_write(model: KerasModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What files keep of a state dict, on the CPU.
+
+    Raises:
+        ModelError: A weight is missing, of another shape, not float32, or NaN or infinite.
+    """
+    slots = [slot for _, of_layer in model.slots for slot in of_layer]
+    checked = {slot.target: _checked(state, slot) for slot in slots}
+    for slot in slots:
+        if (shape := tuple(checked[slot.target].shape)) != slot.torch_shape:
+            raise ModelError(f"{slot.target} has shape {shape}; expected {slot.torch_shape}")
+    return checked
 
 
 def check_weights(model: KerasModel, path: str | Path) -> None:
@@ -200,13 +219,17 @@ def _assign(model: nn.Module, target: str, value: Tensor) -> None:
 
 
 def _to_array(state: Mapping[str, Tensor], slot: Slot) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = slot.to_keras(_checked(state, slot)).contiguous().numpy()
+    return array
+
+
+def _checked(state: Mapping[str, Tensor], slot: Slot) -> Tensor:
     if slot.target not in state:
         raise ModelError(f"the state to write has no {slot.target!r}")
     tensor = state[slot.target].detach().cpu()
     if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
         raise ModelError(f"{slot.target} must be finite float32 to be written, got {tensor.dtype}")
-    array: NDArray[np.float32] = slot.to_keras(tensor).contiguous().numpy()
-    return array
+    return tensor
 
 
 def _write_names(group: Any, key: str, names: list[str]) -> None:

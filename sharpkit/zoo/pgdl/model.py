@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sharpkit.display import readable
-from sharpkit.doors import shown
 from sharpkit.errors import ArgumentError, ZooFormatError
 from sharpkit.zoo.files import read_json
+from sharpkit.zoo.pgdl.recorded import gap_of, hyperparameters_of, metrics_of
 from sharpkit.zoo.task import Weights
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 
     from sharpkit.zoo.keras import KerasModel
     from sharpkit.zoo.pgdl.task import PgdlTask
+    from sharpkit.zoo.stacked.model import StackedModel
 
 WEIGHT_FILES = {"final": "weights.hdf5", "initial": "weights_init.hdf5"}
 
@@ -87,48 +87,20 @@ class PgdlModel:
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Hyperparameter name to this model's value."""
-        hparams = self._section("hparams")
-        for name, h in hparams.items():
-            if not isinstance(h, dict) or "current_value" not in h:
-                raise self._config_error(f"hyperparameter {shown(name)} has no current_value")
-        return {name: h["current_value"] for name, h in hparams.items()}
+        return hyperparameters_of(self.task, self.id)
 
     @property
     def metrics(self) -> dict[str, float]:
         """train_acc, test_acc and whatever else was recorded at the end of training."""
-        metrics = self._section("metrics")
-        for name, value in metrics.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            # an int may be beyond every float, which isfinite takes ill
-            if not is_number or not abs(value) <= sys.float_info.max:
-                raise self._config_error(
-                    f"metric {shown(name)} is {shown(value)}; expected a finite number"
-                )
-        return {name: float(value) for name, value in metrics.items()}
+        return metrics_of(self.task, self.id)
 
     @property
     def generalization_gap(self) -> float:
         """Training accuracy minus test accuracy."""
-        metrics = self.metrics
-        for name in ("train_acc", "test_acc"):
-            if name not in metrics:
-                raise self._config_error(f"metric {name!r} is missing")
-        return metrics["train_acc"] - metrics["test_acc"]
-
-    def _section(self, key: str) -> dict[str, Any]:
-        entry = self.task.model_configs.get(self.id)
-        if entry is None:
-            raise self._config_error("no such entry")
-        section = entry.get(key) if isinstance(entry, dict) else None
-        if not isinstance(section, dict):
-            raise self._config_error(f"{key!r} is missing or not an object")
-        return section
-
-    def _config_error(self, message: str) -> ZooFormatError:
-        return ZooFormatError(f"{self.task.model_configs_path}: model {self.id}: {message}")
+        return gap_of(self.task, self.id)
 
 
-def models_table(models: Sequence[PgdlModel]) -> pd.DataFrame:
+def models_table(models: Sequence[PgdlModel | StackedModel]) -> pd.DataFrame:
     """One row per model: task, model, hyperparameters, metrics.
 
     A hyperparameter and a metric of the same name are two columns.

@@ -226,7 +226,7 @@ def pgdl_tasks(path: Path, mirror: Mirror | None) -> tuple[list[PgdlTask], dict[
     No file is opened. None of either: this is no zoo of this format.
     """
     refused: dict[str, str] = {}
-    for root in _candidates(path):
+    for root in candidates(path):
         if model_directories(root):
             return [_task(root.resolve().name, root, mirror)], {}
         tasks = []
@@ -247,17 +247,22 @@ def pgdl_tasks(path: Path, mirror: Mirror | None) -> tuple[list[PgdlTask], dict[
 
 
 def _task(name: str, path: Path, mirror: Mirror | None) -> PgdlTask:
-    """A task, unless its path is one that no table and no database can keep."""
+    """A task, unless its path is no text."""
+    require_text(path)
+    return PgdlTask(name, path, mirror)
+
+
+def require_text(path: Path) -> None:
+    """ZooFormatError for a path that no table and no database can keep."""
     try:
         str(path.resolve()).encode()
     except UnicodeEncodeError:
         raise ZooFormatError(
             f"{path}: the name of this folder, or of one above it, is not UTF-8; rename it"
         ) from None
-    return PgdlTask(name, path, mirror)
 
 
-def _candidates(path: Path) -> Iterator[Path]:
+def candidates(path: Path) -> Iterator[Path]:
     """Directories that may hold tasks: input_data below the path, the path, one folder deeper."""
     children = list_directory(path)  # raises if there is nothing to read
     if is_folder(path / "input_data"):
