@@ -61,7 +61,11 @@ class Spectra:
         """One row per model: its size, λmax, λmax/λ5, trace, norm, loss and errors."""
         import pandas as pd
 
-        return pd.DataFrame([{"model": name, **row} for name, row in self.summary.items()])
+        rows = [
+            {"model": name} | {k: np.nan if v is None else v for k, v in row.items()}
+            for name, row in self.summary.items()
+        ]
+        return pd.DataFrame(rows).drop(columns=["eigenvalues", "residual_norms"], errors="ignore")
 
 
 @dataclass(frozen=True)

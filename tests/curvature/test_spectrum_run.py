@@ -40,6 +40,7 @@ def test_it_writes_what_it_promises(tmp_path):
     assert row["lambda_max"] == row["eigenvalues"][0]
     assert row["parameters"] == 34
     assert len(result.frame()) == 2
+    assert result.frame().drop(columns="model").dtypes.map(lambda kind: kind.kind in "if").all()
 
 
 def test_it_resumes_per_model(tmp_path):
