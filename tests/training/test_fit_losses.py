@@ -23,7 +23,8 @@ def test_a_regression_is_trained_with_its_loss(optimizer):
     model, (x, y) = nn.Linear(3, 1), _regression()
     result = fit(
         model, (x, y), (x[:20], y[:20]), epochs=30, optimizer=optimizer, loss="mse",
-        rho=0.01 if optimizer == "sam" else None, batch_size=16, lr=0.05, weight_decay=0.0, progress=False,
+        rho=0.01 if optimizer == "sam" else None, batch_size=16, lr=0.05, weight_decay=0.0,
+        progress=False,
     )  # fmt: skip
     last = result.history.iloc[-1]
     expected = 0.5 * (model(x).double() - y.double()).square().mean()
