@@ -59,6 +59,7 @@ def test_from_zoo_to_figure(zoo_path, tmp_path):
     assert not (out / "evaluation.csv").exists()  # that table is of `evaluate` alone
 
 
+@pytest.mark.slow
 def test_plot_weights_pairs_by_the_test_size_as_evaluate_does(zoo_path, tmp_path):
     out = tmp_path / "run"
     run("score", zoo_path, "--task", "first", "--out", out, "--m", "1,4", "--rho", "0.1")
@@ -72,6 +73,7 @@ def test_plot_weights_pairs_by_the_test_size_as_evaluate_does(zoo_path, tmp_path
     assert unweighted != table
 
 
+@pytest.mark.slow
 def test_score_takes_tasks_limits_and_subsets(zoo_path, tmp_path):
     out = tmp_path / "run"
     arguments = ("score", zoo_path, "--out", out, "--m", "2", "--task", "second", "--n", 10)

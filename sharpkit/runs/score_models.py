@@ -6,7 +6,7 @@ import gc
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,7 @@ def score_models(
         )
         with (
             limited_threads(threads),
+            _cheap_collections(),
             progress_bar(
                 total=len(models) * len(named), desc="score", unit="model", progress=progress
             ) as bar,
@@ -179,6 +180,18 @@ def score_models(
                 gc.collect()  # modules may refer to themselves, and the next needs the memory
         scorer.settle()
     return finished(store, run)
+
+
+@contextmanager
+def _cheap_collections() -> Iterator[None]:
+    """Let collections pass over what exists by now, which takes longer than a small model does."""
+    of_others = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not of_others:
+            gc.unfreeze()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from architecture_generator import Architecture, make_architecture
+from cores import slow_beyond
 from layer_blocks import BLOCKS, EMBEDDINGS
 from plain_references import Reference, has_double_backward, real
 from random_losses import LOSSES
@@ -34,7 +35,7 @@ EXACT = 1e-8
 # differences are settled to 1e-8 in the rule, and at a kink nearby to 1e-6
 DIFFERENCES = 3e-6
 
-seeds = pytest.mark.parametrize("seed", SEEDS)
+seeds = pytest.mark.parametrize("seed", slow_beyond(24, SEEDS))
 pytestmark = pytest.mark.filterwarnings("ignore")  # what is left out, and which engine is used
 
 

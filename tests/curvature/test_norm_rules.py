@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cores import slow_beyond
 from curvature_cases import make, relative
 from torch import nn
 from torch.nn import functional as F
@@ -70,7 +71,7 @@ def nodes_of(model, x):
     return names
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("rank", slow_beyond(1, [2, 1, 3]))
 @pytest.mark.parametrize("folded", [True, False])
 @pytest.mark.parametrize(
     "options",

@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
+from cores import slow_beyond
 from curvature_cases import BUILDERS, dense_hessian, make, relative
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,7 +149,7 @@ def quick_compiler(monkeypatch):
 
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", slow_beyond(1, BUILDERS))
 def test_compiled_products_are_the_eager_ones(name, kind):
     model, data = make(name)
     eager = kind(model, data, chunk=6)

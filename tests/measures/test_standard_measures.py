@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import CASES
+from cores import slow_beyond
 from torch.utils.data import DataLoader, TensorDataset
 
 from sharpkit.errors import ArgumentError, DataError, ModelError
@@ -82,7 +83,7 @@ def assert_same(before, after):
 
 
 @pytest.mark.parametrize("name", MEASURES)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", slow_beyond(2, CASES), ids=lambda c: c.name)
 def test_a_measure_is_finite_deterministic_and_leaves_no_trace(case, name):
     model, initial, data = network(case)
     measure = MEASURES[name]

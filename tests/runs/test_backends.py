@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from clusters import local_ray
+from cores import slow_beyond
 from pace import start_seconds
 from zoos import finished_models, write_image_zoo, write_small_zoo
 
@@ -72,7 +73,7 @@ def test_worker_processes_give_the_same_bits_and_leave_no_data_behind(
     assert names - store == {"scores.csv", "scores_columns.csv"}
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["grey", "colour"])
+@pytest.fixture(scope="module", params=slow_beyond(1, [3, 1]), ids=["colour", "grey"])
 def images(request, tmp_path_factory):
     """A zoo of images, and what this process makes of every standard measure."""
     path = tmp_path_factory.mktemp("images") / "zoo"

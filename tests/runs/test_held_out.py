@@ -201,6 +201,7 @@ def test_a_second_start_computes_nothing_again(run, monkeypatch):
     again.close()
 
 
+@pytest.mark.slow
 def test_worker_processes_give_the_same(run):
     scores = sk.score_zoo(
         sk.embedded_zoo(), MEASURE, n=16, limit=2, test_metrics=True,

@@ -125,6 +125,7 @@ def without_rules(config):
     return {key: value for key, value in config.items() if key not in gone}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_the_same_rules_and_precision(run, tmp_path):
     out = tmp_path / "run"
     with precision("tf32"):
@@ -132,6 +133,7 @@ def test_a_run_goes_on_under_the_same_rules_and_precision(run, tmp_path):
         run(out)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_precision(run, tmp_path):
     out = tmp_path / "run"
     run(out)

@@ -9,6 +9,7 @@ import weakref
 import pandas as pd
 import pytest
 import torch
+from cores import slow_beyond
 from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -123,7 +124,7 @@ def test_models_are_left_as_they_were(models):
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("shuffle", slow_beyond(1, [True, False]))
 def test_data_sets_and_loaders_give_the_same(models, shuffle):
     pairs = [TensorDataset(*TRAIN), TensorDataset(*TEST)]
     loaders = [DataLoader(data, batch_size=10, shuffle=shuffle) for data in pairs]
