@@ -10,8 +10,9 @@ from torch.autograd.graph import GradientEdge
 
 from sharpkit.contract.examples import Examples
 from sharpkit.curvature.chunks import Linearised
+from sharpkit.curvature.differences import STEPS, extrapolated, moved
 from sharpkit.curvature.operator import CurvatureOperator, owning_edge
-from sharpkit.curvature.second_derivatives import Moved
+from sharpkit.curvature.second_derivatives import Moved, Tensors
 
 
 class HessianOperator(CurvatureOperator):
@@ -116,9 +117,25 @@ class HessianOperator(CurvatureOperator):
 
         return Linearised(mean.detach(), weight, problem.real(gradient), product)
 
-    def _by_differences(self, moved: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
+    def _by_differences(self, at: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
         def slopes(leaves: Sequence[Tensor]) -> list[Tensor]:
             return self._problem.slopes(leaves, chunk)
 
-        pairs = zip(moved(step, slopes), moved(-step, slopes), strict=True)
+        pairs = zip(at(step, slopes), at(-step, slopes), strict=True)
         return [(above - below) / (2 * step) for above, below in pairs]
+
+    def _difference(self, vector: Tensors, step: float) -> Sequence[Tensors]:
+        weights = list(self._problem.weights.values())
+        values = [
+            self._problem.at(moved(weights, vector, place * step), self._gradient)
+            for place in STEPS
+        ]
+        return extrapolated(values, list(self.split(self.gradient).values()), step)
+
+    def _gradient(self, leaves: Tensors) -> list[Tensor]:
+        """The gradient of the mean loss of all examples, at leaves that the model holds."""
+        total = [torch.zeros_like(w) for w in self._problem.weights.values()]
+        for chunk in self._chunks:
+            part = self._problem.slopes(leaves, self._examples(chunk))
+            torch._foreach_add_(total, part, alpha=self._share(chunk.weight))
+        return total
