@@ -39,7 +39,7 @@ Attempt: TypeAlias = Callable[[float], Sequence[Tensors]]
 STEPS = (-2.0, -1.0, 1.0, 2.0)  # where F is computed, in units of the step
 TOLERANCES = {torch.float32: 1e-2, torch.float64: 1e-6}  # relative errors
 _FACTOR = 8.0  # between the steps that are tried
-_TRIES = 4  # smaller steps at most
+_TRIES = 5  # steps at most, with the first, before larger ones
 _FARTHEST = 0.05  # how far a step may move the weights, of their size
 _SPIKE = 10.0  # the largest entry of a vector may be so many times the mean one
 _LEAST = 0.1  # of the largest scale of weights: zero biases have none of their own
@@ -52,8 +52,8 @@ class Difference:
     Attributes:
         product: One tensor per parameter.
         error: The estimate of the norm of its error.
-        relative: The same relative to the norm of the product, or to what other products of as
-            long a vector have.
+        relative: The same relative to the norm of the product, or to that of a random vector as
+            long, if that is more.
         step: The step h.
     """
 
@@ -70,7 +70,7 @@ class Differences:
     Attributes:
         weights: One tensor per parameter.
         tolerance: Relative error that a product may have.
-        scale: ‖A u‖ of a unit vector u that is known; 0 before one is.
+        scale: ‖A u‖ of a random unit vector u; 0 before it is known.
         errors: The estimated errors of the last products.
         largest: The largest error so far of the product with a unit vector.
     """
@@ -100,19 +100,17 @@ class Differences:
         self.errors = tuple(errors)
 
 
-def probe(gradient: Tensor) -> Tensor:
-    """A vector of shape (P,) with a share in sharp directions: seeded, plus that of the gradient.
+def probe(size: int) -> Tensor:
+    """A seeded random unit vector of shape (P,), in float64.
 
     Example:
-        >>> probe(torch.zeros(9)).norm()
-        tensor(1.)
+        >>> round(float(probe(9).norm()), 6)
+        1.0
     """
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn(len(gradient), generator=generator, dtype=torch.float64)
-    vector = (drawn / drawn.norm()).to(gradient.dtype).to(gradient.device)
-    length = gradient.norm()
-    towards: Tensor = vector + gradient / torch.where(length > 0, length, 1.0)
-    return towards
+    drawn = torch.randn(size, generator=generator, dtype=torch.float64)
+    unit: Tensor = drawn / drawn.norm()
+    return unit
 
 
 def first_step(weights: Tensors, vector: Tensors) -> float:
@@ -129,11 +127,13 @@ def first_step(weights: Tensors, vector: Tensors) -> float:
         >>> f"{first_step([w], [v]):.1e}"
         '3.0e-06'
     """
-    roots = [math.sqrt(max(w.numel(), 1)) for w in weights]
+    filled = [(w, v) for w, v in zip(weights, vector, strict=True) if w.numel()]
+    given, along = (list(tensors) for tensors in zip(*filled, strict=True))
+    roots = [math.sqrt(w.numel()) for w in given]
     sizes, moves, peaks = torch.stack(
         [
-            torch.stack([n.double() for n in torch._foreach_norm(list(given), order)])
-            for given, order in ((weights, 2), (vector, 2), (vector, math.inf))
+            torch.stack(torch._foreach_norm(tensors, order, dtype=torch.float64))
+            for tensors, order in ((given, 2), (along, 2), (along, math.inf))
         ]
     ).tolist()
     rms = [size / root for size, root in zip(sizes, roots, strict=True)]
@@ -193,14 +193,14 @@ def within_tolerance(
     """The product of one vector, at the first step where the estimate is below the tolerance.
 
     The error may be `tolerance` times the norm of the product, or times `scale` ‖v‖, if that is
-    more. Steps shrink by 8 as long as that helps, then grow.
+    more. Steps shrink by 8 until kinks are outside, and if that does not help, grow over rounding.
 
     Args:
         attempt: The product and both terms of E for a step.
         weights: One tensor per parameter.
         vector: One tensor per parameter.
         tolerance: Relative error allowed.
-        scale: A norm ‖A u‖ of a unit vector u that is known.
+        scale: The norm ‖A u‖ for a random unit vector u.
 
     Raises:
         ModelError: If no step is good enough, with the least estimate.
@@ -210,20 +210,13 @@ def within_tolerance(
         return Difference([torch.zeros_like(v) for v in vector], 0.0, 0.0, 0.0)
     judged = partial(_judged, attempt, weights, vector, scale)
     larger = int(math.log(_FARTHEST / _relative_step(weights[0].dtype), _FACTOR))
-    first = best = judged(start)
-    for factor, tries in ((1 / _FACTOR, _TRIES), (_FACTOR, larger)):
-        last, step = first, start
-        for _ in range(tries):
-            if best.relative <= tolerance:
-                return best
-            step *= factor
-            found = judged(step)
-            best = min(best, found, key=lambda d: d.relative)
-            if not found.relative < last.relative:
-                break
-            last = found
-    if best.relative <= tolerance:
-        return best
+    smaller = [start / _FACTOR**i for i in range(_TRIES)]
+    best = Difference([], math.inf, math.inf, start)
+    for step in (*smaller, *(start * _FACTOR**i for i in range(1, larger + 1))):
+        found = judged(step)
+        if found.relative <= tolerance:
+            return found
+        best = min(best, found, key=lambda d: d.relative)
     raise ModelError(
         "the product by finite differences is uncertain: its error is estimated as "
         f"{best.relative:.2g} of its norm, at a step of {best.step:.2g}, and the tolerance is "
@@ -255,6 +248,6 @@ def _relative_step(dtype: torch.dtype) -> float:
 
 def norm_of(tensors: Tensors) -> Tensor:
     """The norm of all tensors together, a float64 scalar on their device."""
-    norms = torch._foreach_norm(list(tensors))
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
+    norms = torch._foreach_norm(list(tensors), dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm

@@ -387,7 +387,8 @@ class CurvatureOperator(ABC):
             mean, weight = problem.terms(chunk)
             gradient: Sequence[Tensor | None] = [None] * len(leaves)
             if mean.requires_grad:
-                gradient = torch.autograd.grad(mean, leaves, allow_unused=True)
+                shared = problem.function.has_complex  # the graph of pairs viewed as numbers
+                gradient = torch.autograd.grad(mean, leaves, retain_graph=shared, allow_unused=True)
         return Linearised(mean.detach(), weight, problem.real(gradient), _of_no_chunk)
 
     def _loss_graph(self, examples: Examples) -> object:
@@ -453,7 +454,7 @@ class CurvatureOperator(ABC):
         Raises:
             ModelError: If they do not.
         """
-        vector = probe(self.gradient)
+        vector = probe(self.shape[0]).to(self.dtype).to(self.device)
         product = torch.zeros_like(vector)
         inputs, outputs = ([list(self.split(t).values())] for t in (vector, product))
         try:

@@ -155,7 +155,8 @@ def _unlike_the_loss(problem: Problem, few: Examples, direction: Tensors) -> str
         return ""
     return (
         f"the loss changes by {(above - below) / (2 * step):.6g} along a direction, and its "
-        f"gradient says {slope:.6g} (a detach, a hook, a straight-through estimator?)"
+        f"gradient says {slope:.6g} (a detach, a hook, a straight-through estimator, or a ReLU of "
+        "exactly 0?)"
     )
 
 
