@@ -5,11 +5,11 @@
 
 Everything is measured in interleaved rounds, so that a slow moment of the machine hits all
 contenders: one Hessian-vector product in units of a gradient pass, of a CNN and of a ResNet-20, as
-it is and compiled (where there is a C++ compiler), and by finite differences, of a smooth network;
-an 80-step density with one and four probes; agreement of the top five eigenvalues; peak memory, each contender in a process of its
-own; and how the cost grows with data, steps and parameters (`--figure` draws it). Every contender
-runs at the batch size that is fastest for it. `--clock cpu` counts processor time instead of wall
-time: steadier on a busy machine.
+it is and compiled (where there is a C++ compiler), and of a smooth network by finite differences;
+an 80-step density with one and four probes; agreement of the top five eigenvalues; peak memory,
+each contender in a process of its own; and how the cost grows with data, steps and parameters
+(`--figure` draws it). Every contender runs at the batch size that is fastest for it. `--clock cpu`
+counts processor time instead of wall time: steadier on a busy machine.
 """
 
 from __future__ import annotations

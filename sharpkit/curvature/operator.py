@@ -43,6 +43,7 @@ from sharpkit.curvature.second_derivatives import (
     Product,
     Tensors,
     choose_mode,
+    without_padding,
 )
 from sharpkit.curvature.together import can_go_together, products_together
 from sharpkit.errors import ArgumentError, DataError, ModelError
@@ -445,8 +446,9 @@ class CurvatureOperator(ABC):
         first = self._chunks[0]
         with plain_rules(), self._problem.function.evaluating():
             check_repeated([first], [self._problem.terms(self._examples(first))[0].detach()])
+        vectors = [without_padding(self._problem, vector) for vector in inputs]
         with plain_rules():
-            self._differences.add(self._difference, inputs, outputs)
+            self._differences.add(self._difference, vectors, outputs)
 
     def _probe_differences(self) -> None:
         """One product: whether differences tell at all, and how large products are.
@@ -454,6 +456,15 @@ class CurvatureOperator(ABC):
         Raises:
             ModelError: If they do not.
         """
+        gradient = list(self.split(self.gradient).values())
+        for name, a, b in zip(
+            self.parameters, gradient, without_padding(self._problem, gradient), strict=True
+        ):
+            if a is not b and not torch.equal(a, b):
+                raise ModelError(
+                    f"a row of {name!r} is padding in one place and weights in another, and "
+                    "differences cannot move the one alone: leave padding_idx out"
+                )
         vector = probe(self.shape[0]).to(self.dtype).to(self.device)
         product = torch.zeros_like(vector)
         inputs, outputs = ([list(self.split(t).values())] for t in (vector, product))
@@ -515,7 +526,7 @@ class CurvatureOperator(ABC):
     def _warn(self) -> None:
         if self._why and self.mode == "finite difference":
             warnings.warn(
-                "using finite differences, some four gradients for a product, which has an "
+                "using finite differences, some five gradients for a product, which has an "
                 f"estimated error: the model cannot be differentiated twice: {self._why}",
                 stacklevel=3,
             )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.checks import close, reason
-from sharpkit.contract.embeddings import renormalised
+from sharpkit.contract.embeddings import padding_rows, renormalised
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.precision import current_precision
 from sharpkit.curvature.plain_rules import plain_rules
@@ -124,15 +124,43 @@ def no_gradient(
     The loss must change along a direction as its gradient says,
     [L(w + h v) − L(w − h v)] / 2h = ∇L(w)·v, and u·Hv must be v·Hu.
     """
+    named, scaled = problem.function.model.named_parameters(), renormalised(problem.function.model)
+    limited = [name for name, p in named if id(p) in scaled and name in problem.weights]
+    if limited:
+        return (
+            f"rows of {limited[0]!r} are scaled to max_norm wherever they move, and the gradient "
+            "does not know (leave the table out by parameters=)"
+        )
+    anywhere = without_padding(problem, [torch.ones_like(w) for w in problem.weights.values()])
     with plain_rules():
         other = reference_product(problem, few, differences, (reference.second, reference.first))
-        failure = _unlike_the_loss(problem, few, reference.first)
+        failure = _unlike_the_loss(problem, few, _direction(problem, anywhere, 2))
     if failure:
         return failure
     if reference.product is None or other.product is None:
         return "they differ from step to step, also on a few examples"
     asymmetry = max(reference.tolerance, other.tolerance)
     return _asymmetry(reference, reference.product, other.product, asymmetry)
+
+
+def without_padding(problem: Problem, vector: Tensors) -> list[Tensor]:
+    """A vector with zeros in the rows that are padding, copied where there are any.
+
+    Their gradient is 0 by definition, and so are their rows and columns of the matrix, though
+    gradients of others change when they move.
+    """
+    rows, own = padding_rows(problem.function.model), problem.function.model.named_parameters()
+    of = {name: rows[id(p)] for name, p in own if id(p) in rows}
+    return [
+        _with_zeros(v, of[name]) if name in of else v
+        for name, v in zip(problem.weights, vector, strict=True)
+    ]
+
+
+def _with_zeros(table: Tensor, row: int) -> Tensor:
+    table = table.clone()
+    table[row] = 0.0
+    return table
 
 
 def _unlike_the_loss(problem: Problem, few: Examples, direction: Tensors) -> str:

@@ -139,6 +139,44 @@ def test_a_copy_of_the_model_where_it_cannot_be_held():
         assert relative(kind(model, data, **BY).to_dense(), exact) < 1e-8
 
 
+class Words(nn.Module):
+    """Embedded tokens, averaged; the padding row is not zero."""
+
+    def __init__(self, tied=False, **options):
+        super().__init__()
+        self.table = nn.Embedding(20, 8, **options)
+        self.head = nn.Linear(8, 3)
+        self.tied = tied
+        with torch.no_grad():
+            self.table.weight[0] = 1.0
+
+    def forward(self, tokens):
+        x = torch.tanh(self.table(tokens)).mean(1)
+        return (x @ self.table.weight.T)[:, :3] if self.tied else self.head(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_rows_do_not_move_and_batches_may_differ_in_length(kind):
+    torch.manual_seed(0)
+    model = Words(padding_idx=0).double()
+    data = [(torch.randint(0, 20, (7, k)), torch.arange(7) % 3) for k in (3, 5, 9)]
+    assert relative(kind(model, data, **BY).to_dense(), kind(model, data).to_dense()) < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_norm": 1.0}, "rows of 'table.weight' are scaled to max_norm"),
+        ({"padding_idx": 0, "tied": True}, "not symmetric|padding in one place"),
+    ],
+)
+def test_weights_that_differences_cannot_move_are_refused(options, message):
+    torch.manual_seed(0)
+    data = torch.randint(0, 20, (12, 5)), torch.arange(12) % 3
+    with pytest.raises(ModelError, match=message):
+        HessianOperator(Words(**options).double(), data, **BY)
+
+
 # --- how good ---------------------------------------------------------------------------------
 
 
