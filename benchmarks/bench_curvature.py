@@ -5,11 +5,11 @@
 
 Everything is measured in interleaved rounds, so that a slow moment of the machine hits all
 contenders: one Hessian-vector product in units of a gradient pass, of a CNN and of a ResNet-20, as
-it is and compiled (where there is a C++ compiler); an 80-step density with one and
-four probes; agreement of the top five eigenvalues; peak memory, each contender in a process of its
-own; and how the cost grows with data, steps and parameters (`--figure` draws it). Every contender
-runs at the batch size that is fastest for it. `--clock cpu` counts processor time instead of wall
-time: steadier on a busy machine.
+it is and compiled (where there is a C++ compiler), and of a smooth network by finite differences;
+an 80-step density with one and four probes; agreement of the top five eigenvalues; peak memory,
+each contender in a process of its own; and how the cost grows with data, steps and parameters
+(`--figure` draws it). Every contender runs at the batch size that is fastest for it. `--clock cpu`
+counts processor time instead of wall time: steadier on a busy machine.
 """
 
 from __future__ import annotations
@@ -296,6 +296,29 @@ def products_of(network: str, model, data, target: str, arguments) -> Iterator[R
         yield Record(f"{case}, difference", name, "of sharpkit's norm", [off], "<= 1e-3")
 
 
+def differences(arguments: argparse.Namespace) -> Iterator[Record]:
+    """Products by finite differences beside exact ones, of a smooth network, in gradient passes."""
+    _, data = problem(arguments)
+    model = mlp(arguments.size, 256)
+    functions: dict[str, Callable[[], object]] = {"gradient": gradient_pass(model, data, 100)}
+    v = torch.randn(sum(p.numel() for p in model.parameters()))
+    operators = {
+        f"{kind.__name__}, {method}": kind(model, data, method=method)
+        for kind in (sk.HessianOperator, sk.GaussNewtonOperator)
+        for method in ("exact", "finite_difference")
+    }
+    functions |= {name: partial(operator.matvec, v) for name, operator in operators.items()}
+    times = rounds(functions, 5 if arguments.quick else 15, arguments.clock)
+    case = f"product by finite differences, tanh network, {len(data[0]):,} images"
+    for name in operators:
+        yield Record(case, name, "gradient passes", in_units(times, name, "gradient"))
+    for kind in ("HessianOperator", "GaussNewtonOperator"):
+        by, exact = operators[f"{kind}, finite_difference"], operators[f"{kind}, exact"] @ v
+        off, size = float((by @ v - exact).norm()), float(exact.norm())
+        yield Record(f"{case}, error", kind, "of the exact norm", [off / size], "<= 1e-2")
+        yield Record(f"{case}, error", kind, "of its estimate", [off / by.errors[0]], "<= 1")
+
+
 def density_of_all(arguments: argparse.Namespace) -> Iterator[Record]:
     """A spectral density of every contender that has one, and four probes."""
     model, data = problem(arguments)
@@ -460,6 +483,7 @@ def described(model, data) -> str:
 
 CASES: dict[str, Case] = {
     "products": products,
+    "differences": differences,
     "density": density_of_all,
     "agreement": agreement,
     "memory": memory,

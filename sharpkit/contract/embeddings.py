@@ -70,6 +70,18 @@ def renormalised(model: nn.Module) -> dict[int, Tensor]:
     return found
 
 
+def padding_rows(model: nn.Module) -> dict[int, int]:
+    """id of each table that is looked up with `padding_idx` -> the number of that row.
+
+    The gradient of that row is 0 by definition, though the loss may depend on it.
+    """
+    return {
+        id(module.weight): module.padding_idx % module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+    }
+
+
 def _scale(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
     length = torch.linalg.vector_norm(rows.detach(), ord=norm_type, dim=-1, keepdim=True)
     return torch.where(length > max_norm, max_norm / (length + 1e-7), 1.0)

@@ -30,6 +30,7 @@ from sharpkit.curvature.linear_map import (
     Symmetric,
     as_linear_map,
     multiply_rows,
+    product_error,
     random_rows,
 )
 from sharpkit.curvature.memory import require_memory
@@ -62,8 +63,9 @@ class Eigenpairs:
     Attributes:
         values: Shape (k,); "LA" descending, "SA" ascending, "LM" descending in magnitude.
         vectors: Orthonormal eigenvectors as columns, shape (P, k), on the operator's device.
-        residual_norms: ‖A v − λ v‖, shape (k,): an eigenvalue lies within this of each value.
-        converged: Whether every residual is within the tolerance.
+        residual_norms: ‖A v − λ v‖, shape (k,): an eigenvalue lies within this of each value. Of
+            products by finite differences, plus the largest estimate of their error.
+        converged: Whether every residual is within the tolerance, or the error of a product.
         products: Products with the operator that were used.
     """
 
@@ -304,11 +306,12 @@ class _Search:
         residuals = np.array([residual for _, residual in pairs])
         # rounding of the basis change is not a lack of convergence
         bound = max(2 * tol, 100 * torch.finfo(self.a.dtype).eps) * scale
+        error = product_error(self.a)
         return Eigenpairs(
             values=np.array([value for value, _ in pairs]),
             vectors=rows.T,
-            residual_norms=residuals,
-            converged=bool((residuals <= bound).all()),
+            residual_norms=residuals + error,
+            converged=bool((residuals <= bound + error).all()),
             products=self.products,
         )
 

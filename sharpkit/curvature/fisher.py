@@ -14,6 +14,7 @@ from sharpkit.contract.parameters import Parameters
 from sharpkit.contract.torch_losses import module_of
 from sharpkit.curvature.problem import Problem
 from sharpkit.curvature.pulled_back import PulledBackOperator
+from sharpkit.curvature.second_derivatives import Method
 from sharpkit.errors import ArgumentError
 
 
@@ -71,6 +72,8 @@ class FisherOperator(PulledBackOperator):
         chunk: int | Literal["auto"] = "auto",
         memory_budget: int | None = None,
         compile: bool = False,
+        method: Method = "auto",
+        tolerance: float | None = None,
         progress: bool = True,
     ) -> None:
         if kind not in ("true", "empirical"):
@@ -86,6 +89,8 @@ class FisherOperator(PulledBackOperator):
             chunk=chunk,
             memory_budget=memory_budget,
             compile=compile,
+            method=method,
+            tolerance=tolerance,
             progress=progress,
         )
 

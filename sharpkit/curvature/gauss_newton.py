@@ -22,7 +22,9 @@ class GaussNewtonOperator(PulledBackOperator):
 
     It is the Hessian of the model linearised at w: positive semidefinite where the loss is convex
     in the outputs, and equal to the Hessian where f is linear in w. Arguments, errors and cost are
-    those of `HessianOperator`.
+    those of `HessianOperator`. By finite differences J v is that of the outputs at w ± h v and
+    w ± 2h v, four forward passes, and Jᵀ (M u) an ordinary backward pass; a ReLU that switches
+    between them is a kink of the outputs, of little effect.
 
     Source:
         Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent",

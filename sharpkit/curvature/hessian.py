@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch.autograd.graph import GradientEdge
 
 from sharpkit.contract.examples import Examples
 from sharpkit.curvature.chunks import Linearised
+from sharpkit.curvature.differences import STEPS, extrapolated, moved
 from sharpkit.curvature.operator import CurvatureOperator, owning_edge
-from sharpkit.curvature.second_derivatives import Moved
+from sharpkit.curvature.second_derivatives import Moved, Tensors
 
 
 class HessianOperator(CurvatureOperator):
@@ -28,6 +30,12 @@ class HessianOperator(CurvatureOperator):
     The gradient of each chunk is recorded once with its graph, and every product is one backward
     pass through that graph: about the cost of one gradient. Chunks past the memory budget are
     recorded again in each call, which costs about 2.2 gradients for a single vector.
+
+    By finite differences (`method`) a product takes no second derivative and keeps no graph: four
+    gradients, at w ± h v and w ± 2h v, give it with an estimate of its error (`errors`), and the
+    step h is chosen anew until that is within the tolerance. Between them a ReLU may switch: the
+    difference then has the average of the jump of the gradient, of which the exact product, at one
+    point, sees nothing; the estimate counts it as an error.
 
     Args:
         model: Any module in eval mode; inputs in, one row of outputs per example out.
@@ -47,17 +55,23 @@ class HessianOperator(CurvatureOperator):
             for a deep network, once per shape of chunks, and pays where many products follow;
             products are the same but for rounding. With a warning it has no effect where there
             is no compiler, or the model cannot be traced.
+        method: "exact" second derivatives, "finite_difference", or "auto": exact, and where these
+            are missing or wrong, with a warning, finite differences.
+        tolerance: Relative error that a product by finite differences may have; None for 1e-6 in
+            float64 and 1e-2 in float32.
         progress: Show a progress bar if recording takes longer than two seconds.
 
     Raises:
         ArgumentError: For an empty selection, half precision, or graphs that do not fit.
         DataError: For data that differ between two passes, or labels that do not fit.
         ModelError: For NaN weights or loss, BatchNorm or Dropout in training mode, random
-            outputs, a loss that is not a scalar mean, or second derivatives that PyTorch does not
-            have or has wrong.
+            outputs, a loss that is not a scalar mean, a gradient that is not that of the loss,
+            second derivatives that PyTorch does not have or has wrong (with "exact"), or a product
+            whose estimated error stays above the tolerance.
 
     Source:
-        Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994.
+        Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994; for finite
+        differences Nocedal and Wright, "Numerical Optimization", 2006, section 8.1.
 
     Example:
         A linear model with half the squared error has H = XᵀX / N:
@@ -71,6 +85,13 @@ class HessianOperator(CurvatureOperator):
                 [1., 2.]])
         >>> H.matvec(torch.tensor([1.0, 0.0]))
         tensor([1., 1.])
+        >>> D = HessianOperator(
+        ...     model.double(), (x, torch.zeros(2, 1)), loss="mse", method="finite_difference"
+        ... )
+        >>> D.matvec(torch.tensor([1.0, 0.0])).round(decimals=6).tolist()
+        [1.0, 1.0]
+        >>> D.errors[0] < 1e-9
+        True
     """
 
     def _reverse(self, chunk: Examples) -> Linearised:
@@ -116,9 +137,23 @@ class HessianOperator(CurvatureOperator):
 
         return Linearised(mean.detach(), weight, problem.real(gradient), product)
 
-    def _by_differences(self, moved: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
+    def _by_differences(self, at: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
         def slopes(leaves: Sequence[Tensor]) -> list[Tensor]:
             return self._problem.slopes(leaves, chunk)
 
-        pairs = zip(moved(step, slopes), moved(-step, slopes), strict=True)
+        pairs = zip(at(step, slopes), at(-step, slopes), strict=True)
         return [(above - below) / (2 * step) for above, below in pairs]
+
+    def _difference(self, vector: Tensors, step: float) -> Sequence[Tensors]:
+        weights = list(self._problem.weights.values())
+        values = [self._gradient(moved(weights, vector, place * step)) for place in STEPS]
+        return extrapolated(values, list(self.split(self.gradient).values()), step)
+
+    def _gradient(self, weights: Tensors) -> list[Tensor]:
+        """The gradient of the mean loss of all examples, at other weights."""
+        total = [torch.zeros_like(w) for w in weights]
+        for chunk in self._chunks:
+            examples = self._examples(chunk)
+            part = self._problem.at(weights, partial(self._problem.slopes, chunk=examples))
+            torch._foreach_add_(total, part, alpha=self._share(chunk.weight))
+        return total

@@ -103,6 +103,16 @@ def multiply_rows(operator: LinearMap, rows: Tensor) -> Tensor:
     return products
 
 
+def product_error(operator: LinearMap) -> float:
+    """The largest error, in norm, of a product with a unit vector; 0 but for finite differences.
+
+    Example:
+        >>> product_error(DenseMap(torch.eye(2)))
+        0.0
+    """
+    return float(getattr(operator, "product_error", 0.0))
+
+
 def random_rows(count: int, operator: LinearMap, seed: int, kind: str = "normal") -> Tensor:
     """Seeded random vectors as rows, shape (count, P); the same numbers on every device.
 

@@ -7,7 +7,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -31,11 +31,20 @@ from sharpkit.curvature.chunks import (
     recorded,
 )
 from sharpkit.curvature.compiled import CompiledProducts, try_compile
+from sharpkit.curvature.differences import TOLERANCES, Differences, probe
 from sharpkit.curvature.fast_rules import fast_rules
 from sharpkit.curvature.memory import gigabytes, require_memory
 from sharpkit.curvature.plain_rules import plain_rules
 from sharpkit.curvature.problem import Problem, make_problem, refuse_training_mode
-from sharpkit.curvature.second_derivatives import Mode, Moved, Product, Tensors, choose_mode
+from sharpkit.curvature.second_derivatives import (
+    Method,
+    Mode,
+    Moved,
+    Product,
+    Tensors,
+    choose_mode,
+    without_padding,
+)
 from sharpkit.curvature.together import can_go_together, products_together
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.progress import progress_bar
@@ -70,7 +79,13 @@ class CurvatureOperator(ABC):
         left_out: Names of the parameters that are not selected.
         precision: "full", or "tf32" if made inside `precision("tf32")`; that of every product.
         mode: How second derivatives are computed: "reverse", "plain reverse" (without this
-            package's rules for convolutions), or "forward" over reverse, which keeps no graph.
+            package's rules for convolutions), "forward" over reverse, which keeps no graph, or
+            "finite difference" where there are none.
+        tolerance: The relative error that a product by finite differences may have.
+        errors: The estimated norms of the errors of the last products by finite differences, one
+            per vector; empty for others.
+        product_error: The largest ‖error‖ / ‖v‖ so far of products by finite differences; 0 for
+            others, which are exact but for rounding.
         compiled: Whether products run as compiled code.
         n: Number of examples.
         chunks: Number of chunks.
@@ -93,9 +108,15 @@ class CurvatureOperator(ABC):
         chunk: int | Literal["auto"] = "auto",
         memory_budget: int | None = None,
         compile: bool = False,
+        method: Method = "auto",
+        tolerance: float | None = None,
         progress: bool = True,
     ) -> None:
         refuse_training_mode(model)
+        if method not in get_args(Method):
+            raise ArgumentError(f"method must be one of {get_args(Method)}, got {method!r}")
+        if tolerance is not None and not 0 < tolerance < 1:
+            raise ArgumentError(f"tolerance must be between 0 and 1, got {tolerance}")
         if memory_budget is not None and memory_budget < 0:
             raise ArgumentError(f"memory_budget must be 0 or more bytes, got {memory_budget}")
         if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
@@ -104,42 +125,57 @@ class CurvatureOperator(ABC):
         with frozen(model) as found:
             self._problem = make_problem(model, data, loss, parameters, n, seed, found)
             self._check(self._problem)
-            self._problem.run(lambda: self._construct(chunk, memory_budget, compile, progress))
+            self.tolerance = tolerance or TOLERANCES[self.dtype]
+            self._problem.run(
+                lambda: self._construct(method, chunk, memory_budget, compile, progress)
+            )
             self._problem.probe.confirm()
         self._warn()
 
     def _construct(
-        self, chunk: int | Literal["auto"], memory_budget: int | None, compile: bool, progress: bool
+        self,
+        method: Method,
+        chunk: int | Literal["auto"],
+        memory_budget: int | None,
+        compile: bool,
+        progress: bool,
     ) -> None:
         """Choose mode and chunks, and go over the data once, at the operator's weights."""
         problem = self._problem
-        self.mode, self._why_forward = choose_mode(problem, self._by_differences, self._product)
-        forward = self.mode == "forward"
+        self.mode, self._why = choose_mode(problem, self._by_differences, self._product, method)
+        keeping = self.mode in ("reverse", "plain reverse")
         known = [*problem.leaves, *problem.fixed.values()]
+        record = self._loss_graph if self.mode == "finite difference" else self._record_some
         self._plan: ChunkPlan = chunk_plan(
             problem.examples,
-            (0, 0) if forward else graph_bytes(self._record_some, problem.examples, known),
+            (0, 0) if self.mode == "forward" else graph_bytes(record, problem.examples, known),
             list(problem.weights.values()),
             chunk,
-            0 if forward else memory_budget,
+            memory_budget if keeping else 0,
         )
+        self._differences = Differences(list(problem.weights.values()), self.tolerance)
         self._choose_products(compile)
         self._record(progress)
+        if self.mode == "finite difference":
+            self._probe_differences()
 
     def _choose_products(self, compile: bool) -> None:
         """How vectors are multiplied: compiled, several at once, or one by one."""
         self._compiled: CompiledProducts | None = None
         self._why_eager = ""
         few = self._problem.few(2)
-        if compile and self.mode == "forward":
-            self._why_eager = f"they take forward over reverse mode ({self._why_forward})"
+        if compile and self.mode == "finite difference":
+            self._why_eager = "products are differences of first derivatives"
+        elif compile and self.mode == "forward":
+            self._why_eager = f"they take forward over reverse mode ({self._why})"
         elif compile:
             first = self._problem.on_device(self._problem.examples.slice(*self._plan.bounds[0]))
             me = weakref.proxy(self)  # no cycle: the graphs are freed with the operator
             self._compiled, self._why_eager = try_compile(
                 self._problem, lambda chunk: me._linearise(chunk), first
             )
-        together = self._plan.together if self._compiled is None else 1
+        alone = self._compiled is not None or self.mode == "finite difference"
+        together = 1 if alone else self._plan.together
         if together > 1 and self.mode != "forward":
             works = can_go_together(self._problem, self._product(few, self.mode))
             together = together if works else 1
@@ -149,6 +185,16 @@ class CurvatureOperator(ABC):
     def compiled(self) -> bool:
         """Whether products run as compiled code."""
         return self._compiled is not None
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """Estimated norms of the errors of the last products by finite differences."""
+        return self._differences.errors
+
+    @property
+    def product_error(self) -> float:
+        """The largest ‖error‖ / ‖v‖ so far of products by finite differences."""
+        return self._differences.largest
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -235,7 +281,10 @@ class CurvatureOperator(ABC):
         inputs, outputs = (self._blocks(matrix) for matrix in (rows, out))
         restoring = self.kept_chunks < self.chunks
         with precision(self.precision), self._problem.still(restoring):
-            self._problem.run(lambda: self._add_products(inputs, outputs))
+            multiply = self._add_products
+            if self.mode == "finite difference":
+                multiply = self._add_differences
+            self._problem.run(lambda: multiply(inputs, outputs))
         return out.T
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -308,6 +357,13 @@ class CurvatureOperator(ABC):
     def _by_differences(self, moved: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
         """A chunk's product with the direction of `moved`, from first derivatives alone."""
 
+    @abstractmethod
+    def _difference(self, vector: Tensors, step: float) -> Sequence[Tensors]:
+        """The product with one vector by differences over all chunks, and the terms of its error.
+
+        These are two vectors as well, one tensor per parameter; their norms count.
+        """
+
     def _check(self, problem: Problem) -> None:  # noqa: B027
         """Raise for what this matrix is not defined for."""
 
@@ -321,7 +377,24 @@ class CurvatureOperator(ABC):
     def _linearise(self, chunk: Examples, mode: Mode | None = None) -> Linearised:
         mode = mode or self.mode
         with plain_rules(), fast_rules() if mode == "reverse" else nullcontext():
+            if mode == "finite difference":
+                return self._first_order(chunk)
             return self._forward(chunk) if mode == "forward" else self._reverse(chunk)
+
+    def _first_order(self, chunk: Examples) -> Linearised:
+        """Loss and gradient of a chunk; products by differences are of all chunks at once."""
+        problem, leaves = self._problem, self._problem.leaves
+        with torch.enable_grad():
+            mean, weight = problem.terms(chunk)
+            gradient: Sequence[Tensor | None] = [None] * len(leaves)
+            if mean.requires_grad:
+                shared = problem.function.has_complex  # the graph of pairs viewed as numbers
+                gradient = torch.autograd.grad(mean, leaves, retain_graph=shared, allow_unused=True)
+        return Linearised(mean.detach(), weight, problem.real(gradient), _of_no_chunk)
+
+    def _loss_graph(self, examples: Examples) -> object:
+        with plain_rules(), torch.enable_grad():
+            return self._problem.terms(self._problem.on_device(examples))
 
     def _record_some(self, examples: Examples) -> Linearised:
         return self._linearise(self._problem.on_device(examples))
@@ -366,6 +439,44 @@ class CurvatureOperator(ABC):
             return self._compiled(self._problem.on_device(examples))[:2]
         linear = self._record_some(examples)
         return linear.mean, linear.product
+
+    def _add_differences(self, inputs: Sequence[Tensors], outputs: Sequence[Tensors]) -> None:
+        for chunk in self._chunks:
+            check_unchanged(chunk, self._problem.examples.slice(chunk.start, chunk.stop))
+        first = self._chunks[0]
+        with plain_rules(), self._problem.function.evaluating():
+            check_repeated([first], [self._problem.terms(self._examples(first))[0].detach()])
+        vectors = [without_padding(self._problem, vector) for vector in inputs]
+        with plain_rules():
+            self._differences.add(self._difference, vectors, outputs)
+
+    def _probe_differences(self) -> None:
+        """One product: whether differences tell at all, and how large products are.
+
+        Raises:
+            ModelError: If they do not.
+        """
+        gradient = list(self.split(self.gradient).values())
+        for name, a, b in zip(
+            self.parameters, gradient, without_padding(self._problem, gradient), strict=True
+        ):
+            if a is not b and not torch.equal(a, b):
+                raise ModelError(
+                    f"a row of {name!r} is padding in one place and weights in another, and "
+                    "differences cannot move the one alone: leave padding_idx out"
+                )
+        vector = probe(self.shape[0]).to(self.dtype).to(self.device)
+        product = torch.zeros_like(vector)
+        inputs, outputs = ([list(self.split(t).values())] for t in (vector, product))
+        try:
+            self._add_differences(inputs, outputs)
+        except ModelError as error:
+            first = f"the model cannot be differentiated twice: {self._why}; and " * bool(self._why)
+            raise ModelError(f"{first}{error}") from error
+        self._differences.scale = float(product.norm() / vector.norm())
+
+    def _examples(self, chunk: Chunk) -> Examples:
+        return self._problem.on_device(self._problem.examples.slice(chunk.start, chunk.stop))
 
     def _record(self, progress: bool) -> None:
         """Go over the data once: the loss, the gradient, and the graphs that are kept."""
@@ -413,10 +524,15 @@ class CurvatureOperator(ABC):
         return product
 
     def _warn(self) -> None:
-        if self._why_forward:
+        if self._why and self.mode == "finite difference":
             warnings.warn(
-                "using forward over reverse mode, which keeps no graph and is slower: "
-                f"{self._why_forward}",
+                "using finite differences, some five gradients for a product, which has an "
+                f"estimated error: the model cannot be differentiated twice: {self._why}",
+                stacklevel=3,
+            )
+        elif self._why:
+            warnings.warn(
+                f"using forward over reverse mode, which keeps no graph and is slower: {self._why}",
                 stacklevel=3,
             )
         if self._why_eager:
@@ -427,6 +543,10 @@ class CurvatureOperator(ABC):
                 "their rows and columns are zero",
                 stacklevel=3,
             )
+
+
+def _of_no_chunk(vector: Tensors) -> Sequence[Tensor | None]:
+    raise NotImplementedError("a product by differences is one of all chunks")
 
 
 def _aligned(part: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Examples
 from sharpkit.curvature.chunks import Linearised
+from sharpkit.curvature.differences import STEPS, extrapolated, moved
 from sharpkit.curvature.operator import CurvatureOperator, owning_edge
 from sharpkit.curvature.problem import Problem
-from sharpkit.curvature.second_derivatives import Moved
+from sharpkit.curvature.second_derivatives import Moved, Tensors
 from sharpkit.errors import ModelError
 
 _Rebuild = Callable[[Tensor], Any]  # the outputs as the model gave them, of one tensor
@@ -85,20 +86,53 @@ class PulledBackOperator(CurvatureOperator):
 
         return Linearised(mean, weight, gradient, product)
 
-    def _by_differences(self, moved: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
+    def _by_differences(self, at: Moved, chunk: Examples, step: float) -> Sequence[Tensor]:
         def outputs(_: Sequence[Tensor]) -> Tensor:
             with self._problem.function.evaluating():
                 return self._outputs(chunk)[0].detach()
 
-        pushed = (moved(step, outputs) - moved(-step, outputs)) / (2 * step)
+        pushed = (at(step, outputs) - at(-step, outputs)) / (2 * step)
 
         def pulled(leaves: Sequence[Tensor]) -> list[Tensor]:
             out, rebuild = self._outputs(chunk)
             u = self._matrix(out, rebuild, chunk)(pushed)
             return [t.detach() for t in self._problem.filled(self._pull(leaves, chunk, u))]
 
-        result: list[Tensor] = moved(0.0, pulled)
+        result: list[Tensor] = at(0.0, pulled)
         return result
+
+    def _difference(self, vector: Tensors, step: float) -> Sequence[Tensors]:
+        sums = [[torch.zeros_like(w) for w in self._problem.weights.values()] for _ in range(3)]
+        for chunk in self._chunks:
+            pulled = self._chunk_difference(vector, step, self._examples(chunk))
+            for total, part in zip(sums, pulled, strict=True):
+                torch._foreach_add_(total, part, alpha=self._share(chunk.weight))
+        return sums
+
+    def _chunk_difference(
+        self, vector: Tensors, step: float, chunk: Examples
+    ) -> list[list[Tensor]]:
+        """Jᵀ M u for u = J v and for both terms of its error, by differences of the outputs."""
+        problem = self._problem
+        weights = list(problem.weights.values())
+
+        def outputs(_: Tensors) -> list[Tensor]:
+            with problem.function.evaluating():
+                return [self._outputs(chunk)[0].detach()]
+
+        values = [problem.at(moved(weights, vector, place * step), outputs) for place in STEPS]
+        with torch.enable_grad():
+            out, rebuild = self._outputs(chunk)
+        if not out.requires_grad:
+            return [problem.filled([None] * len(weights))] * 3
+        matrix = self._matrix(out, rebuild, chunk)
+        pulled = []
+        for (u,) in extrapolated(values, [out.detach()], step):
+            found = torch.autograd.grad(
+                out, problem.leaves, matrix(u), retain_graph=True, allow_unused=True
+            )
+            pulled.append([t.detach() for t in problem.filled(problem.real(found))])
+        return pulled
 
     def _pull(
         self, leaves: Sequence[Tensor], chunk: Examples, u: Tensor

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.checks import close, reason
-from sharpkit.contract.embeddings import renormalised
+from sharpkit.contract.embeddings import padding_rows, renormalised
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.precision import current_precision
 from sharpkit.curvature.plain_rules import plain_rules
@@ -35,7 +35,9 @@ Tensors: TypeAlias = Sequence[Tensor]  # one per parameter
 # maps a vector, as one tensor per parameter, to the product; None stands for zeros
 Product: TypeAlias = Callable[[Tensors], Sequence[Tensor | None]]
 # in the order in which they are tried; the second is for models that transform convolutions
-Mode = Literal["reverse", "plain reverse", "forward"]
+Mode = Literal["reverse", "plain reverse", "forward", "finite difference"]
+# what users ask for: by default differences where nothing else works
+Method = Literal["auto", "exact", "finite_difference"]
 _MODES: tuple[Mode, ...] = ("reverse", "plain reverse", "forward")
 
 # (step, body): what body returns for the leaves, moved by the step, while the model holds them
@@ -64,14 +66,19 @@ class Reference:
 
 
 def choose_mode(
-    problem: Problem, differences: Differences, product_of: Callable[[Examples, Mode], Product]
+    problem: Problem,
+    differences: Differences,
+    product_of: Callable[[Examples, Mode], Product],
+    method: Method = "auto",
 ) -> tuple[Mode, str]:
     """The first way to differentiate twice that works and gives what differences give.
 
-    Returns the mode, and if it is "forward" what was wrong with reverse mode.
+    Where none does, differences of first derivatives themselves, if these are a gradient's. Returns
+    the mode, and what was wrong with reverse mode if it is not that, nor what was asked for.
 
     Raises:
-        ModelError: If none does, with what was wrong with the first.
+        ModelError: If none does, with what was wrong with the first; if the differences asked for
+            are not those of a gradient.
     """
     few, model = problem.few(_COMPARED), problem.function.model
     wrong: list[str] = []
@@ -83,6 +90,11 @@ def choose_mode(
         raise
     except Exception as error:
         raise ModelError(f"the model cannot be differentiated: {reason(error, model)}") from error
+    if method == "finite_difference":
+        failure = no_gradient(problem, few, reference, differences)
+        if failure:
+            raise ModelError(f"differences of its gradients are no second derivatives: {failure}")
+        return "finite difference", ""
     for mode in _MODES:
         try:
             product = product_of(few, mode)
@@ -96,17 +108,96 @@ def choose_mode(
         if not failure:
             return mode, wrong[-1] if mode == "forward" else ""
         wrong.append(failure)
+    if method == "auto" and not no_gradient(problem, few, reference, differences):
+        return "finite difference", wrong[0]
     raise ModelError(
         f"the model cannot be differentiated twice: {wrong[0]}; write that operation in plain "
         "tensor operations (the page on second derivatives lists what PyTorch lacks)"
     )
 
 
-def reference_product(problem: Problem, few: Examples, differences: Differences) -> Reference:
+def no_gradient(
+    problem: Problem, few: Examples, reference: Reference, differences: Differences
+) -> str:
+    """Why differences of its first derivatives are not to be trusted; "" if they are.
+
+    The loss must change along a direction as its gradient says,
+    [L(w + h v) − L(w − h v)] / 2h = ∇L(w)·v, and u·Hv must be v·Hu.
+    """
+    named, scaled = problem.function.model.named_parameters(), renormalised(problem.function.model)
+    limited = [name for name, p in named if id(p) in scaled and name in problem.weights]
+    if limited:
+        return (
+            f"rows of {limited[0]!r} are scaled to max_norm wherever they move, and the gradient "
+            "does not know (leave the table out by parameters=)"
+        )
+    anywhere = without_padding(problem, [torch.ones_like(w) for w in problem.weights.values()])
+    with plain_rules():
+        other = reference_product(problem, few, differences, (reference.second, reference.first))
+        failure = _unlike_the_loss(problem, few, _direction(problem, anywhere, 2))
+    if failure:
+        return failure
+    if reference.product is None or other.product is None:
+        return "they differ from step to step, also on a few examples"
+    asymmetry = max(reference.tolerance, other.tolerance)
+    return _asymmetry(reference, reference.product, other.product, asymmetry)
+
+
+def without_padding(problem: Problem, vector: Tensors) -> list[Tensor]:
+    """A vector with zeros in the rows that are padding, copied where there are any.
+
+    Their gradient is 0 by definition, and so are their rows and columns of the matrix, though
+    gradients of others change when they move.
+    """
+    rows, own = padding_rows(problem.function.model), problem.function.model.named_parameters()
+    of = {name: rows[id(p)] for name, p in own if id(p) in rows}
+    return [
+        _with_zeros(v, of[name]) if name in of else v
+        for name, v in zip(problem.weights, vector, strict=True)
+    ]
+
+
+def _with_zeros(table: Tensor, row: int) -> Tensor:
+    table = table.clone()
+    table[row] = 0.0
+    return table
+
+
+def _unlike_the_loss(problem: Problem, few: Examples, direction: Tensors) -> str:
+    """How the gradient differs from how the loss changes; "" if it does not."""
+    double = _runs_in_float64(problem, few)
+    dtype, step, tolerance = (
+        (torch.float64, 1e-6, 1e-3) if double else (problem.function.dtype, _COARSE[1], 5e-2)
+    )
+    examples = few.to(problem.function.device, dtype)
+    at = partial(_moved, problem, direction, dtype)
+
+    def mean(_: Tensors) -> float:
+        with problem.function.evaluating():
+            return float(problem.terms(examples)[0])
+
+    above, below = at(step, mean), at(-step, mean)
+    slope = _inner(at(0.0, lambda leaves: problem.slopes(leaves, examples)), direction)
+    noise = _UNITS * _rounding(dtype, problem.function.device) * max(abs(above), abs(below)) / step
+    if abs((above - below) / (2 * step) - slope) <= tolerance * abs(slope) + noise:
+        return ""
+    return (
+        f"the loss changes by {(above - below) / (2 * step):.6g} along a direction, and its "
+        f"gradient says {slope:.6g} (a detach, a hook, a straight-through estimator, or a ReLU of "
+        "exactly 0?)"
+    )
+
+
+def reference_product(
+    problem: Problem,
+    few: Examples,
+    differences: Differences,
+    directions: tuple[list[Tensor], list[Tensor]] | None = None,
+) -> Reference:
     """What a product of some examples must be, by differences of their first derivatives."""
     values = [w.detach() for w in problem.weights.values()]
     gradient = problem.at(values, lambda leaves: problem.slopes(leaves, few))
-    first, second = (_direction(problem, gradient, seed) for seed in (0, 1))
+    first, second = directions or [_direction(problem, gradient, seed) for seed in (0, 1)]
     size, own = _norm(gradient), problem.function.dtype
     noise = _UNITS * _rounding(own, problem.function.device) * size
     attempts = [(own, _COARSE, 5e-2)]
@@ -143,6 +234,11 @@ def disagreement(
                 "wrong in PyTorch, or a gradient that is not that of the loss: a detach, a hook, a "
                 "straight-through estimator?)"
             )
+    return _asymmetry(reference, product, other, asymmetry)
+
+
+def _asymmetry(reference: Reference, product: Tensors, other: Tensors, asymmetry: float) -> str:
+    """How far u·Hv is from v·Hu, if that is further than this share of the norms; "" if not."""
     one, two = _inner(reference.second, product), _inner(reference.first, other)
     scale = _norm(reference.second) * _norm(product) + _norm(reference.first) * _norm(other)
     if abs(one - two) > asymmetry * scale + 1e-30:

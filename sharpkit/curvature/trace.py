@@ -16,6 +16,7 @@ from sharpkit.curvature.linear_map import (
     Symmetric,
     as_linear_map,
     multiply_rows,
+    product_error,
     random_rows,
 )
 from sharpkit.curvature.memory import require_memory
@@ -43,7 +44,8 @@ class Estimated:
 
     Attributes:
         value: The estimate.
-        std_error: Its standard error; 0 where it is exact, NaN from a single probe.
+        std_error: Its standard error; NaN from a single probe. Where it is exact, 0, and with
+            products by finite differences √P times the largest estimate of their error.
         products: Products with the operator that were used.
         method: "hutchinson", "hutch++" or "exact".
     """
@@ -112,7 +114,7 @@ def _trace(multiply: _Multiply, method: str, products: int, seed: int) -> Estima
     size = a.shape[0]
     if products >= size:
         diagonal = (form for rows in _identity(a) for form in multiply.forms(rows))
-        return Estimated(sum(diagonal), 0.0, size, "exact")
+        return Estimated(sum(diagonal), _of_columns(a), size, "exact")
     if method == "hutchinson":
         values = _quadratic_forms(multiply, products, seed, None)
         return Estimated(*_mean(values), products, method)
@@ -166,7 +168,7 @@ def frobenius_norm(operator: Symmetric, *, products: int = 30, seed: int = 0) ->
     lengths = [length for rows in blocks for length in multiply.lengths(rows)]
     require_resolved(multiply.longest, a)
     if exact:
-        return Estimated(math.hypot(*lengths), 0.0, size, "exact")
+        return Estimated(math.hypot(*lengths), _of_columns(a), size, "exact")
     top = multiply.longest or 1.0
     mean, error = _mean([(length / top) ** 2 for length in lengths])
     norm = math.sqrt(mean)
@@ -212,6 +214,11 @@ def _quadratic_forms(multiply: _Multiply, count: int, seed: int, q: Tensor | Non
             rows = rows - (rows @ q) @ q.T
         forms += multiply.forms(rows)
     return forms
+
+
+def _of_columns(a: LinearMap) -> float:
+    """The error of a sum over P products, each with an error of its own."""
+    return math.sqrt(a.shape[0]) * product_error(a)
 
 
 def _identity(a: LinearMap) -> list[Tensor]:

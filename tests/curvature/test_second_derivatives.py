@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch_layers import LAYERS, REFUSED, REFUSED_LOSSES, Apply, around
+from torch_layers import (
+    BY_DIFFERENCES,
+    LAYERS,
+    LOSSES_BY_DIFFERENCES,
+    REFUSED,
+    Apply,
+    around,
+)
 
 from sharpkit.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
 from sharpkit.curvature.plain_rules import _FORMULAS, plain_rules
@@ -74,26 +81,28 @@ def test_the_hessian_is_right_where_torch_is_wrong():
     assert torch.allclose(alone @ v, whole @ v, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [*REFUSED, *BY_DIFFERENCES])
 @pytest.mark.parametrize("kind", [HessianOperator, GaussNewtonOperator])
-def test_what_no_mode_differentiates_twice_is_refused_by_name(name, kind):
-    layer, said = REFUSED[name]
+def test_what_no_exact_mode_differentiates_twice_is_refused_by_name(name, kind):
+    layer, said = {**REFUSED, **BY_DIFFERENCES}[name]
     model, data = around(layer)
     with pytest.raises(ModelError, match=f"cannot be differentiated twice: .*({said})"):
-        kind(model, data)
+        kind(model, data, method="auto" if name in REFUSED else "exact")
 
 
-@pytest.mark.parametrize("name", REFUSED_LOSSES)
+@pytest.mark.parametrize("name", LOSSES_BY_DIFFERENCES)
 def test_losses_without_second_derivatives_are_refused_by_name(name):
     model, data = around((lambda: torch.nn.Linear(6, 3), (6,)))
-    with pytest.raises(ModelError, match=f"cannot be differentiated twice: .*{name}"):
-        HessianOperator(model, data, loss=REFUSED_LOSSES[name])
+    for kind, method in ((HessianOperator, "exact"), (GaussNewtonOperator, "auto")):
+        with pytest.raises(ModelError, match=f"cannot be differentiated twice: .*{name}"):
+            kind(model, data, loss=LOSSES_BY_DIFFERENCES[name], method=method)
 
 
 def test_the_page_lists_what_is_refused_and_what_has_a_formula():
     page = PAGE.read_text(encoding="utf-8")
     formulas = [function.__name__.removeprefix("_") for function in _FORMULAS]
-    for name in (*REFUSED, *REFUSED_LOSSES, *formulas, "scaled_dot_product_attention"):
+    refused = (*REFUSED, *BY_DIFFERENCES, *LOSSES_BY_DIFFERENCES)
+    for name in (*refused, *formulas, "scaled_dot_product_attention"):
         assert name in page, name
 
 
@@ -139,9 +148,11 @@ def test_the_check_names_the_module_whose_derivative_is_wrong():
 
     model, data = around((Layer, (6,)))
     with pytest.raises(ModelError, match=r"most in 'layer.scale' of 'layer' \(Layer\)"):
-        HessianOperator(model, data)
+        HessianOperator(model, data, method="exact")
+    with pytest.warns(UserWarning, match=r"most in 'layer.scale' of 'layer' \(Layer\)"):
+        assert HessianOperator(model, data).mode == "finite difference"
     with pytest.raises(ModelError, match=r"most in 'layer.scale' of 'layer' \(Layer\)"):
-        HessianOperator(model.float(), (data[0].float(), data[1]))
+        HessianOperator(model.float(), (data[0].float(), data[1]), method="exact")
 
 
 def test_padding_dead_units_and_large_relu_networks_are_not_mistaken_for_errors():

@@ -272,8 +272,8 @@ class _Frequencies(nn.Module):
         return x * self.table(torch.tensor([0, 0, 1])).sum(0)
 
 
-# what no mode differentiates twice: the name as the page has it, and what the error says
-REFUSED: dict[str, tuple[Layer, str]] = {
+# what no exact mode differentiates twice: the name as the page has it, and what the error says
+BY_DIFFERENCES: dict[str, tuple[Layer, str]] = {
     "CrossMapLRN2d": ((lambda: nn.CrossMapLRN2d(2), (4, 3, 3)), "CrossMapLRN2dBackward"),
     "torch.segment_reduce": (
         _function(
@@ -287,6 +287,9 @@ REFUSED: dict[str, tuple[Layer, str]] = {
         _function(_OnceDifferentiable.apply),
         "differences of its gradients",  # torch drops the term in silence
     ),
+}
+# whose gradient is not that of the loss
+REFUSED: dict[str, tuple[Layer, str]] = {
     "scale_grad_by_freq": ((_Frequencies, (6,)), "not symmetric|differences of its gradients"),
     "straight-through": (
         _function(lambda x: x.sin() + (x.round() - x).detach()),
@@ -307,7 +310,7 @@ def ctc(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.ctc_loss(logits, labels.clamp(min=1)[:, None], one, one, reduction="sum") / n
 
 
-REFUSED_LOSSES = {
+LOSSES_BY_DIFFERENCES = {
     "ctc_loss": ctc,
     "multi_margin_loss": _labelled(F.multi_margin_loss),
 }
