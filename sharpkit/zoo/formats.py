@@ -81,8 +81,8 @@ def load_zoo(
             `table`, a pattern of files such as "runs/**/*.pt", or the folder that holds them.
         build: Of a folder of checkpoints, the function that builds the network, or its name as
             "module:callable". It is given what its parameters are called: `build(width, depth=2)`
-            gets those of the row, one that takes any keyword all. See `load_checkpoint` for the files that
-            can be read; nothing is unpickled.
+            gets those of the row, one that takes any keyword all. See `load_checkpoint` for the
+            files that can be read; nothing is unpickled.
         table: One row for each, as a CSV file or a DataFrame.
         data: What the checkpoints were trained and tested on, (train, test), each as for
             `score_models`, such as `load_dataset("cifar10")`; None if nothing is to be scored.
