@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from sharpkit.contract.embeddings import PlainEmbeddings
 from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.half_precision import HalfResults
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
 from sharpkit.contract.modules import call_module
 from sharpkit.contract.parameters import some
@@ -185,16 +186,16 @@ def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any
     """The outputs of the first forward pass, watching what else it does."""
     habits, buffers = function.habits, function.buffers()
     inputs = _copied(probe.inputs)
-    watch = PlainEmbeddings()
+    watch, halves = PlainEmbeddings(), HalfResults()
     try:
-        with torch.no_grad(), watch, function.assigned({}):
+        with torch.no_grad(), halves, watch, function.assigned({}):
             outputs = function.outputs(inputs)
     except SharpkitError:
         raise
     except Exception as error:
         habits.needs_grad_mode = True
         try:
-            with torch.enable_grad(), watch, function.assigned({}):
+            with torch.enable_grad(), halves, watch, function.assigned({}):
                 outputs = function.outputs(inputs)
         except Exception:
             shapes = [(tuple(t.shape), str(t.dtype)) for t in pytree.tree_leaves(probe.inputs)]
@@ -203,6 +204,7 @@ def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any
                 f"{shapes}: {first_sentence(error)}"
             ) from error
     habits.looks_up |= watch.replaced
+    halves.warn(type(function.model).__name__)
     leaves = zip(pytree.tree_leaves(inputs), pytree.tree_leaves(probe.inputs), strict=True)
     habits.writes_inputs = bool(differing(list(leaves)))
     habits.attributes, habits.remembered = found.attributes.changed(), found.attributes
