@@ -33,6 +33,7 @@ _PROBED, _PROBED_LOSS = 8, 32  # examples; more for a loss whose form is not kno
 # relative to the largest output: what different batch sizes may change by rounding
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 _HALF = 0.1  # of half precision, and of TF32
+_LARGE = 2**25  # bytes of outputs, above which fewer examples are looked at
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Probe:
                 )
         return function.habits.not_functional
 
+    def at_most(self, k: int) -> int:
+        """How many examples to look at, k or fewer: outputs of a large vocabulary fill memory."""
+        return _affordable(self.outputs, k)
+
     def confirm(self) -> None:
         """Raise ModelError if the model gives other outputs now than it did at first."""
         if not close(self.outputs, _evaluate(self.function, self.examples)):
@@ -94,6 +99,7 @@ def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found
     _choose_eval(function, probe, found)
     outputs = _first_pass(function, probe, found)
     check_rows(function.model, outputs, len(probe))
+    probe, outputs = _fewer(probe, outputs)
     for part in examples.chunks(len(examples)):
         alike = part.labels.shape[1:] == probe.labels.shape[1:]
         one = part.slice(0, 1).to(function.device, function.dtype)
@@ -109,7 +115,7 @@ def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found
     if not loss.exact:
         check_is_mean(loss, outputs, probe.labels)
     few = probe.slice(0, 2)
-    first = pytree.tree_map(lambda t: t[: len(few)], outputs)
+    first = _rows(outputs, torch.arange(len(few)))
     function.habits.loss_sees_weights = _sees_weights(function, loss, few, first)
     return Probe(function, loss, few, first)
 
@@ -139,6 +145,27 @@ def _probe(function: FunctionalModel, examples: Examples, count: int) -> Example
     chosen = examples.select(label_diverse(examples, count))
     parts = chosen.chunks(count)
     return max(parts, key=len).to(function.device, function.dtype)
+
+
+def _affordable(outputs: Any, k: int) -> int:
+    each = sum(t.nbytes // max(len(t), 1) for t in _tensors(outputs))
+    return min(k, max(1, _LARGE // max(each, 1)))
+
+
+def _fewer(probe: Examples, outputs: Any) -> tuple[Examples, Any]:
+    """Three of the examples, as different as these are, if all take much memory."""
+    n = len(probe)
+    if n <= 3 or _affordable(outputs, n) == n:
+        return probe, outputs
+    kept = torch.tensor([0, n // 2, n - 1])
+    return probe.select(kept), _rows(outputs, kept)
+
+
+def _rows(outputs: Any, indices: Tensor) -> Any:
+    """Copies of some rows: a view would hold them all."""
+    return pytree.tree_map(
+        lambda t: t[indices.to(t.device)] if isinstance(t, Tensor) else t, outputs
+    )
 
 
 def _evaluate(function: FunctionalModel, examples: Examples) -> Any:

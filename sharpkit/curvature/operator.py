@@ -118,7 +118,7 @@ class CurvatureOperator(ABC):
         known = [*problem.leaves, *problem.fixed.values()]
         self._plan: ChunkPlan = chunk_plan(
             problem.examples,
-            (0, 0) if forward else graph_bytes(self._record_some, problem.examples, known),
+            (0, 0) if forward else self._graph_bytes(problem, known),
             list(problem.weights.values()),
             chunk,
             0 if forward else memory_budget,
@@ -126,11 +126,15 @@ class CurvatureOperator(ABC):
         self._choose_products(compile)
         self._record(progress)
 
+    def _graph_bytes(self, problem: Problem, known: list[Tensor]) -> tuple[int, int]:
+        most = problem.probe.at_most(4)
+        return graph_bytes(self._record_some, problem.examples, known, most)
+
     def _choose_products(self, compile: bool) -> None:
         """How vectors are multiplied: compiled, several at once, or one by one."""
         self._compiled: CompiledProducts | None = None
         self._why_eager = ""
-        few = self._problem.few(2)
+        few = self._problem.few(self._problem.probe.at_most(2))
         if compile and self.mode == "forward":
             self._why_eager = f"they take forward over reverse mode ({self._why_forward})"
         elif compile:

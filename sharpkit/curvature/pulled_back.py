@@ -15,6 +15,7 @@ from sharpkit.curvature.chunks import Linearised
 from sharpkit.curvature.operator import CurvatureOperator, owning_edge
 from sharpkit.curvature.problem import Problem
 from sharpkit.curvature.second_derivatives import Moved
+from sharpkit.curvature.softmax import OutputMatrix
 from sharpkit.errors import ModelError
 
 _Rebuild = Callable[[Tensor], Any]  # the outputs as the model gave them, of one tensor
@@ -26,7 +27,7 @@ class PulledBackOperator(CurvatureOperator):
     @abstractmethod
     def _output_matrix(
         self, outputs: Tensor, labels: Tensor, loss: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> OutputMatrix:
         """The map u -> M u for outputs of shape (n, ...), which are a leaf requiring gradients.
 
         `loss` is the mean loss of a chunk as a function of such outputs.
@@ -48,14 +49,14 @@ class PulledBackOperator(CurvatureOperator):
             if not outputs.requires_grad:
                 return Linearised(mean, weight, gradient, lambda vector: [None] * len(leaves))
             # Jᵀu is linear in u, so its gradient along v is J v: the double-backward trick
-            dummy = torch.zeros_like(outputs, requires_grad=True)
+            dummy = outputs.new_zeros(()).expand(outputs.shape).detach().requires_grad_()
             pulled = problem.real(
                 torch.autograd.grad(outputs, leaves, dummy, create_graph=True, allow_unused=True)
             )
         where = [i for i, p in enumerate(pulled) if p is not None and p.requires_grad]
         edges = [owning_edge(p) for p in pulled if p is not None and p.requires_grad]
         top = owning_edge(outputs)
-        matrix = self._matrix(outputs, rebuild, chunk)
+        matrix, kept = self._matrix(outputs, rebuild, chunk)
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:
             (pushed,) = torch.autograd.grad(
@@ -66,7 +67,7 @@ class PulledBackOperator(CurvatureOperator):
             )
             return problem.real(found)
 
-        return Linearised(mean, weight, gradient, product)
+        return Linearised(mean, weight, gradient, product, kept)
 
     def _forward(self, chunk: Examples) -> Linearised:
         problem, leaves = self._problem, self._problem.leaves
@@ -74,7 +75,7 @@ class PulledBackOperator(CurvatureOperator):
             outputs, rebuild = self._outputs(chunk)
             mean, weight, gradient = self._loss_and_gradient(rebuild(outputs), chunk.labels)
         point = tuple(w.detach() for w in leaves)
-        matrix = self._matrix(outputs, rebuild, chunk)
+        matrix = self._matrix(outputs, rebuild, chunk)[0]
 
         def outputs_at(weights: tuple[Tensor, ...]) -> Tensor:
             return problem.run(lambda: self._outputs(chunk)[0], weights)
@@ -94,7 +95,7 @@ class PulledBackOperator(CurvatureOperator):
 
         def pulled(leaves: Sequence[Tensor]) -> list[Tensor]:
             out, rebuild = self._outputs(chunk)
-            u = self._matrix(out, rebuild, chunk)(pushed)
+            u = self._matrix(out, rebuild, chunk)[0](pushed)
             return [t.detach() for t in self._problem.filled(self._pull(leaves, chunk, u))]
 
         result: list[Tensor] = moved(0.0, pulled)
@@ -115,7 +116,7 @@ class PulledBackOperator(CurvatureOperator):
 
     def _matrix(
         self, outputs: Tensor, rebuild: _Rebuild, chunk: Examples
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> OutputMatrix:
         def loss(outputs: Tensor) -> Tensor:
             return self._problem.loss(rebuild(outputs), chunk.labels)
 

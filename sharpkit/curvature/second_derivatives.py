@@ -73,7 +73,7 @@ def choose_mode(
     Raises:
         ModelError: If none does, with what was wrong with the first.
     """
-    few, model = problem.few(_COMPARED), problem.function.model
+    few, model = problem.few(problem.probe.at_most(_COMPARED)), problem.function.model
     wrong: list[str] = []
     _check_formulas(problem, few)
     try:

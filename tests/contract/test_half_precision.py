@@ -223,3 +223,4 @@ def test_a_sam_step_that_rounding_swallows_is_refused():
     optimizer.param_groups[0]["rho"] = 4.0  # 0.126 each, 16 of those steps
     optimizer.first_step()
     assert float(weight.data[0]) == 1.125
+    optimizer.restore()
