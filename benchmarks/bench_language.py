@@ -49,7 +49,10 @@ class GPT2(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(VOCABULARY, WIDTH), nn.Embedding(TOKENS, WIDTH)
-        self.blocks, self.norm = nn.Sequential(*(Block() for _ in range(LAYERS))), nn.LayerNorm(WIDTH)
+        self.blocks, self.norm = (
+            nn.Sequential(*(Block() for _ in range(LAYERS))),
+            nn.LayerNorm(WIDTH),
+        )
         nn.init.normal_(self.words.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -126,7 +129,8 @@ def time(arguments: argparse.Namespace) -> Iterator[Record]:
         run()
     times = in_turn(runs, 2 if arguments.quick else 5)
     for name in OPERATORS:
-        yield Record(f"product, {name}", "sharpkit", "gradients", over(times, name, "gradient"), "<= 3")
+        ratios = over(times, name, "gradient")
+        yield Record(f"product, {name}", "sharpkit", "gradients", ratios, "<= 3")
 
 
 CASES: dict[str, Case] = {"memory": memory, "time": time}

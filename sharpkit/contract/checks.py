@@ -27,7 +27,7 @@ from sharpkit.contract.modules import call_module
 from sharpkit.contract.parameters import some
 from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.state import Found, differing
-from sharpkit.errors import ModelError, SharpkitError, first_sentence
+from sharpkit.errors import DataError, ModelError, SharpkitError, first_sentence
 
 _PROBED, _PROBED_LOSS = 8, 32  # examples; more for a loss whose form is not known
 # relative to the largest output: what different batch sizes may change by rounding
@@ -105,6 +105,7 @@ def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found
         one = part.slice(0, 1).to(function.device, function.dtype)
         check_labels(part.labels, outputs if alike else _evaluate(function, one), loss.given)
     loss.check(outputs, probe.labels)
+    _check_shifted(loss, probe, outputs)
     _check_independent(function, probe, outputs)
     changed = found.changed_parameters()
     if changed:
@@ -145,6 +146,29 @@ def _probe(function: FunctionalModel, examples: Examples, count: int) -> Example
     chosen = examples.select(label_diverse(examples, count))
     parts = chosen.chunks(count)
     return max(parts, key=len).to(function.device, function.dtype)
+
+
+def _check_shifted(loss: MeanLoss, probe: Examples, outputs: Any) -> None:
+    """Raise DataError if each position is to give its own token: labels were left where they stand.
+
+    Losses inside language models shift the labels by one; here output t is compared with label t.
+    """
+    labels = probe.labels
+    if not loss.exact or labels.ndim < 2 or labels.is_floating_point():
+        return
+    counted = labels >= 0
+    for tokens in pytree.tree_leaves(probe.inputs):
+        whole = not (tokens.is_floating_point() or tokens.is_complex())
+        if not whole or tokens.shape != labels.shape or not bool(counted.any()):
+            continue
+        several = bool((labels[counted] != labels[counted][0]).any())
+        if several and bool((tokens == labels)[counted].all()):
+            raise DataError(
+                "the labels are the input tokens, position by position, and output t is compared "
+                "with label t: shift them, so that label t is token t + 1 "
+                "(torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)); if a "
+                "network is to repeat its input, give the loss as a callable"
+            )
 
 
 def _affordable(outputs: Any, k: int) -> int:
@@ -269,7 +293,7 @@ def _check_independent(function: FunctionalModel, probe: Examples, outputs: Any)
     together = [torch.cat(list(column)) for column in leaves if isinstance(column[0], Tensor)]
     if close(_tensors(outputs), together):
         return
-    if not close(outputs, _evaluate(function, probe)):
+    if not close(*(_evaluate(function, probe) for _ in range(2))):
         raise ModelError(
             "the model is random: two passes over the same examples differ (dropout that ignores "
             "eval mode, or F.dropout without training=self.training?)"

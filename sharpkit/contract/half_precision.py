@@ -24,9 +24,9 @@ HALF = (torch.float16, torch.bfloat16)
 def widened(model: nn.Module) -> Iterator[None]:
     """Inside, weights and buffers in float16 or bfloat16 are float32 copies; then as they were.
 
-    m-sharpness and second derivatives are differences of nearly equal numbers, of which two or three
-    digits leave nothing. The copies have the same values, so what is measured is the network that
-    was stored, computed in float32. All else stays: a mixed network runs in float32 throughout.
+    m-sharpness and second derivatives are differences of nearly equal numbers, of which two or
+    three digits leave nothing. The copies have the same values, so what is measured is the network
+    that was stored, computed in float32. A mixed network runs in float32 throughout.
 
     Raises:
         ArgumentError: If the copies do not fit the memory; for float8; for a module in
@@ -115,7 +115,7 @@ class HalfResults(TorchFunctionMode):
 
 
 WAY_OUT = (
-    'Keep the weights in float32 (model.float()); torch.autocast(device, torch.bfloat16) around '
+    "Keep the weights in float32 (model.float()); torch.autocast(device, torch.bfloat16) around "
     "the passes is as fast"
 )
 
@@ -146,7 +146,7 @@ def _require_room(tensors: list[Tensor]) -> None:
         if free is not None and size > free:
             raise ArgumentError(
                 f"weights in {_kinds(tensors)} are measured in float32 copies, which need "
-                f"{size / 1e9:,.1f} GB on {device}, of which {free / 1e9:,.1f} GB is free: move the "
-                'model to a device with more memory (model.to("cpu")), or measure a smaller one; '
-                "in half precision the numbers would be rounding"
+                f"{size / 1e9:,.1f} GB on {device}, of which {free / 1e9:,.1f} GB is free: move "
+                "the model to a device with more memory, or measure a smaller one; in half "
+                "precision the numbers would be rounding"
             )

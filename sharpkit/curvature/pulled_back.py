@@ -114,9 +114,7 @@ class PulledBackOperator(CurvatureOperator):
     def _outputs(self, chunk: Examples) -> tuple[Tensor, _Rebuild]:
         return _as_one(self._problem.function.outputs(chunk.inputs))
 
-    def _matrix(
-        self, outputs: Tensor, rebuild: _Rebuild, chunk: Examples
-    ) -> OutputMatrix:
+    def _matrix(self, outputs: Tensor, rebuild: _Rebuild, chunk: Examples) -> OutputMatrix:
         def loss(outputs: Tensor) -> Tensor:
             return self._problem.loss(rebuild(outputs), chunk.labels)
 

@@ -54,7 +54,9 @@ def test_m_sharpness(kind):
 
 
 @by_kind
-@pytest.mark.parametrize("operator", [sk.HessianOperator, sk.GaussNewtonOperator, sk.FisherOperator])
+@pytest.mark.parametrize(
+    "operator", [sk.HessianOperator, sk.GaussNewtonOperator, sk.FisherOperator]
+)
 @pytest.mark.parametrize("budget", [None, 0])
 def test_operators(kind, operator, budget):
     matrices = [operator(m, DATA, memory_budget=budget) for m in pair(kind)]
