@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import sharpkit as sk
@@ -170,6 +171,17 @@ def test_too_little_memory_is_told(monkeypatch):
     with pytest.raises(ArgumentError, match=r"bfloat16 are measured in float32 .* 0.0 GB is free"):
         sk.m_sharpness(stored("bfloat16"), DATA, m=4, rho=0.1)
     sk.m_sharpness(network(), DATA, m=4, rho=0.1)  # which needs none
+
+
+def test_a_module_whose_gradients_are_watched_is_refused():
+    """DistributedDataParallel hangs on what accumulates gradients, which a change of dtype drops."""
+    wrapped = DistributedDataParallel.__new__(DistributedDataParallel)  # without other processes
+    nn.Module.__init__(wrapped)
+    wrapped.module = stored("bfloat16")
+    with pytest.raises(ArgumentError, match=r"measure a copy, copy.deepcopy\(model.module\)"):
+        sk.m_sharpness(wrapped, DATA, m=4, rho=0.1)
+    wrapped.module = network()
+    assert sk.m_sharpness(wrapped, DATA, m=4, rho=0.1).value > 0
 
 
 def test_eight_bits_are_refused():
