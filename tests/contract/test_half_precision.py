@@ -174,7 +174,7 @@ def test_too_little_memory_is_told(monkeypatch):
 
 
 def test_a_module_whose_gradients_are_watched_is_refused():
-    """DistributedDataParallel hangs on what accumulates gradients, which a change of dtype drops."""
+    """DistributedDataParallel hooks what accumulates gradients; a change of dtype drops that."""
     wrapped = DistributedDataParallel.__new__(DistributedDataParallel)  # without other processes
     nn.Module.__init__(wrapped)
     wrapped.module = stored("bfloat16")
