@@ -45,6 +45,7 @@ JOBS = (
     "bench_curvature.py --only agreement",
     "bench_curvature.py --only memory",
     "bench_curvature.py --only scaling",
+    "bench_language.py",
     "bench_landscape.py",
     "bench_load.py --only models",
     "bench_load.py --only measures",

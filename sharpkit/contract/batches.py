@@ -17,12 +17,28 @@ from sharpkit.errors import DataError
 
 ACCEPTED = (
     "expected a pair (inputs, labels) of tensors, a Dataset or list of (input, label) pairs, "
-    "a list of (inputs, labels) batches, or a DataLoader"
+    "a list of (inputs, labels) batches, or a DataLoader; a dict with the key 'labels' may stand "
+    "for a pair"
 )
+
+
+def paired(item: Any) -> Any:
+    """A mapping with labels among its entries, as tokenizers and their collators make, as a pair.
+
+    Anything else is given back as it is.
+
+    Example:
+        >>> paired({"input_ids": [1, 2], "labels": [0, 0]})
+        ({'input_ids': [1, 2]}, [0, 0])
+    """
+    if isinstance(item, Mapping) and "labels" in item and len(item) > 1:
+        return {key: value for key, value in item.items() if key != "labels"}, item["labels"]
+    return item
 
 
 def as_examples(pair: Any) -> Examples:
     """Inputs and labels as a whole, or a batch of them, after a check of everything but values."""
+    pair = paired(pair)
     if not isinstance(pair, tuple | list) or len(pair) != 2:
         raise _not_a_pair(pair)
     if isinstance(pair[0], list) and isinstance(pair[1], list):
@@ -44,6 +60,7 @@ def as_examples(pair: Any) -> Examples:
 
 def is_batch(item: Any) -> bool:
     """Whether an item of a list holds several examples, in the first dimension of its tensors."""
+    item = paired(item)
     if not isinstance(item, tuple | list) or len(item) != 2:
         return False
     inputs = pytree.tree_leaves(_plain(item[0]))
@@ -55,6 +72,7 @@ def is_batch(item: Any) -> bool:
 
 def collated(items: list[Any]) -> Examples:
     """Single (input, label) items of one shape, stacked as torch does by default."""
+    items = [paired(item) for item in items]
     for item in items:
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise _not_a_pair(item)

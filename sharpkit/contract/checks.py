@@ -21,17 +21,19 @@ from torch.utils import _pytree as pytree
 from sharpkit.contract.embeddings import PlainEmbeddings
 from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.half_precision import HalfResults
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
 from sharpkit.contract.modules import call_module
 from sharpkit.contract.parameters import some
 from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.state import Found, differing
-from sharpkit.errors import ModelError, SharpkitError, first_sentence
+from sharpkit.errors import DataError, ModelError, SharpkitError, first_sentence
 
 _PROBED, _PROBED_LOSS = 8, 32  # examples; more for a loss whose form is not known
 # relative to the largest output: what different batch sizes may change by rounding
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 _HALF = 0.1  # of half precision, and of TF32
+_LARGE = 2**25  # bytes of outputs, above which fewer examples are looked at
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Probe:
                 )
         return function.habits.not_functional
 
+    def at_most(self, k: int) -> int:
+        """How many examples to look at, k or fewer: outputs of a large vocabulary fill memory."""
+        return _affordable(self.outputs, k)
+
     def confirm(self) -> None:
         """Raise ModelError if the model gives other outputs now than it did at first."""
         if not close(self.outputs, _evaluate(self.function, self.examples)):
@@ -93,11 +99,13 @@ def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found
     _choose_eval(function, probe, found)
     outputs = _first_pass(function, probe, found)
     check_rows(function.model, outputs, len(probe))
+    probe, outputs = _fewer(probe, outputs)
     for part in examples.chunks(len(examples)):
         alike = part.labels.shape[1:] == probe.labels.shape[1:]
         one = part.slice(0, 1).to(function.device, function.dtype)
         check_labels(part.labels, outputs if alike else _evaluate(function, one), loss.given)
     loss.check(outputs, probe.labels)
+    _check_shifted(loss, probe, outputs)
     _check_independent(function, probe, outputs)
     changed = found.changed_parameters()
     if changed:
@@ -108,7 +116,7 @@ def examine(function: FunctionalModel, loss: MeanLoss, examples: Examples, found
     if not loss.exact:
         check_is_mean(loss, outputs, probe.labels)
     few = probe.slice(0, 2)
-    first = pytree.tree_map(lambda t: t[: len(few)], outputs)
+    first = _rows(outputs, torch.arange(len(few)))
     function.habits.loss_sees_weights = _sees_weights(function, loss, few, first)
     return Probe(function, loss, few, first)
 
@@ -138,6 +146,50 @@ def _probe(function: FunctionalModel, examples: Examples, count: int) -> Example
     chosen = examples.select(label_diverse(examples, count))
     parts = chosen.chunks(count)
     return max(parts, key=len).to(function.device, function.dtype)
+
+
+def _check_shifted(loss: MeanLoss, probe: Examples, outputs: Any) -> None:
+    """Raise DataError if each position is to give its own token: labels were left where they stand.
+
+    Losses inside language models shift the labels by one; here output t is compared with label t.
+    """
+    labels = probe.labels
+    if not loss.exact or labels.ndim < 2 or labels.is_floating_point():
+        return
+    counted = labels >= 0
+    for tokens in pytree.tree_leaves(probe.inputs):
+        whole = not (tokens.is_floating_point() or tokens.is_complex())
+        if not whole or tokens.shape != labels.shape or not bool(counted.any()):
+            continue
+        several = bool((labels[counted] != labels[counted][0]).any())
+        if several and bool((tokens == labels)[counted].all()):
+            raise DataError(
+                "the labels are the input tokens, position by position, and output t is compared "
+                "with label t: shift them, so that label t is token t + 1 "
+                "(torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], 1)); if a "
+                "network is to repeat its input, give the loss as a callable"
+            )
+
+
+def _affordable(outputs: Any, k: int) -> int:
+    each = sum(t.nbytes // max(len(t), 1) for t in _tensors(outputs))
+    return min(k, max(1, _LARGE // max(each, 1)))
+
+
+def _fewer(probe: Examples, outputs: Any) -> tuple[Examples, Any]:
+    """Three of the examples, as different as these are, if all take much memory."""
+    n = len(probe)
+    if n <= 3 or _affordable(outputs, n) == n:
+        return probe, outputs
+    kept = torch.tensor([0, n // 2, n - 1])
+    return probe.select(kept), _rows(outputs, kept)
+
+
+def _rows(outputs: Any, indices: Tensor) -> Any:
+    """Copies of some rows: a view would hold them all."""
+    return pytree.tree_map(
+        lambda t: t[indices.to(t.device)] if isinstance(t, Tensor) else t, outputs
+    )
 
 
 def _evaluate(function: FunctionalModel, examples: Examples) -> Any:
@@ -185,16 +237,16 @@ def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any
     """The outputs of the first forward pass, watching what else it does."""
     habits, buffers = function.habits, function.buffers()
     inputs = _copied(probe.inputs)
-    watch = PlainEmbeddings()
+    watch, halves = PlainEmbeddings(), HalfResults()
     try:
-        with torch.no_grad(), watch, function.assigned({}):
+        with torch.no_grad(), halves, watch, function.assigned({}):
             outputs = function.outputs(inputs)
     except SharpkitError:
         raise
     except Exception as error:
         habits.needs_grad_mode = True
         try:
-            with torch.enable_grad(), watch, function.assigned({}):
+            with torch.enable_grad(), halves, watch, function.assigned({}):
                 outputs = function.outputs(inputs)
         except Exception:
             shapes = [(tuple(t.shape), str(t.dtype)) for t in pytree.tree_leaves(probe.inputs)]
@@ -203,6 +255,7 @@ def _first_pass(function: FunctionalModel, probe: Examples, found: Found) -> Any
                 f"{shapes}: {first_sentence(error)}"
             ) from error
     habits.looks_up |= watch.replaced
+    halves.warn(type(function.model).__name__)
     leaves = zip(pytree.tree_leaves(inputs), pytree.tree_leaves(probe.inputs), strict=True)
     habits.writes_inputs = bool(differing(list(leaves)))
     habits.attributes, habits.remembered = found.attributes.changed(), found.attributes
@@ -240,7 +293,7 @@ def _check_independent(function: FunctionalModel, probe: Examples, outputs: Any)
     together = [torch.cat(list(column)) for column in leaves if isinstance(column[0], Tensor)]
     if close(_tensors(outputs), together):
         return
-    if not close(outputs, _evaluate(function, probe)):
+    if not close(*(_evaluate(function, probe) for _ in range(2))):
         raise ModelError(
             "the model is random: two passes over the same examples differ (dropout that ignores "
             "eval mode, or F.dropout without training=self.training?)"

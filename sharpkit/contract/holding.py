@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sharpkit.contract.half_precision import widened
 from sharpkit.contract.modules import unwrapped
 from sharpkit.contract.precision import measuring_precision
 from sharpkit.contract.recompute import without_checkpointing
@@ -21,15 +22,17 @@ def frozen(model: nn.Module) -> Iterator[Found]:
     """Hold a model in eval mode, as `held` does, and leave it exactly as it was found.
 
     Mode, weights, buffers, gradients, flags, attributes and random state are put back afterwards,
-    also after an error. Takes memory for one copy of the weights and buffers.
+    also after an error. Takes memory for one copy of the weights and buffers. Weights in half
+    precision are float32 inside (see `widened`).
     """
-    model = unwrapped(model)
-    found = Found(model)
-    try:
-        with held(model):
-            yield found
-    finally:
-        found.restore()
+    with widened(model):
+        model = unwrapped(model)
+        found = Found(model)
+        try:
+            with held(model):
+                yield found
+        finally:
+            found.restore()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from sharpkit.contract.batches import ACCEPTED, as_examples, collated, is_batch
+from sharpkit.contract.batches import ACCEPTED, as_examples, collated, is_batch, paired
 from sharpkit.contract.examples import Examples
 from sharpkit.errors import ArgumentError, DataError
 
@@ -51,6 +51,9 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
               gets the batches that the loader would give it without shuffling, so that padding is
               that of a loop over the loader. For a seeded choice of some examples, the batches
               that hold them are read whole, unless shapes do not depend on the batch.
+
+            In the place of a pair may be a mapping with "labels" among its entries, as tokenizers
+            give; the others are the inputs.
         n: How many examples; None for all.
         seed: Seed of the order; None keeps the data's own.
 
@@ -102,6 +105,7 @@ def _load(data: Data, n: int | None, seed: int | None) -> Examples:
                 f"expected a TensorDataset of inputs and labels, got {len(data.tensors)} tensors"
             )
         return _choose(as_examples(data.tensors), n, seed)
+    data = paired(data)
     if _is_pair(data):
         return _choose(as_examples(data), n, seed)
     if isinstance(data, IterableDataset):
@@ -209,7 +213,7 @@ def _from_items(items: Any, n: int | None, seed: int | None) -> Examples:
     order = _order(len(items), n, seed).tolist()
     parts = []
     for start in range(0, len(order), _READ_AT_ONCE):
-        read = [items[i] for i in order[start : start + _READ_AT_ONCE]]
+        read = [paired(items[i]) for i in order[start : start + _READ_AT_ONCE]]
         parts += [collated(list(run)) for _, run in groupby(read, key=_shapes)]
     return Examples.joined(parts)
 

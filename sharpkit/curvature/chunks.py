@@ -44,19 +44,32 @@ class ChunkPlan:
 
 
 def graph_bytes(
-    record: Callable[[Examples], object], examples: Examples, known: list[Tensor]
+    record: Callable[[Examples], object], examples: Examples, known: list[Tensor], most: int = 4
 ) -> tuple[int, int]:
     """Bytes that a kept graph takes per example, and besides per chunk.
 
-    Where examples differ in shape the largest ones are recorded; `known` tensors do not count.
+    Where examples differ in shape the largest ones are recorded, at most so many (and two);
+    `known` tensors do not count.
     """
     part = max(examples.chunks(len(examples)), key=_row_bytes)
-    many = min(4, len(part))
+    many = min(max(most, 2), len(part))
     few = max(1, many // 2)
-    small = saved_bytes(lambda: record(part.slice(0, few)), known)
+
+    def size(count: int) -> int:
+        kept: list[Tensor] = []
+
+        def recorded() -> object:
+            graph = record(part.slice(0, count))
+            if isinstance(graph, Linearised):
+                kept.extend(graph.kept)
+            return graph
+
+        return saved_bytes(recorded, known) + sum(t.nbytes for t in kept)
+
+    small = size(few)
     if many == few:
         return max(small, 1), 0
-    large = saved_bytes(lambda: record(part.slice(0, many)), known)
+    large = size(many)
     per_example = max((large - small) // (many - few), 1)
     return per_example, max(small - few * per_example, 0)
 
@@ -121,6 +134,7 @@ class Linearised:
     weight: Tensor  # of the mean among those of other chunks, float64 scalar
     gradient: Sequence[Tensor | None]  # per parameter, None where it is not used
     product: Product
+    kept: tuple[Tensor, ...] = ()  # what the product keeps beside the graph
 
 
 @dataclass

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.loading import Data
-from sharpkit.contract.losses import Loss, MeanLoss
+from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters
-from sharpkit.contract.torch_losses import module_of
 from sharpkit.curvature.problem import Problem
 from sharpkit.curvature.pulled_back import PulledBackOperator
 from sharpkit.curvature.second_derivatives import Method
+from sharpkit.curvature.softmax import OutputMatrix, SoftmaxCurvature, softmax_loss
 from sharpkit.errors import ArgumentError
 
 
@@ -99,7 +99,8 @@ class FisherOperator(PulledBackOperator):
         if self.kind == "empirical" or problem.loss.given == "mse":
             return
         labels = problem.probe.examples.labels
-        if _cross_entropy(problem.loss) is None or labels.is_floating_point():
+        softmax = softmax_loss(problem.loss)
+        if softmax is None or not softmax.plain or labels.is_floating_point():
             raise ArgumentError(
                 'kind="true" needs the likelihood of the loss: expected "cross_entropy", "mse", or '
                 "CrossEntropyLoss() with integer labels and without class weights or smoothing, "
@@ -116,42 +117,16 @@ class FisherOperator(PulledBackOperator):
 
     def _output_matrix(
         self, outputs: Tensor, labels: Tensor, loss: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> OutputMatrix:
         if self.kind == "empirical":
             with torch.enable_grad():
                 slope = torch.autograd.grad(loss(outputs), outputs)[0].flatten(1)
-            return lambda u: _rank_one(slope, u)
-        if self._problem.loss.given == "mse":
-            return lambda u: u / outputs.shape[0]
-        return _variance(outputs.detach(), labels, *_cross_entropy(self._problem.loss) or (-1, 0))
-
-
-def _cross_entropy(loss: MeanLoss) -> tuple[int, int] | None:
-    """The axis of classes and the label to ignore of a plain cross-entropy, else None."""
-    given = getattr(loss.given, "_orig_mod", loss.given)
-    if given == "cross_entropy":
-        return -1, nn.CrossEntropyLoss().ignore_index
-    module = given if isinstance(given, nn.Module) else module_of(given)
-    if not (loss.exact and isinstance(module, nn.CrossEntropyLoss)):
-        return None
-    return None if module.weight is not None or module.label_smoothing else (1, module.ignore_index)
-
-
-def _variance(
-    outputs: Tensor, labels: Tensor, axis: int, ignored: int
-) -> Callable[[Tensor], Tensor]:
-    """u -> (diag p − p pᵀ) u at every labelled position, over their number."""
-    if axis == 1 and labels.shape != outputs.shape[:1] + outputs.shape[2:]:
-        axis = -1
-    p = outputs.movedim(axis, -1).softmax(-1)
-    kept = (labels != ignored).unsqueeze(-1).to(p.dtype)
-    share = kept / kept.sum().clamp(min=1)
-
-    def multiply(u: Tensor) -> Tensor:
-        u = u.movedim(axis, -1)
-        return (share * p * (u - (p * u).sum(-1, keepdim=True))).movedim(-1, axis)
-
-    return multiply
+            return lambda u: _rank_one(slope, u), (slope,)
+        softmax = softmax_loss(self._problem.loss)
+        if softmax is None:  # half the squared error
+            return lambda u: u / outputs.shape[0], ()
+        matrix = SoftmaxCurvature(softmax, outputs, labels)
+        return matrix, (matrix.p,)
 
 
 def _rank_one(slope: Tensor, u: Tensor) -> Tensor:

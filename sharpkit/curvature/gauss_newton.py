@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sharpkit.curvature.operator import owning_edge
 from sharpkit.curvature.pulled_back import PulledBackOperator
+from sharpkit.curvature.softmax import OutputMatrix, SoftmaxCurvature, softmax_loss
 
 
 class GaussNewtonOperator(PulledBackOperator):
@@ -44,14 +45,19 @@ class GaussNewtonOperator(PulledBackOperator):
 
     def _output_matrix(
         self, outputs: Tensor, labels: Tensor, loss: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> OutputMatrix:
+        softmax = softmax_loss(self._problem.loss)
+        both = softmax is not None and softmax.weight is not None and softmax.smoothing
+        if softmax is not None and not both and not labels.is_floating_point():
+            matrix = SoftmaxCurvature(softmax, outputs, labels)
+            return matrix, (matrix.p,)
         with torch.enable_grad():
             mean = loss(outputs)
             slope: Tensor | None = None
             if mean.requires_grad:
                 (slope,) = torch.autograd.grad(mean, outputs, create_graph=True)
         if slope is None or not slope.requires_grad:  # linear in the outputs
-            return torch.zeros_like
+            return torch.zeros_like, ()
         edge = owning_edge(slope)
 
         def multiply(u: Tensor) -> Tensor:
@@ -59,4 +65,4 @@ class GaussNewtonOperator(PulledBackOperator):
                 [edge], [outputs], [u], retain_graph=True, materialize_grads=True
             )[0]
 
-        return multiply
+        return multiply, ()

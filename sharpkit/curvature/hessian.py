@@ -62,7 +62,7 @@ class HessianOperator(CurvatureOperator):
         progress: Show a progress bar if recording takes longer than two seconds.
 
     Raises:
-        ArgumentError: For an empty selection, half precision, or graphs that do not fit.
+        ArgumentError: For an empty selection, or graphs that do not fit.
         DataError: For data that differ between two passes, or labels that do not fit.
         ModelError: For NaN weights or loss, BatchNorm or Dropout in training mode, random
             outputs, a loss that is not a scalar mean, a gradient that is not that of the loss,

@@ -145,10 +145,9 @@ class CurvatureOperator(ABC):
         self.mode, self._why = choose_mode(problem, self._by_differences, self._product, method)
         keeping = self.mode in ("reverse", "plain reverse")
         known = [*problem.leaves, *problem.fixed.values()]
-        record = self._loss_graph if self.mode == "finite difference" else self._record_some
         self._plan: ChunkPlan = chunk_plan(
             problem.examples,
-            (0, 0) if self.mode == "forward" else graph_bytes(record, problem.examples, known),
+            (0, 0) if self.mode == "forward" else self._graph_bytes(problem, known),
             list(problem.weights.values()),
             chunk,
             memory_budget if keeping else 0,
@@ -159,11 +158,15 @@ class CurvatureOperator(ABC):
         if self.mode == "finite difference":
             self._probe_differences()
 
+    def _graph_bytes(self, problem: Problem, known: list[Tensor]) -> tuple[int, int]:
+        record = self._loss_graph if self.mode == "finite difference" else self._record_some
+        return graph_bytes(record, problem.examples, known, problem.probe.at_most(4))
+
     def _choose_products(self, compile: bool) -> None:
         """How vectors are multiplied: compiled, several at once, or one by one."""
         self._compiled: CompiledProducts | None = None
         self._why_eager = ""
-        few = self._problem.few(2)
+        few = self._problem.few(self._problem.probe.at_most(2))
         if compile and self.mode == "finite difference":
             self._why_eager = "products are differences of first derivatives"
         elif compile and self.mode == "forward":

@@ -16,6 +16,7 @@ from sharpkit.curvature.differences import STEPS, extrapolated, moved
 from sharpkit.curvature.operator import CurvatureOperator, owning_edge
 from sharpkit.curvature.problem import Problem
 from sharpkit.curvature.second_derivatives import Moved, Tensors
+from sharpkit.curvature.softmax import OutputMatrix
 from sharpkit.errors import ModelError
 
 _Rebuild = Callable[[Tensor], Any]  # the outputs as the model gave them, of one tensor
@@ -27,7 +28,7 @@ class PulledBackOperator(CurvatureOperator):
     @abstractmethod
     def _output_matrix(
         self, outputs: Tensor, labels: Tensor, loss: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> OutputMatrix:
         """The map u -> M u for outputs of shape (n, ...), which are a leaf requiring gradients.
 
         `loss` is the mean loss of a chunk as a function of such outputs.
@@ -49,14 +50,14 @@ class PulledBackOperator(CurvatureOperator):
             if not outputs.requires_grad:
                 return Linearised(mean, weight, gradient, lambda vector: [None] * len(leaves))
             # Jᵀu is linear in u, so its gradient along v is J v: the double-backward trick
-            dummy = torch.zeros_like(outputs, requires_grad=True)
+            dummy = outputs.new_zeros(()).expand(outputs.shape).detach().requires_grad_()
             pulled = problem.real(
                 torch.autograd.grad(outputs, leaves, dummy, create_graph=True, allow_unused=True)
             )
         where = [i for i, p in enumerate(pulled) if p is not None and p.requires_grad]
         edges = [owning_edge(p) for p in pulled if p is not None and p.requires_grad]
         top = owning_edge(outputs)
-        matrix = self._matrix(outputs, rebuild, chunk)
+        matrix, kept = self._matrix(outputs, rebuild, chunk)
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor | None]:
             (pushed,) = torch.autograd.grad(
@@ -67,7 +68,7 @@ class PulledBackOperator(CurvatureOperator):
             )
             return problem.real(found)
 
-        return Linearised(mean, weight, gradient, product)
+        return Linearised(mean, weight, gradient, product, kept)
 
     def _forward(self, chunk: Examples) -> Linearised:
         problem, leaves = self._problem, self._problem.leaves
@@ -75,7 +76,7 @@ class PulledBackOperator(CurvatureOperator):
             outputs, rebuild = self._outputs(chunk)
             mean, weight, gradient = self._loss_and_gradient(rebuild(outputs), chunk.labels)
         point = tuple(w.detach() for w in leaves)
-        matrix = self._matrix(outputs, rebuild, chunk)
+        matrix = self._matrix(outputs, rebuild, chunk)[0]
 
         def outputs_at(weights: tuple[Tensor, ...]) -> Tensor:
             return problem.run(lambda: self._outputs(chunk)[0], weights)
@@ -95,7 +96,7 @@ class PulledBackOperator(CurvatureOperator):
 
         def pulled(leaves: Sequence[Tensor]) -> list[Tensor]:
             out, rebuild = self._outputs(chunk)
-            u = self._matrix(out, rebuild, chunk)(pushed)
+            u = self._matrix(out, rebuild, chunk)[0](pushed)
             return [t.detach() for t in self._problem.filled(self._pull(leaves, chunk, u))]
 
         result: list[Tensor] = at(0.0, pulled)
@@ -125,7 +126,7 @@ class PulledBackOperator(CurvatureOperator):
             out, rebuild = self._outputs(chunk)
         if not out.requires_grad:
             return [problem.filled([None] * len(weights))] * 3
-        matrix = self._matrix(out, rebuild, chunk)
+        matrix = self._matrix(out, rebuild, chunk)[0]
         pulled = []
         for (u,) in extrapolated(values, [out.detach()], step):
             found = torch.autograd.grad(
@@ -147,9 +148,7 @@ class PulledBackOperator(CurvatureOperator):
     def _outputs(self, chunk: Examples) -> tuple[Tensor, _Rebuild]:
         return _as_one(self._problem.function.outputs(chunk.inputs))
 
-    def _matrix(
-        self, outputs: Tensor, rebuild: _Rebuild, chunk: Examples
-    ) -> Callable[[Tensor], Tensor]:
+    def _matrix(self, outputs: Tensor, rebuild: _Rebuild, chunk: Examples) -> OutputMatrix:
         def loss(outputs: Tensor) -> Tensor:
             return self._problem.loss(rebuild(outputs), chunk.labels)
 

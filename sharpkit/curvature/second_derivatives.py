@@ -80,7 +80,7 @@ def choose_mode(
         ModelError: If none does, with what was wrong with the first; if the differences asked for
             are not those of a gradient.
     """
-    few, model = problem.few(_COMPARED), problem.function.model
+    few, model = problem.few(problem.probe.at_most(_COMPARED)), problem.function.model
     wrong: list[str] = []
     _check_formulas(problem, few)
     try:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from sharpkit.contract.half_precision import HALF
 from sharpkit.curvature.linear_map import LinearMap
 from sharpkit.errors import ArgumentError
 from sharpkit.training.sam import SAM
@@ -234,8 +235,9 @@ def _preconditioner(base: Optimizer, group: Mapping[str, Any], parameter: Tensor
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """The entries in one row, complex ones as pairs."""
+    """The entries in one row, complex ones as pairs; half precision as float32, as the Hessian."""
     plain = tensor.detach()
+    plain = plain.float() if plain.dtype in HALF else plain
     return (torch.view_as_real(plain) if plain.is_complex() else plain).reshape(-1)
 
 

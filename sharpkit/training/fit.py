@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import check_rows
 from sharpkit.contract.examples import Examples
+from sharpkit.contract.half_precision import refuse_half
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data, load_in_order
 from sharpkit.contract.loss_text import loss_text
@@ -245,6 +246,7 @@ def _check(
     if size % ranks.world:
         raise ArgumentError(f"batch_size is {size}: {ranks.world} processes cannot share it evenly")
     check_finite_weights(model)
+    refuse_half((p for p in model.parameters() if p.requires_grad), "fit")
     parameter = next(model.parameters())
     one = train.slice(0, 1).to(parameter.device, parameter.dtype)
     with frozen(model), torch.no_grad():

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.contract.functional import FunctionalModel
+from sharpkit.contract.half_precision import refuse_half
 from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, DataError, DivergedError
@@ -72,7 +73,8 @@ def m_sam_gradient(
         Tensor: The mean loss at the unperturbed weights, a scalar without history.
 
     Raises:
-        ArgumentError: For m, rho or engine out of range, or if no parameter requires gradients.
+        ArgumentError: For m, rho or engine out of range, weights in half precision, or if no
+            parameter requires gradients.
         DataError: For labels that do not fit the outputs or the inputs.
         DivergedError: If a loss is not finite (no `.grad` has been touched).
         ModelError: If BatchNorm in training gets a group with a single value per channel.
@@ -123,6 +125,7 @@ def accumulate(
     network = unwrapped(model)
     parameters = dict(network.named_parameters())
     own = [parameters[name] for name in radii.rho]
+    refuse_half(own, "m-SAM")
     loss_fn = resolve_loss(loss)
     function = FunctionalModel(network, whole=not loss_fn.exact)
     shared = {name: function.value(name) for name in radii.rho}

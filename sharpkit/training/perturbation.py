@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sharpkit.contract.half_precision import HALF, WAY_OUT
+from sharpkit.errors import ModelError
 from sharpkit.groupwise import geometry
 from sharpkit.groupwise.geometry import DirectionRule, Tensors
 
@@ -59,7 +61,7 @@ def perturb(
     if length > 0:
         for (weights, _, rho, own), ascent in zip(moving, ascents, strict=True):
             steps = _times(_scaled(ascent, weights, own), rho, length)
-            torch._foreach_add_(weights, steps)
+            _move(weights, steps)
     return True
 
 
@@ -85,8 +87,7 @@ def perturb_along(
     unit = geometry.directed(direction, ascent, weights)
     if not math.isfinite(float(unit.coefficient)):
         return False
-    for name, w in weights.items():
-        w.add_(scale[name] * unit.tensors[name][0])
+    _move(list(weights.values()), [scale[name] * unit.tensors[name][0] for name in weights])
     return True
 
 
@@ -95,13 +96,36 @@ def real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
+def _move(weights: list[Tensor], steps: list[Tensor]) -> None:
+    """Add steps to weights in place.
+
+    Raises:
+        ModelError: If weights in half precision take less than nine tenths of their steps.
+    """
+    half = [(w, w.float(), s.float()) for w, s in zip(weights, steps, strict=True) if _is_half(w)]
+    torch._foreach_add_(weights, steps)
+    if not half:
+        return
+    lost = float(norms([w.float() - before - step for w, before, step in half]).norm())
+    asked = float(norms([step for *_, step in half]).norm())
+    if lost > 0.1 * asked:
+        raise ModelError(
+            f"rounding to {str(half[0][0].dtype).removeprefix('torch.')} changes the perturbation "
+            f"of SAM by {lost / asked:.0%} of its length. {WAY_OUT}"
+        )
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in HALF
+
+
 def _scaled(tensors: list[Tensor], weights: list[Tensor], adaptive: bool) -> list[Tensor]:
     return list(torch._foreach_mul(tensors, torch._foreach_abs(weights))) if adaptive else tensors
 
 
 def _times(tensors: Sequence[Tensor], rho: float, length: float) -> list[Tensor]:
     """ρ² t / length, though the factor or the quotient alone may not fit the tensors' dtype."""
-    wide = [t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in tensors]
+    wide = [t.float() if _is_half(t) else t for t in tensors]
     power = 2.0 ** -round(math.log2(length) / 2)
     result = list(torch._foreach_mul(wide, power))
     torch._foreach_mul_(result, rho * (rho / (length * power)))

@@ -156,7 +156,7 @@ class SAM(Optimizer):
             zero_grad: Clear the gradients afterwards, ready for the second backward pass.
 
         Raises:
-            ModelError: If a gradient is sparse.
+            ModelError: If a gradient is sparse, or weights in half precision round ε away.
             ArgumentError: If the weights are perturbed already, or a group's rho is below 0.
         """
         if self._phase is _Phase.PERTURBED:
@@ -178,10 +178,14 @@ class SAM(Optimizer):
         if self.variant.combine is not None:
             self._plain = [real(p.grad).clone() for p in every if p.grad is not None]
         adaptive = [bool(group["adaptive"]) for group in self.param_groups]
-        if self.variant.direction is None:
-            self._finite = perturb(groups, rhos, adaptive)
-        else:
-            self._finite = perturb_along(self.variant.direction, groups, rhos, adaptive)
+        try:
+            if self.variant.direction is None:
+                self._finite = perturb(groups, rhos, adaptive)
+            else:
+                self._finite = perturb_along(self.variant.direction, groups, rhos, adaptive)
+        except ModelError:  # half precision does not hold the perturbation
+            self.restore()
+            raise
         torch.clear_autocast_cache()  # it may hold half-precision copies of w
         if zero_grad:
             self.zero_grad()

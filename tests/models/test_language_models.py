@@ -1,0 +1,105 @@
+"""Networks of transformers as they come: in half precision, with the library's own batches."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from case import Case
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from transformer_networks import LENGTH, TRANSFORMERS, VOCABULARY, gpt2
+from transformers import BatchEncoding
+
+import sharpkit as sk
+
+BY_NAME = {case.name: case for case in TRANSFORMERS}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BY_NAME)
+def test_half_precision_is_the_float32_network_with_the_same_numbers(name: str, dtype: torch.dtype):
+    case: Case = BY_NAME[name]
+    half, inputs, labels = case.make(torch.float32)
+    half = half.eval().to(dtype)
+    full = copy.deepcopy(half).float()
+    data = inputs, labels
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the slower loop
+        values = [sk.m_sharpness(m, data, m=[1, 4], rho=case.rho).value for m in (half, full)]
+        matrices = [kind(m, data) for kind in (sk.HessianOperator, sk.GaussNewtonOperator)
+                    for m in (half, full)]  # fmt: skip
+    np.testing.assert_array_equal(*values)
+    vector = torch.ones(matrices[0].shape[0])
+    products = [matrix.matvec(vector) for matrix in matrices]
+    assert torch.equal(products[0], products[1])
+    assert torch.equal(products[2], products[3])
+    assert {p.dtype for p in half.parameters()} == {dtype}
+
+
+def sequences() -> dict[str, torch.Tensor]:
+    """Padded on the right; labels shifted, and none at the padding."""
+    g = torch.Generator().manual_seed(1)
+    lengths = torch.tensor([7, 3, 5, 2, 7, 4])
+    mask = (torch.arange(LENGTH) < lengths.unsqueeze(1)).long()
+    words = torch.randint(1, VOCABULARY, (6, LENGTH), generator=g) * mask
+    labels = torch.cat([words[:, 1:], torch.zeros(6, 1, dtype=torch.long)], 1)
+    labels = labels.masked_fill(labels == 0, -100)
+    return {"input_ids": words, "attention_mask": mask, "labels": labels}
+
+
+def test_batches_of_the_library_are_data_as_they_are():
+    torch.manual_seed(0)
+    model, whole = gpt2().eval().double(), sequences()
+    rows = [{key: value[i] for key, value in whole.items()} for i in range(6)]
+
+    def together(rows):
+        return BatchEncoding({key: torch.stack([r[key] for r in rows]) for key in rows[0]})
+
+    forms = [
+        whole, BatchEncoding(whole), rows, DataLoader(rows, batch_size=4),
+        DataLoader(rows, batch_size=4, collate_fn=together),
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [sk.m_sharpness(model, data, m=2, rho=0.05, seed=None).value for data in forms]
+    assert found[0] > 0
+    assert found == pytest.approx([found[0]] * len(forms), rel=1e-9)
+
+
+def test_the_loss_is_that_which_the_model_computes_itself():
+    """Which shifts labels that stand where the tokens do."""
+    torch.manual_seed(0)
+    model, whole = gpt2().eval(), sequences()
+    unshifted = whole["input_ids"].masked_fill(whole["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        expected = model(**{**whole, "labels": unshifted}).loss
+    with sk.HessianOperator(model, whole) as matrix:
+        assert matrix.loss == pytest.approx(float(expected), rel=1e-6)
+    with pytest.raises(sk.errors.DataError, match="shift them"):
+        sk.HessianOperator(model, {**whole, "labels": unshifted})
+
+
+def test_a_tracker_and_sam_follow_a_language_model():
+    torch.manual_seed(0)
+    model, whole = gpt2(), sequences()
+    inputs = {key: whole[key] for key in ("input_ids", "attention_mask")}
+    optimizer = sk.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.02)
+    tracker = sk.Tracker(whole, every=1, measures=["loss", "stability", "trace"])
+
+    def closure():
+        logits = model(**inputs).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), whole["labels"].flatten())
+        loss.backward()
+        return loss
+
+    for step in range(4):
+        tracker(model, optimizer, step=step)
+        loss = float(optimizer.step(closure).detach())
+        assert tracker.rows[-1]["loss"] == pytest.approx(loss, rel=1e-5)
+    frame = tracker.frame()
+    assert frame.loss.is_monotonic_decreasing
+    assert (frame.lambda_max > 0).all()
