@@ -1,6 +1,7 @@
 """Curvature of the loss: operators, Lanczos, spectral density, eigenvalues, traces."""
 
 from sharpkit.curvature.density import SpectralDensity
+from sharpkit.curvature.diagonal import Diagonal, diagonal
 from sharpkit.curvature.eigenvalues import Eigenpairs, top_eigenvalues
 from sharpkit.curvature.fisher import FisherOperator
 from sharpkit.curvature.gauss_newton import GaussNewtonOperator
@@ -13,6 +14,7 @@ from sharpkit.curvature.trace import Estimated, frobenius_norm, trace
 
 __all__ = [
     "CurvatureOperator",
+    "Diagonal",
     "Eigenpairs",
     "Estimated",
     "FisherOperator",
@@ -20,6 +22,7 @@ __all__ = [
     "HessianOperator",
     "SpectralDensity",
     "Tridiagonal",
+    "diagonal",
     "frobenius_norm",
     "lanczos",
     "layer_spectra",
