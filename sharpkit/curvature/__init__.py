@@ -1,5 +1,6 @@
 """Curvature of the loss: operators, Lanczos, spectral density, eigenvalues, traces."""
 
+from sharpkit.curvature.block_result import LayerSpectra
 from sharpkit.curvature.density import SpectralDensity
 from sharpkit.curvature.diagonal import Diagonal, diagonal
 from sharpkit.curvature.eigenvalues import Eigenpairs, top_eigenvalues
@@ -20,6 +21,7 @@ __all__ = [
     "FisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
+    "LayerSpectra",
     "SpectralDensity",
     "Tridiagonal",
     "diagonal",
