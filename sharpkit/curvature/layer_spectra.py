@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -20,12 +20,14 @@ from sharpkit.curvature.operator import CurvatureOperator
 from sharpkit.curvature.quadrature import spectral_density
 from sharpkit.errors import ArgumentError
 
+Selection: TypeAlias = "str | nn.Module | Iterable[str | nn.Module]"
+
 
 def layer_spectra(
     model: nn.Module,
     data: Data,
     *,
-    by: Literal["layer", "block"] | Mapping[str, str | Iterable[str]] = "layer",
+    by: Literal["layer", "block"] | Mapping[str, Selection] = "layer",
     operator: type[CurvatureOperator] = HessianOperator,
     loss: Loss = "cross_entropy",
     n: int | None = None,
@@ -46,8 +48,9 @@ def layer_spectra(
         model: Any module in eval mode.
         data: As for `HessianOperator`.
         by: "layer" for every module that owns parameters, "block" for every child of the model,
-            or a mapping of names to parameter names or patterns: {"adapters": "*lora*", "norms":
-            "*norm*", "embeddings": "*embed*"}. What is in no block is left out everywhere.
+            or a mapping of names to parameter names, patterns or modules, one or several:
+            {"adapters": "*lora*", "norms": "*norm*", "embeddings": "*embed*"}. What is in no block
+            is left out everywhere.
         operator: `HessianOperator`, `GaussNewtonOperator` or `FisherOperator`.
         loss: As for `HessianOperator`.
         n: How many examples; None for all.
@@ -99,19 +102,22 @@ def layer_spectra(
         return LayerSpectra(spectra, None, shared)
     with operator(model, data, loss=loss, parameters=list(count), n=n, progress=progress) as whole:
         places = whole.split(torch.arange(whole.shape[0], device=whole.device))
-        blocks = [torch.cat([places[n].flatten() for n in names]) for names in resolved.values()]
+        blocks = [
+            torch.cat([places[name].flatten() for name in names]) for names in resolved.values()
+        ]
         lengths = block_lengths(whole, blocks, share_probes, seed, progress)
     return LayerSpectra(spectra, lengths, ())
 
 
 def _groups(
-    model: nn.Module, by: Literal["layer", "block"] | Mapping[str, str | Iterable[str]]
+    model: nn.Module, by: Literal["layer", "block"] | Mapping[str, Selection]
 ) -> dict[str, Any]:
     """Name of each group to the names of its parameters that are measured by default."""
     model, selected = unwrapped(model), floating_parameters(model)
     measured = {id(p) for name, p in model.named_parameters() if name in selected}
     if isinstance(by, Mapping):
-        return {name: [p] if isinstance(p, str) else list(p) for name, p in by.items()}
+        single = str | nn.Module
+        return {name: [p] if isinstance(p, single) else list(p) for name, p in by.items()}
     if by == "layer":
         modules = {n: m for n, m in model.named_modules() if any(True for _ in m.parameters(False))}
     elif by == "block":

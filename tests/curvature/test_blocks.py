@@ -69,6 +69,14 @@ def test_groups_that_are_scattered_over_the_model():
     assert np.abs(found.coupling - exact).max() < 0.06
 
 
+def test_modules_are_blocks_as_well():
+    model, data = make("cnn")
+    modules = {"first": model[0], "rest": [model[3], "6.*"]}
+    found = layer_spectra(model, data, by=modules, steps=3, probes=1, share_probes=2)
+    sizes = [sum(p.numel() for p in model[i].parameters()) for i in (0, 3, 6)]
+    assert [d.size for d in found.values()] == [sizes[0], sizes[1] + sizes[2]]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("off", [0.0, 0.02, 1.0])
 def test_the_error_of_the_share_covers(off):
