@@ -10,6 +10,7 @@ from .curvature import (
     GaussNewtonOperator as GaussNewtonOperator,
     HessianOperator as HessianOperator,
     SpectralDensity as SpectralDensity,
+    diagonal as diagonal,
     frobenius_norm as frobenius_norm,
     layer_spectra as layer_spectra,
     spectral_density as spectral_density,

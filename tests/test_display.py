@@ -111,6 +111,7 @@ RESULTS = {
         pd.DataFrame({"a": VALUES, "b": SQUARES}), CONFIGS, resamples=5
     ),
     "Comparison": lambda: compare_measures(VALUES, SQUARES, CONFIGS, resamples=50),
+    "Diagonal": lambda: sk.diagonal(hessian()),
     "Eigenpairs": lambda: sk.top_eigenvalues(hessian(), 3),
     "Estimate": lambda: sk.measures.training_loss(model(), DATA),
     "Estimated": lambda: sk.trace(hessian()),
@@ -121,6 +122,7 @@ RESULTS = {
     "GranulatedKendall": lambda: granulated_kendall(VALUES, CONFIGS),
     "Interval": lambda: bootstrap_interval(VALUES, CONFIGS, resamples=50),
     "Landscape": lambda: sk.landscape(model(), DATA, points=5),
+    "LayerSpectra": lambda: sk.layer_spectra(nn.Sequential(model()), DATA, steps=5),
     "ModelComparison": lambda: sk.compare_models(model(), model(), DATA, m=1, rho=0.1),
     "ModelEntry": lambda: sk.embedded_zoo()["fashion_mnist_14x14"]["0"],
     "PowerLaw": lambda: sk.measures.fit_power_law([1.0, 2.0, 3.0, 5.0, 8.0]),

@@ -1,6 +1,8 @@
 """Curvature of the loss: operators, Lanczos, spectral density, eigenvalues, traces."""
 
+from sharpkit.curvature.block_result import LayerSpectra
 from sharpkit.curvature.density import SpectralDensity
+from sharpkit.curvature.diagonal import Diagonal, diagonal
 from sharpkit.curvature.eigenvalues import Eigenpairs, top_eigenvalues
 from sharpkit.curvature.fisher import FisherOperator
 from sharpkit.curvature.gauss_newton import GaussNewtonOperator
@@ -13,13 +15,16 @@ from sharpkit.curvature.trace import Estimated, frobenius_norm, trace
 
 __all__ = [
     "CurvatureOperator",
+    "Diagonal",
     "Eigenpairs",
     "Estimated",
     "FisherOperator",
     "GaussNewtonOperator",
     "HessianOperator",
+    "LayerSpectra",
     "SpectralDensity",
     "Tridiagonal",
+    "diagonal",
     "frobenius_norm",
     "lanczos",
     "layer_spectra",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.contract.precision import measuring_precision
+from sharpkit.curvature.copies import copies_ruled_out
 from sharpkit.curvature.lanczos import (
     fresh_direction,
     near_one,
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
 Which = Literal["LA", "SA", "LM"]
 _SMALL = 2000  # a matrix whose whole space is a cheap basis
 _LOOK = 5  # products between looks at the residuals, or a tenth of the basis if that is more
-_CHECK_STEPS = 12  # products spent on looking for further copies of a repeated eigenvalue
+_CHECK_STEPS = 12  # products spent on looking for further copies of a repeated eigenvalue, at least
+_APART = 0.01  # residual of the next eigenvalue, in its distance to those whose copies are sought
 
 
 @readable(
@@ -104,8 +106,10 @@ def top_eigenvalues(
     """The k extreme eigenvalues with eigenvectors and residual norms.
 
     Thick-restart Lanczos with full reorthogonalisation on the operator's own device. A residual
-    norm r bounds the error of an eigenvalue by r, and by r² / gap. Once converged, some steps from
-    a random direction look for further copies of repeated eigenvalues. Memory: subspace x P. With
+    norm r bounds the error of an eigenvalue by r, and by r² / gap. One start vector finds one copy
+    of a repeated eigenvalue, so for k > 1 it then goes on from a random direction until further
+    copies are found or ruled out: a dozen products where eigenvalues are apart, more where they
+    lie close together. Memory: subspace x P. With
     a subspace of P, the default up to P = 2000, it ends after at most P + k products, converged,
     wherever the eigenvalues lie. The scale of the matrix does not matter.
 
@@ -131,7 +135,7 @@ def top_eigenvalues(
 
     Source:
         Wu and Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems",
-        SIAM J. Matrix Anal. Appl. 2000.
+        SIAM J. Matrix Anal. Appl. 2000; for copies see `copies_ruled_out`.
 
     Example:
         >>> import torch
@@ -162,13 +166,19 @@ def top_eigenvalues(
     )
     tol = tol or (1e-8 if a.dtype == torch.float64 else 2e-5)
     search = _Search(a, room, which, seed, max_products or 50 * room, progress)
-    search.run(k, tol)
+    settled = search.run(k, tol)
     found = search.finish(k, tol)
     if not found.converged:
         warnings.warn(
             f"top_eigenvalues: after {found.products} products a residual is "
             f"{found.residual_norms.max():.2g}, above {tol:.2g} of the largest eigenvalue; "
             "allow more products, a larger subspace or a looser tol",
+            stacklevel=2,
+        )
+    elif not settled:
+        warnings.warn(
+            f"top_eigenvalues: {found.products} products were too few to rule out that an "
+            "eigenvalue found occurs more often: allow more products",
             stacklevel=2,
         )
     return found
@@ -191,14 +201,18 @@ class _Search:
         self.h = np.zeros((rows, rows))
         self.used, self.filled = 0, 1
         self.products = 0
+        self.direction: int | None = None  # the row from which further copies are looked for
         start = random_rows(1, a, seed)[0]
         self.q[0] = start / start.norm()
         self.bar = progress_bar(
             desc="eigenvalues", unit="product", leave=False, delay=2, progress=progress
         )
 
-    def run(self, k: int, tol: float) -> None:
-        """Grow and restart until k pairs converge, survive the check, or products run out."""
+    def run(self, k: int, tol: float) -> bool:
+        """Grow and restart until k pairs converge and survive the check, or products run out.
+
+        Returns whether there are no more copies of what was found.
+        """
         checked: Array | None = None
         steps = _LOOK
         while True:
@@ -208,18 +222,45 @@ class _Search:
                 continue
             values, vectors = self.ritz()
             bound = 2 * tol * max(float(np.abs(values).max()), np.finfo(np.float64).tiny)
-            left = self.h[self.used : self.filled, : self.used] @ vectors[:, :k]
-            exact = bool((np.linalg.norm(left, axis=0) <= bound / 2).all())
+            left = self.left_over(vectors[:, : k + 1])
+            exact = bool((left[:k] <= bound / 2).all())
             same = checked is not None and bool((np.abs(values[:k] - checked) <= bound).all())
-            if self.used == self.a.shape[0] or self.products >= self.limit or (exact and same):
-                break
-            checked = values[:k].copy() if exact and checked is None else None
-            if checked is not None:
-                self.look_elsewhere(values, vectors, k)
-                steps = _CHECK_STEPS * (self.filled - self.used)
-            elif self.used == self.room:
+            gaps = np.abs(self.key(values) - self.key(values[:k])[-1])
+            before = values[:k][gaps[:k] > bound]  # a copy of the last would change nothing
+            settled = self.used == self.a.shape[0] or (
+                exact and (not len(before) or (same and self.ruled_out(before, vectors, left, k)))
+            )
+            if settled or self.products >= self.limit:
+                self.bar.close()
+                return settled
+            if not (exact and same):  # else it goes on from the same random direction
+                checked = values[:k].copy() if exact and checked is None else None
+                if checked is not None:
+                    self.look_elsewhere(values, vectors, k)
+                    steps = _CHECK_STEPS * (self.filled - self.used)
+                    continue
+            if self.used == self.room:
                 self.restart(values, vectors, k + (self.room - k) // 2)
-        self.bar.close()
+
+    def left_over(self, vectors: Array) -> Array:
+        """How much of the products of Ritz vectors lies outside the basis: their residuals."""
+        part = self.h[self.used : self.filled, : self.used] @ vectors
+        return np.asarray(np.linalg.norm(part, axis=0))
+
+    def ruled_out(self, before: Array, vectors: Array, left: Array, k: int) -> bool:
+        """Whether the random direction has met every copy of the values before the last.
+
+        After a restart that direction is no longer known; then the best of what it found must
+        stand, and be clearly apart.
+        """
+        if self.direction is None:
+            following = self.ritz()[0][k : k + 1]
+            gap = float((self.key(following) - self.key(before).max())[0])
+            return bool(left[k] <= _APART * gap)
+        found = np.zeros((self.filled, k))
+        found[: self.used] = vectors[:, :k]
+        h, size = self.h[: self.filled, : self.filled], self.a.shape[0]
+        return copies_ruled_out(h, self.used, self.direction, found, before, size)
 
     def grow(self, target: int) -> None:
         """Multiply basis vectors until `target` of them are, or products run out."""
@@ -260,12 +301,16 @@ class _Search:
     def ritz(self) -> tuple[Array, Array]:
         """Ritz values in the order asked for, and their coordinates in the basis (columns)."""
         values, vectors = np.linalg.eigh(self.h[: self.used, : self.used])
-        key = {"LA": -values, "SA": values, "LM": -np.abs(values)}[self.which]
-        order = np.argsort(key, kind="stable")
+        order = np.argsort(self.key(values), kind="stable")
         return values[order], vectors[:, order]
+
+    def key(self, values: Array) -> Array:
+        """What is smaller for values that are asked for first."""
+        return {"LA": -values, "SA": values, "LM": -np.abs(values)}[self.which]
 
     def restart(self, values: Array, vectors: Array, keep: int) -> None:
         """Keep the best Ritz vectors, and the directions their products point to."""
+        self.direction = None
         keep = min(keep, self.used, self.room - 1)
         directions = self.q[self.used : self.filled].clone()
         left = self.h[self.used : self.filled, : self.used] @ vectors[:, :keep]
@@ -289,6 +334,7 @@ class _Search:
             return
         self.append(self.random())
         first, last = self.used, self.filled - 1  # it is next
+        self.direction = first
         self.q[[first, last]] = self.q[[last, first]]
         self.h[[first, last]] = self.h[[last, first]]
         self.h[:, [first, last]] = self.h[:, [last, first]]

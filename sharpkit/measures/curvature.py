@@ -112,7 +112,9 @@ class HessianTrace:
 
     def __call__(self, model: nn.Module, data: Data, *, seed: int) -> Estimate:
         """The trace for one model; `seed` is that of the probes."""
-        found = _with_operator(model, data, lambda h: trace(h, products=self.products, seed=seed))
+        found = _with_operator(
+            model, data, lambda h: trace(h, products=self.products, seed=seed, progress=False)
+        )
         return Estimate(found.value, found.std_error)
 
 

@@ -175,7 +175,7 @@ def _stability(now: Moment) -> Row:
 
 
 def _trace(now: Moment) -> Row:
-    found = trace(now.hessian, products=_TRACE_PRODUCTS, seed=now.seed)
+    found = trace(now.hessian, products=_TRACE_PRODUCTS, seed=now.seed, progress=False)
     return {"trace": found.value, "trace_std_error": found.std_error}
 
 

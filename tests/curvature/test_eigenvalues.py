@@ -139,3 +139,86 @@ def test_restarts_need_little_memory():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ArgumentError, match=message):
         top_eigenvalues(torch.eye(30), **arguments)
+
+
+class Diagonal:
+    """A diagonal matrix: without rounding, one start vector meets one copy of each eigenvalue."""
+
+    def __init__(self, values, dtype=torch.float64):
+        self.values = torch.tensor(np.asarray(values), dtype=dtype)
+        self.shape, self.dtype = (len(values), len(values)), dtype
+        self.device = torch.device("cpu")
+        self.vectors = 0
+
+    def matmat(self, vectors):
+        self.vectors += vectors.shape[1]
+        return self.values[:, None] * vectors
+
+
+CLUSTERS = {
+    "three copies above a dense bulk": ([10.0] * 3, 9.8),
+    "five copies, and a close one": ([10.0] * 5 + [9.9], 9.8),
+    "two of each": ([10.0, 10.0, 9.0, 9.0, 8.0, 8.0], 5.0),
+    "copies far from the bulk": ([10.0] * 4 + [5.0, 3.0], 1.0),
+    "nearly equal": ([10.0, 10.0 - 1e-6, 10.0 - 2e-6, 9.9], 9.7),
+}
+
+
+@pytest.mark.parametrize("size", [300, 2100])  # the whole space as a basis, and restarts
+@pytest.mark.parametrize("name", CLUSTERS)
+@pytest.mark.parametrize("which", ["LA", "SA", "LM"])
+def test_repeated_and_close_eigenvalues_are_found_as_often_as_they_occur(name, which, size):
+    top, edge = CLUSTERS[name]
+    values = np.concatenate([top, np.linspace(-1, edge, size)]) * (-1 if which == "SA" else 1)
+    for k in (2, 5) if size == 300 else (5,):
+        a = Diagonal(values)
+        found = top_eigenvalues(a, k, which=which)
+        exact = values[np.argsort(-np.abs(values) if which == "LM" else -np.abs(values + 1))][:k]
+        assert np.abs(found.values - exact).max() < 2e-7  # of 10: the tolerance
+        assert found.converged and found.products == a.vectors
+        assert (found.residual_norms <= 2e-7).all()
+        gram = found.vectors.T @ found.vectors
+        assert torch.allclose(gram, torch.eye(k, dtype=torch.float64), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clusters_of_a_dense_matrix(dtype):
+    values = np.concatenate([[7.0] * 3, [6.5] * 2, np.linspace(-3, 6, 400)])
+    a = with_spectrum(values).to(dtype)
+    exact = np.linalg.eigvalsh(a.double().numpy())[::-1]
+    for subspace in (None, 24):
+        found = top_eigenvalues(a, 6, subspace=subspace)
+        assert np.abs(found.values - exact[:6]).max() < (1e-7 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize(("k", "products"), [(1, 16), (3, 30), (5, 32), (7, 34)])
+def test_eigenvalues_that_are_apart_take_a_dozen_products_to_check(k, products):
+    bulk = np.random.default_rng(0).normal(0, 0.1, 3000)
+    a = Diagonal(np.concatenate([[100.0, 50, 30, 20, 15, 10, 8], bulk]))
+    assert top_eigenvalues(a, k).products <= products
+
+
+def test_the_smallest_eigenvalue_takes_no_more_products_than_arpack():
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    model, data = make("mlp")
+    operator = HessianOperator(model, data)
+    counted = []
+
+    def multiply(vector):
+        counted.append(1)
+        return operator.matvec(torch.from_numpy(vector)).numpy()
+
+    a = LinearOperator(operator.shape, matvec=multiply, dtype=np.float64)
+    exact = eigsh(a, 1, which="SA", tol=1e-8)[0]
+    found = top_eigenvalues(operator, 1, which="SA")
+    assert found.values == pytest.approx(exact, rel=1e-6)
+    assert found.products <= len(counted)
+
+
+def test_copies_that_could_not_be_ruled_out_are_warned_of():
+    a = Diagonal(np.concatenate([[10.0] * 3, np.linspace(0, 9.9, 2100)]))
+    products = top_eigenvalues(a, 5).products - 5
+    with pytest.warns(UserWarning, match="rule out"):
+        found = top_eigenvalues(a, 5, max_products=products - 15)
+    assert found.converged
