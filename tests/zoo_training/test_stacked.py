@@ -107,10 +107,10 @@ NIN = {"dropout": 0.5, "architecture": "nin"}
         (Recipe, {**DROPOUT, "architecture": "vgg"}),
         (Normed, {}),
         (Recipe, {"rho": 0.02, **DROPOUT}),
-        (Recipe, {"rho": 0.02, "m": 1, **NIN}),
-        (Recipe, {"rho": 0.02, "m": 2, **DROPOUT}),
+        pytest.param(Recipe, {"rho": 0.02, "m": 1, **NIN}, marks=pytest.mark.slow),
+        pytest.param(Recipe, {"rho": 0.02, "m": 2, **DROPOUT}, marks=pytest.mark.slow),
         (Recipe, {"rho": 0.02, "m": 3, **NIN}),
-        (Normed, {"rho": 0.02, **DROPOUT}),
+        pytest.param(Normed, {"rho": 0.02, **DROPOUT}, marks=pytest.mark.slow),
         (Normed, {"rho": 0.02, "m": 2}),
     ],
 )
