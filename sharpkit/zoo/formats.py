@@ -78,7 +78,7 @@ def load_zoo(
     Args:
         path: The directory, or a URL that fsspec knows, such as "s3://bucket/zoo", "gs://...",
             "hf://datasets/...", "https://..." (each needs a package: `sharpkit[remote]`). With
-            `table`, a pattern of files such as "runs/**/*.pt", or the folder that holds them.
+            `table`, a pattern of files such as `runs/**/*.pt`, or the folder that holds them.
         build: Of a folder of checkpoints, the function that builds the network, or its name as
             "module:callable". It is given what its parameters are called: `build(width, depth=2)`
             gets those of the row, one that takes any keyword all. See `load_checkpoint` for the
