@@ -17,7 +17,9 @@ from reader_bombs import BOMBS
 
 SECONDS, MEMORY = 2.0, 256 * 2**20
 HERE = Path(__file__).parent
-PATHS = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+PATHS = os.pathsep.join(
+    map(str, [HERE, HERE.parent, *filter(None, [os.environ.get("PYTHONPATH")])])
+)
 
 pytestmark = [
     pytest.mark.slow,
