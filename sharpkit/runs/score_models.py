@@ -185,13 +185,11 @@ def score_models(
 @contextmanager
 def _cheap_collections() -> Iterator[None]:
     """Let collections pass over what exists by now, which takes longer than a small model does."""
-    of_others = gc.get_freeze_count()
     gc.freeze()
     try:
         yield
     finally:
-        if not of_others:
-            gc.unfreeze()
+        gc.unfreeze()
 
 
 @dataclass(frozen=True)
