@@ -98,6 +98,13 @@ class Task(Protocol):
         """One row per model: task, model, its hyperparameters and its metrics."""
 
 
+def known_id(id_: object, models: Mapping[str, Any], task: str) -> str:
+    """An id as a task has it; KeyError, which says how many there are, for one that it has not."""
+    if str(id_) not in models:
+        raise KeyError(f"no model {id_!r} in task {task} ({len(models)} models)")
+    return str(id_)
+
+
 def tasks_by_name(zoo: Task | Mapping[str, Task]) -> dict[str, Task]:
     """One task under its own name, or several as they are named (a task may be a mapping too).
 

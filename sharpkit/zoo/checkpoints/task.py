@@ -20,7 +20,7 @@ from sharpkit.zoo.checkpoints.images import images_of
 from sharpkit.zoo.checkpoints.source import Source
 from sharpkit.zoo.grid import models_frame
 from sharpkit.zoo.recomputed import Recomputed, accuracy_again, best_way
-from sharpkit.zoo.task import Split
+from sharpkit.zoo.task import Split, known_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,9 +76,7 @@ class CheckpointTask(Mapping[str, Checkpoint]):
         }
 
     def __getitem__(self, id_: str) -> Checkpoint:
-        if str(id_) not in self._models:
-            raise KeyError(f"no model {id_!r} in task {self.name} ({len(self)} models)")
-        return self._models[str(id_)]
+        return self._models[known_id(id_, self._models, self.name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)

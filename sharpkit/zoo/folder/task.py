@@ -19,7 +19,7 @@ from sharpkit.zoo.folder.matching import find_files, matched, model_ids
 from sharpkit.zoo.folder.rows import Row, read_rows
 from sharpkit.zoo.folder.table import Value, read_table
 from sharpkit.zoo.grid import model_configs, models_frame
-from sharpkit.zoo.task import Split, Weights
+from sharpkit.zoo.task import Split, Weights, known_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,9 +128,7 @@ class FolderTask(Mapping[str, FolderModel]):
         self.model_configs = model_configs({m.id: m.hyperparameters for m in models}, metrics)
 
     def __getitem__(self, id_: str) -> FolderModel:
-        if str(id_) not in self._models:
-            raise KeyError(f"no model {id_!r} in task {self.name} ({len(self)} models)")
-        return self._models[str(id_)]
+        return self._models[known_id(id_, self._models, self.name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)

@@ -21,7 +21,7 @@ from sharpkit.zoo.files import is_file, is_folder, list_directory, read_json
 from sharpkit.zoo.grid import check_grid, possible_values
 from sharpkit.zoo.pgdl.model import PgdlModel, models_table
 from sharpkit.zoo.remote import Mirror
-from sharpkit.zoo.task import Split
+from sharpkit.zoo.task import Split, known_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,9 +51,7 @@ class PgdlTask(Mapping[str, PgdlModel]):
         self._datasets: dict[str, TensorDataset] = {}
 
     def __getitem__(self, id_: str) -> PgdlModel:
-        if str(id_) not in self._models:
-            raise KeyError(f"no model {id_!r} in task {self.name} ({len(self)} models)")
-        return self._models[str(id_)]
+        return self._models[known_id(id_, self._models, self.name)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._models)

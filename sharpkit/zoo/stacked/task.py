@@ -26,7 +26,7 @@ from sharpkit.zoo.pgdl.task import candidates, require_text
 from sharpkit.zoo.remote import Mirror
 from sharpkit.zoo.stacked.file import StackFile, read_stack
 from sharpkit.zoo.stacked.model import StackedModel
-from sharpkit.zoo.task import Split
+from sharpkit.zoo.task import Split, known_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,9 +57,7 @@ class StackedTask(Mapping[str, StackedModel]):
         self._found: tuple[dict[str, StackFile], list[str]] | None = None
 
     def __getitem__(self, id_: str) -> StackedModel:
-        if str(id_) not in self._stacks:
-            raise KeyError(f"no model {id_!r} in task {self.name} ({len(self)} models)")
-        return StackedModel(self, str(id_))
+        return StackedModel(self, known_id(id_, self._stacks, self.name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stacks)
