@@ -67,11 +67,11 @@ def quantile_bins(codes: Ints, levels: Sequence[str]) -> Bins | None:
     in_bin = np.full(len(codes), -1, dtype=np.int64)
     # ties may leave a bin empty
     in_bin[there] = np.unique(np.searchsorted(edges, values[there]), return_inverse=True)[1]
-    order = np.argsort(numbers)  # of levels, the missing one last
+    place = np.argsort(np.argsort(numbers))  # of levels in their order
     names = []
     for k in range(int(in_bin.max()) + 1):
-        inside = [int(c) for c in order if np.any(codes[in_bin == k] == c)]
-        low, high = levels[inside[0]], levels[inside[-1]]
+        inside = codes[in_bin == k]
+        low, high = (levels[inside[find(place[inside])]] for find in (np.argmin, np.argmax))
         names.append(low if low == high else f"{low} to {high}")
     ranks = np.zeros(len(codes))
     ranks[there] = np.searchsorted(np.sort(values[there]), values[there]).astype(np.float64)

@@ -20,6 +20,8 @@ from sharpkit.errors import RunError
 from sharpkit.measures.measure import Estimate, parse_setting
 from sharpkit.run_directory import changes, refuse_another
 from sharpkit.runs.store_file import open_to_read, open_to_write
+from sharpkit.zoo.files import json_text
+from sharpkit.zoo.shared_values import pack, unpack
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,7 +100,8 @@ class Store:
 
     def add_task(self, task: str, model_configs: Mapping[str, Any]) -> None:
         """Keep a task's hyperparameters and metrics, so that the run can be evaluated alone."""
-        text = json.dumps(model_configs)
+        entries, lists = pack(model_configs.values())
+        text = json_text([lists, dict(zip(model_configs, entries, strict=True))])
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO tasks (task, model_configs, checksum) VALUES (?, ?, ?) "
@@ -176,7 +179,9 @@ class Store:
                 )
                 continue
             with reading(f"{self.path}, task {task!r}", RunError, "JSON"):
-                found[task] = json.loads(text)
+                content = json.loads(text)  # a mapping, if of an earlier version
+                lists, entries = content if isinstance(content, list) else ([], content)
+                found[task] = {id_: unpack(entry, lists) for id_, entry in entries.items()}
         return found
 
     def data(self, task: str) -> tuple[str | None, str | None]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from sharpkit.digests import stamp
 from sharpkit.errors import RunError
 
-VERSION = 4
+VERSION = 5
 
 # version -> the statements that lead to it from the one before; a release adds, and never edits
 _STEPS = {
@@ -39,6 +39,7 @@ ALTER TABLE meta ADD COLUMN checksum TEXT;
 ALTER TABLE tasks ADD COLUMN checksum TEXT;
 ALTER TABLE items ADD COLUMN checksum TEXT;
 """,
+    5: "-- possible values stand once in model_configs of new tasks",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from itertools import islice, product
+from itertools import chain, islice, product
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -67,11 +67,10 @@ def possible_values(model_configs: Mapping[str, Any]) -> dict[str, list[Any]]:
         {'lr': [0.1, 1.0]}
     """
     union: dict[str, dict[str, Any]] = {}
-    for entry in model_configs.values():
-        for name, values in _hyperparameters(entry).items():
-            seen = union.setdefault(name, {})
-            for value in values["possible_values"]:
-                seen.setdefault(str(value), value)
+    for name, lists in _different_lists(map(_hyperparameters, model_configs.values())).items():
+        seen = union.setdefault(name, {})
+        for value in chain.from_iterable(lists):
+            seen.setdefault(str(value), value)
     return {name: list(values.values()) for name, values in union.items()}
 
 
@@ -92,10 +91,11 @@ def model_configs(
     for setting in hyperparameters.values():
         for name, value in setting.items():
             values.setdefault(name, {}).setdefault(str(value), value)
+    lists = {name: [*found.values()] for name, found in values.items()}  # shared by all models
     return {
         id_: {
             "hparams": {
-                name: {"possible_values": [*values[name].values()], "current_value": value}
+                name: {"possible_values": lists[name], "current_value": value}
                 for name, value in setting.items()
             },
             "metrics": dict(metrics[id_]),
@@ -139,12 +139,21 @@ def _hyperparameters(entry: Any) -> dict[str, dict[str, Any]]:
 
 
 def _disagreeing(grids: dict[str, dict[str, dict[str, Any]]], names: list[str]) -> list[str]:
-    messages = []
-    for name in names:
-        lists = {tuple(map(str, grid[name]["possible_values"])) for grid in grids.values()}
-        if len({frozenset(values) for values in lists}) > 1:
-            messages.append(f"models list different possible values of {name!r}")
-    return messages
+    lists = _different_lists(grids.values())
+    return [
+        f"models list different possible values of {name!r}"
+        for name in names
+        if len({frozenset(map(str, values)) for values in lists[name]}) > 1
+    ]
+
+
+def _different_lists(grids: Iterable[dict[str, dict[str, Any]]]) -> dict[str, list[list[Any]]]:
+    """Hyperparameter -> its lists of possible values; one that models share stands once."""
+    lists: dict[str, dict[int, list[Any]]] = {}
+    for grid in grids:
+        for name, h in grid.items():
+            lists.setdefault(name, {})[id(h["possible_values"])] = h["possible_values"]
+    return {name: list(found.values()) for name, found in lists.items()}
 
 
 def _outside(

@@ -7,6 +7,7 @@ import os
 import shutil
 import sqlite3
 import time
+from contextlib import closing
 
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ from sharpkit.errors import ArgumentError, RunError
 from sharpkit.measures.measure import Estimate
 from sharpkit.runs.store import Outcome, Store
 from sharpkit.runs.store_file import VERSION
+from sharpkit.zoo.grid import model_configs
 
 MEASURE = sk.MSharpness(m=[1, 4], rho=0.1)
 
@@ -267,6 +269,21 @@ def test_a_clock_that_goes_backwards_changes_nothing(task, run, monkeypatch):
         os.utime(path, (2**33, 2**33))  # files of the future
     score(task, run, limit=4)
     pd.testing.assert_frame_equal(score(task, run).frame(), expected)
+
+
+def test_values_of_a_continuous_hyperparameter_are_kept_once(tmp_path):
+    settings = {str(k): {"lr": k / 7} for k in range(500)}
+    configs = model_configs(settings, {key: {"test_acc": 0.5} for key in settings})
+    configs["0"]["hparams"]["lr"] = dict(configs["0"]["hparams"]["lr"], possible_values=[0.0])
+    path = tmp_path / "results.sqlite"
+    with closing(Store(path, {})) as store:
+        store.add_task("t", configs)
+        assert store.model_configs() == {"t": configs}
+    found = Store(path).model_configs()["t"]
+    assert found == configs
+    lists = {id(entry["hparams"]["lr"]["possible_values"]) for entry in found.values()}
+    assert len(lists) == 2
+    assert path.stat().st_size < 200_000  # 250,000 values with every model
 
 
 def test_an_outcome_replaces_the_one_before(tmp_path):

@@ -5,31 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_LISTED = 64  # values of a hyperparameter that are listed with every model
+from sharpkit.zoo.grid import model_configs
 
 
 def varying_configs(
     settings: Mapping[str, Mapping[str, Any]], metrics: Mapping[str, Mapping[str, float]]
 ) -> dict[str, dict[str, Any]]:
-    """As `grid.model_configs`, without what does not vary, and without long lists of values."""
-    values: dict[str, dict[str, Any]] = {}
-    for setting in settings.values():
-        for name, value in setting.items():
-            values.setdefault(name, {}).setdefault(str(value), value)
-    lists = {name: [*found.values()] for name, found in values.items() if len(found) > 1}
-    if len(lists.get("seed", ())) == len(settings):
-        lists.pop("seed", None)  # one each: it names the network, and conditions on everything
-    return {
-        id_: {
-            "hparams": {
-                name: {
-                    "possible_values": lists[name] if len(lists[name]) <= _LISTED else [value],
-                    "current_value": value,
-                }
-                for name, value in setting.items()
-                if name in lists
-            },
-            "metrics": dict(metrics[id_]),
-        }
-        for id_, setting in settings.items()
-    }
+    """As `grid.model_configs`, without what does not vary."""
+    names = {name for setting in settings.values() for name in setting}
+    found = {n: {str(s[n]) for s in settings.values() if n in s} for n in names}
+    varying = {name for name, values in found.items() if len(values) > 1}
+    if len(found.get("seed", ())) == len(settings):
+        varying.discard("seed")  # one each: it names the network, and conditions on everything
+    return model_configs(
+        {
+            id_: {name: value for name, value in setting.items() if name in varying}
+            for id_, setting in settings.items()
+        },
+        metrics,
+    )

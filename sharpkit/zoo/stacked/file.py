@@ -26,13 +26,13 @@ from sharpkit.errors import ZooFormatError
 from sharpkit.files import atomic_path
 from sharpkit.tensor_files import Stored, read_safetensors_header, read_stored
 from sharpkit.zoo.files import json_text
+from sharpkit.zoo.shared_values import pack, unpack
 from sharpkit.zoo.task import Weights
 
 KINDS: tuple[Weights, ...] = get_args(Weights)
 _VERSION = 1
 _MAX_DIGITS = 200  # of an id, which may become the name of a folder
 _KEY = "networks"  # of the metadata
-_AT = "possible_values_at"
 _EXPECTED = "a stack of networks"
 
 
@@ -175,7 +175,10 @@ def read_stack(path: Path, local: Path | None = None) -> StackFile:
         configs = content["configs"]
         for member in content["members"]:
             _check_member(member, configs)
-        members = [_unpacked(member, content["values"]) for member in content["members"]]
+        members = [
+            {**member, "entry": unpack(member["entry"], content["values"])}
+            for member in content["members"]
+        ]
         rows = {member["id"]: row for row, member in enumerate(members)}
         if len(rows) < len(members) or not rows:
             raise ValueError("it has no network, or one twice")
@@ -211,50 +214,18 @@ def write_stack(path: Path, networks: Sequence[Network]) -> None:
 def metadata_of(networks: Sequence[Network]) -> str:
     """What a stack says of its networks; what many of them have in common stands in it once."""
     configs: dict[str, int] = {}
-    values: dict[str, int] = {}
+    entries, values = pack(network.entry for network in networks)
     members = [
         {
             "id": network.id,
             "config": configs.setdefault(json_text(network.config), len(configs)),
-            "entry": _packed(network.entry, values),
+            "entry": entry,
             "sha256": {kind: _checksum(network.weights[kind]) for kind in KINDS},
         }
-        for network in networks
+        for network, entry in zip(networks, entries, strict=True)
     ]
-    listed = {"configs": list(map(json.loads, configs)), "values": list(map(json.loads, values))}
+    listed = {"configs": list(map(json.loads, configs)), "values": values}
     return json_text({"version": _VERSION, **listed, "members": members})
-
-
-def _packed(entry: Mapping[str, Any], values: dict[str, int]) -> dict[str, Any]:
-    """An entry in which the possible values of a hyperparameter are a place in a list of such."""
-
-    def pack(h: Any) -> Any:
-        if not isinstance(h, Mapping) or not isinstance(h.get("possible_values"), list):
-            return h  # nothing that the zoo's readers take
-        text = json_text(h["possible_values"])
-        rest = {key: value for key, value in h.items() if key != "possible_values"}
-        return {_AT: values.setdefault(text, len(values)), **rest}
-
-    hparams = entry.get("hparams")
-    if not isinstance(hparams, Mapping):
-        return dict(entry)
-    return {**entry, "hparams": {name: pack(h) for name, h in hparams.items()}}
-
-
-def _unpacked(member: Any, values: Any) -> dict[str, Any]:
-    """A network of the metadata with its entry as model_configs.json has it."""
-
-    def unpack(h: Any) -> Any:
-        if not isinstance(h, dict) or _AT not in h:
-            return h
-        rest = {key: value for key, value in h.items() if key != _AT}
-        return {"possible_values": values[h[_AT]], **rest}
-
-    hparams = member["entry"].get("hparams")
-    if not isinstance(hparams, dict):
-        return {**member}
-    opened = {name: unpack(h) for name, h in hparams.items()}
-    return {**member, "entry": {**member["entry"], "hparams": opened}}
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
