@@ -147,7 +147,7 @@ class HessianOperator(CurvatureOperator):
     def _difference(self, vector: Tensors, step: float) -> Sequence[Tensors]:
         weights = list(self._problem.weights.values())
         values = [self._gradient(moved(weights, vector, place * step)) for place in STEPS]
-        return extrapolated(values, list(self.split(self.gradient).values()), step)
+        return extrapolated(values, list(self.split(self._gradient_part).values()), step)
 
     def _gradient(self, weights: Tensors) -> list[Tensor]:
         """The gradient of the mean loss of all examples, at other weights."""

@@ -24,6 +24,7 @@ from sharpkit.curvature.linear_map import (
     Symmetric,
     as_linear_map,
     multiply_rows,
+    on_every_rank,
     random_rows,
 )
 from sharpkit.curvature.memory import require_memory
@@ -142,11 +143,14 @@ def lanczos(
     count = len(start)
     dtype = basis_dtype or a.dtype
     device = torch.device(basis_device or a.device)
-    require_memory(
-        basis_bytes(size, steps, count, dtype),
-        device,
-        f"the basis of {steps} steps x {count} probes x {size} parameters",
-        "ask for fewer steps or probes, or another basis_dtype or basis_device",
+    on_every_rank(
+        a,
+        lambda: require_memory(
+            basis_bytes(size, steps, count, dtype),
+            device,
+            f"the basis of {steps} steps x {count} probes x {size} parameters",
+            "ask for fewer steps or probes, or another basis_dtype or basis_device",
+        ),
     )
     basis = torch.zeros(count, steps, size, dtype=dtype, device=device)
     diagonal, off = np.zeros((count, steps)), np.zeros((count, max(steps - 1, 0)))

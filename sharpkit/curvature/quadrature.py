@@ -20,7 +20,7 @@ from sharpkit.curvature.density import (
 )
 from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.lanczos import basis_bytes, lanczos
-from sharpkit.curvature.linear_map import Symmetric, as_linear_map, random_rows
+from sharpkit.curvature.linear_map import Symmetric, as_linear_map, on_every_rank, random_rows
 from sharpkit.errors import ArgumentError
 from sharpkit.memory import available_memory
 
@@ -107,7 +107,8 @@ def spectral_density(
             raise ArgumentError(f"probes must be at least 1, got {probes}")
         probes = random_rows(probes, a, seed).T
     storage = basis_dtype or a.dtype, torch.device(basis_device or a.device)
-    together = probes_at_once(size, steps, probes.shape[-1], *storage)
+    count = probes.shape[-1]
+    together = min(on_every_rank(a, lambda: probes_at_once(size, steps, count, *storage)))
     parts = [
         lanczos(
             a,

@@ -16,6 +16,7 @@ from sharpkit.curvature.linear_map import (
     LinearMap,
     Symmetric,
     as_linear_map,
+    on_every_rank,
     product_error,
     random_rows,
 )
@@ -133,11 +134,14 @@ def _trace(multiply: Multiply, method: str, products: int, seed: int) -> Estimat
     if method == "xtrace":
         return Estimated(*xtrace(multiply, products // 2, seed), products // 2 * 2, method)
     rank = products // 3
-    require_memory(
-        3 * rank * size * a.dtype.itemsize,
-        a.device,
-        f"a basis of {rank} vectors for Hutch++",
-        "ask for fewer products, or method='hutchinson'",
+    on_every_rank(
+        a,
+        lambda: require_memory(
+            3 * rank * size * a.dtype.itemsize,
+            a.device,
+            f"a basis of {rank} vectors for Hutch++",
+            "ask for fewer products, or method='hutchinson'",
+        ),
     )
     sketch = random_rows(rank, a, seed, "sign")
     image = torch.cat([multiply(block)[0] for block in torch.split(sketch, BLOCK)])
