@@ -100,6 +100,16 @@ class Team:
         self._raise_first([failure for failure, _ in found], error)
         return [value for _, value in found]
 
+    def together(self, compute: Callable[[], T]) -> T:
+        """What this rank computes, of any kind, if no rank raises.
+
+        Raises:
+            SharpkitError, RankError: As `gathered`.
+        """
+        kept: list[T] = []
+        self.gathered(lambda: kept.append(compute()))
+        return kept[0]
+
     def summed(
         self, count: int, like: Tensor, compute: Callable[[Tensor], None], *, same: Tensor
     ) -> Tensor:

@@ -206,7 +206,7 @@ class CurvatureOperator(ABC):
             rank = modes.index(True)
             raise ModelError(
                 f"rank {rank} takes finite differences, and others do not: its examples lead to "
-                f'operations without second derivatives ({sums[rank].why}); pass '
+                f"operations without second derivatives ({sums[rank].why}); pass "
                 'method="finite_difference" on every rank'
             )
         self._n = sum(share.n for share in sums)
