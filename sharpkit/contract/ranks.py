@@ -7,7 +7,7 @@ answers the others once, all of them raise its error, and none waits for what wi
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -155,6 +155,21 @@ class Team:
             )
         return sent[:count]
 
+    @torch.no_grad()
+    def take_buffers_of_first(self, buffers: Iterable[Tensor]) -> None:
+        """Fill buffers, such as running statistics, with those of rank 0.
+
+        DistributedDataParallel does so before each of its forward passes.
+        """
+        if self.world == 1:
+            return
+        first = 0 if self.group is None else distributed.get_global_rank(self.group, 0)
+        for buffer in buffers:
+            values = buffer.detach().contiguous()
+            with self._answered():
+                distributed.broadcast(values, first, group=self.group)
+            buffer.copy_(values)
+
     def require_same(self, described: Callable[[], Mapping[str, str]]) -> None:
         """Raise on every rank unless all describe what they do in the same words.
 
@@ -191,6 +206,9 @@ class Team:
                 "has ended (see what it printed), or does not make this call, which all must make "
                 f"({first_sentence(error)})"
             ) from error
+
+
+ALONE = Team()
 
 
 def _described(error: Exception | None) -> tuple[str, str] | None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.contract.ranks import Team
+from sharpkit.contract.ranks import ALONE, Team
 from sharpkit.errors import ArgumentError, ModelError
 
 T = TypeVar("T")
@@ -126,7 +126,7 @@ def on_every_rank(operator: LinearMap, compute: Callable[[], T]) -> list[T]:
         >>> on_every_rank(DenseMap(torch.eye(2)), lambda: 3)
         [3]
     """
-    team: Team = getattr(operator, "team", None) or Team()
+    team: Team = getattr(operator, "team", None) or ALONE
     return team.gathered(compute)
 
 

@@ -20,7 +20,7 @@ from sharpkit.contract.loading import Data, as_data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters
 from sharpkit.contract.precision import current_precision, precision
-from sharpkit.contract.ranks import Team
+from sharpkit.contract.ranks import ALONE
 from sharpkit.contract.shares import read_share
 from sharpkit.contract.team_checks import require_same_arguments, require_same_weights
 from sharpkit.curvature.chunks import (
@@ -131,7 +131,7 @@ class CurvatureOperator(ABC):
         tolerance: float | None = None,
         progress: bool = True,
     ) -> None:
-        self.team = data.team if isinstance(data, DistributedData) else Team()
+        self.team = data.team if isinstance(data, DistributedData) else ALONE
         self.precision = current_precision()
 
         def check() -> None:

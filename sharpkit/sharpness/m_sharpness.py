@@ -20,7 +20,7 @@ from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
-from sharpkit.contract.ranks import Team
+from sharpkit.contract.ranks import ALONE, Team
 from sharpkit.contract.shares import Share, read_share
 from sharpkit.contract.state import Found
 from sharpkit.contract.team_checks import require_same_arguments, require_same_weights
@@ -213,7 +213,7 @@ def m_sharpness(
         0.75
     """
     began = time.perf_counter()
-    team = data.team if isinstance(data, DistributedData) else Team()
+    team = data.team if isinstance(data, DistributedData) else ALONE
 
     def read() -> tuple[tuple[int, ...], tuple[float, ...], Ascent, MeanLoss]:
         ms, rhos = read_grid(m, rho)
