@@ -126,8 +126,13 @@ def on_every_rank(operator: LinearMap, compute: Callable[[], T]) -> list[T]:
         >>> on_every_rank(DenseMap(torch.eye(2)), lambda: 3)
         [3]
     """
-    team: Team = getattr(operator, "team", None) or ALONE
-    return team.gathered(compute)
+    return team_of(operator).gathered(compute)
+
+
+def team_of(operator: LinearMap) -> Team:
+    """The processes that make products of an operator together; this one alone for most."""
+    team: Team = getattr(operator, "team", ALONE)
+    return team
 
 
 def random_rows(count: int, operator: LinearMap, seed: int, kind: str = "normal") -> Tensor:
