@@ -91,7 +91,12 @@ def tracked(given: Given, n: int | None = 20) -> list[Any]:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    return [tracker.frame().drop(columns=["seconds", "update_cosine"]).to_numpy(float)]
+    return numbers(tracker)
+
+
+def numbers(tracker: sk.Tracker) -> list[list[float]]:
+    """Of every row all but the time."""
+    return [[float(v) for k, v in row.items() if k != "seconds"] for row in tracker.rows]
 
 
 def slq(given: Given, **options: Any) -> list[Any]:
@@ -132,7 +137,9 @@ MEASURED: dict[str, Callable[[Given], list[Any]]] = {
         sk.top_eigenvalues(sk.HessianOperator(network(), given(data())), 3).values
     ],
     "m-sharpness, token groups": lambda given: [
-        sk.m_sharpness(Tokens().double(), given(sentences()), m=2, rho=0.1, seed=None).value
+        sk.m_sharpness(
+            Tokens().double(), given(sentences()), m=2, rho=0.1, seed=None, engine="loop"
+        ).value
     ],
 }
 OF_SHARES: dict[str, Callable[[Given], list[Any]]] = {
@@ -287,8 +294,7 @@ def rows_of_ddp(several: Several, *, together: bool) -> tuple[Any, dict[str, Ten
         optimizer.zero_grad()
         F.cross_entropy(wrapped(x[mine]), y[mine]).backward()
         optimizer.step()
-    rows = None if tracker is None else tracker.frame().drop(columns="seconds").to_numpy(float)
-    return rows, model.state_dict()
+    return None if tracker is None else numbers(tracker), model.state_dict()
 
 
 def work(rank: int, world: int, folder: str) -> None:

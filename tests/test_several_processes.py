@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import ranks
 import torch
@@ -16,7 +17,7 @@ import torch
 import sharpkit as sk
 from sharpkit.errors import ArgumentError
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guides" / "several-processes.md"
+SCRIPTS = Path(__file__).parent / "torchrun"  # which the guide shows
 # how the errors of `ranks.refusals` begin, the same on every rank
 EXPECTED = {
     "a broken item": "RankError: rank {last} of {world}: OSError: the disk is gone",
@@ -107,7 +108,7 @@ def test_a_tracker_of_all_ranks_leaves_their_training_as_it_is(found):
     (rows, weights), (of_one, plain) = found[0]["ddp"]
     np.testing.assert_allclose(rows, of_one, rtol=1e-9)
     for rank in found:
-        assert np.array_equal(rank["ddp"][0][0], rows)
+        assert rank["ddp"][0][0] == rows
         for name, tensor in rank["ddp"][1][1].items():
             assert torch.equal(rank["ddp"][0][1][name], tensor)
     assert weights.keys() == plain.keys()
@@ -134,19 +135,31 @@ def test_processes_that_have_not_met_are_told(monkeypatch):
         sk.DistributedData(ranks.data())
 
 
+def run(script, folder, *command):
+    done = subprocess.run(
+        [sys.executable, *command, str(SCRIPTS / script)],
+        cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
 @pytest.mark.slow
-def test_torchrun_runs_the_example_of_the_guide(tmp_path):
-    (script,) = re.findall(r"```python\n(# measure\.py\n.*?)```", GUIDE.read_text(), re.DOTALL)
-    (tmp_path / "measure.py").write_text(script)
-    outputs = []
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for command in ([], run):
-        done = subprocess.run(
-            [sys.executable, *command, "measure.py"],
-            cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=False, timeout=280,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        outputs.append([float(v) for v in re.findall(r"\d+\.\d+", done.stdout)])
-    assert len(outputs[0]) >= 4
-    np.testing.assert_allclose(outputs[0], outputs[1], rtol=1e-4)
+def test_torchrun_measures_as_one_process(tmp_path):
+    outputs = [run("measure.py", tmp_path, *command) for command in ((), TORCHRUN)]
+    one, two = ([float(v) for v in re.findall(r"\d+\.\d+", text)] for text in outputs)
+    assert len(one) == 6
+    np.testing.assert_allclose(one, two, rtol=1e-4)  # in float32, of a network with ReLU
+
+
+@pytest.mark.slow
+def test_torchrun_trains_with_a_tracker_on_all_ranks(tmp_path):
+    run("train.py", tmp_path, *TORCHRUN)
+    rows = pd.read_csv(tmp_path / "tracking.csv")
+    assert list(rows.step) == [0, 10, 20, 30]
+    assert rows.loss.iloc[-1] < rows.loss.iloc[0]
+    assert (rows.lambda_max > 0).all()

@@ -11,7 +11,7 @@ from sharpkit.contract.loss_text import loss_name, loss_text
 from sharpkit.contract.modules import unwrapped
 from sharpkit.contract.parameters import Parameters, floating_parameters
 from sharpkit.contract.ranks import Team
-from sharpkit.errors import RankError
+from sharpkit.errors import ArgumentError, RankError
 
 
 def require_same_weights(team: Team, model: nn.Module) -> None:
@@ -25,6 +25,7 @@ def require_same_weights(team: Team, model: nn.Module) -> None:
 
     def prints() -> dict[str, int]:
         inner = unwrapped(model)
+        _refuse_parts(inner)
         tensors = {**dict(inner.named_parameters()), **dict(inner.named_buffers())}
         return {name: fingerprint([tensor]) for name, tensor in tensors.items()}
 
@@ -45,6 +46,15 @@ def require_same_weights(team: Team, model: nn.Module) -> None:
                 "torch.distributed.broadcast those of rank 0"
             )
         )
+
+
+def _refuse_parts(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):  # a DTensor
+            raise ArgumentError(
+                f"the parameter {name!r} is sharded over processes: each needs whole ones; measure "
+                "a model that is loaded from a full checkpoint"
+            )
 
 
 def require_same_arguments(
