@@ -223,6 +223,8 @@ def refusals(several: Several) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "buffers", lambda: sk.HessianOperator(with_statistics(rank), everyone)
     loss = "mse" if last else "cross_entropy"
     yield "loss", lambda: sk.GaussNewtonOperator(network(), everyone, loss=loss)
+    some = ["0.weight", "2.bias"][: 1 + last]
+    yield "parameters", lambda: sk.HessianOperator(network(), everyone, parameters=some)
     yield "rho", lambda: sk.m_sharpness(network(), everyone, m=1, rho=0.1 + rank)
     yield "a bad m", lambda: sk.m_sharpness(network(), everyone, m=0 if last else 1, rho=0.1)
     yield "n", lambda: sk.HessianOperator(network(), everyone, n=5 + rank)

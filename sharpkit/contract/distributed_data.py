@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 class DistributedData:
     """Data that the processes of `torchrun` measure together, each its share of the examples.
 
-    `HessianOperator`, `GaussNewtonOperator`, `FisherOperator`, `m_sharpness` and `Tracker` take it
-    in the place of data; what multiplies an operator (`spectral_density`, `top_eigenvalues`,
-    `trace`, `diagonal`, ...) then works together, too. Every process makes the same calls with the
-    same arguments and weights, and gets the same result, bit for bit; it is that of one process but
-    for rounding. In a process on its own it stands for the data themselves, so that a script runs
-    with and without `torchrun`.
+    `HessianOperator`, `GaussNewtonOperator`, `FisherOperator`, `layer_spectra`, `m_sharpness` and
+    `Tracker` take it in the place of data; what multiplies an operator (`spectral_density`,
+    `top_eigenvalues`, `trace`, `diagonal`, ...) then works together, too. Every process makes the
+    same calls with the same arguments and weights, and gets the same result, bit for bit; it is
+    that of one process but for rounding. In a process on its own it stands for the data themselves,
+    so that a script runs with and without `torchrun`.
 
     Args:
         data: What one process would be given, the same on every rank: each reads the part that it

@@ -180,12 +180,13 @@ class Team:
         if self.world == 1:
             return
         found = self.gathered(described)
-        for name in found[0]:
-            for rank, other in enumerate(found):
-                if other.get(name) != found[0][name]:
+        for name in dict.fromkeys(name for one in found for name in one):
+            values = [one.get(name, "nothing") for one in found]
+            for rank, value in enumerate(values):
+                if value != values[0]:
                     raise RankError(
-                        f"{name}: {found[0][name]} on rank 0, {other.get(name, 'nothing')} on "
-                        f"rank {rank}; expected the same on every rank"
+                        f"{name}: {values[0]} on rank 0, {value} on rank {rank}; expected the same "
+                        "on every rank"
                     )
 
     def _raise_first(self, failures: list[tuple[str, str] | None], own: Exception | None) -> None:

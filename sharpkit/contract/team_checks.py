@@ -80,7 +80,7 @@ def require_same_arguments(
         plain = isinstance(loss, str) or type(loss).__module__.startswith("torch.")
         return {
             "loss": loss_text(loss) if plain else loss_name(loss),
-            "parameters": ", ".join(f"{name} {tuple(p.shape)}" for name, p in selected.items()),
+            **{f"the parameter {name!r}": str(tuple(p.shape)) for name, p in selected.items()},
             **{name: repr(value) for name, value in others.items()},
         }
 

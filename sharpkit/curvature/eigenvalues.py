@@ -34,6 +34,7 @@ from sharpkit.curvature.linear_map import (
     on_every_rank,
     product_error,
     random_rows,
+    team_of,
 )
 from sharpkit.curvature.memory import require_memory
 from sharpkit.display import readable
@@ -169,7 +170,9 @@ def top_eigenvalues(
         ),
     )
     tol = tol or (1e-8 if a.dtype == torch.float64 else 2e-5)
-    search = _Search(a, room, which, seed, max_products or 50 * room, progress)
+    search = _Search(
+        a, room, which, seed, max_products or 50 * room, progress and team_of(a).rank == 0
+    )
     settled = search.run(k, tol)
     found = search.finish(k, tol)
     if not found.converged:

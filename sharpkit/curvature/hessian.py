@@ -42,6 +42,7 @@ class HessianOperator(CurvatureOperator):
         data: A `Dataset` of (input, label) pairs, a `DataLoader` that does not shuffle, a list of
             (inputs, labels) batches, also of different lengths, or a pair (inputs of shape
             (N, ...), labels of shape (N,)); it must stay as it is while products are computed.
+            With `DistributedData` each of several processes has a share of the examples.
         loss: "cross_entropy", "mse", a loss of torch's, or a callable (outputs, labels) that
             returns the mean over examples or (sums, weights); it may read the weights, too.
         parameters: Names, glob patterns or modules; None for those that require gradients (all if

@@ -175,7 +175,12 @@ def lanczos(
     previous = current = start / start.norm(dim=1, keepdim=True)  # (probes, P)
     scale = np.zeros(count)
     for j in progress_bar(
-        iterable=range(steps), desc="Lanczos", unit="step", leave=False, delay=2, progress=progress
+        iterable=range(steps),
+        desc="Lanczos",
+        unit="step",
+        leave=False,
+        delay=2,
+        progress=progress and team_of(a).rank == 0,
     ):
         basis[:, j] = current[:, stored.columns]
         w, powers = near_one(multiply_rows(a, current))

@@ -19,6 +19,7 @@ from sharpkit.curvature.linear_map import (
     on_every_rank,
     product_error,
     random_rows,
+    team_of,
 )
 from sharpkit.curvature.memory import require_memory
 from sharpkit.curvature.multiply import BLOCK, Multiply, identity_rows
@@ -113,7 +114,8 @@ def trace(
             f"products must be at least {_LEAST[method]} for {method}, got {products}"
         )
     with progress_bar(
-        desc="trace", unit="product", leave=False, delay=2, progress=progress,
+        desc="trace", unit="product", leave=False, delay=2,
+        progress=progress and team_of(a).rank == 0,
         total=min(products, a.shape[0]),
     ) as bar:  # fmt: skip
         multiply = Multiply(a, bar)
@@ -190,7 +192,8 @@ def frobenius_norm(
         else iter(torch.split(random_rows(products, a, seed, "sign"), BLOCK))
     )
     with progress_bar(
-        desc="norm", unit="product", leave=False, delay=2, progress=progress,
+        desc="norm", unit="product", leave=False, delay=2,
+        progress=progress and team_of(a).rank == 0,
         total=min(products, size),
     ) as bar:  # fmt: skip
         multiply = Multiply(a, bar)

@@ -20,7 +20,7 @@ model = DistributedDataParallel(model.append(nn.Linear(32, 10)))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 loader = DataLoader(train, batch_size=64, sampler=DistributedSampler(train, seed=0))
 
-tracker = sk.Tracker(sk.DistributedData(train), every=10, n=256, out="tracking.csv")
+tracker = sk.Tracker(sk.DistributedData(train), every=5, n=256, out="tracking.csv")
 tracker(model, optimizer, step=0)
 for step, (images, labels) in enumerate(loader, start=1):
     model.train()
@@ -28,7 +28,7 @@ for step, (images, labels) in enumerate(loader, start=1):
     nn.functional.cross_entropy(model(images), labels).backward()
     optimizer.step()
     tracker(model, optimizer, step=step)  # on every rank
-    if step == 30:
+    if step == 15:
         break
 if rank == 0:
     print(tracker.frame()[["step", "loss", "lambda_max", "threshold"]])
