@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import sharpkit as sk
-from sharpkit.curvature import lanczos
 from sharpkit.errors import SharpkitError
 
 N = 37
@@ -319,8 +318,6 @@ def work(rank: int, world: int, folder: str) -> None:
     found["text"] = repr(sk.DistributedData(items))
     found["errors"] = {name: message(action) for name, action in refusals(several)}
     found["ddp"] = rows_of_ddp(several, together=True), rows_of_ddp(several, together=False)
-    basis = lanczos(operator, steps=3, shard_basis=True)
-    found["sharded"] = basis.diagonal
     half = distributed.new_group([0])
     if rank == 0:
         alone = sk.DistributedData(data(), process_group=half)

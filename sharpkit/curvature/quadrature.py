@@ -73,8 +73,9 @@ def spectral_density(
             On "log" and "symlog" grids it is in units of the axis.
         points: Grid points.
         threshold: Where "symlog" turns linear; None for 1e-4 of the largest |node|.
-        basis_dtype: Storage of the Lanczos basis; None for that of the operator. In bfloat16 the
-            density moves by some 1e-4 of the norm of the matrix (see `lanczos`).
+        basis_dtype: Storage of the Lanczos basis; None for that of the operator. In bfloat16
+            eigenvalues move by up to 4e-4 of the norm of the matrix on average, outliers by up to
+            2e-3 of it (see `lanczos`).
         basis_device: Where the basis is, such as "cpu"; None for the operator's device.
         shard_basis: Of an operator with `DistributedData`, each process stores a part of it.
         progress: Show a progress bar if it takes longer than two seconds.

@@ -62,7 +62,7 @@ class SharpnessResult:
             the sum of the loss's own weights over it (class weights, labelled tokens).
         zero_gradient_groups: m -> groups whose gradient is exactly 0, so that they do not move.
         n: Examples used.
-        seconds: Wall time.
+        seconds: Wall time; of several processes the longest, and so the largest `peak_memory`.
         engine: The engine that computed it, "vectorized" or "loop".
         parameters: Numbers that were perturbed together (a complex one is two).
         left_out: Names of the parameters that were not.

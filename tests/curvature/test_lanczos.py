@@ -6,7 +6,9 @@ import torch
 from matrices import SPECTRA, with_spectrum
 from scipy.stats import wasserstein_distance
 
+from sharpkit.contract.ranks import Team
 from sharpkit.curvature import lanczos
+from sharpkit.curvature.lanczos import Stored
 from sharpkit.errors import ArgumentError, ModelError
 
 
@@ -99,6 +101,14 @@ def test_no_outlier_is_found_twice_with_a_coarse_basis():
     for steps in (40, 100):
         nodes = lanczos(a, steps=steps, basis_dtype=torch.bfloat16).quadrature()[0][0]
         assert np.allclose(nodes[nodes > 2], [5, 8, 9, 20, 100], atol=0.1)
+
+
+def test_processes_store_every_column_of_a_sharded_basis_once():
+    stored = [Stored(Team(rank, 3), 10) for rank in range(3)]
+    assert [i for part in stored for i in range(10)[part.columns]] == list(range(10))
+    assert [part.count for part in stored] == [3, 3, 4]
+    with pytest.raises(ArgumentError, match="a sharded basis is not returned"):
+        lanczos(torch.eye(3), steps=2, shard_basis=True, keep_basis=True)
 
 
 def test_probes_do_not_depend_on_each_other():
