@@ -140,7 +140,7 @@ def run(script, folder, *command):
     done = subprocess.run(
         [sys.executable, *command, str(SCRIPTS / script)],
         cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=280,
+        capture_output=True, text=True, check=False, timeout=1500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
