@@ -31,10 +31,10 @@ def require_same_weights(team: Team, model: nn.Module) -> None:
 
     found = team.gathered(prints)
     for rank, other in enumerate(found):
-        names = [name for name in found[0] if other.get(name) != found[0][name]]
-        if not names and other == found[0]:
+        known = {**found[0], **other}
+        name = next((name for name in known if other.get(name) != found[0].get(name)), None)
+        if name is None:
             continue
-        name = next(iter([*names, *other]))
         buffer = name in dict(unwrapped(model).named_buffers())
         raise RankError(
             f"{name!r} has other values on rank {rank} than on rank 0: "
