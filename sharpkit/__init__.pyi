@@ -2,6 +2,9 @@ from . import (
     measures as measures,
     plot as plot,
 )
+from .contract.distributed_data import (
+    DistributedData as DistributedData,
+)
 from .contract.precision import (
     precision as precision,
 )

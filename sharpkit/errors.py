@@ -36,6 +36,10 @@ class RunError(SharpkitError):
     """A run directory cannot be used (other configuration, other driver, damaged store)."""
 
 
+class RankError(SharpkitError):
+    """Processes that measure together cannot go on: one failed or has ended, or they differ."""
+
+
 class DownloadError(SharpkitError):
     """An archive could not be downloaded or unpacked safely."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,7 +29,17 @@ def checksum(examples: Examples) -> int:
         False
     """
     parts = examples.chunks(max(1, len(examples)))
-    tensors = [t for part in parts for t in pytree.tree_leaves((part.inputs, part.labels))]
+    return fingerprint(t for part in parts for t in pytree.tree_leaves((part.inputs, part.labels)))
+
+
+def fingerprint(given: Iterable[Tensor]) -> int:
+    """That of tensors in their order, as `checksum` of examples; 64 bits.
+
+    Example:
+        >>> fingerprint([torch.zeros(())]) == fingerprint([torch.zeros(1)])
+        False
+    """
+    tensors = list(given)
     kinds = [(tuple(t.shape), str(t.dtype)) for t in tensors]
     pieces = (words for t in tensors for words in _words(t))
     sums = [_weighted_sums(words) for words in _gathered(pieces)]
@@ -43,6 +53,7 @@ def _words(tensor: Tensor) -> Iterator[Tensor]:
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     if tensor.numel() == 0:
         return
+    tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
     row_bytes = tensor[:1].numel() * tensor.element_size()
     for rows in _cut(tensor, max(1, 8 * _WORDS // row_bytes)):
         raw = rows.resolve_neg().contiguous().flatten().view(torch.uint8)

@@ -18,11 +18,13 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     TensorDataset,
     default_collate,
 )
 
 from sharpkit.contract.batches import ACCEPTED, as_examples, collated, is_batch, paired
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.examples import Examples
 from sharpkit.errors import ArgumentError, DataError
 
@@ -96,7 +98,56 @@ def load_in_order(data: Data, n: int | None = None) -> Examples:
     return load_examples(data, n=n, seed=None)
 
 
+def load_part(
+    data: Data, cut: Callable[[int], slice], *, n: int | None = None, seed: int | None = None
+) -> tuple[Examples, Examples, int]:
+    """A part of the examples that `load_examples` gives; other items of a data set are not read.
+
+    Args:
+        data: As there; so are n and seed.
+        cut: Of their number, which ones.
+
+    Returns:
+        The part, which may be empty; the first and the last example of all; and their number.
+
+    Example:
+        >>> data = torch.zeros(5, 1), torch.arange(5)
+        >>> part, ends, total = load_part(data, lambda total: slice(total // 2, total), n=4)
+        >>> part.labels, ends.labels, total
+        (tensor([2, 3]), tensor([0, 3]), 4)
+    """
+    items = _separate_items(data, seed)
+    if items is None:
+        whole = load_examples(data, n=n, seed=seed)
+        total, part = len(whole), cut(len(whole))
+        ends = Examples.joined([whole.slice(0, 1), whole.slice(total - 1, total)])
+        return whole.slice(part.start, part.stop), ends, total
+    order = _order(len(items), n, seed).tolist()
+    ends = load_examples(Subset(items, [order[0], order[-1]]), seed=None)
+    chosen = order[cut(len(order))]
+    if not chosen:
+        return ends.slice(0, 0), ends, len(order)
+    return load_examples(Subset(items, chosen), seed=None), ends, len(order)
+
+
+def _separate_items(data: Data, seed: int | None) -> Any:
+    """The data set whose items are the examples, one by one; None if data are of another form."""
+    if isinstance(data, DataLoader):
+        shuffles = seed is None and isinstance(data.sampler, RandomSampler)
+        batched = data.batch_sampler is not None and data.collate_fn is default_collate
+        data = data.dataset if batched and not shuffles and _is_plain(data) else data
+    found = isinstance(data, Dataset) and not isinstance(data, IterableDataset)
+    known = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    return data if found and known and type(data) is not TensorDataset else None
+
+
 def _load(data: Data, n: int | None, seed: int | None) -> Examples:
+    if isinstance(data, DistributedData):
+        raise DataError(
+            "the data are DistributedData, and this is computed in one process: pass the data "
+            "themselves (.data), on one rank; m_sharpness, Tracker and the curvature operators "
+            "work together"
+        )
     if isinstance(data, DataLoader):
         return _from_loader(data, n, seed)
     if type(data) is TensorDataset:  # a subclass may transform its items

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpkit.curvature.lanczos import require_resolved
-from sharpkit.curvature.linear_map import LinearMap, random_rows
+from sharpkit.curvature.linear_map import LinearMap, random_rows, team_of
 from sharpkit.curvature.multiply import BLOCK, Multiply
 from sharpkit.progress import progress_bar
 
@@ -44,7 +44,8 @@ def block_lengths(
     count, size = len(blocks), operator.shape[0]
     lengths = np.zeros((probes, count, count))
     with progress_bar(
-        desc="coupling", unit="product", leave=False, delay=2, progress=progress,
+        desc="coupling", unit="product", leave=False, delay=2,
+        progress=progress and team_of(operator).rank == 0,
         total=probes * count,
     ) as bar:  # fmt: skip
         multiply = Multiply(operator, bar)

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharpkit.contract.precision import measuring_precision
 from sharpkit.curvature.lanczos import require_resolved
 from sharpkit.curvature.leave_one_out import xdiag
-from sharpkit.curvature.linear_map import Symmetric, as_linear_map
+from sharpkit.curvature.linear_map import Symmetric, as_linear_map, team_of
 from sharpkit.curvature.multiply import Multiply, identity_rows
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError
@@ -115,7 +115,12 @@ def diagonal(
     exact = products >= size
     spent = size if exact else products // 2 * 2
     with progress_bar(
-        desc="diagonal", unit="product", leave=False, delay=2, progress=progress, total=spent
+        desc="diagonal",
+        unit="product",
+        leave=False,
+        delay=2,
+        total=spent,
+        progress=progress and team_of(a).rank == 0,
     ) as bar:
         multiply = Multiply(a, bar)
         values, errors = _exact(multiply) if exact else _estimated(multiply, spent // 2, seed)

@@ -31,8 +31,10 @@ from sharpkit.curvature.linear_map import (
     Symmetric,
     as_linear_map,
     multiply_rows,
+    on_every_rank,
     product_error,
     random_rows,
+    team_of,
 )
 from sharpkit.curvature.memory import require_memory
 from sharpkit.display import readable
@@ -158,14 +160,19 @@ def top_eigenvalues(
     if max_products is not None and max_products < 1:
         raise ArgumentError(f"max_products must be at least 1, got {max_products}")
     room = min(size, subspace or (size if size <= _SMALL else max(40, 2 * k + 10)))
-    require_memory(
-        (2 * room + 4) * size * a.dtype.itemsize,
-        a.device,
-        f"a basis of {room} vectors and its restart",
-        "pass a smaller subspace",
+    on_every_rank(
+        a,
+        lambda: require_memory(
+            (2 * room + 4) * size * a.dtype.itemsize,
+            a.device,
+            f"a basis of {room} vectors and its restart",
+            "pass a smaller subspace",
+        ),
     )
     tol = tol or (1e-8 if a.dtype == torch.float64 else 2e-5)
-    search = _Search(a, room, which, seed, max_products or 50 * room, progress)
+    search = _Search(
+        a, room, which, seed, max_products or 50 * room, progress and team_of(a).rank == 0
+    )
     settled = search.run(k, tol)
     found = search.finish(k, tol)
     if not found.converged:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters
@@ -62,7 +63,7 @@ class FisherOperator(PulledBackOperator):
     def __init__(
         self,
         model: nn.Module,
-        data: Data,
+        data: Data | DistributedData,
         *,
         kind: Literal["true", "empirical"] = "true",
         loss: Loss = "cross_entropy",

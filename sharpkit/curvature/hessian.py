@@ -42,6 +42,7 @@ class HessianOperator(CurvatureOperator):
         data: A `Dataset` of (input, label) pairs, a `DataLoader` that does not shuffle, a list of
             (inputs, labels) batches, also of different lengths, or a pair (inputs of shape
             (N, ...), labels of shape (N,)); it must stay as it is while products are computed.
+            With `DistributedData` each of several processes has a share of the examples.
         loss: "cross_entropy", "mse", a loss of torch's, or a callable (outputs, labels) that
             returns the mean over examples or (sums, weights); it may read the weights, too.
         parameters: Names, glob patterns or modules; None for those that require gradients (all if
@@ -147,7 +148,7 @@ class HessianOperator(CurvatureOperator):
     def _difference(self, vector: Tensors, step: float) -> Sequence[Tensors]:
         weights = list(self._problem.weights.values())
         values = [self._gradient(moved(weights, vector, place * step)) for place in STEPS]
-        return extrapolated(values, list(self.split(self.gradient).values()), step)
+        return extrapolated(values, list(self.split(self._gradient_part).values()), step)
 
     def _gradient(self, weights: Tensors) -> list[Tensor]:
         """The gradient of the mean loss of all examples, at other weights."""

@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from sharpkit.contract.precision import measuring_precision
+from sharpkit.contract.ranks import ALONE, Team
 from sharpkit.curvature.linear_map import (
     LinearMap,
     Symmetric,
     as_linear_map,
     multiply_rows,
+    on_every_rank,
     random_rows,
+    team_of,
 )
 from sharpkit.curvature.memory import require_memory
 from sharpkit.display import readable
@@ -34,6 +37,9 @@ from sharpkit.progress import progress_bar
 if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
+
+
+_COARSE_PASSES = 8  # of Gram-Schmidt, at most, with a basis in less precision than the vectors
 
 
 @readable(lambda t: f"{t.diagonal.shape[0]} start vectors, {t.diagonal.shape[1]} steps", brief=True)
@@ -97,6 +103,7 @@ def lanczos(
     seed: int = 0,
     basis_dtype: torch.dtype | None = None,
     basis_device: torch.device | str | None = None,
+    shard_basis: bool = False,
     keep_basis: bool = False,
     progress: bool = False,
 ) -> Tridiagonal:
@@ -107,6 +114,11 @@ def lanczos(
     ones; the coupling is 0, so that Gauss weights are unaffected and repeated eigenvalues are
     found as often as they occur. Memory: steps x probes x P numbers, checked first.
 
+    The basis is needed to keep new vectors orthogonal to it, and may be stored with less precision
+    or elsewhere. On matrices of known spectrum, stored in float32 it moves the extreme nodes and
+    the distribution of all (Wasserstein distance) by less than 1e-6 ‖A‖; in bfloat16 by less than
+    2e-3 ‖A‖ and 4e-4 ‖A‖. No eigenvalue is found twice.
+
     Args:
         operator: A curvature operator, a symmetric tensor of shape (P, P), or anything with
             shape, dtype, device and matmat.
@@ -114,7 +126,9 @@ def lanczos(
         probes: Number of Gaussian start vectors, or the start vectors as columns, shape (P, k).
         seed: Of the start vectors.
         basis_dtype: Storage of the basis; None for that of the operator.
-        basis_device: Where the basis is; None for that of the operator.
+        basis_device: Where the basis is, such as "cpu"; None for the operator's device.
+        shard_basis: Of an operator with `DistributedData`, each process stores P over their number
+            of every vector; two to four all-reduces more in each step, half of them of P numbers.
         keep_basis: Return the basis.
         progress: Show a progress bar if it takes longer than two seconds.
 
@@ -122,7 +136,8 @@ def lanczos(
         Tridiagonal: diagonals, basis on request, and the number of breakdowns.
 
     Raises:
-        ArgumentError: For steps or probes out of range, or a basis that does not fit the memory.
+        ArgumentError: For steps or probes out of range, a basis that does not fit the memory, or
+            one that is both sharded and kept.
         ModelError: If a product is NaN or infinite, or too small for its dtype.
 
     Source:
@@ -138,25 +153,36 @@ def lanczos(
     size = a.shape[0]
     if not 1 <= steps <= size:
         raise ArgumentError(f"steps = {steps}: expected 1 to {size}, the size of the matrix")
+    if shard_basis and keep_basis:
+        raise ArgumentError("a sharded basis is not returned: leave out shard_basis or keep_basis")
     start = _start(a, probes, seed)
     count = len(start)
+    stored = Stored(team_of(a), size) if shard_basis else Stored(ALONE, size)
     dtype = basis_dtype or a.dtype
     device = torch.device(basis_device or a.device)
-    require_memory(
-        basis_bytes(size, steps, count, dtype),
-        device,
-        f"the basis of {steps} steps x {count} probes x {size} parameters",
-        "ask for fewer steps or probes, or another basis_dtype or basis_device",
+    on_every_rank(
+        a,
+        lambda: require_memory(
+            basis_bytes(size, steps, count, dtype, stored.team.world),
+            device,
+            f"the basis of {steps} steps x {count} probes x {size} parameters",
+            "ask for fewer steps or probes, or another basis_dtype or basis_device",
+        ),
     )
-    basis = torch.zeros(count, steps, size, dtype=dtype, device=device)
+    basis = torch.zeros(count, steps, stored.count, dtype=dtype, device=device)
     diagonal, off = np.zeros((count, steps)), np.zeros((count, max(steps - 1, 0)))
     breakdowns = np.zeros(count, dtype=np.int64)
     previous = current = start / start.norm(dim=1, keepdim=True)  # (probes, P)
     scale = np.zeros(count)
     for j in progress_bar(
-        iterable=range(steps), desc="Lanczos", unit="step", leave=False, delay=2, progress=progress
+        iterable=range(steps),
+        desc="Lanczos",
+        unit="step",
+        leave=False,
+        delay=2,
+        progress=progress and team_of(a).rank == 0,
     ):
-        basis[:, j] = current
+        basis[:, j] = current[:, stored.columns]
         w, powers = near_one(multiply_rows(a, current))
         alpha = (w * current).sum(1)
         diagonal[:, j] = alpha.double().cpu().numpy() * powers
@@ -166,12 +192,13 @@ def lanczos(
         if j:
             w -= torch.from_numpy(off[:, j - 1] / powers).to(w).unsqueeze(1) * previous
         known = basis[:, : j + 1]
-        w = orthogonal_part(w, known)
+        w = orthogonal_part(w, known, stored)
         beta = w.norm(dim=1).double().cpu().numpy() * powers
         scale = np.maximum(scale, np.abs(diagonal[:, j]) + beta)
         ended = beta <= 10 * torch.finfo(a.dtype).eps * scale
         for i in np.flatnonzero(ended):
-            w[i] = fresh_direction(a, known[i : i + 1], seed + 7919 * (j + 1) + int(i))
+            drawn = seed + 7919 * (j + 1) + int(i)
+            w[i] = fresh_direction(a, known[i : i + 1], drawn, stored)
         breakdowns += ended
         off[:, j] = np.where(ended, 0.0, beta)
         previous, current = current, w / w.norm(dim=1, keepdim=True)
@@ -180,14 +207,46 @@ def lanczos(
     return Tridiagonal(diagonal, off, basis if keep_basis else None, breakdowns)
 
 
-def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype) -> int:
-    """Memory of the basis, and of the vectors of one step.
+@dataclass(frozen=True)
+class Stored:
+    """Which columns of a basis this process stores: all, or its share of them."""
+
+    team: Team
+    size: int
+
+    @property
+    def columns(self) -> slice:
+        """Where they are."""
+        return self.team.share(self.size)
+
+    @property
+    def count(self) -> int:
+        """How many."""
+        return len(range(self.size)[self.columns])
+
+    def added(self, part: Tensor, rows: Tensor, columns: slice | None = None) -> Tensor:
+        """The sum over processes, in the dtype of rows; each has all columns, or some of rows."""
+        if self.team.world == 1:
+            return part
+        shape = part.shape if columns is None else rows.shape
+
+        def add(out: Tensor) -> None:
+            out.view(shape)[:, columns or slice(None)] += part.to(rows.device, rows.dtype)
+
+        summed = self.team.summed(shape.numel(), rows, add, same=rows[:0]).view(shape)
+        return summed.to(part.device, part.dtype)
+
+
+def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype, ranks: int = 1) -> int:
+    """Memory of the basis, of which one of `ranks` processes has a share, and of one step.
 
     Example:
         >>> basis_bytes(1000, 80, 4, torch.float32)
         1376000
+        >>> basis_bytes(1000, 80, 4, torch.float32, ranks=4)
+        416000
     """
-    return (steps + 6) * probes * size * dtype.itemsize
+    return (steps * -(-size // ranks) + 6 * size) * probes * dtype.itemsize
 
 
 def near_one(rows: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
@@ -231,32 +290,47 @@ def require_resolved(scale: float, operator: LinearMap) -> None:
         )
 
 
-def orthogonal_part(rows: Tensor, basis: Tensor) -> Tensor:
+def orthogonal_part(rows: Tensor, basis: Tensor, stored: Stored | None = None) -> Tensor:
     """Rows (k, P) made orthogonal to the bases (k, j, P) to rounding.
 
     A row that loses more than a third of its norm in one pass keeps errors of the size of what
-    was taken away, and gets a second one, which is always enough.
+    was taken away, and gets a second one, which is always enough; and further ones where the
+    basis is stored with less precision, so that each pass takes away less.
     """
-    once = orthogonalise(rows, basis)
-    again = once.norm(dim=1) < 0.7 * rows.norm(dim=1)
-    for i in torch.nonzero(again).flatten().tolist():
-        once[i : i + 1] = orthogonalise(once[i : i + 1], basis[i : i + 1])
-    return once
+    coarse = torch.finfo(basis.dtype).eps > torch.finfo(rows.dtype).eps
+    before, found = rows.norm(dim=1), orthogonalise(rows, basis, stored)
+    for _ in range(_COARSE_PASSES if coarse else 1):
+        after = found.norm(dim=1)
+        again = torch.nonzero(after < 0.7 * before).flatten().tolist()
+        if not again:
+            break
+        for i in again:
+            found[i : i + 1] = orthogonalise(found[i : i + 1], basis[i : i + 1], stored)
+        before = after
+    return found
 
 
-def orthogonalise(rows: Tensor, basis: Tensor) -> Tensor:
-    """One pass of Gram-Schmidt: rows (k, P) minus their parts in the bases (k, j, P)."""
-    local = rows.to(basis.device, basis.dtype)
+def orthogonalise(rows: Tensor, basis: Tensor, stored: Stored | None = None) -> Tensor:
+    """One pass of Gram-Schmidt: rows (k, P) minus their parts in the bases (k, j, P).
+
+    Of a sharded basis each process gives its columns, (k, j, its share of P).
+    """
+    stored = stored or Stored(ALONE, rows.shape[1])
+    local = rows[:, stored.columns].to(basis.device, basis.dtype)
     # one at a time: a batched product would copy the bases, which are slices
-    parts = torch.stack([q.T @ (q @ row) for q, row in zip(basis, local, strict=True)])
-    return rows - parts.to(rows.device, rows.dtype)
+    inner = torch.stack([q @ row for q, row in zip(basis, local, strict=True)])
+    inner = stored.added(inner, rows)
+    parts = torch.stack([q.T @ row for q, row in zip(basis, inner, strict=True)])
+    return rows - stored.added(parts, rows, stored.columns).to(rows.device, rows.dtype)
 
 
-def fresh_direction(operator: LinearMap, basis: Tensor, seed: int) -> Tensor:
+def fresh_direction(
+    operator: LinearMap, basis: Tensor, seed: int, stored: Stored | None = None
+) -> Tensor:
     """A random unit vector of shape (P,) orthogonal to a basis of shape (1, j, P)."""
     row = random_rows(1, operator, seed)
     for _ in range(3):
-        row = orthogonalise(row / row.norm(), basis)
+        row = orthogonalise(row / row.norm(), basis, stored)
     unit: Tensor = row / row.norm()
     return unit[0]
 

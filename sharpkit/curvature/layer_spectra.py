@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.modules import unwrapped
@@ -25,7 +26,7 @@ Selection: TypeAlias = "str | nn.Module | Iterable[str | nn.Module]"
 
 def layer_spectra(
     model: nn.Module,
-    data: Data,
+    data: Data | DistributedData,
     *,
     by: Literal["layer", "block"] | Mapping[str, Selection] = "layer",
     operator: type[CurvatureOperator] = HessianOperator,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharpkit.curvature.linear_map import random_rows
+from sharpkit.curvature.linear_map import on_every_rank, random_rows
 from sharpkit.curvature.memory import require_memory
 from sharpkit.curvature.multiply import Multiply
 
@@ -37,11 +37,14 @@ class Sketch(NamedTuple):
 def sketch(multiply: Multiply, count: int, seed: int, kind: Literal["sign", "normal"]) -> Sketch:
     """The range of A that `count` random vectors find, and its product; 2 · count products."""
     a = multiply.operator
-    require_memory(
-        5 * count * a.shape[0] * a.dtype.itemsize,
-        a.device,
-        f"{count} test vectors, their range and its products",
-        "ask for fewer products",
+    on_every_rank(
+        a,
+        lambda: require_memory(
+            5 * count * a.shape[0] * a.dtype.itemsize,
+            a.device,
+            f"{count} test vectors, their range and its products",
+            "ask for fewer products",
+        ),
     )
     omega = random_rows(count, a, seed, kind)
     if kind == "normal":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable
+from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sharpkit.contract.ranks import ALONE, Team
 from sharpkit.errors import ArgumentError, ModelError
+
+T = TypeVar("T")
 
 _STREAM = 0x5BEC7  # sets this module's random numbers apart from others of the same seed
 
@@ -111,6 +115,24 @@ def product_error(operator: LinearMap) -> float:
         0.0
     """
     return float(getattr(operator, "product_error", 0.0))
+
+
+def on_every_rank(operator: LinearMap, compute: Callable[[], T]) -> list[T]:
+    """What the processes of an operator find each, such as how much memory they have.
+
+    What follows from it must be the same on all of them.
+
+    Example:
+        >>> on_every_rank(DenseMap(torch.eye(2)), lambda: 3)
+        [3]
+    """
+    return team_of(operator).gathered(compute)
+
+
+def team_of(operator: LinearMap) -> Team:
+    """The processes that make products of an operator together; this one alone for most."""
+    team: Team = getattr(operator, "team", ALONE)
+    return team
 
 
 def random_rows(count: int, operator: LinearMap, seed: int, kind: str = "normal") -> Tensor:

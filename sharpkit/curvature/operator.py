@@ -7,18 +7,22 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.holding import frozen
-from sharpkit.contract.loading import Data
+from sharpkit.contract.loading import Data, as_data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import Parameters
 from sharpkit.contract.precision import current_precision, precision
+from sharpkit.contract.ranks import ALONE
+from sharpkit.contract.shares import read_share
+from sharpkit.contract.team_checks import require_same_arguments, require_same_weights
 from sharpkit.curvature.chunks import (
     Chunk,
     ChunkPlan,
@@ -50,6 +54,17 @@ from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.progress import progress_bar
 
 
+class _Sums(NamedTuple):
+    """What the examples of one process give."""
+
+    n: int
+    weight: float
+    loss: float  # the sum of the losses, not their mean
+    used: set[int]  # places of the parameters that the loss depends on
+    mode: Mode
+    why: str  # what is wrong with the modes before
+
+
 def owning_edge(tensor: Tensor) -> GradientEdge:
     """Where the graph of a tensor ends: keeps the graph for later products, but not the tensor.
 
@@ -70,6 +85,9 @@ class CurvatureOperator(ABC):
     training changes no product.
     Use it as a context manager, or call `close`, to free the graphs early.
 
+    With `DistributedData` each process has the graphs of its share of the examples, and a product
+    is the sum of theirs, by one all-reduce. All of them make every product, with the same vectors.
+
     Attributes:
         shape: (P, P).
         dtype: float32 or float64, that of the parameters.
@@ -87,8 +105,9 @@ class CurvatureOperator(ABC):
         product_error: The largest ‖error‖ / ‖v‖ so far of products by finite differences; 0 for
             others, which are exact but for rounding.
         compiled: Whether products run as compiled code.
-        n: Number of examples.
-        chunks: Number of chunks.
+        n: Number of examples, of all processes.
+        team: The processes that compute products together; mostly this one alone.
+        chunks: Number of chunks of this process; so are `kept_chunks` and `kept_bytes`.
         kept_chunks: How many of them are kept.
         kept_bytes: Memory that the kept graphs take, estimated.
         loss: The mean loss.
@@ -99,7 +118,7 @@ class CurvatureOperator(ABC):
     def __init__(
         self,
         model: nn.Module,
-        data: Data,
+        data: Data | DistributedData,
         *,
         loss: Loss = "cross_entropy",
         parameters: Parameters = None,
@@ -112,25 +131,44 @@ class CurvatureOperator(ABC):
         tolerance: float | None = None,
         progress: bool = True,
     ) -> None:
-        refuse_training_mode(model)
-        if method not in get_args(Method):
-            raise ArgumentError(f"method must be one of {get_args(Method)}, got {method!r}")
-        if tolerance is not None and not 0 < tolerance < 1:
-            raise ArgumentError(f"tolerance must be between 0 and 1, got {tolerance}")
-        if memory_budget is not None and memory_budget < 0:
-            raise ArgumentError(f"memory_budget must be 0 or more bytes, got {memory_budget}")
-        if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
-            raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
+        self.team = data.team if isinstance(data, DistributedData) else ALONE
         self.precision = current_precision()
+
+        def check() -> None:
+            refuse_training_mode(model)
+            _check_arguments(method, chunk, memory_budget, tolerance)
+
+        self.team.gathered(check)
+        require_same_arguments(
+            self.team, model, kind=type(self).__name__, loss=loss, parameters=parameters, n=n,
+            seed=seed, method=method, tolerance=tolerance, precision=self.precision,
+        )  # fmt: skip
+        require_same_weights(self.team, model)
+        if isinstance(data, DistributedData):
+            data, n, seed = self._own_share(data, n, seed), None, None
         with frozen(model) as found:
-            self._problem = make_problem(model, data, loss, parameters, n, seed, found)
-            self._check(self._problem)
-            self.tolerance = tolerance or TOLERANCES[self.dtype]
-            self._problem.run(
-                lambda: self._construct(method, chunk, memory_budget, compile, progress)
-            )
-            self._problem.probe.confirm()
+
+            def construct() -> _Sums:
+                self._problem = make_problem(model, data, loss, parameters, n, seed, found)
+                self._check(self._problem)
+                self.tolerance = tolerance or TOLERANCES[self.dtype]
+                return self._problem.run(
+                    lambda: self._construct(method, chunk, memory_budget, compile, progress)
+                )
+
+            sums = self.team.gathered(construct)
+            self._problem.run(lambda: self._join(sums))
+            self.team.gathered(self._problem.probe.confirm)
         self._warn()
+
+    def _own_share(self, data: DistributedData, n: int | None, seed: int | None) -> Data:
+        share = read_share(data, n=n, seed=seed, twice=True)
+        if share.total < self.team.world:
+            raise ArgumentError(
+                f"{share.total} examples for {self.team.world} ranks: expected one or more for "
+                "each; measure in one process"
+            )
+        return as_data(share.examples)
 
     def _construct(
         self,
@@ -139,8 +177,8 @@ class CurvatureOperator(ABC):
         memory_budget: int | None,
         compile: bool,
         progress: bool,
-    ) -> None:
-        """Choose mode and chunks, and go over the data once, at the operator's weights."""
+    ) -> _Sums:
+        """Choose mode and chunks, and go over this share of the data once."""
         problem = self._problem
         self.mode, self._why = choose_mode(problem, self._by_differences, self._product, method)
         keeping = self.mode in ("reverse", "plain reverse")
@@ -154,9 +192,46 @@ class CurvatureOperator(ABC):
         )
         self._differences = Differences(list(problem.weights.values()), self.tolerance)
         self._choose_products(compile)
-        self._record(progress)
+        return self._record(progress and self.team.rank == 0)
+
+    def _join(self, sums: Sequence[_Sums]) -> None:
+        """What is known when all shares have been gone over: totals, loss, gradient.
+
+        Raises:
+            DataError: If no label counts.
+            ModelError: If the loss depends on nothing, or only some shares have exact products.
+        """
+        modes = [share.mode == "finite difference" for share in sums]
+        if any(modes) and not all(modes):
+            rank = modes.index(True)
+            raise ModelError(
+                f"rank {rank} takes finite differences, and others do not: its examples lead to "
+                f"operations without second derivatives ({sums[rank].why}); pass "
+                'method="finite_difference" on every rank'
+            )
+        self._n = sum(share.n for share in sums)
+        self._total = sum(share.weight for share in sums)
+        if not self._total > 0:
+            raise DataError("no label counts: the weights of the loss are 0 for all examples")
+        self.loss = sum(share.loss for share in sums) / self._total
+        self._gradient_part /= self._total
+        self.gradient = part = self._gradient_part
+        if self.team.world > 1:
+            self.gradient = self.team.summed(
+                len(part), part, lambda out: _add([out], [part], 1.0), same=part[:0]
+            )
+        used = set[int]().union(*(share.used for share in sums))
+        names = list(self.parameters)
+        self.unused = [name for i, name in enumerate(names) if i not in used]
+        if len(self.unused) == len(names):
+            raise ModelError(
+                "the loss does not depend on any selected parameter "
+                "(a forward under no_grad, or a detach?)"
+            )
         if self.mode == "finite difference":
             self._probe_differences()
+        else:
+            del self._gradient_part  # differences alone need it
 
     def _graph_bytes(self, problem: Problem, known: list[Tensor]) -> tuple[int, int]:
         record = self._loss_graph if self.mode == "finite difference" else self._record_some
@@ -227,8 +302,8 @@ class CurvatureOperator(ABC):
 
     @property
     def n(self) -> int:
-        """The number of examples."""
-        return len(self._problem.examples)
+        """The number of examples, of all processes."""
+        return self._n
 
     @property
     def chunks(self) -> int:
@@ -280,15 +355,26 @@ class CurvatureOperator(ABC):
                 f"expected vectors of shape ({self.shape[0]}, k), got {tuple(vectors.shape)}"
             )
         rows = vectors.detach().to(self.device, self.dtype).T.contiguous()
-        out = torch.zeros(rows.shape, dtype=self.dtype, device=self.device)
-        inputs, outputs = (self._blocks(matrix) for matrix in (rows, out))
+        multiply = self._multiplied
+        if self.mode == "finite difference":
+            multiply = self._differenced
         restoring = self.kept_chunks < self.chunks
         with precision(self.precision), self._problem.still(restoring):
-            multiply = self._add_products
-            if self.mode == "finite difference":
-                multiply = self._add_differences
-            self._problem.run(lambda: multiply(inputs, outputs))
-        return out.T
+            return self._problem.run(lambda: multiply(rows)).T
+
+    def _multiplied(self, rows: Tensor) -> Tensor:
+        """The products with rows (k, P): what all processes add up in one all-reduce."""
+
+        def add(total: Tensor) -> None:
+            self._add_products(self._blocks(rows), self._blocks(total.view(rows.shape)))
+
+        return self.team.summed(rows.numel(), rows, add, same=rows).view(rows.shape)
+
+    def _differenced(self, rows: Tensor) -> Tensor:
+        """The same by finite differences, whose steps follow from sums over all processes."""
+        out = torch.zeros_like(rows)
+        self._add_differences(self._blocks(rows), self._blocks(out))
+        return out
 
     def __matmul__(self, other: Tensor) -> Tensor:
         return self.matvec(other) if other.ndim == 1 else self.matmat(other)
@@ -301,11 +387,13 @@ class CurvatureOperator(ABC):
         """
         size = self.shape[0]
         item = self.dtype.itemsize
-        require_memory(
-            3 * size * size * item,
-            self.device,
-            f"a dense {size} x {size} matrix",
-            "use products, or select fewer parameters",
+        self.team.gathered(
+            lambda: require_memory(
+                3 * size * size * item,
+                self.device,
+                f"a dense {size} x {size} matrix",
+                "use products, or select fewer parameters",
+            )
         )
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for start in range(0, size, 64):
@@ -444,14 +532,31 @@ class CurvatureOperator(ABC):
         return linear.mean, linear.product
 
     def _add_differences(self, inputs: Sequence[Tensors], outputs: Sequence[Tensors]) -> None:
+        self.team.gathered(self._check_chunks)
+        vectors = [without_padding(self._problem, vector) for vector in inputs]
+        with plain_rules():
+            self._differences.add(self._difference_of_all, vectors, outputs)
+
+    def _check_chunks(self) -> None:
+        """Raise if the examples, or the loss of the first ones, are others than at first."""
         for chunk in self._chunks:
             check_unchanged(chunk, self._problem.examples.slice(chunk.start, chunk.stop))
         first = self._chunks[0]
         with plain_rules(), self._problem.function.evaluating():
             check_repeated([first], [self._problem.terms(self._examples(first))[0].detach()])
-        vectors = [without_padding(self._problem, vector) for vector in inputs]
-        with plain_rules():
-            self._differences.add(self._difference, vectors, outputs)
+
+    def _difference_of_all(self, vector: Tensors, step: float) -> Sequence[Tensors]:
+        """`_difference` over the chunks of all processes, in one all-reduce."""
+        if self.team.world == 1:
+            return self._difference(vector, step)
+        given = torch.cat([part.reshape(-1) for part in vector])
+
+        def add(total: Tensor) -> None:
+            for row, parts in zip(total.view(3, -1), self._difference(vector, step), strict=True):
+                torch.cat([part.reshape(-1) for part in parts], out=row)
+
+        total = self.team.summed(3 * given.numel(), given, add, same=given)
+        return [list(self.split(row).values()) for row in total.view(3, -1)]
 
     def _probe_differences(self) -> None:
         """One product: whether differences tell at all, and how large products are.
@@ -481,12 +586,12 @@ class CurvatureOperator(ABC):
     def _examples(self, chunk: Chunk) -> Examples:
         return self._problem.on_device(self._problem.examples.slice(chunk.start, chunk.stop))
 
-    def _record(self, progress: bool) -> None:
-        """Go over the data once: the loss, the gradient, and the graphs that are kept."""
+    def _record(self, progress: bool) -> _Sums:
+        """Go over the share once: the sums of loss and gradient, and the graphs that are kept."""
         self._chunks: list[Chunk] = []
         self.kept_bytes = 0
-        self.gradient = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        parts = list(self.split(self.gradient).values())
+        self._gradient_part = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        parts = list(self.split(self._gradient_part).values())
         used: set[int] = set()
         losses: list[tuple[Tensor, Tensor]] = []
         for start, stop in progress_bar(
@@ -501,18 +606,9 @@ class CurvatureOperator(ABC):
             _add(parts, _times(linear.gradient, linear.weight), 1.0)
             losses.append((linear.mean, linear.weight))
         read_losses(self._chunks, losses)
-        self._total = sum(chunk.weight for chunk in self._chunks)
-        if not self._total > 0:
-            raise DataError("no label counts: the weights of the loss are 0 for all examples")
-        self.loss = sum(chunk.mean * chunk.weight for chunk in self._chunks) / self._total
-        self.gradient /= self._total
-        names = list(self.parameters)
-        self.unused = [name for i, name in enumerate(names) if i not in used]
-        if len(self.unused) == len(names):
-            raise ModelError(
-                "the loss does not depend on any selected parameter "
-                "(a forward under no_grad, or a detach?)"
-            )
+        weight = sum(chunk.weight for chunk in self._chunks)
+        loss = sum(chunk.mean * chunk.weight for chunk in self._chunks)
+        return _Sums(len(self._problem.examples), weight, loss, used, self.mode, self._why)
 
     def _kept(self, examples: Examples, linear: Linearised) -> Product | None:
         """A chunk's product, if it is kept."""
@@ -546,6 +642,19 @@ class CurvatureOperator(ABC):
                 "their rows and columns are zero",
                 stacklevel=3,
             )
+
+
+def _check_arguments(
+    method: Method, chunk: int | Literal["auto"], memory_budget: int | None, tolerance: float | None
+) -> None:
+    if method not in get_args(Method):
+        raise ArgumentError(f"method must be one of {get_args(Method)}, got {method!r}")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ArgumentError(f"tolerance must be between 0 and 1, got {tolerance}")
+    if memory_budget is not None and memory_budget < 0:
+        raise ArgumentError(f"memory_budget must be 0 or more bytes, got {memory_budget}")
+    if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
+        raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
 
 
 def _of_no_chunk(vector: Tensors) -> Sequence[Tensor | None]:

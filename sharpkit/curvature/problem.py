@@ -12,20 +12,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import TensorDataset
 
 from sharpkit.contract.checks import Probe, close, examine
-from sharpkit.contract.checksum import checksum
 from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import frozen, held
-from sharpkit.contract.loading import Data, load_examples
+from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.modules import unwrapped
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
+from sharpkit.contract.shares import read_share
 from sharpkit.contract.state import Found
 from sharpkit.contract.terms import Terms
-from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.errors import ArgumentError, ModelError
 
 T = TypeVar("T")
 
@@ -138,7 +137,7 @@ def make_problem(
     loss_fn = resolve_loss(loss)
     names = list(_select(model, parameters))
     function = FunctionalModel(model, whole=not loss_fn.exact)
-    examples = _load_twice(data, n, seed)
+    examples = read_share(data, n=n, seed=seed, twice=True).examples
     probe = examine(function, loss_fn, examples, found)
     outside = left_out(model, names)
     if probe.try_swapping():
@@ -208,19 +207,6 @@ def _select(model: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
             f"the selected parameters are on several devices: {sorted(map(str, devices))}"
         )
     return selected
-
-
-def _load_twice(data: Data, n: int | None, seed: int | None) -> Examples:
-    """The examples, after a second pass over anything that could give others."""
-    examples = load_examples(data, n=n, seed=seed)
-    if isinstance(data, tuple | list) or type(data) is TensorDataset:
-        return examples
-    if checksum(examples) != checksum(load_examples(data, n=n, seed=seed)):
-        raise DataError(
-            "the data differ between two passes: a sampler that shuffles, or a random "
-            "transformation; every product of an operator must see the same examples"
-        )
-    return examples
 
 
 def _copy_of(

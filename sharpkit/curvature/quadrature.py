@@ -20,7 +20,13 @@ from sharpkit.curvature.density import (
 )
 from sharpkit.curvature.grids import Spacing
 from sharpkit.curvature.lanczos import basis_bytes, lanczos
-from sharpkit.curvature.linear_map import Symmetric, as_linear_map, random_rows
+from sharpkit.curvature.linear_map import (
+    Symmetric,
+    as_linear_map,
+    on_every_rank,
+    random_rows,
+    team_of,
+)
 from sharpkit.errors import ArgumentError
 from sharpkit.memory import available_memory
 
@@ -43,6 +49,7 @@ def spectral_density(
     threshold: float | None = None,
     basis_dtype: torch.dtype | None = None,
     basis_device: torch.device | str | None = None,
+    shard_basis: bool = False,
     progress: bool = True,
 ) -> SpectralDensity:
     """The density of the eigenvalues, by stochastic Lanczos quadrature.
@@ -66,8 +73,11 @@ def spectral_density(
             On "log" and "symlog" grids it is in units of the axis.
         points: Grid points.
         threshold: Where "symlog" turns linear; None for 1e-4 of the largest |node|.
-        basis_dtype: Storage of the Lanczos basis; None for that of the operator.
-        basis_device: Where the basis is; None for that of the operator.
+        basis_dtype: Storage of the Lanczos basis; None for that of the operator. In bfloat16
+            eigenvalues move by up to 4e-4 of the norm of the matrix on average, outliers by up to
+            2e-3 of it (see `lanczos`).
+        basis_device: Where the basis is, such as "cpu"; None for the operator's device.
+        shard_basis: Of an operator with `DistributedData`, each process stores a part of it.
         progress: Show a progress bar if it takes longer than two seconds.
 
     Returns:
@@ -107,7 +117,9 @@ def spectral_density(
             raise ArgumentError(f"probes must be at least 1, got {probes}")
         probes = random_rows(probes, a, seed).T
     storage = basis_dtype or a.dtype, torch.device(basis_device or a.device)
-    together = probes_at_once(size, steps, probes.shape[-1], *storage)
+    count = probes.shape[-1]
+    ranks = team_of(a).world if shard_basis else 1
+    together = min(on_every_rank(a, lambda: probes_at_once(size, steps, count, *storage, ranks)))
     parts = [
         lanczos(
             a,
@@ -116,6 +128,7 @@ def spectral_density(
             seed=seed,
             basis_dtype=basis_dtype,
             basis_device=basis_device,
+            shard_basis=shard_basis,
             progress=progress,
         )
         for block in torch.split(probes, together, dim=-1)
@@ -136,11 +149,11 @@ def spectral_density(
 
 
 def probes_at_once(
-    size: int, steps: int, probes: int, dtype: torch.dtype, device: torch.device
+    size: int, steps: int, probes: int, dtype: torch.dtype, device: torch.device, ranks: int = 1
 ) -> int:
-    """How many Lanczos runs the memory has room for together."""
+    """How many Lanczos runs the memory has room for together, if so many processes share them."""
     free = available_memory(device)
     if free is None:
         return max(probes, 1)
-    fit = int(0.8 * free) // basis_bytes(size, steps, 1, dtype)
+    fit = int(0.8 * free) // basis_bytes(size, steps, 1, dtype, ranks)
     return max(1, min(probes, fit))  # if not even one fits, lanczos says so

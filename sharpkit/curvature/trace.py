@@ -16,8 +16,10 @@ from sharpkit.curvature.linear_map import (
     LinearMap,
     Symmetric,
     as_linear_map,
+    on_every_rank,
     product_error,
     random_rows,
+    team_of,
 )
 from sharpkit.curvature.memory import require_memory
 from sharpkit.curvature.multiply import BLOCK, Multiply, identity_rows
@@ -112,7 +114,8 @@ def trace(
             f"products must be at least {_LEAST[method]} for {method}, got {products}"
         )
     with progress_bar(
-        desc="trace", unit="product", leave=False, delay=2, progress=progress,
+        desc="trace", unit="product", leave=False, delay=2,
+        progress=progress and team_of(a).rank == 0,
         total=min(products, a.shape[0]),
     ) as bar:  # fmt: skip
         multiply = Multiply(a, bar)
@@ -133,11 +136,14 @@ def _trace(multiply: Multiply, method: str, products: int, seed: int) -> Estimat
     if method == "xtrace":
         return Estimated(*xtrace(multiply, products // 2, seed), products // 2 * 2, method)
     rank = products // 3
-    require_memory(
-        3 * rank * size * a.dtype.itemsize,
-        a.device,
-        f"a basis of {rank} vectors for Hutch++",
-        "ask for fewer products, or method='hutchinson'",
+    on_every_rank(
+        a,
+        lambda: require_memory(
+            3 * rank * size * a.dtype.itemsize,
+            a.device,
+            f"a basis of {rank} vectors for Hutch++",
+            "ask for fewer products, or method='hutchinson'",
+        ),
     )
     sketch = random_rows(rank, a, seed, "sign")
     image = torch.cat([multiply(block)[0] for block in torch.split(sketch, BLOCK)])
@@ -186,7 +192,8 @@ def frobenius_norm(
         else iter(torch.split(random_rows(products, a, seed, "sign"), BLOCK))
     )
     with progress_bar(
-        desc="norm", unit="product", leave=False, delay=2, progress=progress,
+        desc="norm", unit="product", leave=False, delay=2,
+        progress=progress and team_of(a).rank == 0,
         total=min(products, size),
     ) as bar:  # fmt: skip
         multiply = Multiply(a, bar)

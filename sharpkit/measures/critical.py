@@ -7,18 +7,23 @@ from collections.abc import Callable
 
 from torch import nn
 
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.parameters import floating_parameters
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.measures.passes import mean_gradient, mean_loss, setup
+from sharpkit.measures.passes import mean_gradient, mean_loss, setup_together
 
 _DOUBLINGS = 60
 
 
 def critical_sharpness(
-    model: nn.Module, data: Data, *, loss: Loss = "cross_entropy", guess: float = 0.1
+    model: nn.Module,
+    data: Data | DistributedData,
+    *,
+    loss: Loss = "cross_entropy",
+    guess: float = 0.1,
 ) -> float:
     """Twice the inverse of the learning rate from which a step of gradient descent raises the loss.
 
@@ -31,7 +36,7 @@ def critical_sharpness(
 
     Args:
         model: Any module.
-        data: Inputs of shape (n, ...) and labels of shape (n,).
+        data: Inputs of shape (n, ...) and labels of shape (n,); also `DistributedData`.
         loss: "cross_entropy", "mse" or a callable (outputs, labels) -> mean loss.
         guess: Learning rate at which the search begins.
 
@@ -61,7 +66,7 @@ def critical_sharpness(
     if not guess > 0:
         raise ArgumentError(f"guess must be positive, got {guess}")
     with frozen(model) as found:
-        run = setup(model, data, found, loss)
+        run = setup_together(model, data, found, loss)
         weights = floating_parameters(model)
         gradient = mean_gradient(run, weights, loss)
         if not any(bool(g.any()) for g in gradient.values()):

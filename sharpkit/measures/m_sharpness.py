@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.loading import Data
 from sharpkit.contract.loss_text import loss_name, loss_text
 from sharpkit.contract.losses import Loss, resolve_loss
@@ -128,7 +129,9 @@ class MSharpness:
         if not self.name or isinstance(self.name, _FromOptions):
             object.__setattr__(self, "name", _FromOptions(_name(self)))
 
-    def __call__(self, model: nn.Module, data: Data, *, seed: int) -> dict[str, Estimate]:
+    def __call__(
+        self, model: nn.Module, data: Data | DistributedData, *, seed: int
+    ) -> dict[str, Estimate]:
         """The m-sharpness of one model, by setting."""
         options = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "name"}
         options["seed"] = seed if self.seed == "run" else self.seed

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.loading import Data
 from sharpkit.display import one_row, readable
 from sharpkit.errors import ArgumentError, ModelError
@@ -123,7 +124,7 @@ def needed(measure: str, need: str, given: T | None) -> T:
 def evaluate_measure(
     measure: Measure,
     model: nn.Module,
-    data: Data,
+    data: Data | DistributedData,
     *,
     seed: int,
     initial: Callable[[], nn.Module] | None = None,

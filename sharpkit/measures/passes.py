@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import Probe, examine
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.contract.loading import Data, load_in_order
+from sharpkit.contract.loading import Data, as_data, load_in_order
 from sharpkit.contract.losses import Loss, check_class_labels, resolve_loss
+from sharpkit.contract.ranks import ALONE, Team
+from sharpkit.contract.shares import read_share
 from sharpkit.contract.state import Found
+from sharpkit.contract.team_checks import require_same_weights
 from sharpkit.errors import DataError, ModelError
 from sharpkit.measures.measure import Estimate
 
@@ -29,6 +33,7 @@ class Setup:
     function: FunctionalModel
     examples: Examples
     probe: Probe | None = None  # what the model was examined with
+    team: Team = ALONE  # processes that have the other examples, for `mean_loss` and its gradient
 
     def batches(self, size: int = BATCH) -> Iterator[Examples]:
         """The examples in their own order, on the model's device and in its dtype."""
@@ -70,6 +75,21 @@ def setup(model: nn.Module, data: Data, found: Found, loss: Loss = "cross_entrop
     return Setup(function, examples, examine(function, loss_fn, examples, found))
 
 
+def setup_together(
+    model: nn.Module, data: Data | DistributedData, found: Found, loss: Loss = "cross_entropy"
+) -> Setup:
+    """As `setup`; of `DistributedData` the examples are the share of this process.
+
+    Then only `mean_loss` and `mean_gradient` are those of all examples.
+    """
+    if not isinstance(data, DistributedData):
+        return setup(model, data, found, loss)
+    require_same_weights(data.team, model)
+    share = read_share(data).examples
+    run = data.team.together(lambda: setup(model, as_data(share), found, loss))
+    return replace(run, team=data.team)
+
+
 def images(examples: Examples, what: str) -> Tensor:
     """The inputs, if they are one floating-point tensor.
 
@@ -85,12 +105,17 @@ def images(examples: Examples, what: str) -> Tensor:
 def mean_loss(run: Setup, parameters: Mapping[str, Tensor], loss: Loss) -> float:
     """The mean loss of all examples at the given parameters, without gradients."""
     loss_fn = resolve_loss(loss)
-    total = counted = 0.0
-    with run.function.evaluating():
-        for batch in run.batches():
-            mean, weight = loss_fn.terms(run.function(parameters, batch.inputs), batch.labels)
-            total += float(mean.detach().double() * weight)
-            counted += float(weight)
+
+    def sums() -> tuple[float, float]:
+        total = counted = 0.0
+        with run.function.evaluating():
+            for batch in run.batches():
+                mean, weight = loss_fn.terms(run.function(parameters, batch.inputs), batch.labels)
+                total += float(mean.detach().double() * weight)
+                counted += float(weight)
+        return total, counted
+
+    total, counted = map(sum, zip(*run.team.gathered(sums), strict=True))
     return total / counted
 
 
@@ -102,18 +127,26 @@ def mean_gradient(run: Setup, parameters: Mapping[str, Tensor], loss: Loss) -> d
     """
     loss_fn = resolve_loss(loss)
     leaves = {k: p.detach().requires_grad_() for k, p in parameters.items()}
-    total = {k: torch.zeros_like(p, dtype=torch.float64) for k, p in parameters.items()}
-    counted = 0.0
-    for batch in run.batches():
-        with torch.enable_grad():
-            mean, weight = loss_fn.terms(run.function(leaves, batch.inputs), batch.labels)
-            parts = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
-        for name, part in zip(leaves, parts, strict=True):
-            total[name] += part.double() * weight
-        counted += float(weight)
-    if not all(bool(torch.isfinite(g).all()) for g in total.values()):
+    sizes = [p.numel() for p in parameters.values()]
+    weights: list[float] = []
+
+    def add(out: Tensor) -> None:
+        total = dict(zip(leaves, torch.split(out, sizes), strict=True))
+        for batch in run.batches():
+            with torch.enable_grad():
+                mean, weight = loss_fn.terms(run.function(leaves, batch.inputs), batch.labels)
+                parts = torch.autograd.grad(mean, list(leaves.values()), materialize_grads=True)
+            for name, part in zip(leaves, parts, strict=True):
+                total[name] += part.double().reshape(-1) * weight
+            weights.append(float(weight))
+
+    like = torch.zeros(0, dtype=torch.float64, device=run.function.device)
+    found = run.team.summed(sum(sizes), like, add, same=like)
+    if not bool(torch.isfinite(found).all()):
         raise ModelError("a gradient is NaN or infinite")
-    return {k: g / counted for k, g in total.items()}
+    counted = sum(run.team.gathered(lambda: sum(weights)))
+    parts = zip(parameters.items(), torch.split(found / counted, sizes), strict=True)
+    return {k: part.view_as(p) for (k, p), part in parts}
 
 
 def single_terms(loss: Loss) -> Callable[[Any, Tensor], tuple[Tensor, Tensor]]:

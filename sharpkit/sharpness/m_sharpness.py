@@ -10,21 +10,33 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sharpkit.contract.checks import examine, warn_of_unused
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import frozen
-from sharpkit.contract.loading import Data, load_examples
-from sharpkit.contract.losses import Loss, resolve_loss
+from sharpkit.contract.loading import Data
+from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
+from sharpkit.contract.ranks import ALONE, Team
+from sharpkit.contract.shares import Share, read_share
+from sharpkit.contract.state import Found
+from sharpkit.contract.team_checks import require_same_arguments, require_same_weights
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.sharpness.ascent_rules import Ascent, AscentLike, ascent_rule
-from sharpkit.sharpness.measurement import Measurement, collected, estimate
+from sharpkit.sharpness.measurement import (
+    Groups,
+    Measured,
+    Measurement,
+    estimate,
+    joined,
+    no_groups,
+    on_cpu,
+)
 from sharpkit.sharpness.sweep_plan import sweep_plan
-from sharpkit.sharpness.unseen import Level
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +62,7 @@ class SharpnessResult:
             the sum of the loss's own weights over it (class weights, labelled tokens).
         zero_gradient_groups: m -> groups whose gradient is exactly 0, so that they do not move.
         n: Examples used.
-        seconds: Wall time.
+        seconds: Wall time; of several processes the longest, and so the largest `peak_memory`.
         engine: The engine that computed it, "vectorized" or "loop".
         parameters: Numbers that were perturbed together (a complex one is two).
         left_out: Names of the parameters that were not.
@@ -101,7 +113,7 @@ class SharpnessResult:
 
 def m_sharpness(
     model: nn.Module,
-    data: Data,
+    data: Data | DistributedData,
     *,
     m: int | Sequence[int],
     rho: float | Sequence[float],
@@ -140,7 +152,8 @@ def m_sharpness(
             distribute it are taken off.
         data: A `Dataset` of (input, label) pairs, a `DataLoader` (its data set is read in index
             order), a list of (inputs, labels) batches, or a pair (inputs of shape (n, ...), labels
-            of shape (n,) or (n, ...)); see `load_examples`.
+            of shape (n,) or (n, ...)); see `load_examples`. With `DistributedData` processes divide
+            the groups, which are those of one process.
         m: Group size in examples, 1 to n; one or several.
         rho: Radius of the ball, > 0, in units of the norm of the weights; one or several.
         loss: "cross_entropy" (exact for saturated examples; with outputs (n, ..., classes) and
@@ -200,50 +213,106 @@ def m_sharpness(
         0.75
     """
     began = time.perf_counter()
-    ms, rhos = read_grid(m, rho)
-    rule = read_rule(ascent, steps, norm, adaptive, average, seed, restarts)
-    if tolerance is not None and not tolerance > 0:
-        raise ArgumentError(f"tolerance must be positive, got {tolerance}")
-    if engine not in ("auto", "vectorized", "loop"):
-        raise ArgumentError(f'engine must be "auto", "vectorized" or "loop", got {engine!r}')
-    loss_fn = resolve_loss(loss)
+    team = data.team if isinstance(data, DistributedData) else ALONE
+
+    def read() -> tuple[tuple[int, ...], tuple[float, ...], Ascent, MeanLoss]:
+        ms, rhos = read_grid(m, rho)
+        rule = read_rule(ascent, steps, norm, adaptive, average, seed, restarts)
+        _check(tolerance, engine, team)
+        return ms, rhos, rule, resolve_loss(loss)
+
+    ms, rhos, rule, loss_fn = team.together(read)
+    require_same_arguments(
+        team, model, loss=loss, parameters=parameters, m=ms, rho=rhos, steps=steps,
+        ascent=ascent_rule(ascent).name, restarts=restarts, norm=norm, adaptive=adaptive,
+        average=average, n=n, seed=seed, precision=current_precision(),
+    )  # fmt: skip
+    require_same_weights(team, model)
     with frozen(model) as found:
         weights = floating_parameters(model, parameters)
         function = FunctionalModel(model, whole=not loss_fn.exact)
         weights = {name: function.value(name) for name in weights}
-        examples = load_examples(data, n=n, seed=seed)
-        if max(ms) > len(examples):
-            raise ArgumentError(f"m = {max(ms)} is larger than n = {len(examples)} examples")
-        parts = examples.chunks(len(examples))
-        loss_fn = loss_fn.where_all_count(part.labels for part in parts)
-        probe = examine(function, loss_fn, examples, found)
-        plan = sweep_plan(
-            function, loss_fn, weights, probe, ms, chunk, memory_budget,
-            allows_factors=rule.allows_factors,
-        )  # fmt: skip
-        warn_of_unused(plan.unused, weights)
-        measurement = Measurement(
-            plan, probe, examples, ms, rhos, rule, engine, compile, tolerance, progress
-        )
-        if function.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(function.device)
-        sweep, vectorised = measurement()
-        peak = plan.memory
-        if function.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(function.device)
-        probe.confirm()
-        if not float(torch.cat(sweep.levels[0].weights).sum()) > 0:
-            raise DataError("no label counts in the loss: all are ignored, or weigh 0")
+        share = read_share(data, n=n, seed=seed, multiple=math.lcm(*ms))
+        if max(ms) > share.total:
+            raise ArgumentError(f"m = {max(ms)} is larger than n = {share.total} examples")
+
+        def measure() -> Measured:
+            if not len(share.examples):  # there are fewer groups than ranks
+                return Measured([no_groups(len(rhos)) for _ in ms], True, 0, 0.0)
+            return _measured(
+                function, loss_fn, weights, share, found, began, ms, rhos, rule,
+                chunk=chunk, memory_budget=memory_budget, engine=engine, compile=compile,
+                tolerance=tolerance, progress=progress and team.rank == 0,
+            )  # fmt: skip
+
+        parts = team.gathered(measure)
         outside = left_out(model, weights)
+    levels = [joined(groups) for groups in zip(*(part.levels for part in parts), strict=True)]
+    if not float(levels[0].weights.sum()) > 0:
+        raise DataError("no label counts in the loss: all are ignored, or weigh 0")
     return _result(
-        sweep.levels, ms, rhos, m, rho,
-        seconds=time.perf_counter() - began,
-        engine="vectorized" if vectorised else "loop",
+        levels, ms, rhos, m, rho,
+        seconds=max(part.seconds for part in parts),
+        engine="vectorized" if all(part.vectorised for part in parts) else "loop",
         parameters=sum(w.numel() for w in weights.values()),
         left_out=outside,
         precision=current_precision(),
-        peak_memory=peak,
+        peak_memory=max(part.peak_memory for part in parts),
     )  # fmt: skip
+
+
+def _measured(
+    function: FunctionalModel,
+    loss: MeanLoss,
+    weights: dict[str, Tensor],
+    share: Share,
+    found: Found,
+    began: float,
+    ms: tuple[int, ...],
+    rhos: tuple[float, ...],
+    rule: Ascent,
+    *,
+    chunk: int | Literal["auto"],
+    memory_budget: int | None,
+    engine: Literal["auto", "vectorized", "loop"],
+    compile: bool,
+    tolerance: float | None,
+    progress: bool,
+) -> Measured:
+    """All groups of a share; the model is inside `frozen`, which gave `found`."""
+    examples = share.examples
+    parts = examples.chunks(len(examples))
+    loss = loss.where_all_count(part.labels for part in parts)
+    probe = examine(function, loss, examples, found)
+    plan = sweep_plan(
+        function, loss, weights, probe, ms, chunk, memory_budget,
+        allows_factors=rule.allows_factors,
+    )  # fmt: skip
+    warn_of_unused(plan.unused, weights)
+    measurement = Measurement(
+        plan, probe, examples, ms, rhos, rule, engine, compile, tolerance, progress, share.first
+    )
+    if function.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(function.device)
+    sweep, vectorised = measurement()
+    peak = plan.memory
+    if function.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(function.device)
+    probe.confirm()
+    levels = [on_cpu(level) for level in sweep.levels]
+    return Measured(levels, vectorised, peak, time.perf_counter() - began)
+
+
+def _check(tolerance: float | None, engine: str, team: Team) -> None:
+    if tolerance is not None and not tolerance > 0:
+        raise ArgumentError(f"tolerance must be positive, got {tolerance}")
+    if tolerance is not None and team.world > 1:
+        raise ArgumentError(
+            "with a tolerance it stops after some of the groups in their order, which are on "
+            f"{team.world} processes here: pass n instead, or measure in one process"
+        )
+    if engine not in ("auto", "vectorized", "loop"):
+        raise ArgumentError(f'engine must be "auto", "vectorized" or "loop", got {engine!r}')
 
 
 def read_grid(
@@ -296,15 +365,14 @@ def read_rule(
 
 
 def _result(
-    levels: Sequence[Level],
+    levels: Sequence[Groups],
     ms: tuple[int, ...],
     rhos: tuple[float, ...],
     m: int | Sequence[int],
     rho: float | Sequence[float],
     **how: Any,
 ) -> SharpnessResult:
-    increases, weights = zip(*(collected(level) for level in levels), strict=True)
-    pairs = [estimate(x, w) for x, w in zip(increases, weights, strict=True)]
+    pairs = [estimate(level.increases, level.weights) for level in levels]
     value, std_error = (torch.stack(part).numpy() for part in zip(*pairs, strict=True))
     drop = (
         slice(None) if isinstance(m, Iterable) else 0,
@@ -318,13 +386,13 @@ def _result(
         value=float(value) if scalar else value,
         std_error=float(std_error) if scalar else std_error,
         group_values={
-            (k, r): x[j].numpy()
-            for k, x in zip(ms, increases, strict=True)
+            (k, r): level.increases[j].numpy()
+            for k, level in zip(ms, levels, strict=True)
             for j, r in enumerate(rhos)
         },
-        group_sizes={level.m: np.array(level.sizes) for level in levels},
-        group_weights={k: w.numpy() for k, w in zip(ms, weights, strict=True)},
-        zero_gradient_groups={level.m: int(sum(level.zero_gradients)) for level in levels},
+        group_sizes={k: np.array(level.sizes) for k, level in zip(ms, levels, strict=True)},
+        group_weights={k: level.weights.numpy() for k, level in zip(ms, levels, strict=True)},
+        zero_gradient_groups={k: v.zero_gradients for k, v in zip(ms, levels, strict=True)},
         n=sum(levels[0].sizes),
         **how,
     )

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Measurement:
         compile: Whether the inner functions are compiled.
         tolerance: Stop once std_error <= tolerance * |value|; None for never.
         progress: Whether a bar is shown.
+        first: Number of the first example among all, of which these may be a share.
     """
 
     plan: SweepPlan
@@ -61,6 +63,7 @@ class Measurement:
     compile: bool
     tolerance: float | None
     progress: bool
+    first: int = 0
 
     def __call__(self) -> tuple[Sweep, bool]:
         """What was found, and whether groups were evaluated side by side.
@@ -97,8 +100,9 @@ class Measurement:
         alone = Alone(objective, packing)
         for care in Care:
             sweep = Sweep(
-                objective, self.examples, self.ms, self.rhos, self.rule, alone, side, care=care
-            )
+                objective, self.examples, self.ms, self.rhos, self.rule, alone, side, care=care,
+                first=self.first,
+            )  # fmt: skip
             if care == Care.NONE and sweep.in_place is None:
                 continue
             try:
@@ -120,6 +124,45 @@ class Measurement:
                 if self.tolerance is not None and _precise(sweep.levels, self.tolerance):
                     break
         return sweep
+
+
+class Groups(NamedTuple):
+    """What groups of one m gave, on the CPU."""
+
+    increases: Tensor  # (rho, groups)
+    weights: Tensor  # (groups,)
+    sizes: list[int]
+    zero_gradients: int
+
+
+class Measured(NamedTuple):
+    """What one process found, with the share of all groups that it had."""
+
+    levels: list[Groups]  # one for each m
+    vectorised: bool
+    peak_memory: int
+    seconds: float
+
+
+def on_cpu(level: Level) -> Groups:
+    """The groups of a level."""
+    return Groups(*collected(level), level.sizes, int(sum(level.zero_gradients)))
+
+
+def no_groups(rhos: int) -> Groups:
+    """Those of a process where there are fewer than processes."""
+    none = torch.zeros(rhos, 0, dtype=torch.float64)
+    return Groups(none, none[0], [], 0)
+
+
+def joined(parts: Sequence[Groups]) -> Groups:
+    """The groups of all processes, in the order of one."""
+    return Groups(
+        torch.cat([part.increases for part in parts], 1),
+        torch.cat([part.weights for part in parts]),
+        [size for part in parts for size in part.sizes],
+        sum(part.zero_gradients for part in parts),
+    )
 
 
 def estimate(increases: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

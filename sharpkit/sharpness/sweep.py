@@ -50,7 +50,8 @@ class Sweep:
     """All m and rho over a stream of chunks.
 
     `alone` is how one group is evaluated, `side` how many are, side by side, or None to take all
-    one after the other. `levels` is what was measured.
+    one after the other. `first` is the number of the first example among all, of which these may
+    be a share: random numbers are those of the groups of all. `levels` is what was measured.
     """
 
     def __init__(
@@ -64,9 +65,10 @@ class Sweep:
         side: Passes | None,
         *,
         care: Care = Care.SCALED,
+        first: int = 0,
     ) -> None:
         self.objective, self.examples, self.rhos, self.ascent = objective, examples, rhos, ascent
-        self.alone, self.side, self.care = alone, side, care
+        self.alone, self.side, self.care, self.first = alone, side, care, first
         self.careful = care == Care.ALL
         self.block = math.gcd(*ms)
         self.weights = alone.packing.joined(objective.weights)
@@ -267,7 +269,8 @@ class Sweep:
             )
             self._unseen.note(first, blocks.exponent < torch.inf)
             level.zero_gradients.append((first.coefficient == 0).sum())
-        keys = ascent.seed, ascent.p, self.objective.weights, level.m, len(level.sizes), groups
+        place = self.first // level.m + len(level.sizes)
+        keys = ascent.seed, ascent.p, self.objective.weights, level.m, place, groups
 
         def gaussian(sample: int) -> Direction:
             found = gaussian_direction(*keys, sample)

@@ -16,7 +16,8 @@ _FILE = "sharpkit_tracker.pt"
 def hugging_face_callback(tracker: Tracker, *, resume_from: str | Path | None = None) -> Any:
     """A `TrainerCallback` that calls a tracker on the main process, and saves it in checkpoints.
 
-    The optimizer has the learning rate of its next step when the tracker is called.
+    A tracker with `DistributedData` is called on every process. The optimizer has the learning rate
+    of its next step when the tracker is called.
 
     Args:
         tracker: What is called before the first step, after each, and at the ends of epochs.
@@ -42,7 +43,7 @@ def hugging_face_callback(tracker: Tracker, *, resume_from: str | Path | None = 
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
             """The initial weights, or those of a checkpoint."""
-            if state.is_world_process_zero and state.global_step:
+            if state.global_step and (state.is_world_process_zero or tracker.on_every_rank):
                 _load(tracker, Path(resume_from or _folder(args, state)))
             self._look(state, given, epoch=0 if state.global_step == 0 else None)
 
@@ -60,7 +61,7 @@ def hugging_face_callback(tracker: Tracker, *, resume_from: str | Path | None = 
                 _save(tracker, _folder(args, state))
 
         def _look(self, state: Any, given: dict[str, Any], epoch: int | None = None) -> None:
-            if state.is_world_process_zero:
+            if state.is_world_process_zero or tracker.on_every_rank:
                 model, optimizer = given["model"], given.get("optimizer")
                 tracker(model, optimizer, step=state.global_step, epoch=epoch)
 

@@ -13,6 +13,7 @@ from sharpkit.tracking.tracker import Tracker
 def lightning_callback(tracker: Tracker, *, module: str = "") -> Any:
     """A Lightning `Callback` that calls a tracker on rank 0, and is saved in its checkpoints.
 
+    A tracker with `DistributedData` is called on every rank.
     Steps are `trainer.global_step`, which counts optimizer steps: with accumulated gradients the
     batches between them are passed over. With several optimizers none is given to the tracker.
 
@@ -51,7 +52,7 @@ def lightning_callback(tracker: Tracker, *, module: str = "") -> Any:
             self._look(trainer, pl_module, epoch=trainer.current_epoch + 1)
 
         def _look(self, trainer: Any, pl_module: Any, epoch: int | None = None) -> None:
-            if trainer.is_global_zero:
+            if trainer.is_global_zero or tracker.on_every_rank:
                 one = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
                 model = pl_module.get_submodule(module)
                 tracker(model, one, step=trainer.global_step, epoch=epoch)

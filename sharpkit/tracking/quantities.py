@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import sharpkit.measures as named_measures
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.holding import frozen
 from sharpkit.contract.loading import Data
 from sharpkit.contract.losses import Loss
@@ -23,9 +24,9 @@ from sharpkit.contract.parameters import floating_parameters
 from sharpkit.curvature import HessianOperator, trace
 from sharpkit.curvature.linear_map import LinearMap
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.measures import Measure, critical_sharpness, make_measure, measure_names
+from sharpkit.measures import Measure, MSharpness, critical_sharpness, make_measure, measure_names
 from sharpkit.measures.measure import describe, evaluate_measure
-from sharpkit.measures.passes import mean_loss, setup
+from sharpkit.measures.passes import mean_loss, setup_together
 from sharpkit.tracking.following import TOLERANCE, Followed, follow
 from sharpkit.tracking.movement import Movement
 from sharpkit.tracking.stability import edge, preconditions
@@ -68,7 +69,7 @@ class Moment:
         self,
         model: nn.Module,
         optimizer: Optimizer | None,
-        data: Data,
+        data: Data | DistributedData,
         loss: Loss,
         seed: int,
         memory: Memory,
@@ -155,7 +156,9 @@ def _loss(now: Moment) -> Row:
     if "hessian" in now.__dict__:
         return {"loss": now.hessian.loss}
     with frozen(now.model) as found:
-        return {"loss": mean_loss(setup(now.model, now.data, found, now.loss), {}, now.loss)}
+        return {
+            "loss": mean_loss(setup_together(now.model, now.data, found, now.loss), {}, now.loss)
+        }
 
 
 def _lambda_max(now: Moment) -> Row:
@@ -237,6 +240,24 @@ class Quantities:
         return [
             one if isinstance(one, str) else [*map(str, describe(one))] for one in self._measures
         ]
+
+    def require_together(self) -> None:
+        """Raise unless all of them can be measured by several processes.
+
+        Raises:
+            ArgumentError: With those that cannot.
+        """
+        alone = [
+            name
+            for name, one in zip(self.names, self._measures, strict=True)
+            if not isinstance(one, str | MSharpness)
+        ]
+        if alone:
+            raise ArgumentError(
+                f"{', '.join(alone)}: one process computes it, and the tracker has "
+                f"DistributedData: expected {', '.join(OWN)} or MSharpness; for others make a "
+                "second tracker with data that rank 0 alone calls"
+            )
 
     def measure(self, now: Moment) -> tuple[Row, dict[str, str]]:
         """A row, and why what is missing in it could not be measured, by name."""

@@ -13,9 +13,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sharpkit.contract.checksum import checksum
+from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.loading import Data, as_data, load_examples
 from sharpkit.contract.loss_text import loss_text
 from sharpkit.contract.losses import Loss
+from sharpkit.contract.modules import unwrapped
+from sharpkit.contract.ranks import ALONE
+from sharpkit.contract.shares import read_share
+from sharpkit.digests import digest
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError
 from sharpkit.measures import Measure
@@ -67,7 +72,10 @@ class Tracker:
     in `failed`, and warned of once; wrong arguments raise.
 
     Args:
-        data: The probe examples, in any form that `m_sharpness` takes; held in memory.
+        data: The probe examples, in any form that `m_sharpness` takes; held in memory. With
+            `DistributedData` all processes call the tracker and measure together the names above
+            (BatchNorm with rank 0's statistics) and `MSharpness`; each has all rows, rank 0
+            writes them.
         measures: Names or measures, as above.
         loss: As for `m_sharpness`; a measure given as an object has its own.
         every: Measure at every such step (or epoch), counted from 0.
@@ -111,7 +119,7 @@ class Tracker:
 
     def __init__(
         self,
-        data: Data,
+        data: Data | DistributedData,
         *,
         measures: Sequence[str | Measure] | str = ("loss", "stability"),
         loss: Loss = "cross_entropy",
@@ -129,15 +137,18 @@ class Tracker:
             raise ArgumentError(f'per is {per!r}: expected "step" or "epoch"')
         for logger in loggers:
             check_logger(logger)
+        self.team = data.team if isinstance(data, DistributedData) else ALONE
+        self._quantities = self.team.together(lambda: Quantities(measures, loss))
+        if self.team.world > 1:
+            self._quantities.require_together()
         with torch.random.fork_rng(devices=[]):  # a loader draws a number when it is begun
-            self._examples = load_examples(data, n=n, seed=seed if n is not None else None)
-        self._quantities = Quantities(measures, loss)
+            self._data, self._examples = _held(data, n, seed if n is not None else None)
         self._pace = Pace(budget)
         self.every, self.per, self.seed = every, per, seed
-        self.loggers = list(loggers)
+        self.loggers = list(loggers) if self._writes else []
         self.rows: list[Row] = []
         self.skipped: list[int] = []
-        self._table = None if out is None else Table(Path(out))
+        self._table = Table(Path(out)) if out is not None and self._writes else None
         self._memory = Memory()
         self._seen = -1  # the last step that was looked at
         self._told: set[str] = set()
@@ -155,7 +166,7 @@ class Tracker:
         Args:
             model: The model that is trained, in any mode; wrappers of DataParallel,
                 DistributedDataParallel and `torch.compile` are taken off. Of several processes,
-                one calls the tracker.
+                one calls the tracker, and all of them if it has `DistributedData`.
             optimizer: The one that trains it; for "stability" and the column `lr`.
             step: Steps that have been made; a step seen before is passed over.
             epoch: Epochs that have been made, where one has just ended.
@@ -181,7 +192,7 @@ class Tracker:
         self._seen = step
         if any(p.device.type == "cuda" for p in model.parameters()):
             torch.cuda.synchronize()  # what training has queued is not the tracker's time
-        if not self._pace.begin():
+        if not self.team.gathered(self._pace.begin)[0]:  # as the clock of rank 0 says
             self.skipped.append(step)
             return None
         row = self._measured(model, optimizer, step, epoch)
@@ -201,10 +212,10 @@ class Tracker:
         if optimizer is not None:
             row["lr"] = max(float(group["lr"]) for group in optimizer.param_groups)
         with standing(model):
+            self.team.take_buffers_of_first(unwrapped(model).buffers())
             now = Moment(
-                model, optimizer, as_data(self._examples), self._quantities.loss, self.seed,
-                self._memory,
-            )  # fmt: skip
+                model, optimizer, self._data, self._quantities.loss, self.seed, self._memory
+            )
             try:
                 found, failed = self._quantities.measure(now)
             finally:
@@ -218,7 +229,16 @@ class Tracker:
         if self._pace.budget is not None:
             row["skipped"] = len(self.skipped) - sum(r.get("skipped", 0) for r in self.rows)
         row["seconds"] = self._pace.end()
-        return row
+        return self.team.gathered(lambda: row)[0]
+
+    @property
+    def on_every_rank(self) -> bool:
+        """Whether all of several processes call it, not one of them."""
+        return self.team.world > 1
+
+    @property
+    def _writes(self) -> bool:
+        return self.team.rank == 0
 
     def frame(self) -> pd.DataFrame:
         """One row per measurement: step, lr, what was measured, skipped, seconds."""
@@ -283,7 +303,7 @@ class Tracker:
         """
         if self._seen >= 0:
             raise ArgumentError("the tracker has rows of another training: make a new one")
-        if self._table is None and folder is not None:
+        if self._table is None and folder is not None and self._writes:
             self._table = Table(folder / _FILE)
         if state is not None:
             self.load_state_dict(state)
@@ -297,7 +317,27 @@ class Tracker:
             "every": self.every,
             "per": self.per,
             "seed": self.seed,
-            "examples": f"{checksum(self._examples):016x}",
+            "examples": self._examples,
         }
         plain: dict[str, Any] = json.loads(json.dumps(config))
         return plain
+
+
+def _held(
+    data: Data | DistributedData, n: int | None, seed: int | None
+) -> tuple[Data | DistributedData, str]:
+    """The examples in memory, and a fingerprint of all of them."""
+    if not isinstance(data, DistributedData) or data.team.world == 1:
+        given = data.data if isinstance(data, DistributedData) else data
+        examples = load_examples(given, n=n, seed=seed)
+        return as_data(examples), f"{checksum(examples):016x}"
+    if data.shares:
+        examples = read_share(data, n=n, seed=seed).examples
+    else:
+        # all of them on every rank: each measure divides them in its own way
+        examples = data.team.together(lambda: load_examples(data.data, n=n, seed=seed))
+    prints = data.team.gathered(lambda: f"{checksum(examples):016x}")
+    if not data.shares:
+        data.team.require_same(lambda: {"the examples": prints[data.team.rank]})
+    held = DistributedData(as_data(examples), shares=data.shares, process_group=data.process_group)
+    return held, digest(prints)[:16] if data.shares else prints[0]

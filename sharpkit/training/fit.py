@@ -149,8 +149,9 @@ def fit(
         evaluate_every: Epochs from one evaluation to the next; the last epoch is always evaluated.
         tensorboard: Log to `out`/tensorboard as well.
         track: A `Tracker`, which is shown the model before the first step and after every one, on
-            rank 0. With `out` its rows are in `out`/tracking.csv, and it resumes with the training,
-            which has the same weights with it as without.
+            rank 0, or on every rank if it has `DistributedData`. With `out` its rows are in
+            `out`/tracking.csv, and it resumes with the training, which has the same weights with it
+            as without.
         provenance: Where model and data come from, for config.json; a run with another one is
             refused like one with other settings. Anything that JSON holds.
         device: Where to train, such as "cuda"; the model is moved there. None: where it is.

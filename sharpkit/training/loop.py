@@ -55,7 +55,8 @@ class Training:
         self.test = None if test is None else test.to(self.device, parameter.dtype)
         self.steps = len(train) // settings.batch_size
         self.optimizer = _optimizer(model, settings, variant)
-        self.track = track if ranks.rank == 0 else None
+        everywhere = track is not None and track.on_every_rank
+        self.track = track if ranks.rank == 0 or everywhere else None
         self.history = directory.restore(model, self.optimizer, self.track)
 
     @property

@@ -13,6 +13,11 @@ from torch.optim import Optimizer
 class StepTracker(Protocol):
     """Called before the first step and after every step; `sharpkit.Tracker` is one."""
 
+    @property
+    def on_every_rank(self) -> bool:
+        """Whether every process of a training calls it, not rank 0 alone."""
+        ...
+
     def __call__(
         self,
         model: nn.Module,

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 from matrices import SPECTRA, with_spectrum
+from scipy.stats import wasserstein_distance
 
+from sharpkit.contract.ranks import Team
 from sharpkit.curvature import lanczos
+from sharpkit.curvature.lanczos import Stored
 from sharpkit.errors import ArgumentError, ModelError
 
 
@@ -70,6 +73,42 @@ def test_a_smaller_basis_dtype_is_enough_for_outliers():
     run = lanczos(a, steps=40, basis_dtype=torch.float32, basis_device="cpu", keep_basis=True)
     assert run.basis.dtype == torch.float32
     assert np.allclose(run.quadrature()[0][0, -5:], [5, 8, 9, 20, 100], rtol=1e-5)
+
+
+@pytest.mark.parametrize("operator", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("storage", "node", "distance"), [
+    (torch.float32, 1e-6, 1e-6), (torch.bfloat16, 2e-3, 4e-4),
+])  # fmt: skip
+@pytest.mark.parametrize("name", SPECTRA)
+def test_a_coarse_basis_errs_by_what_is_stated(name, storage, node, distance, operator):
+    """Also past the end of Krylov spaces, where vectors are rounding but for the basis."""
+    values = SPECTRA[name]
+    a = with_spectrum(values).to(operator)
+    steps, norm = min(60, len(a)), np.abs(values).max() or 1.0
+    nodes, weights = lanczos(a, steps=steps, probes=2, basis_dtype=storage).quadrature()
+    exact, masses = lanczos(with_spectrum(values), steps=steps, probes=2).quadrature()
+    lowest, highest = values.min() - node * norm, values.max() + node * norm
+    assert nodes.min() >= lowest and nodes.max() <= highest
+    for i in range(2):
+        ends = exact[i][masses[i] > 1e-3][[0, -1]]  # what the start vector sees
+        assert all(np.abs(nodes[i] - end).min() <= node * norm for end in ends)
+        moved = wasserstein_distance(nodes[i], exact[i], weights[i], masses[i])
+        assert moved <= distance * norm
+
+
+def test_no_outlier_is_found_twice_with_a_coarse_basis():
+    a = with_spectrum(SPECTRA["outliers"])
+    for steps in (40, 100):
+        nodes = lanczos(a, steps=steps, basis_dtype=torch.bfloat16).quadrature()[0][0]
+        assert np.allclose(nodes[nodes > 2], [5, 8, 9, 20, 100], atol=0.1)
+
+
+def test_processes_store_every_column_of_a_sharded_basis_once():
+    stored = [Stored(Team(rank, 3), 10) for rank in range(3)]
+    assert [i for part in stored for i in range(10)[part.columns]] == list(range(10))
+    assert [part.count for part in stored] == [3, 3, 4]
+    with pytest.raises(ArgumentError, match="a sharded basis is not returned"):
+        lanczos(torch.eye(3), steps=2, shard_basis=True, keep_basis=True)
 
 
 def test_probes_do_not_depend_on_each_other():

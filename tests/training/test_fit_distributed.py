@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from fits import fit, network, same_weights
+from fits import fit, images, network, same_weights
 from torch import distributed, multiprocessing
 
 import sharpkit as sk
@@ -34,6 +35,25 @@ def quiet_network():
     return network(noisy=False).double()
 
 
+class Stopping(sk.Tracker):
+    """Ends the training in its second epoch."""
+
+    def __call__(self, *args: Any, step: int, **given: Any) -> Any:
+        if step == 5:
+            raise KeyboardInterrupt
+        return super().__call__(*args, step=step, **given)
+
+
+def tracked(out: Path, *, together: bool) -> list[dict[str, float]]:
+    """The rows of a training that is stopped and goes on."""
+    data = sk.DistributedData(images()) if together else images()
+    for kind in (Stopping, sk.Tracker) if together else (sk.Tracker,):
+        tracker = kind(data, measures=["loss", "lambda_max"], every=3, n=20)
+        with suppress(KeyboardInterrupt):
+            fit(out, quiet_network(), epochs=2, track=tracker)
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in tracker.rows]
+
+
 def work(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
@@ -54,6 +74,8 @@ def work(rank: int, folder: str) -> None:
         fit(None, network(), batch_size=15)
     except ArgumentError as error:
         weights["odd"] = str(error)
+    weights["rows"] = tracked(Path(folder) / "tracked", together=True)
+    weights["rows of one"] = tracked(Path(folder) / "plain", together=False)
     torch.save(weights, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -87,6 +109,16 @@ def test_a_finished_run_and_an_uneven_batch(folder):
         found = torch.load(folder / f"{rank}.pt")
         assert found["resumed"]
         assert "batch_size is 15: 2 processes" in found["odd"]
+
+
+def test_a_tracker_on_every_rank_has_the_rows_of_one_on_rank_0(folder):
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    assert found[0]["rows"] == found[1]["rows"]
+    assert len(found[0]["rows"]) == 3
+    frames = [pd.DataFrame(found[0][name]) for name in ("rows", "rows of one")]
+    pd.testing.assert_frame_equal(*frames, rtol=1e-9)
+    written = pd.read_csv(folder / "tracked" / "tracking.csv")
+    pd.testing.assert_frame_equal(written[list(frames[0])], frames[0])
 
 
 def test_shares_cover_everything_once():
