@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from sharpkit.contract.checks import Probe, close, examine
 from sharpkit.contract.checksum import checksum
-from sharpkit.contract.examples import Examples, label_diverse
+from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import frozen, held
 from sharpkit.contract.loading import Data, load_examples
@@ -104,8 +104,7 @@ class Problem:
 
     def few(self, k: int) -> Examples:
         """At most k examples of one shape, with labels as different as there are."""
-        chosen = self.examples.select(label_diverse(self.examples, k))
-        return self.on_device(max(chosen.chunks(k), key=len))
+        return self.on_device(max(self.examples.diverse(k).chunks(k), key=len))
 
     def _fixed_as(self, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is not selected; in float64, buffers as well, where the chosen weights are."""
@@ -213,8 +212,8 @@ def _select(model: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
 def _load_twice(data: Data, n: int | None, seed: int | None) -> Examples:
     """The examples, after a second pass over anything that could give others."""
     examples = load_examples(data, n=n, seed=seed)
-    if isinstance(data, tuple | list) or type(data) is TensorDataset:
-        return examples
+    if isinstance(data, tuple | list) or type(data) is TensorDataset or not examples.in_memory:
+        return examples  # a stream compares its own passes
     if checksum(examples) != checksum(load_examples(data, n=n, seed=seed)):
         raise DataError(
             "the data differ between two passes: a sampler that shuffles, or a random "

@@ -19,11 +19,12 @@ from sharpkit.contract.loading import Data, load_examples
 from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
+from sharpkit.contract.streams import Stream
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.sharpness.ascent_rules import Ascent, AscentLike, ascent_rule
 from sharpkit.sharpness.measurement import Measurement, collected, estimate
-from sharpkit.sharpness.sweep_plan import sweep_plan
+from sharpkit.sharpness.sweep_plan import keep_groups, sweep_plan
 from sharpkit.sharpness.unseen import Level
 
 if TYPE_CHECKING:
@@ -140,7 +141,10 @@ def m_sharpness(
             distribute it are taken off.
         data: A `Dataset` of (input, label) pairs, a `DataLoader` (its data set is read in index
             order), a list of (inputs, labels) batches, or a pair (inputs of shape (n, ...), labels
-            of shape (n,) or (n, ...)); see `load_examples`.
+            of shape (n,) or (n, ...)); see `load_examples`. A stream, such as an `IterableDataset`,
+            a loader of one, or a function that returns an iterator of batches, is read batch by
+            batch: once to count and compare, once to check labels, once to measure; the examples
+            of the largest group are held, but for m = n, which is read again for every evaluation.
         m: Group size in examples, 1 to n; one or several.
         rho: Radius of the ball, > 0, in units of the norm of the weights; one or several.
         loss: "cross_entropy" (exact for saturated examples; with outputs (n, ..., classes) and
@@ -160,7 +164,7 @@ def m_sharpness(
             norm ρ.
         n: Number of examples; None for all.
         seed: Order of the examples, and the Gaussian directions. None keeps the data's own order
-            (groups are consecutive examples).
+            (groups are consecutive examples); a stream always does.
         parameters: What is perturbed: names, glob patterns or modules; None for those that require
             gradients (all if none does), "*" for all.
         tolerance: Stop early once std_error <= tolerance * |value| for every m and rho; considered
@@ -214,14 +218,17 @@ def m_sharpness(
         examples = load_examples(data, n=n, seed=seed)
         if max(ms) > len(examples):
             raise ArgumentError(f"m = {max(ms)} is larger than n = {len(examples)} examples")
-        parts = examples.chunks(len(examples))
-        loss_fn = loss_fn.where_all_count(part.labels for part in parts)
+        if examples.in_memory:
+            parts = examples.chunks(len(examples))
+            loss_fn = loss_fn.where_all_count(part.labels for part in parts)
         probe = examine(function, loss_fn, examples, found)
         plan = sweep_plan(
             function, loss_fn, weights, probe, ms, chunk, memory_budget,
             allows_factors=rule.allows_factors,
         )  # fmt: skip
         warn_of_unused(plan.unused, weights)
+        if isinstance(examples, Stream):
+            keep_groups(examples, ms, plan.chunk)
         measurement = Measurement(
             plan, probe, examples, ms, rhos, rule, engine, compile, tolerance, progress
         )
