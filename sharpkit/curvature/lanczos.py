@@ -142,12 +142,7 @@ def lanczos(
     count = len(start)
     dtype = basis_dtype or a.dtype
     device = torch.device(basis_device or a.device)
-    require_memory(
-        basis_bytes(size, steps, count, dtype),
-        device,
-        f"the basis of {steps} steps x {count} probes x {size} parameters",
-        "ask for fewer steps or probes, or another basis_dtype or basis_device",
-    )
+    require_basis(size, steps, count, dtype, device)
     basis = torch.zeros(count, steps, size, dtype=dtype, device=device)
     diagonal, off = np.zeros((count, steps)), np.zeros((count, max(steps - 1, 0)))
     breakdowns = np.zeros(count, dtype=np.int64)
@@ -188,6 +183,18 @@ def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype) -> int:
         1376000
     """
     return (steps + 6) * probes * size * dtype.itemsize
+
+
+def require_basis(
+    size: int, steps: int, probes: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ArgumentError with the numbers if a basis does not fit the memory."""
+    require_memory(
+        basis_bytes(size, steps, probes, dtype),
+        device,
+        f"the basis of {steps} steps x {probes} probes x {size} parameters",
+        "ask for fewer steps or probes, or another basis_dtype or basis_device",
+    )
 
 
 def near_one(rows: Tensor) -> tuple[Tensor, NDArray[np.float64]]:

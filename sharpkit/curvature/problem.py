@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from sharpkit.contract.modules import unwrapped
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.state import Found
 from sharpkit.contract.terms import Terms
+from sharpkit.curvature.memory import require_memory
 from sharpkit.errors import ArgumentError, DataError, ModelError
 
 T = TypeVar("T")
@@ -129,13 +130,16 @@ def make_problem(
     """Collect and check; the model must be inside `frozen` already, which gave `found`.
 
     Raises:
-        ArgumentError: For an empty selection, parameters in several precisions, or a bad n.
+        ArgumentError: For an empty selection, parameters in several precisions, a bad n, or
+            copies that do not fit the memory.
         DataError: For data that differ between two passes, or labels that do not fit.
         ModelError: For random or batch-dependent outputs, a loss that is no mean, or a model that
             cannot be held at given weights.
     """
     loss_fn = resolve_loss(loss)
-    names = list(_select(model, parameters))
+    selected = _select(model, parameters)
+    _require_copies(model, selected)
+    names = list(selected)
     function = FunctionalModel(model, whole=not loss_fn.exact)
     examples = _load_twice(data, n, seed)
     probe = examine(function, loss_fn, examples, found)
@@ -207,6 +211,21 @@ def _select(model: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
             f"the selected parameters are on several devices: {sorted(map(str, devices))}"
         )
     return selected
+
+
+def _require_copies(model: nn.Module, selected: Mapping[str, Tensor]) -> None:
+    """Raise ArgumentError unless the memory has room for the operator's weights and vectors."""
+    numbers, size = (sum(f(w) for w in selected.values()) for f in (Tensor.numel, _bytes))
+    require_memory(
+        sum(map(_bytes, unwrapped(model).parameters())) + 2 * size,
+        next(iter(selected.values())).device,
+        f"an operator of {numbers:,} parameters (a copy of all, a gradient and a product)",
+        "select fewer with parameters=",
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def _load_twice(data: Data, n: int | None, seed: int | None) -> Examples:

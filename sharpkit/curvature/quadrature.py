@@ -19,7 +19,7 @@ from sharpkit.curvature.density import (
     shown,
 )
 from sharpkit.curvature.grids import Spacing
-from sharpkit.curvature.lanczos import basis_bytes, lanczos
+from sharpkit.curvature.lanczos import basis_bytes, lanczos, require_basis
 from sharpkit.curvature.linear_map import Symmetric, as_linear_map, random_rows
 from sharpkit.errors import ArgumentError
 from sharpkit.memory import available_memory
@@ -102,11 +102,12 @@ def spectral_density(
         )
         steps = size
     check_shape(grid, bandwidth, points, threshold)
+    storage = basis_dtype or a.dtype, torch.device(basis_device or a.device)
+    require_basis(size, steps, 1, *storage)
     if not isinstance(probes, Tensor):
         if probes < 1:
             raise ArgumentError(f"probes must be at least 1, got {probes}")
         probes = random_rows(probes, a, seed).T
-    storage = basis_dtype or a.dtype, torch.device(basis_device or a.device)
     together = probes_at_once(size, steps, probes.shape[-1], *storage)
     parts = [
         lanczos(

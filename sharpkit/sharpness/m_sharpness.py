@@ -20,6 +20,7 @@ from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters, left_out
 from sharpkit.contract.precision import current_precision
 from sharpkit.contract.streams import Stream
+from sharpkit.curvature.memory import require_memory
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.sharpness.ascent_rules import Ascent, AscentLike, ascent_rule
@@ -215,6 +216,13 @@ def m_sharpness(
         weights = floating_parameters(model, parameters)
         function = FunctionalModel(model, whole=not loss_fn.exact)
         weights = {name: function.value(name) for name in weights}
+        numbers = sum(w.numel() for w in weights.values())
+        require_memory(
+            2 * sum(w.nbytes for w in weights.values()),
+            function.device,
+            f"m-sharpness in {numbers:,} parameters (weights that move, and a gradient)",
+            "select fewer with parameters=",
+        )
         examples = load_examples(data, n=n, seed=seed)
         if max(ms) > len(examples):
             raise ArgumentError(f"m = {max(ms)} is larger than n = {len(examples)} examples")
@@ -246,7 +254,7 @@ def m_sharpness(
         sweep.levels, ms, rhos, m, rho,
         seconds=time.perf_counter() - began,
         engine="vectorized" if vectorised else "loop",
-        parameters=sum(w.numel() for w in weights.values()),
+        parameters=numbers,
         left_out=outside,
         precision=current_precision(),
         peak_memory=peak,

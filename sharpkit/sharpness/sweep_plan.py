@@ -18,6 +18,7 @@ from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
 from sharpkit.contract.streams import Stream
+from sharpkit.curvature.memory import require_memory
 from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.batch_passes import batch_passes
@@ -96,7 +97,7 @@ def sweep_plan(
     stay in factors.
 
     Raises:
-        ArgumentError: If not even one example fits the budget.
+        ArgumentError: If not even one example fits the budget, or a chunk the memory.
     """
     device = function.device
     layout = image_layout(function, probe)
@@ -125,6 +126,10 @@ def sweep_plan(
     if math.gcd(*ms) >= found.alone(device):
         own = sum(w.nbytes for w in weights.values())
         memory = min(batch, max(ms)) * per_example + 3 * own  # home, moved, gradient
+    if device.type == "cpu":  # elsewhere a chunk that does not fit is halved
+        require_memory(
+            memory, device, f"a chunk of {size} examples", "pass a smaller memory_budget or chunk"
+        )
     return SweepPlan(function, loss, weights, size, batch, layout, found, memory, unused)
 
 
@@ -207,8 +212,9 @@ def _chunk(
     """Examples per chunk, a power of two."""
     if bytes_of(1) > budget:
         raise ArgumentError(
-            f"one example needs {bytes_of(1) / 2**30:.2f} GiB, but memory_budget is "
-            f"{budget / 2**30:.2f} GiB"
+            f"one example needs {bytes_of(1) / 2**30:.2f} GiB (activations, and a gradient and "
+            f"weights of its own), but memory_budget is {budget / 2**30:.2f} GiB: pass a larger "
+            "one if the memory is there, or select fewer weights with parameters="
         )
     if device.type == "cuda":
         most = chunk_that_fills(GPU, found.flops, found.calls)
