@@ -1,14 +1,16 @@
 """Time and memory from 0.1 M to 1 B parameters: counted at every size, rates from this machine.
 
-    PYTHONPATH=. python benchmarks/sizes.py [--quick] [--threads 2] [--examples 2000]
+    PYTHONPATH=. python benchmarks/sizes.py [--quick] [--busy] [--threads 2] [--examples 2000]
 
-The networks are vision transformers on 64 patches of images of 32 pixels. Operations and memory of
-every size are counted without weights (device "meta"), memory as sharpkit's own plan counts it. On
-this machine sizes up to 10 M are measured: the rate of a gradient pass, m-sharpness in gradient and
-forward passes, a product with the Hessian in gradient passes; larger sizes take the figures of the
-largest measured. The column of a GPU is computed: the counts, at the rate that sharpkit's plans
-assume for it, and the ratios recorded in results/nvidia-h100-80gb-hbm3.json. Less than three
-minutes on two idle cores; writes results/sizes.json and results/sizes.md.
+The networks are vision transformers on 64 patches of images of 32 pixels. Operations and memory
+of every size are counted without weights (device "meta"), memory as sharpkit's own plan for a CPU
+counts it. On this machine sizes up to 10 M are measured: the rate of a gradient pass, m-sharpness
+in gradient and forward passes, a product with the Hessian in gradient passes; larger sizes take
+the figures of the largest measured. `--busy` takes processor time over the threads in place of
+wall time, for a machine that something else runs on. The column of a GPU is computed: the counts,
+at the rate that sharpkit's plans assume for it, and the ratios recorded in
+results/nvidia-h100-80gb-hbm3.json. Less than three minutes on two idle cores; writes
+results/sizes.json and results/sizes.md.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -33,7 +36,8 @@ from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import cross_entropy
 from sharpkit.curvature.lanczos import basis_bytes
-from sharpkit.groupwise.survey import GPU, Survey, survey
+from sharpkit.curvature.memory import gigabytes
+from sharpkit.groupwise.survey import CPU, GPU, Survey, survey
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDED = RESULTS / "nvidia-h100-80gb-hbm3.json"
@@ -47,9 +51,9 @@ SHAPES = {  # width, depth, heads
 MEASURED = {"0.1 M": 512, "1 M": 256, "10 M": 32}  # examples
 MS = (1, 16, 256)
 STEPS, PROBES, BATCH = 80, 1, 64
+CHUNK = 96 * 2**20  # bytes of activations that a chunk is to have on a CPU
 BUDGET = 4 * 2**30  # of a chunk, and of kept graphs, on a CPU
 GPU_MEMORY = 80 * 2**30
-COPIES = {"m-sharpness": 2, "density": 5}  # of all weights: besides the plan; all vectors and copies
 
 
 @dataclass(frozen=True)
@@ -123,21 +127,28 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
 
 
 def sharpness_bytes(c: Counts, m: int) -> int:
-    """What `m_sharpness` takes: its plan for a CPU, the model and the copy it is put back from."""
-    if m > 1:  # groups alone: activations of a batch, weights, moved weights, gradient
-        plan = BATCH * c.saved + 3 * c.weights
-    else:
-        chunk, most = 1, min(128, max(32, 96 * 2**20 // c.saved))
-        while 2 * chunk <= most and 2 * chunk * (c.saved + 2 * c.own) <= BUDGET:
-            chunk *= 2
-        plan = chunk * (c.saved + 2 * c.own)
-    return int(plan + COPIES["m-sharpness"] * c.weights)
+    """What `m_sharpness` takes on a CPU: its plan, the model, and the copy it is put back from."""
+    if m >= CPU.alone(c.forward, c.calls):  # one by one: weights that move, and a gradient
+        batch = 2 * BATCH if 2 * BATCH * c.saved <= CHUNK else BATCH
+        return min(batch, m) * c.saved + 4 * c.weights
+
+    def side_by_side(chunk: int) -> int:
+        return chunk * c.saved + 2 * math.ceil(chunk / m) * c.own
+
+    chunk, most = 1, min(128, max(32, CHUNK // c.saved))
+    while 2 * chunk <= most and side_by_side(2 * chunk) <= BUDGET:
+        chunk *= 2
+    return side_by_side(chunk) + 2 * c.weights
 
 
 def density_bytes(c: Counts) -> int:
-    """What a density takes: the Lanczos basis, copies of the weights, and one chunk's graph."""
+    """What a density takes: the Lanczos basis, and the graph of an example.
+
+    Beside them are the model, the copy it is put back from, the operator's own weights, the
+    gradient, and the vectors of a product.
+    """
     basis = basis_bytes(c.parameters, STEPS, PROBES, torch.float32)
-    return int(basis + COPIES["density"] * c.weights + 2 * c.saved)
+    return basis + 6 * c.weights + 2 * c.saved
 
 
 def seconds(c: Counts, rates: Rates, n: int, passes: float) -> float:
@@ -157,7 +168,7 @@ def density_seconds(c: Counts, rates: Rates, n: int, budget: int) -> float:
     return seconds(c, rates, n, STEPS * PROBES * product)
 
 
-def measured(name: str, c: Counts, quick: bool) -> Rates:
+def measured(name: str, c: Counts, quick: bool, clock: Callable[[], float]) -> Rates:
     """The rates of this machine at one size."""
     n, repeats = max(16, MEASURED[name] // (16 if quick else 1)), 1 if quick else 2
     model = network(name)
@@ -170,34 +181,36 @@ def measured(name: str, c: Counts, quick: bool) -> Rates:
             loss = cross_entropy(model(x[a : a + BATCH]), y[a : a + BATCH])
             torch.autograd.grad(loss, list(model.parameters()))
 
-    pass_seconds = best(gradient, 2)
+    pass_seconds = best(gradient, 2, clock)
     units = {}
     for m in MS:
         if m > n:
             units[m] = units[16]
             continue
         took = best(
-            lambda m=m: sharpkit.m_sharpness(model, (x, y), m=m, rho=0.05, progress=False), repeats
-        )
+            lambda m=m: sharpkit.m_sharpness(model, (x, y), m=m, rho=0.05, progress=False),
+            repeats, clock,
+        )  # fmt: skip
         units[m] = took / (pass_seconds * 4 / 3)
     products, graph = {}, 0.0
     for key, budget in (("kept", None), ("again", 0)):
         with sharpkit.HessianOperator(model, (x, y), memory_budget=budget, progress=False) as h:
             v = torch.randn(h.shape[0], generator=generator)
             h @ v
-            products[key] = best(lambda h=h, v=v: h @ v, repeats) / pass_seconds
+            products[key] = best(lambda h=h, v=v: h @ v, repeats, clock) / pass_seconds
             if h.kept_chunks:
                 graph = h.kept_bytes / (h.kept_chunks * n / h.chunks) / c.saved
-    return Rates(3 * c.forward * n / pass_seconds, units, products["kept"], products["again"], graph)
+    flops = 3 * c.forward * n / pass_seconds
+    return Rates(flops, units, products["kept"], products["again"], graph)
 
 
-def best(run: Callable[[], object], repeats: int) -> float:
-    """Wall seconds of the fastest of a few runs: what disturbs only adds to it."""
+def best(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    """Seconds of the fastest of a few runs: what disturbs only adds to it."""
     found = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = clock()
         run()
-        found.append(time.perf_counter() - began)
+        found.append(clock() - began)
     return min(found)
 
 
@@ -231,9 +244,21 @@ def table(rows: Mapping[str, Mapping[str, float]], n: int) -> str:
             fits = "" if memory <= GPU_MEMORY else ", does not fit"
             lines.append(
                 f"| {name} | {first} | {duration(cpu)} | {duration(gpu)}{fits} "
-                f"| {memory / 1e9:.2g} GB |"
+                f"| {gigabytes(int(memory))} |"
             )
     return "\n".join(lines)
+
+
+def heading(result: Mapping[str, Any]) -> str:
+    """Where, with what and how carefully it was measured."""
+    machine = result["machine"]
+    how = "a trial with few examples" if result["quick"] else "two runs each, the faster one"
+    if result["busy"]:
+        how += "; processor time over the threads, since the machine was busy"
+    return (
+        f"Measured on {machine['cores']} cores of {machine['processor']}, {result['threads']} "
+        f"threads, commit {result['commit']} ({how}).\n\n"
+    )
 
 
 def duration(took: float) -> str:
@@ -269,28 +294,32 @@ def rows_of(
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     options.add_argument("--quick", action="store_true", help="Fewer examples: to try the script.")
+    options.add_argument("--busy", action="store_true", help="Processor time over the threads.")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--examples", type=int, default=2000, help="Of the table.")
     options.add_argument("--results", type=Path, default=RESULTS, help="Folder of both files.")
     given = options.parse_args()
     torch.set_num_threads(given.threads)
+    clock = time.perf_counter
+    if given.busy:
+        clock = lambda: time.process_time() / given.threads  # noqa: E731
     began = time.monotonic()
     found = {name: counts(name) for name in SHAPES}
     cpu = {}
     for name in MEASURED:
-        cpu[name] = measured(name, found[name], given.quick)
+        cpu[name] = measured(name, found[name], given.quick, clock)
         print(f"{name}: {cpu[name]}", file=sys.stderr)
     gpu = recorded_gpu(cpu["10 M"].graph)
     rows = dict(rows_of(found, cpu, gpu, given.examples))
     result = {
         "machine": describe_machine(), "threads": given.threads, "commit": commit(),
-        "seconds": round(time.monotonic() - began), "quick": given.quick,
+        "seconds": round(time.monotonic() - began), "quick": given.quick, "busy": given.busy,
         "examples": given.examples, "counts": {k: asdict(c) for k, c in found.items()},
         "rates": {k: asdict(r) for k, r in cpu.items()}, "gpu": asdict(gpu), "rows": rows,
     }  # fmt: skip
     given.results.mkdir(parents=True, exist_ok=True)
     (given.results / "sizes.json").write_text(json.dumps(result, indent=1) + "\n")
-    page = table(rows, given.examples)
+    page = heading(result) + table(rows, given.examples)
     (given.results / "sizes.md").write_text(page + "\n")
     print(page)
 
