@@ -228,9 +228,9 @@ class _Reader:
         self._begin = self._end = self._read = 0
 
     def _forget(self, start: int) -> None:
-        """Let go of batches that end before an example, but for the last few."""
+        """Let go of batches that end before an example, but for those to be kept and the last."""
         start = min(start, self._end - self.keep)
-        while self._held and self._begin + len(self._held[0]) <= start:
+        while len(self._held) > 1 and self._begin + len(self._held[0]) <= start:
             self._begin += len(self._held.popleft())
 
     def _next(self) -> None:
@@ -251,6 +251,7 @@ class _Reader:
                 f"{place} is another than in the first pass: {_SAME}; leave out shuffling and "
                 f"random augmentation, or seed them anew for every pass, {_HOLD}"
             )
+        self._check_own(batch)
         self._held.append(batch)
         self._read += 1
         self._end += len(batch)
@@ -259,6 +260,20 @@ class _Reader:
             raise DataError(
                 f"the data go on after {self.first.n} examples, where the first pass ended: {_SAME}"
             )
+
+    def _check_own(self, batch: Examples) -> None:
+        """Raise if a batch lies where the last one does, and has written over it."""
+        if not self._held or _places(batch).isdisjoint(_places(self._held[-1])):
+            return
+        if checksum(self._held[-1]) != self.first.prints[self._read - 1]:
+            raise DataError(
+                f"batch {self._read} of the data is written over the one before: let the source "
+                "give tensors of its own for each batch (batch.clone())"
+            )
+
+
+def _places(batch: Examples) -> set[int]:
+    return {t.data_ptr() for t in pytree.tree_leaves((batch.inputs, batch.labels))}
 
 
 def _batches(source: Any) -> Iterator[Examples]:

@@ -214,6 +214,20 @@ def test_passes_that_differ_are_refused():
         read(load_in_order(growing()), 8)
 
 
+def test_a_source_that_writes_over_its_last_batch_is_refused():
+    buffer = torch.empty(8, 3)
+
+    def batches():
+        for i in range(4):
+            yield buffer.fill_(i), torch.arange(8)
+
+    stream = load_in_order(batches)
+    with pytest.raises(DataError, match=r"batch 1 of the data is written over the one before"):
+        stream.slice(4, 12)
+    same = load_in_order(lambda: [BATCHES[0]] * 3)  # the same tensors, with the same in them
+    assert torch.equal(same.slice(4, 11).labels, Y[torch.tensor([4, 0, 1, 2, 3, 4, 0])])
+
+
 REFUSED = {
     "a generator": ((pair for pair in BATCHES), "generator, which can be read only once"),
     "an iterator": (iter(BATCHES), "list_iterator, which can be read only once.*a function"),
