@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import factory
 import gpu
+import sizes
 from bench_speed import How, m_sam_step
 from compare import Comparison, compare
 from dispatch import calls, counted, waits
@@ -339,3 +340,34 @@ def test_a_tree_with_a_slower_function_is_caught(tmp_path: Path) -> None:
     assert (
         comparison.slower
     )  # four times as slow; the limit is 15 %, but a test must not hang on noise
+
+
+# --- sizes ------------------------------------------------------------------------------------
+
+
+def test_memory_is_counted_as_the_plan_counts_it() -> None:
+    c = sizes.counts("0.1 M")
+    model = sizes.network("0.1 M")
+    assert c.parameters == sum(p.numel() for p in model.parameters())
+    data = torch.randn(32, 3, 32, 32), torch.arange(32) % 10
+    for m, copies in ((1, 2), (16, 2), (32, 1)):  # of the weights, besides the plan
+        plan = sharpkit.m_sharpness(model, data, m=m, rho=0.1, progress=False).peak_memory
+        # the plan tells saved tensors apart by where they begin, the count by their storages
+        assert plan == pytest.approx(sizes.sharpness_bytes(c, m) - copies * c.weights, rel=0.15)
+
+
+def test_a_billion_parameters_are_counted_without_them() -> None:
+    c = sizes.counts("1 B")
+    assert c.parameters == pytest.approx(1e9, rel=0.01)
+    # 2 operations for each of 64 patches, and nearly every weight
+    assert c.forward == pytest.approx(2 * 65 * c.parameters, rel=0.02)
+    assert sizes.density_bytes(c) > 80 * 4 * c.parameters
+    rates = sizes.Rates(1e11, dict.fromkeys(sizes.MS, 1.5), 2.0, 3.0, 2.0)
+    rows = dict(sizes.rows_of({"1 B": c}, {"1 B": rates}, sizes.recorded_gpu(2.0), 100))
+    gradient = 3 * c.forward * 100 / 1e11
+    assert rows["1 B"]["m = 16, cpu"] == pytest.approx(1.5 * gradient * 4 / 3)
+    assert 2 * gradient < rows["1 B"]["density, cpu"] / sizes.STEPS <= 3 * gradient
+    page = sizes.table(rows, 100)
+    assert page.count("\n") == 1 + 4
+    assert "density, 80 steps" in page
+    assert "does not fit" in page.splitlines()[-1]

@@ -17,8 +17,8 @@ from sharpkit.errors import DataError
 
 ACCEPTED = (
     "expected a pair (inputs, labels) of tensors, a Dataset or list of (input, label) pairs, "
-    "a list of (inputs, labels) batches, or a DataLoader; a dict with the key 'labels' may stand "
-    "for a pair"
+    "a list of (inputs, labels) batches, a DataLoader, or a function that returns an iterator of "
+    "batches; a dict with the key 'labels' may stand for a pair"
 )
 
 
@@ -85,6 +85,33 @@ def collated(items: list[Any]) -> Examples:
             "numbers, or a DataLoader with a collate_fn that makes (inputs, labels) of them"
         ) from error
     return as_examples(batch)
+
+
+def shapes(item: Any) -> list[Any]:
+    """The shape of every tensor of an item, None for what is none.
+
+    Example:
+        >>> shapes((torch.zeros(2, 3), 1))
+        [torch.Size([2, 3]), None]
+    """
+    return [getattr(t, "shape", None) for t in pytree.tree_leaves(item)]
+
+
+def check_finite(batch: Examples) -> None:
+    """Raise DataError if an input or label of uniform examples is NaN or infinite."""
+    for what, tree in (("inputs", batch.inputs), ("labels", batch.labels)):
+        if not all(map(_is_finite, pytree.tree_leaves(tree))):
+            raise DataError(f"the {what} have NaN or infinite entries")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+        return True
+    rows = max(1, (1 << 22) * len(tensor) // tensor.numel())  # no temporary as large as the data
+    return all(
+        bool(torch.isfinite(piece).all())
+        for piece in (tensor[i : i + rows] for i in range(0, len(tensor), rows))
+    )
 
 
 def _plain(inputs: Inputs) -> Inputs:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.embeddings import PlainEmbeddings
-from sharpkit.contract.examples import Examples, label_diverse
+from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.half_precision import HalfResults
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
@@ -143,8 +143,7 @@ def _close(a: Tensor, b: Tensor) -> Tensor:
 
 def _probe(function: FunctionalModel, examples: Examples, count: int) -> Examples:
     """A few examples of one shape, with labels as different as there are."""
-    chosen = examples.select(label_diverse(examples, count))
-    parts = chosen.chunks(count)
+    parts = examples.diverse(count).chunks(count)
     return max(parts, key=len).to(function.device, function.dtype)
 
 

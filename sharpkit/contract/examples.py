@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, groupby, pairwise
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ class Examples:
     """
 
     __slots__ = ("_parts", "_starts", "_structure")
+    in_memory: ClassVar[bool] = True  # a stream's are read again for every pass
     _structure: Any  # the inputs with each leaf's place in a part instead of it
     _parts: tuple[_Part, ...]
     _starts: tuple[int, ...]  # where each part starts, and the number of examples
@@ -125,6 +126,17 @@ class Examples:
         rows = torch.split(indices - starts[places], runs[1].tolist())
         chosen = zip(runs[0].tolist(), rows, strict=True)
         return Examples.joined(self._with([_rows(self._parts[p], r)]) for p, r in chosen)
+
+    def diverse(self, k: int) -> Examples:
+        """Copies of at most k examples, with labels as different as there are."""
+        return self.select(label_diverse(self, k))
+
+    def widest(self, k: int) -> Examples:
+        """At most k examples of the shape that takes most memory, without a copy."""
+        starts = pairwise(self._starts)
+        sizes = [sum(t.nbytes for t in part) / max(len(part[-1]), 1) for part in self._parts]
+        bounds = max(zip(sizes, starts, strict=True), key=lambda pair: pair[0])[1]
+        return self.slice(bounds[0], min(bounds[1], bounds[0] + k))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """On the device; floating-point inputs (and labels, if regression) in the dtype.

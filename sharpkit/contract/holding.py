@@ -15,6 +15,10 @@ from sharpkit.contract.modules import unwrapped
 from sharpkit.contract.precision import measuring_precision
 from sharpkit.contract.recompute import without_checkpointing
 from sharpkit.contract.state import Found
+from sharpkit.errors import ArgumentError
+from sharpkit.memory import available_memory
+
+_LARGE = 2**27  # bytes; the system is not asked for less
 
 
 @contextmanager
@@ -24,15 +28,33 @@ def frozen(model: nn.Module) -> Iterator[Found]:
     Mode, weights, buffers, gradients, flags, attributes and random state are put back afterwards,
     also after an error. Takes memory for one copy of the weights and buffers. Weights in half
     precision are float32 inside (see `widened`).
+
+    Raises:
+        ArgumentError: If the copy does not fit the memory.
     """
     with widened(model):
         model = unwrapped(model)
+        _require_copy(model)
         found = Found(model)
         try:
             with held(model):
                 yield found
         finally:
             found.restore()
+
+
+def _require_copy(model: nn.Module) -> None:
+    sizes: dict[torch.device, int] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.numel() * tensor.itemsize
+    for device, size in sizes.items():
+        free = available_memory(device) if size >= _LARGE else None
+        if free is not None and size > free:
+            raise ArgumentError(
+                f"a copy of the model's weights, which they are put back from, needs "
+                f"{size / 1e9:,.1f} GB on {device}, of which {free / 1e9:,.1f} GB is free: "
+                "measure where there is more memory, or a smaller model"
+            )
 
 
 @contextmanager

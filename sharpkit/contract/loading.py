@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, TypeAlias, cast
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -23,12 +22,24 @@ from torch.utils.data import (
     default_collate,
 )
 
-from sharpkit.contract.batches import ACCEPTED, as_examples, collated, is_batch, paired
+from sharpkit.contract.batches import (
+    ACCEPTED,
+    as_examples,
+    check_finite,
+    collated,
+    is_batch,
+    paired,
+    shapes,
+)
 from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.examples import Examples
+from sharpkit.contract.streams import Stream, is_stream, read_stream
 from sharpkit.errors import ArgumentError, DataError
 
-Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | tuple[Any, Tensor] | Sequence[tuple[Any, Any]]"
+Data: TypeAlias = (
+    "Dataset[Any] | DataLoader[Any] | tuple[Any, Tensor] | Sequence[tuple[Any, Any]]"
+    " | Iterable[Any] | Callable[[], Iterable[Any]] | Stream"
+)
 
 _READ_AT_ONCE = 256
 
@@ -37,7 +48,7 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
     """The first n examples of a seeded random order of the data (its own order if seed is None).
 
     Inputs may be a tensor, or a dict or tuple of tensors. Examples of different shapes are kept as
-    they are: see `Examples`.
+    they are: see `Examples`. A stream is not held: see `Stream`.
 
     Args:
         data: One of
@@ -52,7 +63,11 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
               set in index order; any other is read once, in the order it gives. A `collate_fn`
               gets the batches that the loader would give it without shuffling, so that padding is
               that of a loop over the loader. For a seeded choice of some examples, the batches
-              that hold them are read whole, unless shapes do not depend on the batch.
+              that hold them are read whole, unless shapes do not depend on the batch;
+            - a stream: an `IterableDataset`, a `DataLoader` of one, any other iterable, or a
+              function without arguments that returns an iterator or a loader, of batches or of
+              single pairs. It is read again for every pass, must give the same each time, and
+              keeps its own order whatever the seed is.
 
             In the place of a pair may be a mapping with "labels" among its entries, as tokenizers
             give; the others are the inputs.
@@ -64,8 +79,8 @@ def load_examples(data: Data, *, n: int | None = None, seed: int | None = 0) -> 
         the data are tensors.
 
     Raises:
-        DataError: If there are no examples, lengths differ, an item is not a pair of tensors, or an
-            input or label is NaN or infinite.
+        DataError: If there are no examples, lengths differ, an item is not a pair of tensors, an
+            input or label is NaN or infinite, or a stream can be read only once.
         ArgumentError: If n is not between 1 and the number of examples.
 
     Example:
@@ -148,7 +163,9 @@ def _load(data: Data, n: int | None, seed: int | None) -> Examples:
             "themselves (.data), on one rank; m_sharpness, Tracker and the curvature operators "
             "work together"
         )
-    if isinstance(data, DataLoader):
+    if isinstance(data, Stream):
+        return data.head(n)
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         return _from_loader(data, n, seed)
     if type(data) is TensorDataset:  # a subclass may transform its items
         if len(data.tensors) != 2:
@@ -159,12 +176,14 @@ def _load(data: Data, n: int | None, seed: int | None) -> Examples:
     data = paired(data)
     if _is_pair(data):
         return _choose(as_examples(data), n, seed)
-    if isinstance(data, IterableDataset):
-        data = list(data)
     if isinstance(data, list | tuple):
         return _from_list(data, n, seed)
     sequence = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-    if not sequence or isinstance(data, Tensor | np.ndarray | Mapping | str | PackedSequence):
+    loader = isinstance(data, DataLoader | IterableDataset)
+    whole = isinstance(data, Tensor | np.ndarray | Mapping | str | PackedSequence)
+    if loader or (not (sequence or whole) and is_stream(data)):
+        return read_stream(data, n)
+    if not sequence or whole:
         raise DataError(f"the data are a {type(data).__name__}: {ACCEPTED}")
     return _from_items(data, n, seed)
 
@@ -265,12 +284,8 @@ def _from_items(items: Any, n: int | None, seed: int | None) -> Examples:
     parts = []
     for start in range(0, len(order), _READ_AT_ONCE):
         read = [paired(items[i]) for i in order[start : start + _READ_AT_ONCE]]
-        parts += [collated(list(run)) for _, run in groupby(read, key=_shapes)]
+        parts += [collated(list(run)) for _, run in groupby(read, key=shapes)]
     return Examples.joined(parts)
-
-
-def _shapes(item: Any) -> list[Any]:
-    return [getattr(t, "shape", None) for t in pytree.tree_leaves(item)]
 
 
 def _order(total: int, n: int | None, seed: int | None) -> Tensor:
@@ -290,32 +305,24 @@ def _choose(examples: Examples, n: int | None, seed: int | None) -> Examples:
 
 
 def _finite(examples: Examples) -> Examples:
-    for part in examples.chunks(len(examples)):
-        for what, tree in (("inputs", part.inputs), ("labels", part.labels)):
-            if not all(map(_is_finite, pytree.tree_leaves(tree))):
-                raise DataError(f"the {what} have NaN or infinite entries")
+    if examples.in_memory:  # a stream's have been looked at as they were read
+        for part in examples.chunks(len(examples)):
+            check_finite(part)
     return examples
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
-        return True
-    rows = max(1, (1 << 22) * len(tensor) // tensor.numel())  # no temporary as large as the data
-    return all(
-        bool(torch.isfinite(piece).all())
-        for piece in (tensor[i : i + rows] for i in range(0, len(tensor), rows))
-    )
 
 
 def as_data(examples: Examples) -> Data:
     """Examples as data again, which keep their order where they are loaded with `seed=None`.
 
-    A data set; a pair if inputs are a structure; a list of batches if they differ in shape.
+    A data set; a pair if inputs are a structure; a list of batches if they differ in shape; a
+    stream as it is.
 
     Example:
         >>> as_data(Examples(torch.zeros(2, 1), torch.arange(2))).tensors[1]
         tensor([0, 1])
     """
+    if isinstance(examples, Stream):
+        return examples
     if not examples.uniform:
         return [(part.inputs, part.labels) for part in examples.chunks(len(examples))]
     if isinstance(examples.inputs, Tensor):

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checksum import checksum
 from sharpkit.contract.examples import Examples
@@ -51,8 +50,8 @@ def graph_bytes(
     Where examples differ in shape the largest ones are recorded, at most so many (and two);
     `known` tensors do not count.
     """
-    part = max(examples.chunks(len(examples)), key=_row_bytes)
-    many = min(max(most, 2), len(part))
+    part = examples.widest(max(most, 2))
+    many = len(part)
     few = max(1, many // 2)
 
     def size(count: int) -> int:
@@ -110,10 +109,6 @@ def _evenly(start: int, stop: int, most: int) -> list[tuple[int, int]]:
     n = stop - start
     count = -(-n // most)
     return list(itertools.pairwise(start + n * i // count for i in range(count + 1)))
-
-
-def _row_bytes(part: Examples) -> int:
-    return sum(t.nbytes // len(part) for t in pytree.tree_leaves(part.inputs))
 
 
 def _automatic_chunk(per_example: int, weights: Sequence[Tensor]) -> int:

@@ -160,15 +160,7 @@ def lanczos(
     stored = Stored(team_of(a), size) if shard_basis else Stored(ALONE, size)
     dtype = basis_dtype or a.dtype
     device = torch.device(basis_device or a.device)
-    on_every_rank(
-        a,
-        lambda: require_memory(
-            basis_bytes(size, steps, count, dtype, stored.team.world),
-            device,
-            f"the basis of {steps} steps x {count} probes x {size} parameters",
-            "ask for fewer steps or probes, or another basis_dtype or basis_device",
-        ),
-    )
+    on_every_rank(a, lambda: require_basis(size, steps, count, dtype, device, stored.team.world))
     basis = torch.zeros(count, steps, stored.count, dtype=dtype, device=device)
     diagonal, off = np.zeros((count, steps)), np.zeros((count, max(steps - 1, 0)))
     breakdowns = np.zeros(count, dtype=np.int64)
@@ -247,6 +239,18 @@ def basis_bytes(size: int, steps: int, probes: int, dtype: torch.dtype, ranks: i
         416000
     """
     return (steps * -(-size // ranks) + 6 * size) * probes * dtype.itemsize
+
+
+def require_basis(
+    size: int, steps: int, probes: int, dtype: torch.dtype, device: torch.device, ranks: int = 1
+) -> None:
+    """Raise ArgumentError with the numbers if a basis, or its share, does not fit."""
+    require_memory(
+        basis_bytes(size, steps, probes, dtype, ranks),
+        device,
+        f"the basis of {steps} steps x {probes} probes x {size} parameters",
+        "ask for fewer steps or probes, or another basis_dtype or basis_device",
+    )
 
 
 def near_one(rows: Tensor) -> tuple[Tensor, NDArray[np.float64]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import Probe, close, examine
-from sharpkit.contract.examples import Examples, label_diverse
+from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import frozen, held
 from sharpkit.contract.loading import Data
@@ -24,6 +24,7 @@ from sharpkit.contract.parameters import Parameters, floating_parameters, left_o
 from sharpkit.contract.shares import read_share
 from sharpkit.contract.state import Found
 from sharpkit.contract.terms import Terms
+from sharpkit.curvature.memory import require_memory
 from sharpkit.errors import ArgumentError, ModelError
 
 T = TypeVar("T")
@@ -103,8 +104,7 @@ class Problem:
 
     def few(self, k: int) -> Examples:
         """At most k examples of one shape, with labels as different as there are."""
-        chosen = self.examples.select(label_diverse(self.examples, k))
-        return self.on_device(max(chosen.chunks(k), key=len))
+        return self.on_device(max(self.examples.diverse(k).chunks(k), key=len))
 
     def _fixed_as(self, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is not selected; in float64, buffers as well, where the chosen weights are."""
@@ -129,13 +129,16 @@ def make_problem(
     """Collect and check; the model must be inside `frozen` already, which gave `found`.
 
     Raises:
-        ArgumentError: For an empty selection, parameters in several precisions, or a bad n.
+        ArgumentError: For an empty selection, parameters in several precisions, a bad n, or
+            copies that do not fit the memory.
         DataError: For data that differ between two passes, or labels that do not fit.
         ModelError: For random or batch-dependent outputs, a loss that is no mean, or a model that
             cannot be held at given weights.
     """
     loss_fn = resolve_loss(loss)
-    names = list(_select(model, parameters))
+    selected = _select(model, parameters)
+    _require_copies(model, selected)
+    names = list(selected)
     function = FunctionalModel(model, whole=not loss_fn.exact)
     examples = read_share(data, n=n, seed=seed, twice=True).examples
     probe = examine(function, loss_fn, examples, found)
@@ -207,6 +210,21 @@ def _select(model: nn.Module, parameters: Parameters) -> dict[str, Tensor]:
             f"the selected parameters are on several devices: {sorted(map(str, devices))}"
         )
     return selected
+
+
+def _require_copies(model: nn.Module, selected: Mapping[str, Tensor]) -> None:
+    """Raise ArgumentError unless the memory has room for the operator's weights and vectors."""
+    numbers, size = (sum(f(w) for w in selected.values()) for f in (Tensor.numel, _bytes))
+    require_memory(
+        sum(map(_bytes, unwrapped(model).parameters())) + 2 * size,
+        next(iter(selected.values())).device,
+        f"an operator of {numbers:,} parameters (a copy of all, a gradient and a product)",
+        "select fewer with parameters=",
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def _copy_of(

@@ -19,7 +19,7 @@ from sharpkit.curvature.density import (
     shown,
 )
 from sharpkit.curvature.grids import Spacing
-from sharpkit.curvature.lanczos import basis_bytes, lanczos
+from sharpkit.curvature.lanczos import basis_bytes, lanczos, require_basis
 from sharpkit.curvature.linear_map import (
     Symmetric,
     as_linear_map,
@@ -112,13 +112,14 @@ def spectral_density(
         )
         steps = size
     check_shape(grid, bandwidth, points, threshold)
+    storage = basis_dtype or a.dtype, torch.device(basis_device or a.device)
+    ranks = team_of(a).world if shard_basis else 1
+    on_every_rank(a, lambda: require_basis(size, steps, 1, *storage, ranks))
     if not isinstance(probes, Tensor):
         if probes < 1:
             raise ArgumentError(f"probes must be at least 1, got {probes}")
         probes = random_rows(probes, a, seed).T
-    storage = basis_dtype or a.dtype, torch.device(basis_device or a.device)
     count = probes.shape[-1]
-    ranks = team_of(a).world if shard_basis else 1
     together = min(on_every_rank(a, lambda: probes_at_once(size, steps, count, *storage, ranks)))
     parts = [
         lanczos(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -21,14 +21,13 @@ def layers_with_statistics(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
-def statistics_batches(examples: Examples) -> list[Examples]:
+def statistics_batches(examples: Examples) -> Iterator[Examples]:
     """The examples in batches of nearly equal size; of each shape by itself, if there are more."""
-    found = []
-    for part in examples.chunks(len(examples)):
-        count = -(-len(part) // STATISTICS_BATCH)
-        cuts = [len(part) * k // count for k in range(count + 1)]
-        found += [part.slice(a, b) for a, b in pairwise(cuts)]
-    return found
+    for start, stop in examples.bounds(len(examples)):
+        n = stop - start
+        count = -(-n // STATISTICS_BATCH)
+        for a, b in pairwise(start + n * k // count for k in range(count + 1)):
+            yield examples.slice(a, b)
 
 
 @torch.no_grad()

@@ -107,8 +107,9 @@ def opened(
         if not origin:
             raise ArgumentError("no parameter is selected: those asked for are integers")
         examples = load_examples(data, n=n, seed=seed)
-        parts = examples.chunks(len(examples))
-        loss_fn = loss_fn.where_all_count(part.labels for part in parts)
+        if examples.in_memory:
+            parts = examples.chunks(len(examples))
+            loss_fn = loss_fn.where_all_count(part.labels for part in parts)
         probe = examine(function, loss_fn, examples, found)
         yield Opened(function, loss_fn, origin, examples, probe)
         function.reset_buffers()
@@ -128,7 +129,9 @@ def evaluate(
     recompute = how.batch_norm == "recomputed"
     engine = how.engine
     if engine == "auto" and (
-        recompute or not prefers_side_by_side(function, what.origin, probe, len(what.examples))
+        recompute
+        or not what.examples.in_memory
+        or not prefers_side_by_side(function, what.origin, probe, len(what.examples))
     ):
         engine = "loop"
 

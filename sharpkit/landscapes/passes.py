@@ -76,7 +76,7 @@ class Passes:
         origin = {name: working(w) for name, w in self.subspace.origin.items()}
         self._home = list(in_layout(origin, self.layout).values())
         self._basis = [list(in_layout(b, self.layout).values()) for b in self.subspace.basis]
-        self._held = _bytes(self.examples) <= _HELD
+        self._held = self.examples.in_memory and _bytes(self.examples) <= _HELD
         if self._held:
             self.examples = self._ready(self.examples)
 
@@ -84,12 +84,11 @@ class Passes:
         """The terms of each point, shape (points, K), with the weights assigned to the module."""
         function = self.function
         layers = layers_with_statistics(function.model) if self.recompute else []
-        batches = statistics_batches(self.examples) if self.recompute else []
         for c in coefficients:
             function.set_buffers(self.subspace.buffers_at(c))
             with function.evaluating(), function.assigned(self._weights(c)):
                 if layers:
-                    recompute_statistics(function, layers, batches)
+                    recompute_statistics(function, layers, statistics_batches(self.examples))
                 yield self._terms()
 
     def side_by_side(self, coefficients: NDArray[np.float64], probe: Probe) -> Iterator[Terms]:
@@ -99,6 +98,8 @@ class Passes:
             Disagreement: If the model cannot run at swapped weights, or gives other losses then.
         """
         refused = probe.try_swapping()
+        if not self.examples.in_memory:  # a loader that is begun draws a number, which vmap refuses
+            refused = "the examples are a stream, which is read for one point at a time"
         if refused:
             raise Disagreement(refused)
         function = self.function

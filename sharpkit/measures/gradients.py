@@ -230,7 +230,7 @@ def jacobian_norm(
     with frozen(model) as found:
         run = setup(model, data, found)
         select_parameters(model)
-        images(run.examples, "the Jacobian norm")
+        images(run.examples.diverse(1), "the Jacobian norm")
         norms = []
         for batch in run.batches():
             with torch.enable_grad():

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from sharpkit.contract.loading import Data, load_in_order
+from sharpkit.contract.loading import Data, as_data, load_in_order
 from sharpkit.contract.losses import cross_entropy
 from sharpkit.measures.measure import Estimate
 from sharpkit.sharpness import m_sharpness
@@ -73,7 +73,7 @@ def worst_case_sharpness(
     examples = load_in_order(data)
     result = m_sharpness(
         model,
-        (examples.inputs, examples.labels),
+        as_data(examples),
         m=len(examples),
         rho=rho,
         norm=norm,
@@ -148,7 +148,7 @@ def average_sharpness(
     examples = load_in_order(data)
     result = m_sharpness(
         model,
-        (examples.inputs, examples.labels),
+        as_data(examples),
         m=len(examples),
         rho=rho,
         average=True,

@@ -7,6 +7,7 @@ from torch import nn
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.holding import frozen
+from sharpkit.contract.loading import as_data
 from sharpkit.contract.losses import MeanLoss
 from sharpkit.contract.mean_loss import loss_of
 from sharpkit.contract.parameters import check_finite_weights
@@ -37,6 +38,10 @@ def accuracy_and_loss(model: nn.Module, examples: Examples, loss: MeanLoss) -> d
     check_finite_weights(model)
     if not _classifies(model, examples, loss):
         return {"loss": loss_of(model, examples, loss)}
+    if not examples.in_memory:
+        with frozen(model) as found:
+            right = setup(model, as_data(examples), found, loss).accuracy()
+        return {"acc": right, "loss": loss_of(model, examples, loss)}
     with frozen(model) as found:
         run = setup(model, (examples.inputs, examples.labels), found, loss)
         outputs = run.logits()

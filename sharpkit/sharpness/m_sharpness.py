@@ -23,7 +23,9 @@ from sharpkit.contract.precision import current_precision
 from sharpkit.contract.ranks import ALONE, Team
 from sharpkit.contract.shares import Share, read_share
 from sharpkit.contract.state import Found
+from sharpkit.contract.streams import Stream
 from sharpkit.contract.team_checks import require_same_arguments, require_same_weights
+from sharpkit.curvature.memory import require_memory
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError
 from sharpkit.sharpness.ascent_rules import Ascent, AscentLike, ascent_rule
@@ -36,7 +38,7 @@ from sharpkit.sharpness.measurement import (
     no_groups,
     on_cpu,
 )
-from sharpkit.sharpness.sweep_plan import sweep_plan
+from sharpkit.sharpness.sweep_plan import keep_groups, sweep_plan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -152,8 +154,11 @@ def m_sharpness(
             distribute it are taken off.
         data: A `Dataset` of (input, label) pairs, a `DataLoader` (its data set is read in index
             order), a list of (inputs, labels) batches, or a pair (inputs of shape (n, ...), labels
-            of shape (n,) or (n, ...)); see `load_examples`. With `DistributedData` processes divide
-            the groups, which are those of one process.
+            of shape (n,) or (n, ...)); see `load_examples`. A stream, such as an `IterableDataset`,
+            a loader of one, or a function that returns an iterator of batches, is read batch by
+            batch: once to count and compare, once to check labels, once to measure; the examples
+            of the largest group are held, but for m = n, which is read again for every evaluation.
+            With `DistributedData` processes divide the groups, which are those of one process.
         m: Group size in examples, 1 to n; one or several.
         rho: Radius of the ball, > 0, in units of the norm of the weights; one or several.
         loss: "cross_entropy" (exact for saturated examples; with outputs (n, ..., classes) and
@@ -173,7 +178,7 @@ def m_sharpness(
             norm ρ.
         n: Number of examples; None for all.
         seed: Order of the examples, and the Gaussian directions. None keeps the data's own order
-            (groups are consecutive examples).
+            (groups are consecutive examples); a stream always does.
         parameters: What is perturbed: names, glob patterns or modules; None for those that require
             gradients (all if none does), "*" for all.
         tolerance: Stop early once std_error <= tolerance * |value| for every m and rho; considered
@@ -232,6 +237,15 @@ def m_sharpness(
         weights = floating_parameters(model, parameters)
         function = FunctionalModel(model, whole=not loss_fn.exact)
         weights = {name: function.value(name) for name in weights}
+        numbers = sum(w.numel() for w in weights.values())
+        team.gathered(
+            lambda: require_memory(
+                2 * sum(w.nbytes for w in weights.values()),
+                function.device,
+                f"m-sharpness in {numbers:,} parameters (weights that move, and a gradient)",
+                "select fewer with parameters=",
+            )
+        )
         share = read_share(data, n=n, seed=seed, multiple=math.lcm(*ms))
         if max(ms) > share.total:
             raise ArgumentError(f"m = {max(ms)} is larger than n = {share.total} examples")
@@ -254,7 +268,7 @@ def m_sharpness(
         levels, ms, rhos, m, rho,
         seconds=max(part.seconds for part in parts),
         engine="vectorized" if all(part.vectorised for part in parts) else "loop",
-        parameters=sum(w.numel() for w in weights.values()),
+        parameters=numbers,
         left_out=outside,
         precision=current_precision(),
         peak_memory=max(part.peak_memory for part in parts),
@@ -281,14 +295,17 @@ def _measured(
 ) -> Measured:
     """All groups of a share; the model is inside `frozen`, which gave `found`."""
     examples = share.examples
-    parts = examples.chunks(len(examples))
-    loss = loss.where_all_count(part.labels for part in parts)
+    if examples.in_memory:
+        parts = examples.chunks(len(examples))
+        loss = loss.where_all_count(part.labels for part in parts)
     probe = examine(function, loss, examples, found)
     plan = sweep_plan(
         function, loss, weights, probe, ms, chunk, memory_budget,
         allows_factors=rule.allows_factors,
     )  # fmt: skip
     warn_of_unused(plan.unused, weights)
+    if isinstance(examples, Stream):
+        keep_groups(examples, ms, plan.chunk)
     measurement = Measurement(
         plan, probe, examples, ms, rhos, rule, engine, compile, tolerance, progress, share.first
     )

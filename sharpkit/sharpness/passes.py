@@ -245,5 +245,7 @@ class Transformed:
 
 
 def _split(examples: Examples, groups: int) -> list[Examples]:
+    if groups == 1:  # which may be all of a stream
+        return [examples]
     size = len(examples) // groups
     return [examples.slice(i * size, (i + 1) * size) for i in range(groups)]

@@ -30,7 +30,7 @@ from sharpkit.sharpness.ascent_rules import Ascent
 from sharpkit.sharpness.ball import Ball, gaussian_direction, random_point, scaled
 from sharpkit.sharpness.blocks import Blocks, concatenated
 from sharpkit.sharpness.passes import Alone, Passes
-from sharpkit.sharpness.unseen import Level, Unseen
+from sharpkit.sharpness.unseen import Level, Unseen, group_of
 
 # relative to the largest entry; a rule that is lost changes much more
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -175,7 +175,7 @@ class Sweep:
         return InPlace(f, scale, scaled=self.care > Care.NONE)
 
     def _group(self, in_place: InPlace, start: int, stop: int) -> None:
-        found = in_place.group(self._examples(start, stop), self.rhos)
+        found = in_place.group(self._examples(start, stop, 1), self.rhos)
         self._moved.append(found)
         self._unseen.losses.append((start, found.loss.unsqueeze(0), stop - start))
         self.levels[0].sizes.append(stop - start)
@@ -205,7 +205,8 @@ class Sweep:
         for a, b, size in ((start, whole, self.block), (whole, stop, stop - whole)):
             if b == a:
                 continue
-            examples, groups = self._examples(a, b), (b - a) // size
+            groups = (b - a) // size
+            examples = self._examples(a, b, groups)
             passes = self._passes(groups, size)
             if self.ascent.rule.needs_gradient:
                 blocks = passes.gradients(examples, groups, self.factored)
@@ -242,7 +243,7 @@ class Sweep:
             for i in range(count):
                 self._measure(level, blocks.slice(i, i + 1))
             return
-        examples = self._examples(level.start, level.start + count * size)
+        examples = self._examples(level.start, level.start + count * size, count)
         passes = self.alone if not blocks.factors else self.side
         if count > 1:
             passes = self._passes(count, size)
@@ -288,6 +289,6 @@ class Sweep:
         self._gather()
         self._unseen.look(self.levels)
 
-    def _examples(self, start: int, stop: int) -> Examples:
+    def _examples(self, start: int, stop: int, groups: int) -> Examples:
         f = self.objective.model
-        return self.examples.slice(start, stop).to(f.device, f.dtype)
+        return group_of(self.examples, start, stop, groups).to(f.device, f.dtype)

@@ -17,6 +17,8 @@ from sharpkit.contract.checks import Probe, close
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
+from sharpkit.contract.streams import Stream
+from sharpkit.curvature.memory import require_memory
 from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.batch_passes import batch_passes
@@ -27,6 +29,7 @@ from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import Objective, in_layout
 from sharpkit.groupwise.packing import Packing
 from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
+from sharpkit.memory import available_memory
 from sharpkit.sharpness.ascent_rules import Ascent
 from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 
@@ -94,7 +97,7 @@ def sweep_plan(
     stay in factors.
 
     Raises:
-        ArgumentError: If not even one example fits the budget.
+        ArgumentError: If not even one example fits the budget, or a chunk the memory.
     """
     device = function.device
     layout = image_layout(function, probe)
@@ -123,7 +126,28 @@ def sweep_plan(
     if math.gcd(*ms) >= found.alone(device):
         own = sum(w.nbytes for w in weights.values())
         memory = min(batch, max(ms)) * per_example + 3 * own  # home, moved, gradient
+    if device.type == "cpu":  # elsewhere a chunk that does not fit is halved
+        require_memory(
+            memory, device, f"a chunk of {size} examples", "pass a smaller memory_budget or chunk"
+        )
     return SweepPlan(function, loss, weights, size, batch, layout, found, memory, unused)
+
+
+def keep_groups(stream: Stream, ms: Sequence[int], chunk: int) -> None:
+    """Let a stream hold what is measured together: a group of all examples is read again instead.
+
+    Raises:
+        ArgumentError: If a group of a stream does not fit the memory.
+    """
+    held = max((m for m in ms if m < len(stream)), default=0) + chunk
+    size, free = held * stream.first.example_bytes, available_memory(torch.device("cpu"))
+    if free is not None and size > free:
+        raise ArgumentError(
+            f"the examples of a group are held while it is measured: {held} of them (m and a "
+            f"chunk) need {size / 2**30:.2f} GiB, of which {free / 2**30:.2f} GiB is free: take "
+            f"smaller m, or m = n = {len(stream)}, which is read again instead"
+        )
+    stream.keep(held)
 
 
 def image_layout(function: FunctionalModel, probe: Probe) -> torch.memory_format:
@@ -188,8 +212,9 @@ def _chunk(
     """Examples per chunk, a power of two."""
     if bytes_of(1) > budget:
         raise ArgumentError(
-            f"one example needs {bytes_of(1) / 2**30:.2f} GiB, but memory_budget is "
-            f"{budget / 2**30:.2f} GiB"
+            f"one example needs {bytes_of(1) / 2**30:.2f} GiB (activations, and a gradient and "
+            f"weights of its own), but memory_budget is {budget / 2**30:.2f} GiB: pass a larger "
+            "one if the memory is there, or select fewer weights with parameters="
         )
     if device.type == "cuda":
         most = chunk_that_fills(GPU, found.flops, found.calls)

@@ -104,7 +104,8 @@ class Unseen:
             if not len(bad):
                 continue
             first = start + int(bad[0]) * size
-            group = self._examples.slice(first, first + size).to(f.model.device, f.model.dtype)
+            group = group_of(self._examples, first, first + size, 1)
+            group = group.to(f.model.device, f.model.dtype)
             alone, _ = f.losses(f.weights, group)
             if bool(torch.isfinite(alone)):
                 raise Disagreement("a weight is used otherwise than it was at first")
@@ -121,6 +122,12 @@ class Unseen:
                 raise ModelError(
                     f"the loss is not finite at the perturbed weights (m = {m}, rho = {rho})"
                 )
+
+
+def group_of(examples: Examples, start: int, stop: int, groups: int) -> Examples:
+    """Examples start to stop; of a group of all, as they are: a stream's are never held whole."""
+    whole = groups == 1 and stop - start == len(examples)
+    return examples if whole else examples.slice(start, stop)
 
 
 def _all_finite(parts: list[Tensor], device: torch.device) -> Tensor:

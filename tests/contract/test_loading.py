@@ -90,7 +90,6 @@ FORMS = {
     "items": [(x, int(y)) for x, y in zip(X, Y, strict=True)],
     "items of 0-d tensors": list(zip(X, Y, strict=True)),
     "tuple of items": tuple((x.numpy(), int(y)) for x, y in zip(X, Y, strict=True)),
-    "stream": Stream(list(zip(X, Y, strict=True))),
     "batches": [(X[i : i + 4], Y[i : i + 4]) for i in range(0, 11, 4)],
     "two batches": [(X[:5], Y[:5]), (X[5:], Y[5:])],
     "batches of arrays": [[X[i : i + 4].numpy(), Y[i : i + 4].numpy()] for i in range(0, 11, 4)],
@@ -102,8 +101,6 @@ FORMS = {
         batch_size=3,
         collate_fn=lambda items: tuple(map(torch.stack, zip(*items, strict=True))),
     ),
-    "loader of a stream": DataLoader(Stream(list(zip(X, Y, strict=True))), batch_size=4),
-    "loader of a stream of batches": DataLoader(Stream([(X[:5], Y[:5]), (X[5:], Y[5:])]), None),
     "loader of batches": DataLoader(Items([(X[:5], Y[:5]), (X[5:], Y[5:])]), batch_size=None),
     "loader of items": DataLoader(TensorDataset(X, Y), batch_size=None),
     "loader with its own batches": DataLoader(
@@ -295,7 +292,10 @@ REFUSED = {
     "an array": (X.numpy(), "the data are a ndarray"),
     "a string": ("train", "the data are a str"),
     "nothing": (None, "the data are a NoneType"),
-    "a generator": ((pair for pair in [(X, Y)]), "the data are a generator.*a list of .inputs"),
+    "a generator": (
+        (pair for pair in [(X, Y)]),
+        "a generator, which can be read only once.*a function",
+    ),
     "a pair of lists": (([*X], [*Y]), "a pair of lists: stack each into a tensor"),
     "a pair of tuples": ((tuple(X), tuple(Y)), "differ in length"),
     "two batches in a tuple": (((X, Y), (X, Y)), "labels are a tuple.*two batches.*as a list"),

@@ -16,7 +16,14 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from sharpkit.curvature import FisherOperator, GaussNewtonOperator, HessianOperator
+from sharpkit.curvature import (
+    FisherOperator,
+    GaussNewtonOperator,
+    HessianOperator,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+)
 from sharpkit.errors import ArgumentError, DataError, ModelError
 
 KINDS = [HessianOperator, GaussNewtonOperator, FisherOperator]
@@ -220,6 +227,27 @@ def test_graphs_that_do_not_fit_are_refused_with_their_size(monkeypatch):
     with pytest.raises(ArgumentError, match=r"a dense 8 x 8 matrix needs"):
         monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 100)
         operator.to_dense()
+
+
+def test_copies_and_a_basis_that_do_not_fit_are_refused_before_there_is_a_product(monkeypatch):
+    monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 90)
+    with pytest.raises(ArgumentError, match=r"an operator of 8 parameters .*needs 0.0 MB on cpu"):
+        HessianOperator(nn.Linear(3, 2), (X, Y))
+
+    class Huge:  # the Hessian of a network of a billion parameters, of which nothing exists
+        shape, dtype, device = (10**9, 10**9), torch.float32, torch.device("cpu")
+
+        def matmat(self, vectors):
+            raise AssertionError("a product was made")
+
+    monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 64 * 10**9)
+    message = r"80 steps x 1 probes x 1000000000 parameters needs 344.0 GB on cpu, of which 64.0 GB"
+    with pytest.raises(ArgumentError, match=message):
+        spectral_density(Huge(), steps=80)
+    with pytest.raises(ArgumentError, match=r"of 40 vectors and its restart needs 336.0 GB"):
+        top_eigenvalues(Huge(), 1)
+    with pytest.raises(ArgumentError, match=r"of 30 vectors for Hutch\+\+ needs 360.0 GB"):
+        trace(Huge(), products=90)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -621,3 +621,31 @@ def test_refuses_a_loss_that_is_not_a_mean_over_examples():
             rho=0.1,
             loss=lambda o, y: nn.functional.cross_entropy(o, y, reduction="none"),
         )
+
+
+class NeverRun(nn.Linear):
+    """What was measured would have run this."""
+
+    def forward(self, x):
+        raise AssertionError("a forward pass was made")
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_pass_is_made(monkeypatch):
+    model, data = NeverRun(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    monkeypatch.setattr("sharpkit.contract.holding._LARGE", 0)
+    monkeypatch.setattr("sharpkit.contract.holding.available_memory", lambda device: 31)
+    with pytest.raises(ArgumentError, match=r"a copy of the model's weights.* 0.0 GB on cpu"):
+        m_sharpness(model, data, m=1, rho=0.1)
+    monkeypatch.setattr("sharpkit.contract.holding.available_memory", lambda device: 32)
+    monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 63)
+    with pytest.raises(ArgumentError, match=r"m-sharpness in 8 parameters .*needs 0.0 MB on cpu"):
+        m_sharpness(model, data, m=1, rho=0.1)
+
+
+def test_a_chunk_that_does_not_fit_is_refused_before_groups_are_measured(monkeypatch):
+    model, data = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+    monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 100)
+    with pytest.raises(ArgumentError, match=r"a chunk of 128 examples needs .*smaller memory_bud"):
+        m_sharpness(model, data, m=1, rho=0.1)
+    with pytest.raises(ArgumentError, match=r"one example needs .*pass a larger one if the memory"):
+        m_sharpness(model, data, m=1, rho=0.1, memory_budget=10)
