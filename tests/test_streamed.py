@@ -167,8 +167,16 @@ def test_groups_by_other_ways(m, how):
     groups(made("own_weights"), m, **how)
 
 
+def test_gradients_in_factors_of_a_group_of_all():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(53, 300, generator=g).double(), torch.randint(3, (53,), generator=g)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 400), nn.Tanh(), nn.Linear(400, 3)).double()
+    groups(Case(model, (x, y), "cross_entropy"), [1, 7, 53], chunk="auto")
+
+
 def groups(case, m, **how):
-    options = {"m": m, "rho": [0.05, 0.3], "loss": case.loss, "progress": False, "chunk": 8, **how}
+    options = {"m": m, "rho": [0.05, 0.3], "loss": case.loss, "progress": False, "chunk": 8} | how
     expected = sk.m_sharpness(case.model, case.data, seed=None, **options)
     found = sk.m_sharpness(case.model, case.batches, seed=None, **options)
     assert found.n == 53

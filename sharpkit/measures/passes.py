@@ -59,6 +59,8 @@ class Setup:
 
     def accuracy(self, parameters: Mapping[str, Tensor] | None = None) -> float:
         """The share of examples whose largest output is that of their label."""
+        if self.examples.in_memory:
+            return float((self.logits(parameters).argmax(1) == self.labels).double().mean())
         right = 0
         with self.function.evaluating(), self.function.assigned(parameters or {}):
             for batch in self.batches():

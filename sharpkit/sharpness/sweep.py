@@ -175,7 +175,7 @@ class Sweep:
         return InPlace(f, scale, scaled=self.care > Care.NONE)
 
     def _group(self, in_place: InPlace, start: int, stop: int) -> None:
-        found = in_place.group(self._examples(start, stop, 1), self.rhos)
+        found = in_place.group(self._examples(start, stop, alone=True), self.rhos)
         self._moved.append(found)
         self._unseen.losses.append((start, found.loss.unsqueeze(0), stop - start))
         self.levels[0].sizes.append(stop - start)
@@ -206,8 +206,8 @@ class Sweep:
             if b == a:
                 continue
             groups = (b - a) // size
-            examples = self._examples(a, b, groups)
             passes = self._passes(groups, size)
+            examples = self._examples(a, b, alone=groups == 1)
             if self.ascent.rule.needs_gradient:
                 blocks = passes.gradients(examples, groups, self.factored)
             else:
@@ -243,11 +243,12 @@ class Sweep:
             for i in range(count):
                 self._measure(level, blocks.slice(i, i + 1))
             return
-        examples = self._examples(level.start, level.start + count * size, count)
         passes = self.alone if not blocks.factors else self.side
         if count > 1:
             passes = self._passes(count, size)
         assert passes is not None
+        alone = count == 1 and passes is self.alone
+        examples = self._examples(level.start, level.start + count * size, alone=alone)
         with self.objective.model.evaluating():
             increases = self.ascent.rule.increases(
                 self._ball(level, passes, examples, blocks), self.rhos
@@ -289,6 +290,9 @@ class Sweep:
         self._gather()
         self._unseen.look(self.levels)
 
-    def _examples(self, start: int, stop: int, groups: int) -> Examples:
+    def _examples(self, start: int, stop: int, *, alone: bool) -> Examples:
+        """Examples start to stop; `alone` if they are one group, which is read in batches."""
         f = self.objective.model
-        return group_of(self.examples, start, stop, groups).to(f.device, f.dtype)
+        e = self.examples
+        found = group_of(e, start, stop) if alone else e.slice(start, stop)
+        return found.to(f.device, f.dtype)

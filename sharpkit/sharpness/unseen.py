@@ -104,7 +104,7 @@ class Unseen:
             if not len(bad):
                 continue
             first = start + int(bad[0]) * size
-            group = group_of(self._examples, first, first + size, 1)
+            group = group_of(self._examples, first, first + size)
             group = group.to(f.model.device, f.model.dtype)
             alone, _ = f.losses(f.weights, group)
             if bool(torch.isfinite(alone)):
@@ -124,10 +124,9 @@ class Unseen:
                 )
 
 
-def group_of(examples: Examples, start: int, stop: int, groups: int) -> Examples:
-    """Examples start to stop; of a group of all, as they are: a stream's are never held whole."""
-    whole = groups == 1 and stop - start == len(examples)
-    return examples if whole else examples.slice(start, stop)
+def group_of(examples: Examples, start: int, stop: int) -> Examples:
+    """The examples of a group; if it is of all, as they are: a stream's are never held whole."""
+    return examples if stop - start == len(examples) else examples.slice(start, stop)
 
 
 def _all_finite(parts: list[Tensor], device: torch.device) -> Tensor:
