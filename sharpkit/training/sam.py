@@ -488,7 +488,7 @@ class SAM(Optimizer):
                 like depend on.
         """
         counted = all("sam_step" in group for group in state_dict["param_groups"])
-        if self.timing != EVERY_STEP and not counted:
+        if not self.timing.everywhere and not counted:
             raise ArgumentError(
                 "the state does not tell how many steps were made, as that of another optimizer: "
                 "note them in it, `group['sam_step'] = n` for each of its param_groups, or leave "

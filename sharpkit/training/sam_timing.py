@@ -72,6 +72,17 @@ class SamTiming:
             )
         return float(factor)
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether every step is perturbed, by the same radius.
+
+        Example:
+            >>> SamTiming(last=8, total=8).everywhere, SamTiming(last=7, total=8).everywhere
+            (True, False)
+        """
+        whole = (self.interval, self.first, self.warmup) == (1, 0, 0)
+        return whole and self.schedule is constant and self.last in (None, self.total)
+
     def share(self, start: int, stop: int) -> float:
         """The share of the steps start to stop - 1 that are perturbed, by a named schedule.
 
@@ -132,7 +143,13 @@ def sam_timing(
             "total_steps= as well, or stop= in steps"
         )
     warmup = _steps("rho_warmup", rho_warmup, span, "total_steps= as well, or stop= in steps")
-    return SamTiming(interval, first, last, warmup, schedule, total_steps)
+    timing = SamTiming(interval, first, last, warmup, schedule, total_steps)
+    if last is not None and not timing.share(first, last):
+        raise ArgumentError(
+            f"SAM is left no step: of the {span} from start to stop every {interval}th is its own, "
+            f"which is the first, where rho_warmup ({_shown(rho_warmup)}) begins at 0"
+        )
+    return timing
 
 
 def _steps(name: str, value: Any, whole: int | None, remedy: str) -> int:

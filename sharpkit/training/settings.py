@@ -11,6 +11,7 @@ from sharpkit.errors import ArgumentError
 from sharpkit.training.augmentation import AUGMENTATIONS
 from sharpkit.training.radius import checked_radius
 from sharpkit.training.sam_groups import ALL, selection_of
+from sharpkit.training.sam_timing import sam_timing
 from sharpkit.training.schedules import SCHEDULES, Schedule, ScheduleRule
 
 OptimizerName: TypeAlias = Literal["sgd", "sam"]
@@ -109,7 +110,7 @@ class TrainingSettings:
                 f"sam_start is {self.sam_start} and sam_stop is {self.sam_stop}: none of {total} "
                 "steps is in between; train for longer, or set them further apart"
             )
-        return {
+        arguments: dict[str, Any] = {
             "interval": self.sam_interval,
             "start": float(self.sam_start),
             "stop": float(self.sam_stop),
@@ -117,6 +118,8 @@ class TrainingSettings:
             "rho_schedule": self.rho_schedule if rule is None else rule,
             "rho_warmup": float(self.rho_warmup),
         }
+        sam_timing(**arguments)
+        return arguments
 
     def asdict(self) -> dict[str, Any]:
         """Name to value, ready for JSON.

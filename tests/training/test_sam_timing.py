@@ -173,6 +173,7 @@ def counted(model):
     return counts
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize(("step", "m"), [loop for loop in LOOPS if loop[0] is not always_twice])
 def test_a_plain_step_is_one_pass(step, m):
     model, batches = problem()
@@ -344,6 +345,7 @@ def test_a_dropped_step_and_a_failed_one_do_not_count():
         ({"rho_schedule": "cosine"}, "how long it takes is not known: give total_steps="),
         ({"rho_schedule": "exp", "stop": 5}, "rho_schedule is 'exp': expected one of 'co"),
         ({"rho_schedule": 0.5, "stop": 5}, "rho_schedule is 0.5"),
+        ({"rho_warmup": 1, "interval": 5, "stop": 5}, "of the 5 from start to stop every 5th is"),
         ({"rho_warmup": 6, "stop": 5}, "rho_warmup is 6: expected a step, from 0 to 5"),
     ],
 )  # fmt: skip
