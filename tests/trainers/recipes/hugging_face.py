@@ -20,8 +20,10 @@ class SamTrainer(Trainer):
         loss = super().training_step(model, inputs, *further)  # the gradient at w
         self.held.append(inputs)
         if self.accelerator.sync_gradients:  # the last batch of a step
-            with self.optimizer.optimizer.perturbed():  # SAM, inside Accelerate's wrapper
-                for again in self.held:
-                    super().training_step(model, again, *further)
+            sam = self.optimizer.optimizer  # inside Accelerate's wrapper
+            if sam.perturbs:
+                with sam.perturbed():
+                    for again in self.held:
+                        super().training_step(model, again, *further)
             self.held.clear()
         return loss  # the Trainer clips, and steps
