@@ -7,12 +7,14 @@ import sharpkit as sk
 
 
 class SamTrainer(Trainer):
-    base, rho = torch.optim.AdamW, 0.05
+    base, rho, interval = torch.optim.AdamW, 0.05, 1
 
     def create_optimizer(self, *_):
         if self.optimizer is None:
             weights = (p for p in self.model.parameters() if p.requires_grad)
-            self.optimizer = sk.SAM(weights, self.base, rho=self.rho, lr=self.args.learning_rate)
+            self.optimizer = sk.SAM(
+                weights, self.base, rho=self.rho, interval=self.interval, lr=self.args.learning_rate
+            )
             self.held = []
         return self.optimizer
 
