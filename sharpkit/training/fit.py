@@ -219,10 +219,10 @@ def fit(
         schedule=schedule, augmentation=augmentation, label_noise=label_noise,
         stop_at_loss=stop_at_loss, seed=seed, sam_interval=sam_interval, sam_start=sam_start,
         sam_stop=sam_stop, sam_parameters=selection_text(model, sam_parameters),
-        rho_schedule=rho_schedule if isinstance(rho_schedule, str) else "constant",
+        rho_schedule="constant" if callable(rho_schedule) else rho_schedule,
         rho_warmup=rho_warmup,
     )  # fmt: skip
-    rule = None if isinstance(rho_schedule, str) else rho_schedule
+    rule = rho_schedule if callable(rho_schedule) else None
     if rule is not None and optimizer != "sam":
         raise ArgumentError('rho_schedule belongs to SAM: give optimizer="sam" with it')
     if variant != PLAIN_SAM and optimizer != "sam":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -72,12 +73,12 @@ def selection_text(model: nn.Module, parameters: Parameters) -> str:
     """
     if parameters is None:
         return ALL
-    wanted: list[Any] = (
-        [parameters] if isinstance(parameters, str | nn.Module) else list(parameters)
-    )
+    several = [parameters] if isinstance(parameters, str | nn.Module) else parameters
+    if not isinstance(several, Iterable):
+        raise ArgumentError(f"expected names, patterns or modules, got {type(several).__name__}")
     texts: list[str] = []
-    for item in wanted:
-        texts += [item] if isinstance(item, str) else select_parameters(model, item)
+    for item in several:
+        texts += [item] if isinstance(item, str) else select_parameters(model, [item])
     return ",".join(texts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 
@@ -16,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from sharpkit.contract.parameters import select_parameters
 from sharpkit.errors import ArgumentError, DivergedError
 from sharpkit.training import SAM, SamVariant, sam_groups
+from sharpkit.training.sam_timing import sam_timing
 
 SGD = torch.optim.SGD
 SETTINGS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -152,6 +154,16 @@ def test_only_the_selected_parameters_are_perturbed(step, m, adaptive):
     for x, y in batches:
         step(opt, model, x, y, m)
     assert_close(model, expected)
+
+
+def test_the_share_is_that_of_the_steps_counted_one_by_one():
+    for interval, start, stop, warmup in itertools.product((1, 2, 5), (0, 3, 7), (8, 12), (0, 1)):
+        timing = sam_timing(
+            interval=interval, start=start, stop=stop, rho_warmup=warmup if stop - start > 5 else 0
+        )
+        for left, right in itertools.combinations((0, 1, 4, 9, 13, 20), 2):
+            counted = sum(timing.factor(step) > 0 for step in range(left, right))
+            assert timing.share(left, right) == counted / (right - left)
 
 
 # --- one pass ----------------------------------------------------------------------------------
