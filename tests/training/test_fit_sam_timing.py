@@ -128,7 +128,7 @@ EVERY_KIND = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("at", [2, 9, 14])
+@pytest.mark.parametrize("at", [2, 9])
 def test_an_interrupted_training_ends_with_the_same_bits(at, tmp_path, monkeypatch):
     whole = fit(**EVERY_KIND)
     original, count = loop._sam_step, 0
