@@ -24,6 +24,30 @@ from sharpkit.cli.shell import say
 @click.option("--m", type=int, help="SAM's group size; the batch by default.")
 @click.option("--rho", type=float, help="SAM's radius; 0.05 by default.")
 @click.option("--adaptive", is_flag=True, help="SAM's perturbation in units of |w|.")
+@click.option("--sam-interval", default=1, show_default=True, help="SAM in every so-many-th step.")
+@click.option(
+    "--sam-start", default=0.0, show_default=True, help="SAM from this part of the training on."
+)
+@click.option("--sam-stop", default=1.0, show_default=True, help="SAM up to this part.")
+@click.option(
+    "--sam-parameters",
+    default="*",
+    show_default=True,
+    help='SAM of these only: "norm", or names and patterns such as "*.bias,0.*".',
+)
+@click.option(
+    "--rho-schedule",
+    default="constant",
+    show_default=True,
+    type=click.Choice(["constant", "cosine", "linear", "step"]),
+    help="Of the radius, from --sam-start to --sam-stop.",
+)
+@click.option(
+    "--rho-warmup",
+    default=0.0,
+    show_default=True,
+    help="The part of them in which it rises from 0.",
+)
 @click.option("--epochs", required=True, type=int)
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--lr", default=0.1, show_default=True, help="Learning rate of the first step.")
@@ -33,7 +57,7 @@ from sharpkit.cli.shell import say
     "--schedule",
     default="cosine",
     show_default=True,
-    type=click.Choice(["cosine", "step", "constant"]),
+    type=click.Choice(["cosine", "linear", "step", "constant"]),
 )
 @click.option("--augmentation", type=click.Choice(["flip", "crop", "flip-crop"]))
 @click.option("--label-noise", default=0.0, show_default=True, help="Fraction of wrong labels.")

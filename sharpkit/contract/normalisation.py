@@ -22,6 +22,30 @@ def norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, _NormBase)]
 
 
+def is_norm_parameter(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether a parameter that a module has itself is one of a normalisation layer.
+
+    Those are torch's layers, and modules of others that are named so, with vectors alone.
+
+    Example:
+        >>> layer, linear = nn.LayerNorm((2, 3)), nn.Linear(2, 3)
+        >>> is_norm_parameter(layer, layer.weight), is_norm_parameter(linear, linear.bias)
+        (True, False)
+    """
+    known = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm | nn.RMSNorm)
+    return known or (parameter.ndim <= 1 and "Norm" in type(module).__name__)
+
+
+def norm_parameters(model: nn.Module) -> list[Tensor]:
+    """The parameters of all normalisation layers of a model."""
+    return [
+        parameter
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None and is_norm_parameter(module, parameter)
+    ]
+
+
 @contextmanager
 def contiguous_gradients(layers: list[nn.Module]) -> Iterator[None]:
     """Inside, the outputs of these layers get their gradients in the order of their entries.

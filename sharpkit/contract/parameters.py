@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from sharpkit.contract.modules import unwrapped, wrapper_prefix
+from sharpkit.contract.normalisation import norm_parameters
 from sharpkit.contract.state import parts_of
 from sharpkit.errors import ArgumentError, ModelError
 
+NORM = "norm"  # stands for the parameters of normalisation layers
 Parameters: TypeAlias = "str | Iterable[str] | nn.Module | Iterable[nn.Module] | None"
 
 
@@ -22,7 +24,8 @@ def select_parameters(model: nn.Module, parameters: Parameters = None) -> dict[s
     Args:
         model: Any module.
         parameters: None for those with requires_grad=True, or all if none has; a name, a glob
-            pattern ("*.weight"; "*" for all) or several; a module of the model or several.
+            pattern ("*.weight"; "*" for all) or several; "norm" for those of normalisation layers;
+            a module of the model or several.
 
     Returns:
         dict: Name to tensor, in the model's order, without gradient history.
@@ -67,10 +70,11 @@ def select_parameters(model: nn.Module, parameters: Parameters = None) -> dict[s
                 for name, p in all_names
                 if fnmatch.fnmatchcase(name, item) or fnmatch.fnmatchcase(prefix + name, item)
             ]
+            if item == NORM and not hits:  # a parameter may have this very name
+                hits = [id(p) for p in norm_parameters(model)]
             if not hits:
-                raise ArgumentError(
-                    f"no parameter matches {item!r}; the model has {some(everything)}"
-                )
+                what = "is of a normalisation layer" if item == NORM else f"matches {item!r}"
+                raise ArgumentError(f"no parameter {what}; the model has {some(everything)}")
         else:
             raise ArgumentError(f"expected names, patterns or modules, got {type(item).__name__}")
         chosen.update(hits)

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from sharpkit.contract.modules import full_name, unwrapped
+from sharpkit.contract.normalisation import is_norm_parameter
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def roles(model: nn.Module) -> dict[str, Role]:
 
 
 def _role(module: nn.Module, parameter: Tensor) -> Role:
-    known = isinstance(module, _NormBase | nn.LayerNorm | nn.GroupNorm)
-    if known or (parameter.ndim <= 1 and "Norm" in type(module).__name__):
+    if is_norm_parameter(module, parameter):
         return Role("norm")
     if parameter.ndim <= 1:
         return Role("bias")

@@ -102,7 +102,8 @@ def edge(
         Adam            (2 + 2β₁) / ((1 − β₁) η)
         AdamW           (2 − η d') (1 + β₁) / ((1 − β₁) η)
         RMSprop         (2 + 2β) / η
-        SAM             ‖g‖ / (2ρ) · (√(1 + 4ρ τ / ‖g‖) − 1),  with τ that of SGD
+        SAM             ‖g‖ / (2ρ) · (√(1 + 4ρ τ / ‖g‖) − 1),  with τ that of SGD and the ρ of
+                        the step; τ where it is not perturbed
 
     Those of Adam, AdamW and RMSprop are of P^-½ H P^-½ with P = (1 − β₁^t)(√(v / (1 − β₂^t)) + ε)
     for the first two and √v + ε for the last.
@@ -249,11 +250,18 @@ def _sam_threshold(
     plain = isinstance(base, SGD) and sam.variant == PLAIN_SAM and not groups[0]["adaptive"]
     if not plain or len(groups) > 1 or sam.splits_batches:
         raise ArgumentError(
-            "the threshold of SAM is known around SGD, with one group of parameters, one "
-            f"perturbation for the batch (no m), adaptive=False and no variant: {_WAY_OUT}"
+            "the threshold of SAM is known around SGD, with one group of parameters, all of them "
+            "perturbed, by one perturbation for the batch (no m), adaptive=False and no variant: "
+            f"{_WAY_OUT}"
+        )
+    if sam.timing.interval > 1:
+        raise ArgumentError(
+            f"SAM has interval={sam.timing.interval}: the threshold is known where all steps are "
+            f"perturbed or none is, not where they alternate: {_WAY_OUT}"
         )
     tau = thresholds[0] - _l2(base, groups[0])
-    rho = float(groups[0]["rho"])
+    # of the last step, as the learning rate is; before the first one, of that
+    rho = float(groups[0]["rho"]) * sam.timing.factor(max(0, sam.steps - 1))
     if rho == 0 or math.isinf(tau) or tau <= 0:
         return tau
     norm = gradient_norm()

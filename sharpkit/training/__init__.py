@@ -4,6 +4,7 @@ from sharpkit.training.architectures import build_architecture
 from sharpkit.training.fit import FitResult, fit
 from sharpkit.training.m_sam import m_sam_gradient
 from sharpkit.training.sam import SAM
+from sharpkit.training.sam_groups import sam_groups
 from sharpkit.training.settings import FitSettings
 from sharpkit.training.variants import SamVariant
 
@@ -15,6 +16,7 @@ __all__ = [
     "build_architecture",
     "fit",
     "m_sam_gradient",
+    "sam_groups",
 ]
 
 __dir__ = __all__.copy  # submodules can be imported, but are not listed

@@ -26,15 +26,25 @@ from sharpkit.contract.losses import (
     check_labels,
     resolve_loss,
 )
-from sharpkit.contract.parameters import check_finite_weights
+from sharpkit.contract.parameters import Parameters, check_finite_weights
 from sharpkit.device import check_device
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError, ModelError
 from sharpkit.run_directory import sole_driver
-from sharpkit.training.loop import Training, classifies, outputs_of
+from sharpkit.training.loop import Training, classifies
 from sharpkit.training.parallel import Ranks
-from sharpkit.training.run_files import COLUMNS, Row, RunFiles, examples_fingerprint, fingerprint
-from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName, Schedule
+from sharpkit.training.plain_pass import outputs_of
+from sharpkit.training.run_files import (
+    COLUMNS,
+    PERTURBED,
+    Row,
+    RunFiles,
+    examples_fingerprint,
+    fingerprint,
+)
+from sharpkit.training.sam_groups import ALL, sam_groups, selection_of, selection_text
+from sharpkit.training.schedules import Schedule, ScheduleRule
+from sharpkit.training.settings import Augmentation, FitSettings, OptimizerName
 from sharpkit.training.step_tracker import StepTracker
 from sharpkit.training.variants import PLAIN_SAM, SamVariant
 
@@ -55,9 +65,10 @@ class FitResult:
     Args:
         model: The trained model, in eval mode.
         history: One row per epoch: epoch (from 1), lr (of its first step), loss (mean over its
-            steps, before each), train_loss, train_accuracy, test_loss, test_accuracy (at its end,
-            in eval mode, without augmentation, on the labels trained on; NaN where not evaluated,
-            and the accuracies of what is no classification), seconds.
+            steps, before each), perturbed (of SAM: the share of its steps that were), train_loss,
+            train_accuracy, test_loss, test_accuracy (at its end, in eval mode, without
+            augmentation, on the labels trained on; NaN where not evaluated, and the accuracies of
+            what is no classification), seconds.
         path: The run directory, or None.
     """
 
@@ -82,6 +93,12 @@ def fit(
     rho: float | None = None,
     adaptive: bool = False,
     variant: SamVariant = PLAIN_SAM,
+    sam_interval: int = 1,
+    sam_start: float = 0.0,
+    sam_stop: float = 1.0,
+    sam_parameters: Parameters = ALL,
+    rho_schedule: Schedule | ScheduleRule = "constant",
+    rho_warmup: float = 0.0,
     batch_size: int = 128,
     lr: float = 0.1,
     momentum: float = 0.9,
@@ -132,13 +149,25 @@ def fit(
         rho: SAM's radius; None for 0.05.
         adaptive: SAM's perturbation in units of |w| (ASAM).
         variant: Of SAM, with a first or second step of its own.
+        sam_interval: Every sam_interval-th step is perturbed; the others are those of "sgd", at
+            their cost.
+        sam_start: The part of the training after which steps are perturbed: 0.8 for SAM in the last
+            fifth. The training is that of all `epochs`, also if `stop_at_loss` ends it sooner.
+        sam_stop: The part after which they are perturbed no more.
+        sam_parameters: The parameters that are perturbed, of those that are trained: as for
+            `m_sharpness`, such as "norm" for those of normalisation layers (see `sam_groups`).
+        rho_schedule: Of the radius from `sam_start` to `sam_stop`: "constant"; from 1 to 0 times
+            rho, "linear", "cosine", or "step" as below; or a function of the progress between them,
+            from 0 to 1, that gives the factor.
+        rho_warmup: The part of the steps between them, 0 to 1, over which the radius first rises
+            from 0 along a line; the schedule takes the rest.
         batch_size: Examples of a step, over all processes together.
         lr: Learning rate of the first step. 0.1 is for networks with BatchNorm; those without it
             (the plain vgg and nin) want 0.05 or less.
         momentum: Of SGD.
         weight_decay: Of SGD, on all parameters.
-        schedule: Of the learning rate over the steps: "cosine" to 0; "step", a tenth after half
-            and a hundredth after three quarters; "constant".
+        schedule: Of the learning rate over the steps: "cosine" or "linear" to 0; "step", a tenth
+            after half and a hundredth after three quarters; "constant".
         augmentation: "flip", "crop", "flip-crop", or None; see `augmentation.Augmenter`.
         label_noise: Fraction of the training labels that are replaced by another class, once,
             before training.
@@ -169,7 +198,9 @@ def fit(
             corrupt, or it cannot be written (a full disk).
 
     Source:
-        Foret et al., ICLR 2021, Algorithm 1 and section 4.1 (m).
+        Foret et al., ICLR 2021, Algorithm 1 and section 4.1 (m); Zhou et al. 2024 (2410.10373),
+        SAM late in training; Mueller et al., NeurIPS 2023 (2306.04226), SAM of normalisation
+        layers.
 
     Example:
         >>> import torch
@@ -178,7 +209,7 @@ def fit(
         >>> result = fit(model, (x, (x[:, 0] > 0).long()), epochs=5, optimizer="sam", m=16,
         ...              batch_size=32, progress=False)
         >>> result.history.shape
-        (5, 8)
+        (5, 9)
     """
     if rho and optimizer != "sam":
         raise ArgumentError(f'rho = {rho} belongs to SAM: give optimizer="sam" with it')
@@ -187,8 +218,14 @@ def fit(
         epochs=epochs, optimizer=optimizer, m=m, rho=radius, adaptive=adaptive,
         batch_size=batch_size, lr=lr, momentum=momentum, weight_decay=weight_decay,
         schedule=schedule, augmentation=augmentation, label_noise=label_noise,
-        stop_at_loss=stop_at_loss, seed=seed,
+        stop_at_loss=stop_at_loss, seed=seed, sam_interval=sam_interval, sam_start=sam_start,
+        sam_stop=sam_stop, sam_parameters=selection_text(model, sam_parameters),
+        rho_schedule="constant" if callable(rho_schedule) else rho_schedule,
+        rho_warmup=rho_warmup,
     )  # fmt: skip
+    rule = rho_schedule if callable(rho_schedule) else None
+    if rule is not None and optimizer != "sam":
+        raise ArgumentError('rho_schedule belongs to SAM: give optimizer="sam" with it')
     if variant != PLAIN_SAM and optimizer != "sam":
         raise ArgumentError('variant belongs to SAM: give optimizer="sam" with it')
     loss_fn = resolve_loss(loss)
@@ -212,13 +249,14 @@ def fit(
         # noted where it is another than what every training once had
         **({} if loss_fn.given == "cross_entropy" else {"loss": loss_text(loss_fn)}),
         **({} if variant == PLAIN_SAM else {"variant": loss_text(variant)}),
+        **({} if rule is None else {"rho_schedule": loss_text(rule)}),
         **({"provenance": dict(provenance)} if provenance else {}),
     }
     path = None if out is None else Path(out)
     directory = RunFiles(path, config, writes=ranks.rank == 0)
     with sole_driver(path if ranks.rank == 0 else None), _reproducible(place):
         training = Training(
-            model, examples, held_out, settings, ranks, directory, loss_fn, variant, track
+            model, examples, held_out, settings, ranks, directory, loss_fn, variant, rule, track
         )
         board = path / "tensorboard" if path and tensorboard and ranks.rank == 0 else None
         training.run(set(keep), evaluate_every, board, progress=progress and ranks.rank == 0)
@@ -246,6 +284,9 @@ def _check(
         raise ArgumentError(f"batch_size is {size}, but there are {len(train)} training examples")
     if size % ranks.world:
         raise ArgumentError(f"batch_size is {size}: {ranks.world} processes cannot share it evenly")
+    if settings.optimizer == "sam":
+        settings.sam_steps(settings.epochs * (len(train) // size))
+        sam_groups(model, selection_of(settings.sam_parameters))
     check_finite_weights(model)
     refuse_half((p for p in model.parameters() if p.requires_grad), "fit")
     parameter = next(model.parameters())
@@ -305,4 +346,5 @@ def _reproducible(device: torch.device) -> Iterator[None]:
 def _frame(history: list[Row]) -> pd.DataFrame:
     import pandas as pd
 
-    return pd.DataFrame(history, columns=COLUMNS).astype({"epoch": int})
+    columns = [*COLUMNS[:3], *([PERTURBED] if PERTURBED in history[0] else []), *COLUMNS[3:]]
+    return pd.DataFrame(history, columns=columns).astype({"epoch": int})

@@ -14,15 +14,17 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.losses import MeanLoss
-from sharpkit.contract.modules import call_module, read_outputs
 from sharpkit.contract.parameters import check_finite_weights
 from sharpkit.errors import DataError, DivergedError, ModelError
 from sharpkit.training.augmentation import Augmenter, noisy_labels
 from sharpkit.training.log import Reporter, reporting
 from sharpkit.training.parallel import Ranks
-from sharpkit.training.run_files import Row, RunFiles
+from sharpkit.training.plain_pass import outputs_of
+from sharpkit.training.run_files import PERTURBED, Row, RunFiles
 from sharpkit.training.sam import SAM
-from sharpkit.training.settings import SCHEDULES, FitSettings
+from sharpkit.training.sam_groups import sam_groups, selection_of
+from sharpkit.training.schedules import SCHEDULES, ScheduleRule
+from sharpkit.training.settings import FitSettings
 from sharpkit.training.step_tracker import StepTracker
 from sharpkit.training.streams import global_stream, stream, stream_seed
 from sharpkit.training.variants import PLAIN_SAM, SamVariant
@@ -44,6 +46,7 @@ class Training:
         directory: RunFiles,
         loss: MeanLoss,
         variant: SamVariant = PLAIN_SAM,
+        rho_rule: ScheduleRule | None = None,
         track: StepTracker | None = None,
     ) -> None:
         parameter = next(model.parameters())
@@ -54,10 +57,14 @@ class Training:
         self.train = Examples(train.inputs, noisy).to(self.device, parameter.dtype)
         self.test = None if test is None else test.to(self.device, parameter.dtype)
         self.steps = len(train) // settings.batch_size
-        self.optimizer = _optimizer(model, settings, variant)
+        total = settings.epochs * self.steps
+        self.optimizer = _optimizer(model, settings, variant, total, rho_rule)
         everywhere = track is not None and track.on_every_rank
         self.track = track if ranks.rank == 0 or everywhere else None
         self.history = directory.restore(model, self.optimizer, self.track)
+        if isinstance(self.optimizer, SAM):
+            self.optimizer.steps = len(self.history) * self.steps
+            self.history = [_with_share(row, settings) for row in self.history]
 
     @property
     def finished(self) -> bool:
@@ -112,6 +119,7 @@ class Training:
         step = _sam_step if isinstance(self.optimizer, SAM) else _sgd_step
         factor = SCHEDULES[settings.schedule]
         total = torch.zeros((), dtype=torch.float64, device=self.device)
+        perturbed = 0
         dropout = stream_seed(settings.seed, "dropout", epoch, self.ranks.rank)
         with global_stream(dropout, self.device):
             for i in range(self.steps):
@@ -125,6 +133,7 @@ class Training:
                 if augment is not None:
                     inputs = augment(inputs, start)
                 labels = self.train.labels[chosen]
+                perturbed += isinstance(self.optimizer, SAM) and self.optimizer.perturbs
                 loss = step(network, self.optimizer, inputs, labels, settings.m, self.loss)
                 total += loss
                 if (i + 1) % _CHECK_EVERY == 0 or i + 1 == self.steps:
@@ -135,7 +144,8 @@ class Training:
                 report.step()
                 self._tracked(done + 1)
         first = settings.lr * factor((epoch - 1) / settings.epochs)
-        return {"epoch": epoch, "lr": first, "loss": mean}
+        row = {"epoch": epoch, "lr": first, "loss": mean}
+        return row | ({PERTURBED: perturbed / self.steps} if settings.optimizer == "sam" else {})
 
     def _tracked(self, step: int, epoch: int | None = None) -> None:
         if self.track is not None:
@@ -175,7 +185,13 @@ class Training:
         return type(error)(f"training stopped in epoch {epoch}: {error}; {advice}")
 
 
-def _optimizer(model: nn.Module, settings: FitSettings, variant: SamVariant) -> Optimizer:
+def _optimizer(
+    model: nn.Module,
+    settings: FitSettings,
+    variant: SamVariant,
+    total: int,
+    rho_rule: ScheduleRule | None,
+) -> Optimizer:
     parameters = [p for p in model.parameters() if p.requires_grad]
     kwargs: dict[str, Any] = {
         "lr": settings.lr,
@@ -184,12 +200,19 @@ def _optimizer(model: nn.Module, settings: FitSettings, variant: SamVariant) -> 
     }
     if settings.optimizer == "sam":
         sam = SAM(
-            parameters, torch.optim.SGD, rho=settings.rho, adaptive=settings.adaptive,
-            variant=variant, **kwargs,
+            sam_groups(model, selection_of(settings.sam_parameters)), torch.optim.SGD,
+            rho=settings.rho, adaptive=settings.adaptive, variant=variant,
+            **settings.sam_steps(total, rho_rule), **kwargs,
         )  # fmt: skip
         sam.splits_batches = settings.m is not None and settings.m < settings.batch_size
         return sam
     return torch.optim.SGD(parameters, **kwargs)
+
+
+def _with_share(row: Row, settings: FitSettings) -> Row:
+    """A row with the share of perturbed steps, which are all in runs that do not tell it."""
+    first = {name: row[name] for name in ("epoch", "lr", "loss")}
+    return {**first, PERTURBED: float(settings.rho > 0), **row}
 
 
 def _sgd_step(
@@ -212,16 +235,6 @@ def _sam_step(
 
 def _take(inputs: Any, chosen: Tensor) -> Any:
     return pytree.tree_map(lambda t: t.index_select(0, chosen), inputs)
-
-
-def outputs_of(model: nn.Module, inputs: Any, loss: MeanLoss) -> Any:
-    """The outputs, whose every part that could be trained goes into the loss.
-
-    Raises:
-        ModelError: If the model returns more than logits, such as auxiliary outputs, and the loss
-            is no callable that gets all of it.
-    """
-    return read_outputs(model, call_module(model, inputs), whole=not loss.exact)
 
 
 def classifies(outputs: Any, labels: Tensor) -> bool:

@@ -115,8 +115,7 @@ def accumulate(
     variant: SamVariant = PLAIN_SAM,
 ) -> Tensor:
     """As `m_sam_gradient`, for the parameters that `radii` names, each with its own radius."""
-    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
-        raise ArgumentError(f"m must be a whole number of examples >= 1, got {m!r}")
+    check_group_size(m)
     if engine not in ("auto", "vectorized", "loop"):
         raise ArgumentError(f'engine must be "auto", "vectorized" or "loop", got {engine!r}')
     check_variant(variant)
@@ -129,7 +128,7 @@ def accumulate(
     loss_fn = resolve_loss(loss)
     function = FunctionalModel(network, whole=not loss_fn.exact)
     shared = {name: function.value(name) for name in radii.rho}
-    examples = _examples(inputs, labels).to(function.device, function.dtype)
+    examples = batch_of(inputs, labels).to(function.device, function.dtype)
     loss_fn = loss_fn.where_all_count([examples.labels])
     if scaler is not None:
         scaler.scale(torch.zeros((), device=function.device))  # its state is made at first use
@@ -162,7 +161,14 @@ def accumulate(
     return value
 
 
-def _examples(inputs: Inputs, labels: Tensor) -> Examples:
+def check_group_size(m: int) -> None:
+    """Raise ArgumentError unless m is a number of examples."""
+    if isinstance(m, bool) or not isinstance(m, int) or m < 1:
+        raise ArgumentError(f"m must be a whole number of examples >= 1, got {m!r}")
+
+
+def batch_of(inputs: Inputs, labels: Tensor) -> Examples:
+    """A batch; DataError if it is empty, or inputs and labels differ in length."""
     lengths = {len(t) for t in pytree.tree_leaves(inputs)} | {len(labels)}
     if len(lengths) != 1:
         raise DataError(f"inputs and labels differ in length: {sorted(lengths)}")

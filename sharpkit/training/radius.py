@@ -61,14 +61,21 @@ class Radii:
         }
 
 
-def radii_of_groups(groups: Iterable[Mapping[str, Any]], model: nn.Module) -> Radii:
+def radii_of_groups(
+    groups: Iterable[Mapping[str, Any]], model: nn.Module, *, factor: float = 1.0
+) -> Radii:
     """The radii of a model's parameters from an optimizer's groups, which have rho and adaptive.
+
+    Args:
+        groups: Of the optimizer.
+        model: Whose parameters they are.
+        factor: On every radius.
 
     Raises:
         ArgumentError: If none of the model's parameters is in a group, or a rho is out of range.
     """
     settings = {
-        id(p): (checked_radius(group["rho"]), bool(group["adaptive"]))
+        id(p): (checked_radius(group["rho"]) * factor, bool(group["adaptive"]))
         for group in groups
         for p in group["params"]
     }

@@ -32,6 +32,7 @@ from sharpkit.training.step_tracker import StepTracker
 COLUMNS = [
     "epoch", "lr", "loss", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "seconds",
 ]  # fmt: skip
+PERTURBED = "perturbed"  # a further column of SAM, after the loss
 _FORMAT = 1
 _CHECKPOINT = "checkpoint.pt"
 _CONFIG = "config.json"
@@ -192,7 +193,7 @@ def _read(path: Path, where: str) -> dict[str, Any]:
 def _require_history(rows: Any) -> None:
     """One row of numbers per epoch."""
     for number, row in enumerate(rows, start=1):
-        if set(row) != set(COLUMNS) or row["epoch"] != number:
+        if set(row) - {PERTURBED} != set(COLUMNS) or row["epoch"] != number:
             raise ValueError(f"row {number} of its history is {shown(row)}")
         if not all(type(value) in (int, float) for value in row.values()):
             raise ValueError(f"row {number} of its history has something other than numbers")
@@ -215,7 +216,7 @@ def _require_optimizer(there: Any, optimizer: Optimizer) -> None:
     """The optimizer's own settings, and for its parameters tensors of their shape."""
     groups = optimizer.state_dict()["param_groups"]
     for found, own in zip(there["param_groups"], groups, strict=True):
-        for name in (set(found) & set(own)) - {"lr"}:  # set anew in every step
+        for name in (set(found) & set(own)) - {"lr", "sam_step"}:  # set anew in every step
             if type(found[name]) is not type(own[name]) or found[name] != own[name]:
                 raise ValueError(
                     f"its optimizer's {name} is {shown(found[name])}, expected {own[name]}"

@@ -17,10 +17,13 @@ from sharpkit.contract.examples import Inputs
 from sharpkit.contract.losses import Loss
 from sharpkit.contract.modules import unwrapped
 from sharpkit.errors import ArgumentError, ModelError
-from sharpkit.training.m_sam import accumulate
+from sharpkit.training.m_sam import accumulate, check_group_size
 from sharpkit.training.noise import BufferGuard, Noise
 from sharpkit.training.perturbation import perturb, perturb_along, real
+from sharpkit.training.plain_pass import accumulate_plain
 from sharpkit.training.radius import checked_radius, radii_of_groups
+from sharpkit.training.sam_timing import EVERY_STEP, SamTiming, sam_timing
+from sharpkit.training.schedules import Schedule, ScheduleRule
 from sharpkit.training.variants import PLAIN_SAM, SamVariant, both, check_variant
 
 
@@ -48,12 +51,18 @@ class SAM(Optimizer):
 
     Ways to make a step, all of which end at a step of the base optimizer:
 
-    - `step(closure)` runs both passes; only one while every ρ is 0, as ε = 0 then.
+    - `step(closure)` runs both passes; only one where the step is not perturbed.
     - `first_step()`, second backward pass, `second_step()` in a loop of your own; several backward
       passes may be accumulated before each, and gradients clipped before the last.
     - `with opt.perturbed():` around the second pass, then `step()`: as before, but safe against
       errors.
     - `step_batch(model, inputs, labels, m=...)`: m-SAM, a perturbation for each group of m.
+
+    `interval`, `start` and `stop` choose the steps that are perturbed; the others are plain steps
+    of the base optimizer, with one pass over the whole batch. Where passes are written out,
+    `perturbs` tells whether the second one is due. Steps are counted in the state (`sam_step` of
+    the groups), so a training that goes on from a `state_dict`, with the same arguments, takes the
+    same steps.
 
     With `torch.amp.GradScaler`, scale both losses and call `scaler.step(opt)` in place of
     `second_step()`. The ascent does not depend on the scale, so only the second gradient is
@@ -69,14 +78,25 @@ class SAM(Optimizer):
         rho: Radius of the perturbation, at least 0; 0.05 is the paper's for CIFAR.
         adaptive: Measure ε relative to |w| elementwise (then ρ is 10 times larger or more).
         variant: Another direction of ε, or another gradient than g(w + ε): see `SamVariant`.
+        interval: Perturb every interval-th step, from the first of `start` on.
+        start: The first step that is perturbed, counted from 0: a whole number of steps, or a
+            fraction (float) of `total_steps`, rounded; 0.8 for the last fifth of a training.
+        stop: The step before which the last one is perturbed, in the same way; None for no end.
+        total_steps: Steps of the whole training, which fractions and schedules need.
+        rho_schedule: Factor on ρ from `start` to `stop`: "constant", "linear" or "cosine" (from 1
+            to 0), "step" (a tenth after half, a hundredth after three quarters), or a function of
+            the progress, from 0 to 1.
+        rho_warmup: Steps, or fraction (float) of those from `start` to `stop`, over which ρ first
+            rises from 0 along a line; the schedule takes the rest.
         base_kwargs: Passed to `base_optimizer`.
 
     Raises:
         ArgumentError: For a rho below 0, or a base optimizer that is not a class or needs a
-            closure itself.
+            closure itself; for steps out of range or none; for a fraction without `total_steps`.
 
     Source:
-        Foret et al., ICLR 2021, Algorithm 1 and equation 2; Kwon et al., ICML 2021 (adaptive).
+        Foret et al., ICLR 2021, Algorithm 1 and equation 2; Kwon et al., ICML 2021 (adaptive);
+        Zhou et al. 2024 (2410.10373), SAM late in training (start).
 
     Example:
         L(w) = w²/2 at w = 1: ε = 0.5, the gradient there is 1.5, so w becomes 1 − 0.1 · 1.5.
@@ -97,6 +117,7 @@ class SAM(Optimizer):
     # GradScaler then always calls `step`, which puts the weights back even if it skips the update
     _step_supports_amp_scaling = True
     splits_batches = False  # whether a batch has had a perturbation for each group of m
+    timing: SamTiming = EVERY_STEP  # which steps are perturbed; of pickles that have none
 
     def __init__(
         self,
@@ -106,6 +127,12 @@ class SAM(Optimizer):
         rho: float = 0.05,
         adaptive: bool = False,
         variant: SamVariant = PLAIN_SAM,
+        interval: int = 1,
+        start: int | float = 0,
+        stop: int | float | None = None,
+        total_steps: int | None = None,
+        rho_schedule: Schedule | ScheduleRule = "constant",
+        rho_warmup: int | float = 0,
         **base_kwargs: Any,
     ) -> None:
         if isinstance(base_optimizer, Optimizer) or not callable(base_optimizer):
@@ -116,6 +143,10 @@ class SAM(Optimizer):
         check_variant(variant)
         self._reset()
         self.variant = variant
+        self.timing = sam_timing(
+            interval=interval, start=start, stop=stop, total_steps=total_steps,
+            rho_schedule=rho_schedule, rho_warmup=rho_warmup,
+        )  # fmt: skip
         super().__init__(params, {"rho": checked_radius(rho), "adaptive": adaptive})
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         closure = inspect.signature(self.base_optimizer.step).parameters.get("closure")
@@ -127,6 +158,54 @@ class SAM(Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
         self.defaults = {**self.base_optimizer.defaults, **self.defaults}
+        self.steps = 0
+
+    @property
+    def steps(self) -> int:
+        """Steps made, of either kind; also those that a `GradScaler` skipped.
+
+        Set it where a training goes on of which no state was saved.
+        """
+        return int(self.param_groups[0]["sam_step"])
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        for group in self.param_groups:
+            group["sam_step"] = value
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether the step that comes, or is under way, takes a second pass, at w + ε.
+
+        Example:
+            >>> import torch
+            >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> opt = SAM([w], torch.optim.SGD, rho=0.5, interval=2, lr=0.1)
+            >>> for _ in range(3):
+            ...     opt.zero_grad()
+            ...     (w ** 2 / 2).sum().backward()
+            ...     if opt.perturbs:
+            ...         with opt.perturbed():
+            ...             (w ** 2 / 2).sum().backward()
+            ...     opt.step()
+            >>> opt.steps, opt.perturbs
+            (3, False)
+        """
+        moves = self.variant.combine is not None or any(g["rho"] for g in self.param_groups)
+        return moves and self.factor > 0
+
+    @property
+    def factor(self) -> float:
+        """What ρ is multiplied by in this step; 0 where the step is a plain one."""
+        return self.timing.factor(self.steps)
+
+    def _check_length(self) -> None:
+        total = self.timing.total
+        if total is not None and self.steps >= total:
+            raise ArgumentError(
+                f"this is step {self.steps + 1}, but total_steps is {total}: give the number of "
+                "steps that the training has"
+            )
 
     def _reset(self) -> None:
         self._phase = _Phase.IDLE
@@ -144,10 +223,10 @@ class SAM(Optimizer):
         base = getattr(self, "base_optimizer", None)
         if base is not None:
             group = self.param_groups.pop()  # one shared list: let the base optimizer append it
-            base.add_param_group(group)
+            base.add_param_group({**group, "sam_step": self.steps})
 
     def first_step(self, *, zero_grad: bool = True) -> None:
-        """Move the weights to w + ε along the gradients in `.grad`.
+        """Move the weights to w + ε along the gradients in `.grad`; ε = 0 if the step is plain.
 
         Until the weights are back, buffers of modules in training mode are noted, to be put back
         with them.
@@ -157,13 +236,16 @@ class SAM(Optimizer):
 
         Raises:
             ModelError: If a gradient is sparse, or weights in half precision round ε away.
-            ArgumentError: If the weights are perturbed already, or a group's rho is below 0.
+            ArgumentError: If the weights are perturbed already, or a group's rho is below 0, or
+                all steps of `total_steps` have been made.
         """
         if self._phase is _Phase.PERTURBED:
             raise ArgumentError(
                 "the weights are perturbed already: call second_step(), or restore() to go back"
             )
-        rhos = [checked_radius(group["rho"]) for group in self.param_groups]
+        self._check_length()
+        factor = self.factor
+        rhos = [checked_radius(group["rho"]) * factor for group in self.param_groups]
         groups = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         every = [p for group in groups for p in group]
         for p in every:
@@ -175,11 +257,11 @@ class SAM(Optimizer):
         self._moved, self._copies = every, [p.detach().clone() for p in every]
         self._phase = _Phase.PERTURBED
         self._guard.start()
-        if self.variant.combine is not None:
+        if self.variant.combine is not None and factor > 0:
             self._plain = [real(p.grad).clone() for p in every if p.grad is not None]
         adaptive = [bool(group["adaptive"]) for group in self.param_groups]
         try:
-            if self.variant.direction is None:
+            if self.variant.direction is None or not factor > 0:
                 self._finite = perturb(groups, rhos, adaptive)
             else:
                 self._finite = perturb_along(self.variant.direction, groups, rhos, adaptive)
@@ -216,7 +298,7 @@ class SAM(Optimizer):
     @torch.no_grad()
     def _combine(self) -> None:
         """Replace the gradients of the perturbed weights by what the variant makes of both."""
-        if self._phase is not _Phase.PERTURBED or self.variant.combine is None:
+        if self._phase is not _Phase.PERTURBED or self.variant.combine is None or not self._plain:
             return
         own = {str(i): real(p.grad) for i, p in enumerate(self._moved) if p.grad is not None}
         if own:
@@ -264,8 +346,8 @@ class SAM(Optimizer):
 
         Args:
             closure: Computes the loss, calls its backward and returns it. It is called twice (once
-                while every ρ is 0), with the gradients cleared before each call, and with the same
-                random numbers.
+                where the step is not perturbed), with the gradients cleared before each call, and
+                with the same random numbers.
             no_sync: Context for the first call, such as `no_sync` of a DistributedDataParallel.
 
         Returns:
@@ -273,8 +355,9 @@ class SAM(Optimizer):
 
         Raises:
             ArgumentError: Without a closure, unless `first_step` (or `perturbed`, or
-                `accumulate_groups`) came before; or with one after it; or with `no_sync` for a
-                variant that combines the gradients of both passes.
+                `accumulate_groups`) came before, or the step is not perturbed; or with one after
+                it; or with `no_sync` for a variant that combines the gradients of both passes; or
+                after all steps of `total_steps`.
         """
         if closure is None:
             return self._finish()
@@ -288,7 +371,8 @@ class SAM(Optimizer):
                 f"the variant {self.variant.name!r} combines the gradients of both passes, which "
                 "must then be the same on all ranks: leave out no_sync"
             )
-        if self.variant.combine is None and not any(group["rho"] for group in self.param_groups):
+        self._check_length()
+        if not self.perturbs:
             self.zero_grad()
             with torch.enable_grad():
                 value = closure()
@@ -306,13 +390,16 @@ class SAM(Optimizer):
         return loss
 
     def _finish(self) -> None:
-        if self._phase is _Phase.IDLE:
+        if self._phase is _Phase.IDLE and self.perturbs:
             raise ArgumentError(
                 "SAM needs two passes: give step() a closure that computes the loss and calls its "
                 "backward, or call first_step() and a second backward pass before it"
             )
+        self._check_length()
+        self._finite = self._finite or self._phase is _Phase.IDLE
         self._combine()
         self.restore()
+        self.steps += 1
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and (bool(found_inf) or not self._finite):
             return
@@ -337,14 +424,23 @@ class SAM(Optimizer):
         """Add the m-SAM gradient of a batch to `.grad`; `step()` then uses it.
 
         As `m_sam_gradient`, with rho and adaptive from the parameter groups. The gradients of
-        several calls add up, and may be clipped before `step()`.
+        several calls add up, and may be clipped before `step()`. In a step that is not perturbed it
+        is the plain gradient of the whole batch, in one pass.
         """
         if self._phase is _Phase.PERTURBED:
             raise ArgumentError("the weights are perturbed: call second_step() or restore() first")
-        radii = radii_of_groups(self.param_groups, unwrapped(model))
-        value = accumulate(
-            model, inputs, labels, m=m, radii=radii, loss=loss, scaler=scaler, variant=self.variant
-        )
+        self._check_length()
+        network, factor = unwrapped(model), self.factor
+        radii = radii_of_groups(self.param_groups, network, factor=factor)
+        if factor > 0:
+            value = accumulate(
+                model, inputs, labels, m=m, radii=radii, loss=loss, scaler=scaler,
+                variant=self.variant,
+            )  # fmt: skip
+        else:
+            check_group_size(m)
+            own = [p for name, p in network.named_parameters() if name in radii.rho]
+            value = accumulate_plain(model, inputs, labels, own, loss=loss, scaler=scaler)
         self._phase, self._finite = _Phase.READY, True
         self.splits_batches = self.splits_batches or m < len(labels)
         return value
@@ -377,8 +473,28 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What pickle and deepcopy keep: nothing of a step half made."""
-        kept = {"base_optimizer": self.base_optimizer, "variant": self.variant}
+        kept = {
+            "base_optimizer": self.base_optimizer,
+            "variant": self.variant,
+            "timing": self.timing,
+        }
         return {**super().__getstate__(), **kept}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ArgumentError: If it does not tell how many steps were made, which `interval` and the
+                like depend on.
+        """
+        counted = all("sam_step" in group for group in state_dict["param_groups"])
+        if not self.timing.everywhere and not counted:
+            raise ArgumentError(
+                "the state does not tell how many steps were made, as that of another optimizer: "
+                "note them in it, `group['sam_step'] = n` for each of its param_groups, or leave "
+                "out interval, start, stop and the schedule"
+            )
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -387,4 +503,5 @@ class SAM(Optimizer):
         for group in self.param_groups:  # a checkpoint of the plain base optimizer has none
             group.setdefault("rho", self.defaults["rho"])
             group.setdefault("adaptive", self.defaults["adaptive"])
+            group.setdefault("sam_step", 0)
         self.base_optimizer.__setstate__({"state": self.state, "param_groups": self.param_groups})

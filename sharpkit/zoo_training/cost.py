@@ -24,6 +24,7 @@ from sharpkit.zoo_training.cost_result import ShapeCost, TrainingCost
 from sharpkit.zoo_training.cost_trial import epoch_seconds
 from sharpkit.zoo_training.grid_file import ZooPlan, read_plan, settings_of
 from sharpkit.zoo_training.recipe import Recipe
+from sharpkit.zoo_training.sam_checks import check_where_sam_acts
 from sharpkit.zoo_training.stacked_plan import (
     Shape,
     Stack,
@@ -53,9 +54,10 @@ def training_cost(
     """What `train_zoo` would cost: an epoch of each shape of network is timed, nothing is written.
 
     Epochs are timed on random images of the right shape, on one thread as in a training, with all
-    networks of a stack at a time, and with step sizes of almost 0. Where an epoch takes longer than
-    `seconds`, it is one of fewer examples, and its time is taken in proportion; that is too much
-    where they are fewer than a batch. What data sets by name have is known and not read.
+    networks of a stack at a time, and with step sizes of almost 0; where SAM is in some steps only,
+    one epoch with it and one without, in proportion. Where an epoch takes longer than `seconds`, it
+    is one of fewer examples, and its time is taken in proportion; that is too much where they are
+    fewer than a batch. What data sets by name have is known and not read.
 
     Args:
         plan: A grid file, the name of a preset, or a `ZooPlan`.
@@ -88,6 +90,7 @@ def training_cost(
     if not settings:
         raise ArgumentError(f"limit is {limit}: expected at least one network")
     recipes = {i: replace(plan.recipe, **setting) for i, setting in settings.items()}
+    check_where_sam_acts(recipes, sizes.input_shape, sizes.classes, sizes.train)
     where = torch.device(device)
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         shapes = tuple(
@@ -97,6 +100,7 @@ def training_cost(
                 most,
                 shape=_shared([settings[i] for i in ids]),
                 grid=plan.grid,
+                recorded=plan.recorded_epochs,
                 device=where,
                 seconds=seconds,
             )
@@ -142,6 +146,7 @@ def _cost(
     *,
     shape: str,
     grid: Mapping[str, Sequence[Any]],
+    recorded: float | None,
     device: torch.device,
     seconds: float,
 ) -> ShapeCost:
@@ -151,23 +156,48 @@ def _cost(
     x = torch.zeros(1, *data.shape, device=device).expand(data.train, *data.shape)
     y = torch.zeros(data.train, dtype=torch.int64, device=device)
     sizes = sizes_of(common, x, y, most)
-    step, forward = flops_of_an_example(recipe, data.input_shape, data.classes)
-    took, timed = epoch_seconds(
-        recipe, data, sizes.networks, flops=step + forward, device=device, seconds=seconds
-    )
+    epochs = sum(r.epochs for r in recipes)
+    share = sum(r.epochs * r.perturbed(data.train, r.epochs) for r in recipes) / epochs
+    soon = share
+    if recorded is not None:
+        soon = sum(r.perturbed(data.train, recorded) for r in recipes) / len(recipes)
+    plain = replace(recipe, rho=0.0)
+    pass_, forward = flops_of_an_example(plain, data.input_shape, data.classes)
+    took: dict[bool, float] = {}  # by whether steps are perturbed
+    for perturbed in [True] * (max(share, soon) > 0) + [False] * (min(share, soon) < 1):
+        took[perturbed], timed = epoch_seconds(
+            _everywhere(recipe) if perturbed else plain,
+            data,
+            sizes.networks,
+            flops=(1 + perturbed) * pass_ + forward,
+            device=device,
+            seconds=seconds,
+        )
+    flops = data.train * ((1 + share) * pass_ + forward)
     last = (data.train + data.test + data.shipped) * forward
-    flops = data.train * (step + forward)
     return ShapeCost(
         shape=shape,
         networks=len(recipes),
         stack=sizes.networks,
         parameters=build_model(common.config, device="meta").parameter_count,
-        steps=math.ceil(data.train / recipe.batch_size),
+        steps=recipe.steps_of_an_epoch(data.train),
+        perturbed=share,
         flops=flops,
-        seconds=took,
+        seconds=_mixed(took, share),
+        recorded_seconds=_mixed(took, soon),
         timed=timed,
-        epochs=sum(r.epochs for r in recipes),
+        epochs=epochs,
         last=last / flops,
         memory=data.memory + needs_of(common, x, y).of(sizes),
         disk=len(recipes) * disk_of_model(recipe, data, grid),
     )
+
+
+def _everywhere(recipe: Recipe) -> Recipe:
+    """The recipe with SAM in every step."""
+    return replace(recipe, sam_interval=1, sam_start=0.0, sam_stop=1.0, rho_warmup=0.0)
+
+
+def _mixed(took: Mapping[bool, float], share: float) -> float:
+    """Seconds of an epoch with a share of perturbed steps, by those with all and with none."""
+    return sum(took[kind] * part for kind, part in ((True, share), (False, 1 - share)) if part)

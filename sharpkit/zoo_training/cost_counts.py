@@ -100,7 +100,7 @@ def flops_of_an_example(
     """Floating-point operations of an example in a step of training, and in an evaluation.
 
     Those of convolutions and matrix products, forward and backward: two for each multiplication.
-    A step of SAM has two passes.
+    A perturbed step of SAM has two passes.
 
     Example:
         >>> dense = Recipe(num_conv_blocks=0, num_dense_layers=0)  # one layer of 16 x 10 weights

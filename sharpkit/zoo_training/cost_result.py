@@ -27,8 +27,10 @@ class ShapeCost:
         stack: That train at a time; 1 for one by one.
         parameters: Of a network.
         steps: Of an epoch.
-        flops: Of an epoch of one network, with the evaluation that ends it.
+        perturbed: The share of the steps that are, of SAM, if networks take all their epochs.
+        flops: Of an epoch of one network then, on average, with the evaluation that ends it.
         seconds: The same.
+        recorded_seconds: The same if they take the recorded number of epochs.
         timed: Examples of the epoch that was timed.
         epochs: Of all networks together, at most, in one attempt each.
         last: The evaluation of a finished network, in epochs.
@@ -41,8 +43,10 @@ class ShapeCost:
     stack: int
     parameters: int
     steps: int
-    flops: int
+    perturbed: float
+    flops: float
     seconds: float
+    recorded_seconds: float
     timed: int
     epochs: int
     last: float
@@ -57,6 +61,11 @@ class ShapeCost:
         """Of all networks, with what their last evaluations take: at most, or as recorded."""
         epochs = self.epochs if recorded is None else self.networks * recorded
         return epochs + self.networks * self.last
+
+    def hours_of(self, recorded: float | None) -> float:
+        """The same in hours."""
+        each = self.seconds if recorded is None else self.recorded_seconds
+        return each * self.epochs_of(recorded) / _HOUR
 
 
 @readable(lambda cost: f"{cost.task}: {cost.total}")
@@ -143,9 +152,9 @@ class TrainingCost:
         """One row per shape of network.
 
         Columns: shape, networks, stack (networks at a time), parameters, epoch_seconds (of one
-        network), timed (examples of the epoch that was timed), steps_at_most, flops_at_most,
-        hours_at_most, hours (at the recorded number of epochs, if there is one), memory_mib,
-        disk_mib (without the data).
+        network), timed (examples of the epoch that was timed), perturbed (the share of the steps
+        that are, of SAM), steps_at_most, flops_at_most, hours_at_most, hours (at the recorded
+        number of epochs, if there is one), memory_mib, disk_mib (without the data).
         """
         import pandas as pd
 
@@ -157,10 +166,11 @@ class TrainingCost:
                 "parameters": s.parameters,
                 "epoch_seconds": s.seconds,
                 "timed": s.timed,
+                "perturbed": s.perturbed,
                 "steps_at_most": s.steps * s.epochs,
                 "flops_at_most": s.flops * s.epochs_of(None),
-                "hours_at_most": s.seconds * s.epochs_of(None) / _HOUR,
-                "hours": s.seconds * s.epochs_of(self.recorded_epochs) / _HOUR,
+                "hours_at_most": s.hours_of(None),
+                "hours": s.hours_of(self.recorded_epochs),
                 "memory_mib": s.memory / _MIB,
                 "disk_mib": s.disk / _MIB,
             }
@@ -170,7 +180,7 @@ class TrainingCost:
         return table.drop(columns="hours") if self.recorded_epochs is None else table
 
     def _hours(self, recorded: float | None) -> float:
-        return sum(s.seconds * s.epochs_of(recorded) for s in self.shapes) / _HOUR
+        return sum(s.hours_of(recorded) for s in self.shapes)
 
 
 def _short(value: float) -> str:

@@ -31,7 +31,7 @@ def epoch_seconds(
     device: torch.device,
     seconds: float,
 ) -> tuple[float, int]:
-    """Seconds of an epoch of one network, with the evaluation that ends it.
+    """Seconds of an epoch of one network, with the evaluation that ends it; all steps alike.
 
     Time on a CPU is that of its one thread, whatever else runs; on a GPU, wall time.
 
@@ -101,7 +101,7 @@ def _images(size: int, data: DataSizes, device: torch.device) -> tuple[Tensor, T
 def _alone(recipe: Recipe, data: DataSizes, x: Tensor, y: Tensor) -> Epoch:
     start = begin(recipe.network(data.input_shape, data.classes), recipe, (0,))
     model = start.model.to(x.device)
-    optimizer, _ = optimizer_of(model, recipe)
+    optimizer, _ = optimizer_of(model, recipe, len(x))
     return lambda: train_epoch(model, optimizer, recipe, x, y, start.order)
 
 

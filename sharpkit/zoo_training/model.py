@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 from sharpkit.contract.losses import cross_entropy
 from sharpkit.errors import ModelError
 from sharpkit.training.sam import SAM
+from sharpkit.training.sam_groups import sam_groups, selection_of
 from sharpkit.workers.threads import limited_threads
 from sharpkit.zoo.keras import KerasModel, build_model
 from sharpkit.zoo_training.recipe import Recipe
@@ -27,7 +28,8 @@ class TrainedModel:
     config: dict[str, Any]  # its config.json
     initial: dict[str, NDArray[np.float32]]  # parameter name to value before training
     final: dict[str, NDArray[np.float32]]  # the same after training
-    metrics: dict[str, float]  # accuracies, losses, the number of epochs and the attempt, from 0
+    # accuracies, losses, the number of epochs, the attempt, from 0; of SAM, the perturbed steps
+    metrics: dict[str, float]
 
 
 # names of the metrics
@@ -82,7 +84,7 @@ def train_model(
                 if attempt == recipe.attempts - 1:
                     raise
         metrics = final_metrics(start.model, (x, y), (test_x, test_y), shipped_test)
-    metrics |= {"epochs": epochs, "attempt": attempt}
+    metrics |= {"epochs": epochs, "attempt": attempt} | sam_metrics(recipe, len(x), epochs)
     return TrainedModel(config, start.initial, state_of(start.model), metrics)
 
 
@@ -129,6 +131,11 @@ def final_metrics(
     }
 
 
+def sam_metrics(recipe: Recipe, examples: int, epochs: int) -> dict[str, float]:
+    """What is recorded of SAM: the share of the steps made that were perturbed."""
+    return {"perturbed": recipe.perturbed(examples, epochs)} if recipe.rho else {}
+
+
 def state_of(model: nn.Module) -> dict[str, NDArray[np.float32]]:
     """Parameters and buffers by name, copied."""
     return {name: tensor.cpu().numpy().copy() for name, tensor in model.state_dict().items()}
@@ -147,7 +154,7 @@ def _initialise(model: nn.Module, gain: float, generator: torch.Generator) -> No
 
 def _fit(model: nn.Module, recipe: Recipe, x: Tensor, y: Tensor, shuffle: torch.Generator) -> int:
     """SGD or SAM until the training loss is at most the target; the number of epochs."""
-    optimizer, schedule = optimizer_of(model, recipe)
+    optimizer, schedule = optimizer_of(model, recipe, len(x))
     for epoch in range(1, recipe.epochs + 1):
         loss = train_epoch(model, optimizer, recipe, x, y, shuffle)
         schedule.step()
@@ -193,21 +200,23 @@ def reached(recipe: Recipe, loss: float, epoch: int) -> bool:
 
 
 def optimizer_of(
-    model: nn.Module, recipe: Recipe
+    model: nn.Module, recipe: Recipe, examples: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """What makes the steps of a recipe, and what changes their size after every epoch."""
+    """What makes the steps of a recipe on so many examples, and changes their size every epoch."""
     scale = math.sqrt(recipe.batch_size / 16) if recipe.scale_lr else 1.0
     settings: dict[str, Any] = {
         "lr": recipe.lr * scale,
         "momentum": recipe.momentum,
         "weight_decay": recipe.weight_decay,
     }
-    parameters, sgd = model.parameters(), torch.optim.SGD
-    optimizer: torch.optim.Optimizer = (
-        SAM(parameters, sgd, rho=recipe.rho, **settings)
-        if recipe.rho
-        else sgd(parameters, **settings)
-    )
+    sgd = torch.optim.SGD
+    optimizer: torch.optim.Optimizer
+    if recipe.rho:
+        groups = sam_groups(model, selection_of(recipe.sam_parameters))
+        timing = recipe.sam_steps(recipe.total_steps(examples))
+        optimizer = SAM(groups, sgd, rho=recipe.rho, **timing, **settings)
+    else:
+        optimizer = sgd(model.parameters(), **settings)
     schedules = torch.optim.lr_scheduler
     if recipe.decay_epochs:
         return optimizer, schedules.MultiStepLR(optimizer, recipe.decay_epochs, recipe.decay)

@@ -9,6 +9,7 @@ from typing import Any
 
 from sharpkit.doors import MAX_LAYERS
 from sharpkit.errors import ArgumentError
+from sharpkit.training.sam_timing import sam_timing
 from sharpkit.training.settings import TrainingSettings, check_choice, check_number, check_whole
 
 
@@ -24,7 +25,10 @@ class Recipe(TrainingSettings):
     - "nin": the first convolution of a block has stride 2, the others are 1x1; dropout after each
       block; a 1x1 convolution to the classes and global average pooling. Its NiN family.
 
-    `batch_size`, `momentum`, `weight_decay` and `stop_at_loss` are as in `sharpkit.fit`.
+    `batch_size`, `momentum`, `weight_decay` and `stop_at_loss` are as in `sharpkit.fit`. So are
+    `sam_interval`, `sam_start`, `sam_stop`, `sam_parameters`, `rho_schedule` and `rho_warmup`,
+    wherever `rho` is above 0. Parts of a training are parts of all `epochs`, of which a network
+    that reaches `stop_at_loss` takes fewer.
 
     Args:
         architecture: "cnn", "vgg" or "nin".
@@ -84,6 +88,27 @@ class Recipe(TrainingSettings):
                 f"num_conv_blocks, convs_per_block and num_dense_layers make {layers:,} layers, "
                 f"expected at most {MAX_LAYERS:,}"
             )
+
+    def total_steps(self, examples: int) -> int:
+        """Steps of a training on so many examples that takes all its epochs."""
+        return self.epochs * self.steps_of_an_epoch(examples)
+
+    def steps_of_an_epoch(self, examples: int) -> int:
+        """On so many examples; the last batch may be smaller."""
+        return math.ceil(examples / self.batch_size)
+
+    def perturbed(self, examples: int, epochs: float) -> float:
+        """The share of perturbed steps in the first epochs on so many examples.
+
+        Example:
+            >>> Recipe(rho=0.1, sam_start=0.5, epochs=40).perturbed(examples=320, epochs=25)
+            0.2
+        """
+        if not self.rho:
+            return 0.0
+        timing = sam_timing(**self.sam_steps(self.total_steps(examples)))
+        made = round(min(epochs, self.epochs) * self.steps_of_an_epoch(examples))
+        return timing.share(0, max(1, made))
 
     def network(self, input_shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
         """The config.json of the network for inputs (h, w, c)."""

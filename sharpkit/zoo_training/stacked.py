@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from sharpkit.errors import ModelError
 from sharpkit.workers.outcome import Failure, error_message
 from sharpkit.workers.threads import limited_threads
-from sharpkit.zoo_training.model import TrainedModel, final_metrics, state_of
+from sharpkit.zoo_training.model import TrainedModel, final_metrics, sam_metrics, state_of
 from sharpkit.zoo_training.stacked_state import Job, Stack
 
 
@@ -102,5 +102,6 @@ def _trained(
             model = stack.finished(place)
             metrics = final_metrics(model, (x, y), (test_x, test_y), shipped_test)
             metrics |= {"epochs": member.epoch, "attempt": attempt}
+            metrics |= sam_metrics(job.recipe, len(x), member.epoch)
             yield job.id, TrainedModel(model.config, member.start.initial, state_of(model), metrics)
         stack.keep(staying)

@@ -56,6 +56,25 @@ class Slopes:
     gradients: Tensors
     statistics: Tensors
 
+    def rows(self, rows: Tensor) -> Slopes:
+        """Those of some networks, in another order."""
+        return Slopes(self.loss[rows], taken(self.gradients, rows), taken(self.statistics, rows))
+
+
+def taken(tensors: Tensors, rows: Tensor) -> Tensors:
+    """Some networks of all, by name."""
+    return {name: t[rows] for name, t in tensors.items()}
+
+
+def joined(parts: list[Slopes]) -> Slopes:
+    """Those of several lots of networks, one lot after the other."""
+    first = parts[0]
+    return Slopes(
+        torch.cat([part.loss for part in parts]),
+        {name: torch.cat([part.gradients[name] for part in parts]) for name in first.gradients},
+        {name: torch.cat([part.statistics[name] for part in parts]) for name in first.statistics},
+    )
+
 
 def sgd_slopes(network: StackedNetwork, weights: Tensors, batches: Batches) -> Slopes:
     """The gradient of every network's mean cross-entropy."""
@@ -73,6 +92,7 @@ def sam_slopes(
     m: int,
     rho: Tensor,
     at_once: int,
+    still: Tensors | None = None,
 ) -> Slopes:
     """The gradient of m-SAM of every network (see `m_sam_gradient`).
 
@@ -83,6 +103,7 @@ def sam_slopes(
         m: Examples per group; the last group may be smaller.
         rho: Radius, (networks,) float64.
         at_once: Groups of a network that are evaluated together.
+        still: Of parameters, in which networks they are not perturbed, (networks,) bool.
     """
     size, whole = batches.labels.shape[1], batches.labels.shape[1] // m * m
     parts = [
@@ -90,7 +111,8 @@ def sam_slopes(
     ]
     if whole < size:
         parts.append((whole, 1, size - whole))
-    found = [_of_groups(network, weights, batches, part, rho) for part in parts]
+    still = still or {}
+    found = [_of_groups(network, weights, batches, part, rho, still) for part in parts]
     if len(found) == 1:
         return found[0]
     return Slopes(
@@ -110,6 +132,7 @@ def _of_groups(
     batches: Batches,
     part: tuple[int, int, int],
     rho: Tensor,
+    still: Tensors,
 ) -> Slopes:
     """What `count` groups of m examples, from a first example on, add to loss and gradient."""
     (networks, size), (start, count, m) = batches.labels.shape, part
@@ -122,6 +145,9 @@ def _of_groups(
     }
     statistics = _zeros(network, networks * count)
     mean, ascent = _ascent(network, own, groups, statistics)
+    for name, rows in still.items():
+        of_groups = rows.repeat_interleave(count).view(-1, *[1] * (ascent[name].ndim - 1))
+        ascent[name] = ascent[name].masked_fill(of_groups, 0.0)
     unit = geometry.steepest(ascent, 2.0)
     at = geometry.moved(own, unit.tensors, unit.coefficient * rho.repeat_interleave(count))
     leaves = _leaves(at)

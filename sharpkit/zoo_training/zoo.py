@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ from sharpkit.zoo.writer import Layout, ZooWriter, check_layout
 from sharpkit.zoo_training.grid_file import ZooPlan, settings_of
 from sharpkit.zoo_training.model import TrainedModel, train_model
 from sharpkit.zoo_training.recipe import Recipe
+from sharpkit.zoo_training.sam_checks import check_where_sam_acts
 from sharpkit.zoo_training.stacked_plan import Stack, check_stack, stacks_of
 from sharpkit.zoo_training.stacked_run import train_stacks
 from sharpkit.zoo_training.stacked_state import Job
@@ -140,7 +141,7 @@ def train_zoo(
 
     Raises:
         ArgumentError: A name that is not a field of `Recipe`, a value outside its range, or an
-            empty list of values.
+            empty list of values; or SAM has no step or no parameter in a network.
         DataError: Inputs or labels of the wrong shape or kind.
         RunError: The directory holds a run with another grid, recipe, seed or data, or belongs to
             another process, or cannot be written.
@@ -169,9 +170,12 @@ def train_zoo(
     settings = settings_of(grid, replicates)
     recipes = {i: replace(recipe, **setting) for i, setting in settings.items()}
     wanted = list(recipes)[:limit]
+    x, y = train.tensors
+    classes = int(y.max()) + 1
+    check_where_sam_acts(recipes, (x.shape[2], x.shape[3], x.shape[1]), classes, len(x))
     plan = {
         "grid": {name: list(values) for name, values in grid.items()},
-        "recipe": asdict(recipe),
+        "recipe": recipe.asdict(),
         "seed": seed,
         "shipped_test": shipped,
         "data": digest([*train.tensors, *test.tensors]),

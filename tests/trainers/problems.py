@@ -44,9 +44,13 @@ def sam_by_hand(
     rho: float = 0.1,
     lr: float = 0.1,
     clip: float | None = None,
+    interval: int = 1,
     loss=lambda model, x, y: nn.functional.cross_entropy(model(x), y),
 ) -> nn.Module:
-    """SAM with SGD as Algorithm 1 is written; a step is the mean over its micro-batches."""
+    """SAM with SGD as Algorithm 1 is written; a step is the mean over its micro-batches.
+
+    With an interval, steps in between have ε = 0.
+    """
 
     def gradient(micro):
         found = [torch.zeros_like(p) for p in model.parameters()]
@@ -55,12 +59,12 @@ def sam_by_hand(
             found = [a + b for a, b in zip(found, parts, strict=True)]
         return found
 
-    for micro in steps:
+    for number, micro in enumerate(steps):
         g = gradient(micro)
         length = torch.sqrt(sum(part.square().sum() for part in g))
         before = weights(model)
         for p, part in zip(model.parameters(), g, strict=True):
-            p.data += rho * part / length
+            p.data += (0.0 if number % interval else rho) * part / length
         g = gradient(micro)
         length = torch.sqrt(sum(part.square().sum() for part in g))
         scale = 1.0 if clip is None else min(1.0, clip / float(length))

@@ -99,10 +99,10 @@ def test_accumulated_gradients_make_one_step():
 # --- SAM --------------------------------------------------------------------------------------
 
 
-def sam_trained(of, clip=None, precision="no"):
+def sam_trained(of, clip=None, precision="no", **where):
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     model = network()
-    optimizer = sk.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    optimizer = sk.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, **where)
     model, optimizer = accelerator.prepare(model, optimizer)
     for batches in micro_batches(of) * 2:
         train_step(accelerator, model, optimizer, batches, clip)
@@ -116,6 +116,12 @@ def sam_trained(of, clip=None, precision="no"):
 def test_sam_is_algorithm_1(of, clip):
     expected = sam_by_hand(network(), micro_batches(of) * 2, clip=clip)
     assert close(weights(sam_trained(of, clip)), weights(expected))
+
+
+@pytest.mark.parametrize("of", [1, 2])
+def test_sam_in_some_steps(of):
+    expected = sam_by_hand(network(), micro_batches(of) * 2, clip=0.3, interval=2)
+    assert close(weights(sam_trained(of, 0.3, interval=2)), weights(expected))
 
 
 def test_sam_with_bfloat16():

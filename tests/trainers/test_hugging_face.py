@@ -107,6 +107,10 @@ class SgdSamTrainer(SamTrainer):
     base, rho = torch.optim.SGD, 0.1
 
 
+class SometimesTrainer(SgdSamTrainer):
+    interval = 2
+
+
 def batches(steps, of):
     inputs, labels = sentences()
     pieces = [
@@ -125,10 +129,10 @@ def sam_trained(out, of, callbacks=(), **options):
     return made.model
 
 
-def by_hand(of, clip, dtype=torch.float64):
+def by_hand(of, clip, dtype=torch.float64, interval=1):
     model = bert().to(dtype).train()
     return sam_by_hand(
-        model, batches(3, of), clip=clip,
+        model, batches(3, of), clip=clip, interval=interval,
         loss=lambda model, x, y: torch.nn.functional.cross_entropy(model(**x).logits, y),
     )  # fmt: skip
 
@@ -138,6 +142,12 @@ def by_hand(of, clip, dtype=torch.float64):
 def test_sam_is_algorithm_1(of, clip, tmp_path):
     model = sam_trained(tmp_path, of, max_grad_norm=clip)
     assert close(weights(model), weights(by_hand(of, clip)))
+
+
+@pytest.mark.parametrize("of", [1, 2])
+def test_sam_in_some_steps(of, tmp_path):
+    model = sam_trained(tmp_path, of, kind=SometimesTrainer, max_grad_norm=0.3)
+    assert close(weights(model), weights(by_hand(of, 0.3, interval=2)))
 
 
 def test_sam_with_bfloat16_and_a_tracker(tmp_path):

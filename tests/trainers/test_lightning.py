@@ -109,6 +109,11 @@ def test_sam_with_automatic_optimisation(tmp_path):
     assert close(weights(module), weights(sam_by_hand(network(), micro_batches(1) * 2)))
 
 
+def test_sam_in_some_steps(tmp_path):
+    module = fit(Classifier(network(), interval=2), tmp_path, max_epochs=2)
+    assert close(weights(module), weights(sam_by_hand(network(), micro_batches(1) * 2, interval=2)))
+
+
 def test_sam_with_clipping_by_lightning(tmp_path):
     """It clips in the closure, so both gradients: the first one's length does not matter."""
     module = fit(Classifier(network()), tmp_path, max_epochs=2, gradient_clip_val=0.3)

@@ -148,6 +148,46 @@ def test_a_stack_on_a_gpu_gives_the_networks_that_train_alone_there(float64, kin
         assert_same(found[str(i)], expected, 1e-10)
 
 
+def parts_of_trainings(kind=Recipe, **fields):
+    """Recipes whose perturbed steps, parameters and radii differ; some have none in an epoch."""
+    changes = [
+        {"sam_interval": 3},
+        {"sam_start": 0.4, "rho_schedule": "linear"},
+        {"sam_stop": 0.6, "sam_parameters": "*.bias"},
+        {"sam_start": 0.6, "sam_interval": 2, "sam_parameters": "conv2d.*,*_1.weight"},
+        {"rho_warmup": 0.5, "rho_schedule": "cosine"},
+        {"rho_schedule": "step", "sam_interval": 7},
+        {},
+        {"sam_start": 0.3, "sam_stop": 0.4},
+    ]
+    recipes = varied(kind, rho=0.02, **fields)
+    return [replace(recipe, **change) for recipe, change in zip(recipes, changes, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (Normed, {"m": 3, **DROPOUT}),
+        pytest.param(Recipe, DROPOUT, marks=pytest.mark.slow),
+        pytest.param(Recipe, {"m": 1, **NIN}, marks=pytest.mark.slow),
+    ],
+)
+def test_steps_of_either_kind_stack(float64, kind, fields):
+    """Where networks of a stack are in plain and perturbed steps at the same time."""
+    recipes = parts_of_trainings(kind, **fields, **FIFTY_STEPS)
+    train, test = blobs(69, 0), blobs(21, 1)  # 10 steps, the last of 6 examples
+    expected = alone(recipes, train, test)
+    shares = [model.metrics["perturbed"] for model in expected]
+    assert shares[0] == 0.4 and shares[6] == 1.0 and len(set(shares)) > 5
+    for most, count in ((1, 2), (3, 8), (8, 8)):
+        found = dict(
+            train_stacked(jobs_of(recipes)[:count], train, test, most=most, shipped_test=21)
+        )
+        assert len(found) == count
+        for i, model in enumerate(expected[:count]):
+            assert_same(found[str(i)], model, 1e-10)
+
+
 @pytest.mark.parametrize("sam", [{}, {"rho": 0.02, "m": 2}])
 def test_networks_that_are_done_leave_and_others_take_their_places(float64, sam):
     recipes = [

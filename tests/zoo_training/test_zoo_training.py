@@ -400,7 +400,7 @@ def test_nin_halves_the_image_in_every_block_and_averages_positions():
 
 def test_the_step_size_follows_the_recipe():
     def rates(recipe, epochs):
-        optimizer, schedule = optimizer_of(torch.nn.Linear(1, 1), recipe)
+        optimizer, schedule = optimizer_of(torch.nn.Linear(1, 1), recipe, 10)
         found = []
         for _ in range(epochs):
             found.append(optimizer.param_groups[0]["lr"])

@@ -10,7 +10,8 @@ from sharpkit.datasets import DataSource
 from sharpkit.doors import read_toml, shown
 from sharpkit.errors import ArgumentError
 from sharpkit.settings import from_table, preset_path
-from sharpkit.training.settings import Augmentation, FitSettings, Schedule
+from sharpkit.training.schedules import Schedule
+from sharpkit.training.settings import Augmentation, FitSettings
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class TrainingPlan:
     batch_size: int = 256  # examples of a step
     momentum: float = FitSettings.momentum  # of SGD
     weight_decay: float = FitSettings.weight_decay  # of SGD
-    schedule: Schedule = FitSettings.schedule  # "cosine", "step" or "constant"
+    schedule: Schedule = FitSettings.schedule  # "cosine", "linear", "step" or "constant"
     augmentation: Augmentation | None = None  # "flip", "crop", "flip-crop", or left out
     label_noise: float = FitSettings.label_noise  # fraction of wrong training labels
 

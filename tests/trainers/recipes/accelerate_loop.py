@@ -16,9 +16,11 @@ def train_step(accelerator, model, optimizer, batches, clip=None):
                 accelerator.backward(loss)
 
     optimizer.zero_grad()
-    backward(synchronised=False)  # each process has its own ε, as in the paper
-    with optimizer.optimizer.perturbed():  # SAM, inside Accelerate's wrapper
-        backward(synchronised=True)
+    sam = optimizer.optimizer  # inside Accelerate's wrapper
+    backward(synchronised=not sam.perturbs)  # each process has its own ε, as in the paper
+    if sam.perturbs:
+        with sam.perturbed():
+            backward(synchronised=True)
     if clip is not None:
         accelerator.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()

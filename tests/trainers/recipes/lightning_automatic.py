@@ -8,9 +8,10 @@ import sharpkit as sk
 
 
 class Classifier(L.LightningModule):
-    def __init__(self, network, rho=0.1, lr=0.1):
+    def __init__(self, network, rho=0.1, lr=0.1, **where):
         super().__init__()
         self.network, self.rho, self.lr = network, rho, lr
+        self.where = where  # which steps are perturbed, such as start=800
 
     def forward(self, x):
         return self.network(x)
@@ -24,4 +25,4 @@ class Classifier(L.LightningModule):
             raise ValueError("SAM would see the last of the accumulated batches only")
 
     def configure_optimizers(self):
-        return sk.SAM(self.parameters(), torch.optim.SGD, rho=self.rho, lr=self.lr)
+        return sk.SAM(self.parameters(), torch.optim.SGD, rho=self.rho, lr=self.lr, **self.where)
