@@ -17,11 +17,14 @@ class SamTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model, inputs, *further):
-        loss = super().training_step(model, inputs, *further)  # the gradient at w
         self.held.append(inputs)
+        with self.accelerator.no_sync(model):  # each process has its own ε, as in the paper
+            loss = super().training_step(model, inputs, *further)  # the gradient at w
         if self.accelerator.sync_gradients:  # the last batch of a step
             with self.optimizer.optimizer.perturbed():  # SAM, inside Accelerate's wrapper
-                for again in self.held:
-                    super().training_step(model, again, *further)
+                with self.accelerator.no_sync(model):
+                    for again in self.held[:-1]:
+                        super().training_step(model, again, *further)
+                super().training_step(model, inputs, *further)
             self.held.clear()
         return loss  # the Trainer clips, and steps
