@@ -170,7 +170,8 @@ def _stability(now: Moment) -> Row:
     name = "preconditioned_lambda_max" if preconditions(now.optimizer) else "lambda_max"
     found = edge(now.optimizer, now.moved, lambda: float(now.hessian.gradient.norm()))
     if found is None:  # nothing is known of an adaptive optimizer before its first step
-        return dict.fromkeys((name, f"{name}_residual", "threshold"), math.nan)
+        columns = (name, f"{name}_residual", f"{name}_products", "threshold")
+        return dict.fromkeys(columns, math.nan)
     matrix, toward = found.matrix(now.hessian), found.gradient(now.hessian.gradient)
     return {**now.lambda_max(name, matrix, toward), "threshold": found.threshold}
 
