@@ -133,7 +133,7 @@ def follow(
 
 def _start(last: Followed, toward: Tensor | None) -> Tensor:
     """Where a measurement begins after another."""
-    start = last.vector + _SHARE * last.second
+    start: Tensor = last.vector + _SHARE * last.second
     if toward is None:
         return start
     unit = near_one(toward.detach().to(start).unsqueeze(0))[0][0]
@@ -142,4 +142,4 @@ def _start(last: Followed, toward: Tensor | None) -> Tensor:
         return start
     # along v, or it may cancel it
     unit = unit / length * torch.where(unit @ last.vector < 0, -1.0, 1.0)
-    return start + _TOWARD * unit
+    return start.add(unit, alpha=_TOWARD)

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from problems import close, examples, loader, micro_batches, network, sam_by_hand, same, weights
 from recipes.lightning_automatic import Classifier
 from recipes.lightning_manual import AccumulatingClassifier
+from recipes.lightning_tracked import tracked_fit
 
 import sharpkit as sk
 from sharpkit.errors import ArgumentError
@@ -101,6 +102,16 @@ def test_several_optimizers_have_no_threshold(tmp_path):
 
     with pytest.raises(ArgumentError, match='measure "lambda_max"'):
         fit(Two(network()), tmp_path, [lightning_callback(tracker())], max_epochs=1)
+
+
+def test_three_lines_make_a_curve(tmp_path):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    rows = tracked_fit(
+        Classifier(network()), loader(), tmp_path / "curve.png", n=32, max_epochs=5,
+        accelerator="cpu", default_root_dir=tmp_path, **quiet,
+    ).frame()  # fmt: skip
+    assert rows.step.tolist() == [0, 10, 20] and (rows.lambda_max > 0).all()
+    assert (tmp_path / "curve.png").is_file()
 
 
 # --- SAM --------------------------------------------------------------------------------------
