@@ -25,7 +25,8 @@ test-slow: $(VENV)/.installed
 test-models: .venv-models/.installed
 	.venv-models/bin/python -m pytest tests/models
 
-# SAM and the tracker inside Lightning, Accelerate and the Trainer of Hugging Face: tests/trainers.
+# SAM and the tracker inside Lightning, Accelerate and the Trainer of Hugging Face, rows in TensorBoard,
+# wandb and MLflow: tests/trainers.
 test-trainers: .venv-trainers/.installed
 	.venv-trainers/bin/python -m pytest tests/trainers
 
@@ -105,11 +106,14 @@ newest: .venv-newest/.installed
 		-e '.[test,models]'
 	touch $@
 
-.venv-trainers/.installed: pyproject.toml constraints.txt constraints-models.txt constraints-trainers.txt
+.venv-trainers/.installed: pyproject.toml constraints.txt constraints-models.txt constraints-trainers.txt \
+		constraints-loggers.txt
 	$(PYTHON) -m venv .venv-trainers
 	.venv-trainers/bin/python -m pip install --quiet -c constraints.txt torch
 	.venv-trainers/bin/python -m pip install --quiet -c constraints.txt -c constraints-models.txt \
-		-c constraints-trainers.txt -e '.[test,trainers]'
+		-c constraints-trainers.txt -e '.[test,trainers,tensorboard]'
+	.venv-trainers/bin/python -m pip install --quiet -c constraints-models.txt \
+		-c constraints-trainers.txt -c constraints-loggers.txt wandb mlflow-skinny
 	touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -47,6 +47,7 @@ JOBS = (
     "bench_curvature.py --only scaling",
     "bench_language.py",
     "bench_landscape.py",
+    "bench_tracker.py",
     "bench_load.py --only models",
     "bench_load.py --only measures",
     "bench_runs.py --only many",

@@ -101,13 +101,13 @@ def run_cases(arguments: argparse.Namespace, cases: Mapping[str, Case]) -> None:
                     file.write(json.dumps(asdict(record)) + "\n")
 
 
-def timed(run: Callable[[], object]) -> float:
-    """Wall seconds of one run, with the GPU waited for."""
-    start = time.perf_counter()
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """Wall seconds of one run, with the GPU waited for; or those of another clock."""
+    start = clock()
     run()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_gib(run: Callable[[], object]) -> float | None:
@@ -122,7 +122,10 @@ def peak_gib(run: Callable[[], object]) -> float | None:
 
 
 def in_turn(
-    runs: Mapping[str, Callable[[], object]], repeats: int, seconds: float = math.inf
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    seconds: float = math.inf,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each run in rounds, there and back, so that a slow spell hits all of them.
 
@@ -130,6 +133,7 @@ def in_turn(
         runs: Warm already.
         repeats: Rounds, if the time allows.
         seconds: After which no further round begins; the first always does.
+        clock: Of the times; `time.process_time` for what runs in one thread of a busy machine.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     began = time.perf_counter()
@@ -137,7 +141,7 @@ def in_turn(
         if turn and (time.perf_counter() - began) * (turn + 1) / turn > seconds:
             break
         for name in list(runs)[:: -1 if turn % 2 else 1]:
-            times[name].append(timed(runs[name]))
+            times[name].append(timed(runs[name], clock))
     return times
 
 

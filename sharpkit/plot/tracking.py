@@ -21,6 +21,8 @@ _CURVATURES = {
     "critical_sharpness": "critical sharpness",
 }
 
+_FAR = 5.0  # times the largest curvature: a threshold above that is told, not drawn
+
 
 def tracking(
     frame: pd.DataFrame,
@@ -29,6 +31,8 @@ def tracking(
     ax: Axes | Sequence[Axes] | None = None,
 ) -> Figure:
     """λmax, and the threshold above which a step overshoots, against the step; the loss below.
+
+    A threshold that is always past 5 times the largest curvature is above the picture, and told.
 
     Args:
         frame: What `Tracker.frame()` gives, or its CSV file read with pandas. Drawn are the columns
@@ -94,10 +98,16 @@ def _draw_curvatures(axis: Axes, frame: pd.DataFrame, present: list[str]) -> Non
         if f"{name}_residual" in frame:
             off = frame[f"{name}_residual"].to_numpy(dtype=float)
             axis.fill_between(x, y - off, y + off, color=f"C{number}", alpha=0.25, lw=0)
+    top = max(float(frame[name].max()) for name in present)
     if "threshold" in frame:
         threshold = frame["threshold"].to_numpy(dtype=float)
         bounded = np.where(np.isfinite(threshold), threshold, np.nan)
-        axis.plot(frame["step"], bounded, "k--", linewidth=1.0, label="threshold")
+        lowest = np.nanmin(bounded, initial=np.inf)
+        far = top > 0 and _FAR * top < lowest < np.inf  # it would press the curves flat
+        label = f"threshold, above: {lowest:.3g} or more" if far else "threshold"
+        axis.plot(frame["step"], bounded, "k--", linewidth=1.0, label=label)
+        if far:
+            axis.set_ylim(top=1.2 * top)
     axis.set_ylim(bottom=min(0.0, *(float(frame[name].min()) for name in present)))
     axis.set_ylabel("curvature")
     axis.legend(fontsize=8)

@@ -38,6 +38,10 @@ def lightning_callback(tracker: Tracker, *, module: str = "") -> Any:
             """Its name in checkpoints."""
             return "sharpkit.Tracker"
 
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            """Before a checkpoint is loaded, on every process."""
+            self._main = trainer.is_global_zero
+
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             """The initial weights."""
             if trainer.global_step == 0:
@@ -52,7 +56,7 @@ def lightning_callback(tracker: Tracker, *, module: str = "") -> Any:
             self._look(trainer, pl_module, epoch=trainer.current_epoch + 1)
 
         def _look(self, trainer: Any, pl_module: Any, epoch: int | None = None) -> None:
-            if trainer.is_global_zero or tracker.on_every_rank:
+            if self._main or tracker.on_every_rank:
                 one = trainer.optimizers[0] if len(trainer.optimizers) == 1 else None
                 model = pl_module.get_submodule(module)
                 tracker(model, one, step=trainer.global_step, epoch=epoch)
@@ -62,8 +66,9 @@ def lightning_callback(tracker: Tracker, *, module: str = "") -> Any:
             return tracker.state_dict()
 
         def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-            """Of the tracker."""
-            tracker.load_state_dict(state_dict)
+            """Of the tracker, which writes its file on rank 0 only."""
+            if self._main:
+                tracker.load_state_dict(state_dict)
 
     return TrackerCallback()
 

@@ -105,12 +105,12 @@ class Moment:
         if "hessian" in self.__dict__:
             self.hessian.close()
 
-    def lambda_max(self, name: str, matrix: LinearMap) -> Row:
-        """The largest eigenvalue in columns of that name."""
+    def lambda_max(self, name: str, matrix: LinearMap, toward: Tensor) -> Row:
+        """The largest eigenvalue in columns of that name, looked for along a gradient as well."""
         last = self.memory.followed.get(name)
         if last is not None and last.vector.shape != matrix.shape[:1]:
             last = None  # other parameters are trained now
-        found = self.memory.followed[name] = follow(matrix, last, seed=self.seed)
+        found = self.memory.followed[name] = follow(matrix, last, toward=toward, seed=self.seed)
         if not found.converged:
             warnings.warn(
                 f"{name}: after {found.products} products the residual is {found.residual:.2g}, "
@@ -162,7 +162,7 @@ def _loss(now: Moment) -> Row:
 
 
 def _lambda_max(now: Moment) -> Row:
-    return now.lambda_max("lambda_max", now.hessian)
+    return now.lambda_max("lambda_max", now.hessian, now.hessian.gradient)
 
 
 def _stability(now: Moment) -> Row:
@@ -173,8 +173,10 @@ def _stability(now: Moment) -> Row:
     name = "preconditioned_lambda_max" if preconditions(now.optimizer) else "lambda_max"
     found = edge(now.optimizer, now.moved, lambda: float(now.hessian.gradient.norm()))
     if found is None:  # nothing is known of an adaptive optimizer before its first step
-        return dict.fromkeys((name, f"{name}_residual", "threshold"), math.nan)
-    return {**now.lambda_max(name, found.matrix(now.hessian)), "threshold": found.threshold}
+        columns = (name, f"{name}_residual", f"{name}_products", "threshold")
+        return dict.fromkeys(columns, math.nan)
+    matrix, toward = found.matrix(now.hessian), found.gradient(now.hessian.gradient)
+    return {**now.lambda_max(name, matrix, toward), "threshold": found.threshold}
 
 
 def _trace(now: Moment) -> Row:

@@ -50,6 +50,10 @@ class Edge:
             return hessian
         return _Scaled(hessian, self.scale, self.decay)
 
+    def gradient(self, plain: Tensor) -> Tensor:
+        """S^½ g: that of the loss in the coordinates of the matrix."""
+        return plain if self.scale is None else self.scale.sqrt() * plain
+
 
 class _Scaled:
     """S^½ (H + Λ) S^½ by the products with H."""

@@ -45,11 +45,14 @@ def sam_by_hand(
     lr: float = 0.1,
     clip: float | None = None,
     interval: int = 1,
+    ranks: int = 1,
     loss=lambda model, x, y: nn.functional.cross_entropy(model(x), y),
 ) -> nn.Module:
     """SAM with SGD as Algorithm 1 is written; a step is the mean over its micro-batches.
 
-    With an interval, steps in between have ε = 0.
+    Of several ranks, each has every so many of the micro-batches and an ε of its own for them; the
+    gradients at w + ε are averaged, clipped, and stepped along. With an interval, steps in
+    between have ε = 0.
     """
 
     def gradient(micro):
@@ -59,17 +62,22 @@ def sam_by_hand(
             found = [a + b for a, b in zip(found, parts, strict=True)]
         return found
 
+    def length(g):
+        return torch.sqrt(sum(part.square().sum() for part in g))
+
     for number, micro in enumerate(steps):
-        g = gradient(micro)
-        length = torch.sqrt(sum(part.square().sum() for part in g))
-        before = weights(model)
-        for p, part in zip(model.parameters(), g, strict=True):
-            p.data += (0.0 if number % interval else rho) * part / length
-        g = gradient(micro)
-        length = torch.sqrt(sum(part.square().sum() for part in g))
-        scale = 1.0 if clip is None else min(1.0, clip / float(length))
-        for p, w, part in zip(model.parameters(), before, g, strict=True):
-            p.data = w - lr * scale * part
+        before, total = weights(model), [torch.zeros_like(p) for p in model.parameters()]
+        for rank in range(ranks):
+            own = micro[rank::ranks]
+            g = gradient(own)
+            for p, part in zip(model.parameters(), g, strict=True):
+                p.data += (0.0 if number % interval else rho) * part / length(g)
+            total = [s + part / ranks for s, part in zip(total, gradient(own), strict=True)]
+            for p, w in zip(model.parameters(), before, strict=True):
+                p.data = w.clone()
+        scale = 1.0 if clip is None else min(1.0, clip / float(length(total)))
+        for p, part in zip(model.parameters(), total, strict=True):
+            p.data -= lr * scale * part
     return model
 
 

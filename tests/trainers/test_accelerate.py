@@ -99,13 +99,25 @@ def test_accumulated_gradients_make_one_step():
 # --- SAM --------------------------------------------------------------------------------------
 
 
-def sam_trained(of, clip=None, precision="no", **where):
+def sam_trained(of, clip=None, precision="no", track=None, folder=None, resume=False, **where):
+    """Two epochs; with a folder, a checkpoint after the first, or begun from it."""
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     model = network()
     optimizer = sk.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, **where)
     model, optimizer = accelerator.prepare(model, optimizer)
-    for batches in micro_batches(of) * 2:
+    if track is not None:
+        accelerator.register_for_checkpointing(track)
+    if resume:
+        accelerator.load_state(str(folder))
+    epoch = micro_batches(of)
+    for step, batches in enumerate(epoch * 2, start=1):
+        if resume and step <= len(epoch):
+            continue
         train_step(accelerator, model, optimizer, batches, clip)
+        if track is not None:
+            track(model, optimizer, step=step)
+        if folder is not None and step == len(epoch):
+            accelerator.save_state(str(folder))
     inner = accelerator.unwrap_model(model)
     accelerator.free_memory()
     return inner
@@ -131,3 +143,12 @@ def test_sam_with_bfloat16():
             (network(), exact, sam_trained(1, precision="bf16"))]  # fmt: skip
     assert not torch.equal(flat[2], flat[1])
     assert (flat[2] - flat[1]).norm() < 0.05 * (flat[1] - flat[0]).norm()
+
+
+def test_a_stopped_training_with_sam_goes_on(tmp_path):
+    whole, track = tracker(every=1), tracker(every=1)
+    first = sam_trained(2, 0.3, track=whole, folder=tmp_path / "state")
+    again = sam_trained(2, 0.3, track=track, folder=tmp_path / "state", resume=True)
+    assert same(weights(again), weights(first))
+    drop = {"columns": "seconds"}
+    pd.testing.assert_frame_equal(track.frame().drop(**drop), whole.frame().drop(**drop))

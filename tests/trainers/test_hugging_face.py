@@ -5,48 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 import torch
-from problems import close, sam_by_hand, same, weights
-from recipes.hugging_face import SamTrainer
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from problems import close, same, weights
+from sentences import SgdSamTrainer, bert, by_hand, sam_trained, sentences, trainer
 
 import sharpkit as sk
 from sharpkit.errors import RunError
 from sharpkit.tracking import hugging_face_callback
-
-N, LENGTH, WORDS = 24, 6, 20
-
-
-def sentences():
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, WORDS, (N, LENGTH), generator=generator)
-    mask = (torch.arange(LENGTH) < torch.randint(2, LENGTH + 1, (N, 1), generator=generator)).long()
-    return {"input_ids": ids, "attention_mask": mask}, ids[:, 0] % 3
-
-
-def bert(dropout=0.0):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=WORDS, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=LENGTH, num_labels=3,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
-    return BertForSequenceClassification(config)
-
-
-def trainer(out, callbacks=(), *, kind=Trainer, dtype=torch.float64, **options):
-    inputs, labels = sentences()
-    rows = [{**{k: v[i] for k, v in inputs.items()}, "labels": labels[i]} for i in range(N)]
-    settings = {
-        "output_dir": str(out), "per_device_train_batch_size": 4, "max_steps": 8,
-        "learning_rate": 1e-3, "save_steps": 4, "report_to": [], "use_cpu": True,
-        "disable_tqdm": True, "logging_strategy": "no", **options,
-    }  # fmt: skip
-    model = bert(0.1) if kind is Trainer else bert().to(dtype)
-    arguments = TrainingArguments(**settings)
-    made = kind(model=model, args=arguments, train_dataset=rows, callbacks=list(callbacks))
-    # this model's loss is a mean that knows nothing of other batches: let the Trainer divide it
-    made.model_accepts_loss_kwargs = False
-    return made
 
 
 def tracker(**options):
@@ -103,38 +67,8 @@ def test_epochs(tmp_path):
 # --- SAM --------------------------------------------------------------------------------------
 
 
-class SgdSamTrainer(SamTrainer):
-    base, rho = torch.optim.SGD, 0.1
-
-
 class SometimesTrainer(SgdSamTrainer):
     interval = 2
-
-
-def batches(steps, of):
-    inputs, labels = sentences()
-    pieces = [
-        ({k: v[i : i + 4] for k, v in inputs.items()}, labels[i : i + 4]) for i in range(0, N, 4)
-    ]
-    return [[pieces[(step * of + i) % len(pieces)] for i in range(of)] for step in range(steps)]
-
-
-def sam_trained(out, of, callbacks=(), **options):
-    """In the order of the data, at a constant learning rate, without dropout."""
-    kind = {"kind": SgdSamTrainer, "max_steps": 3, "learning_rate": 0.1, "save_strategy": "no"}
-    ordered = {"lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
-    accumulated = {"gradient_accumulation_steps": of}
-    made = trainer(out, callbacks, **{**kind, **ordered, **accumulated, **options})
-    made.train()
-    return made.model
-
-
-def by_hand(of, clip, dtype=torch.float64, interval=1):
-    model = bert().to(dtype).train()
-    return sam_by_hand(
-        model, batches(3, of), clip=clip, interval=interval,
-        loss=lambda model, x, y: torch.nn.functional.cross_entropy(model(**x).logits, y),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("of", [1, 2])
@@ -162,3 +96,14 @@ def test_sam_with_bfloat16_and_a_tracker(tmp_path):
     assert not torch.equal(end, exact)
     assert (end - exact).norm() < 0.1 * (exact - start).norm()
     assert track.frame().step.tolist() == [0, 1, 2, 3]
+
+
+def test_a_stopped_training_with_sam_goes_on(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_grad_norm": 0.3}
+    tracks = tracker(every=1), tracker(every=1)
+    whole = sam_trained(tmp_path, 2, [hugging_face_callback(tracks[0])], **saving)
+    path = str(tmp_path / "checkpoint-2")
+    again = sam_trained(tmp_path, 2, [hugging_face_callback(tracks[1])], resume=path, **saving)
+    assert same(weights(again), weights(whole))
+    pd.testing.assert_frame_equal(rows(tracks[1]), rows(tracks[0]))
+    assert rows(tracks[0]).threshold.nunique() == 4  # SAM's falls with the norm of the gradient

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from problems import close, examples, loader, micro_batches, network, sam_by_hand, same, weights
 from recipes.lightning_automatic import Classifier
 from recipes.lightning_manual import AccumulatingClassifier
+from recipes.lightning_tracked import tracked_fit
 
 import sharpkit as sk
 from sharpkit.errors import ArgumentError
@@ -21,6 +22,8 @@ from sharpkit.tracking import lightning_callback
 class Plain(Classifier):
     def on_train_start(self):
         pass  # Adam takes accumulated gradients
+
+    optimizer_step = L.LightningModule.optimizer_step
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=0.01)
@@ -101,6 +104,16 @@ def test_several_optimizers_have_no_threshold(tmp_path):
         fit(Two(network()), tmp_path, [lightning_callback(tracker())], max_epochs=1)
 
 
+def test_three_lines_make_a_curve(tmp_path):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    rows = tracked_fit(
+        Classifier(network()), loader(), tmp_path / "curve.png", n=32, max_epochs=5,
+        accelerator="cpu", default_root_dir=tmp_path, **quiet,
+    ).frame()  # fmt: skip
+    assert rows.step.tolist() == [0, 10, 20] and (rows.lambda_max > 0).all()
+    assert (tmp_path / "curve.png").is_file()
+
+
 # --- SAM --------------------------------------------------------------------------------------
 
 
@@ -133,17 +146,34 @@ def test_sam_with_accumulated_gradients(tmp_path):
     assert track.frame().step.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_sam_with_bfloat16(tmp_path):
+KINDS = {
+    "automatic": (1, lambda: Classifier(network())),
+    "manual": (2, lambda: AccumulatingClassifier(network(), accumulate=2, clip=0.3)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sam_with_bfloat16(kind, tmp_path):
     """8 bits of mantissa: the way is that of float32 to a few per cent of its length."""
-    module = fit(Classifier(network()), tmp_path, max_epochs=2, precision="bf16-mixed")
-    exact = torch.cat([w.flatten() for w in weights(sam_by_hand(network(), micro_batches(1) * 2))])
-    start, end = (torch.cat([w.flatten() for w in weights(m)]) for m in (network(), module))
+    of, build = KINDS[kind]
+    clipped = {"gradient_clip_val": 0.3} if kind == "automatic" else {}
+    module = fit(build(), tmp_path, max_epochs=2, precision="bf16-mixed", **clipped)
+    by_hand = sam_by_hand(network(), micro_batches(of) * 2, clip=0.3)
+    start, exact, end = (
+        torch.cat([w.flatten() for w in weights(m)]) for m in (network(), by_hand, module)
+    )
     assert not torch.equal(end, exact)
     assert (end - exact).norm() < 0.05 * (exact - start).norm()
 
 
-def test_a_stopped_training_with_sam_goes_on(tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stopped_training_with_sam_goes_on(kind, tmp_path):
+    of, build = KINDS[kind]
     saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_epochs=1, save_top_k=-1)
-    whole = fit(Classifier(network()), tmp_path, [saved])
-    path = str(tmp_path / "step=8.ckpt")
-    assert same(weights(fit(Classifier(network()), tmp_path, ckpt_path=path)), weights(whole))
+    tracks = tracker(every=1), tracker(every=1)
+    whole = fit(build(), tmp_path, [saved, lightning_callback(tracks[0])])
+    path = str(tmp_path / f"step={8 // of}.ckpt")
+    again = fit(build(), tmp_path, [lightning_callback(tracks[1])], ckpt_path=path)
+    assert same(weights(again), weights(whole))
+    pd.testing.assert_frame_equal(rows(tracks[1]), rows(tracks[0]))
+    assert rows(tracks[0]).threshold.notna().all()

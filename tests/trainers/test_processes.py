@@ -1,15 +1,25 @@
-"""Two processes: each has an ε of its own, and the weights stay the same on both."""
+"""Two processes: each has an ε of its own, both have the same weights, one of them tracks."""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
+import pandas as pd
+import pytest
+import sentences
 import torch
-from problems import close, examples, micro_batches, network, weights
+from problems import close, examples, micro_batches, network, sam_by_hand, same, weights
 from torch import multiprocessing, nn
+from torch.utils.data import DistributedSampler
+
+import sharpkit as sk
 
 RANKS, STEPS = 2, 3
+HERE = Path(__file__).parent
 
 
 def work(rank: int, port: int, folder: str) -> None:
@@ -19,9 +29,7 @@ def work(rank: int, port: int, folder: str) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
     }  # fmt: skip
     from accelerate import Accelerator
-    from recipes.accelerate_loop import train_step
-
-    import sharpkit as sk
+    from recipes import accelerate_loop, plain_loop
 
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == RANKS
@@ -30,42 +38,89 @@ def work(rank: int, port: int, folder: str) -> None:
     model, optimizer = accelerator.prepare(model, optimizer)
     track = sk.Tracker(examples(), every=1, measures=["loss", "lambda_max"])
     for step, micro in enumerate(micro_batches(RANKS, batch=4)[:STEPS], start=1):
-        train_step(accelerator, model, optimizer, [micro[rank]], clip=0.5)
+        accelerate_loop.train_step(accelerator, model, optimizer, [micro[rank]], clip=0.5)
         if accelerator.is_main_process:
             track(model, optimizer, step=step)
-    found = {"weights": weights(accelerator.unwrap_model(model)), "rows": len(track.rows)}
-    torch.save(found, f"{folder}/{rank}.pt")
+    own = nn.parallel.DistributedDataParallel(network())
+    optimizer = sk.SAM(own.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
+    for micro in micro_batches(2 * RANKS, batch=4):
+        plain_loop.train_step(own, optimizer, micro[rank::RANKS], clip=0.5)
+    ends = {"accelerate": weights(accelerator.unwrap_model(model)), "own loop": weights(own)}
+    torch.save({"ends": ends, "rows": len(track.rows)}, f"{folder}/{rank}.pt")
     accelerator.end_training()
 
 
-def by_hand():
-    """Every shard has its own ε; the gradients there are averaged, clipped, and stepped along."""
-    model = network()
-    parameters = list(model.parameters())
-    for shards in micro_batches(RANKS, batch=4)[:STEPS]:
-        total = [torch.zeros_like(p) for p in parameters]
-        before = weights(model)
-        for x, y in shards:
-            g = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
-            length = torch.sqrt(sum(part.square().sum() for part in g))
-            for p, part in zip(parameters, g, strict=True):
-                p.data += 0.1 * part / length
-            g = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
-            for p, w, s, part in zip(parameters, before, total, g, strict=True):
-                p.data = w.clone()
-                s += part / RANKS
-        length = float(torch.sqrt(sum(part.square().sum() for part in total)))
-        for p, part in zip(parameters, total, strict=True):
-            p.data -= 0.1 * min(1.0, 0.5 / length) * part
-    return model
-
-
-def test_sam_with_accelerate_in_two_processes(tmp_path):
+def test_accelerate_and_a_loop_of_ones_own_in_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.spawn(work, (port, str(tmp_path)), nprocs=RANKS)
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
-    assert all(map(torch.equal, found[0]["weights"], found[1]["weights"]))
-    assert close(found[0]["weights"], weights(by_hand()))
+    steps = micro_batches(RANKS, batch=4)[:STEPS], micro_batches(2 * RANKS, batch=4)
+    for name, made in zip(("accelerate", "own loop"), steps, strict=True):
+        expected = weights(sam_by_hand(network(), made, clip=0.5, ranks=RANKS))
+        assert same(found[0]["ends"][name], found[1]["ends"][name]), name
+        assert close(found[0]["ends"][name], expected), name
     assert [f["rows"] for f in found] == [STEPS, 0]
+
+
+def started(folder: Path, *command: str) -> list[dict]:
+    """What each process left, after a command that starts them all."""
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *command, str(folder)], env=environment, check=True)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def assert_one_process_tracked(found: list[dict], folder: Path, expected: dict) -> None:
+    """The first has the rows, of its own examples; a resumed training has those of a whole one."""
+    drop = {"columns": "seconds"}
+    whole, again = (pd.DataFrame(found[0][name]).drop(**drop) for name in ("rows", "again"))
+    pd.testing.assert_frame_equal(again, whole)
+    files = [pd.read_csv(folder / f"{name}.csv").drop(**drop) for name in ("whole", "again")]
+    for file in files:
+        pd.testing.assert_frame_equal(file, whole, check_dtype=False)
+    assert not found[1]["rows"] and not found[1]["again"]
+    last = whole.iloc[-1]
+    assert {name: last[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_lightning_in_two_processes(tmp_path):
+    """It deals out the examples itself, in another order each epoch."""
+    found = started(tmp_path, str(HERE / "lightning_in_processes.py"))
+    x, y = examples()
+    shards = []
+    for epoch in range(2):
+        dealt = [DistributedSampler(range(32), RANKS, rank, seed=0) for rank in range(RANKS)]
+        for sampler in dealt:
+            sampler.set_epoch(epoch)
+        mine = [torch.tensor(list(sampler)).split(4) for sampler in dealt]
+        shards += [(x[i], y[i]) for batches in zip(*mine, strict=True) for i in batches]
+    one, two = ([shards[i : i + of] for i in range(0, len(shards), of)] for of in (2, 4))
+    by_hand = {
+        "automatic": sam_by_hand(network(), one, ranks=RANKS),
+        "resumed": sam_by_hand(network(), one, ranks=RANKS),
+        "clipped": sam_by_hand(network(), one, clip=0.3, ranks=RANKS),
+        "manual": sam_by_hand(network(), two, clip=0.3, ranks=RANKS),
+    }
+    for name, expected in by_hand.items():
+        assert same(found[0]["ends"][name], found[1]["ends"][name]), name
+        assert close(found[0]["ends"][name], weights(expected)), name
+    assert same(found[0]["ends"]["automatic"], found[0]["ends"]["resumed"])
+    loss = nn.functional.cross_entropy(by_hand["automatic"](x), y)
+    assert_one_process_tracked(found, tmp_path, {"step": 8, "loss": float(loss)})
+
+
+def test_the_trainer_of_hugging_face_in_two_processes(tmp_path):
+    """It deals out batches in turn."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
+    found = started(tmp_path, *launcher, str(HERE / "hugging_face_in_processes.py"))
+    one = sentences.by_hand(1, 0.3, ranks=RANKS)
+    by_hand = {"automatic": one, "resumed": one, "accumulated": sentences.by_hand(3, 0.3, ranks=2)}
+    for name, expected in by_hand.items():
+        assert same(found[0]["ends"][name], found[1]["ends"][name]), name
+        assert close(found[0]["ends"][name], weights(expected)), name
+    assert same(found[0]["ends"]["automatic"], found[0]["ends"]["resumed"])
+    inputs, labels = sentences.sentences()
+    loss = nn.functional.cross_entropy(one.eval()(**inputs).logits, labels)
+    assert_one_process_tracked(found, tmp_path, {"step": 3, "loss": float(loss)})

@@ -1,5 +1,7 @@
 """SAM in the Trainer of Hugging Face, with accumulated gradients, clipping and mixed precision."""
 
+from contextlib import nullcontext
+
 import torch
 from transformers import Trainer
 
@@ -19,13 +21,17 @@ class SamTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model, inputs, *further):
-        loss = super().training_step(model, inputs, *further)  # the gradient at w
         self.held.append(inputs)
+        sam = self.optimizer.optimizer  # inside Accelerate's wrapper
+        # each process has its own ε, as in the paper
+        with self.accelerator.no_sync(model) if sam.perturbs else nullcontext():
+            loss = super().training_step(model, inputs, *further)  # the gradient at w
         if self.accelerator.sync_gradients:  # the last batch of a step
-            sam = self.optimizer.optimizer  # inside Accelerate's wrapper
             if sam.perturbs:
                 with sam.perturbed():
-                    for again in self.held:
-                        super().training_step(model, again, *further)
+                    with self.accelerator.no_sync(model):
+                        for again in self.held[:-1]:
+                            super().training_step(model, again, *further)
+                    super().training_step(model, inputs, *further)
             self.held.clear()
         return loss  # the Trainer clips, and steps

@@ -24,5 +24,16 @@ class Classifier(L.LightningModule):
         if self.automatic_optimization and self.trainer.accumulate_grad_batches > 1:
             raise ValueError("SAM would see the last of the accumulated batches only")
 
+    def optimizer_step(self, epoch, number, optimizer, closure):
+        # of several processes, each has its own ε, as in the paper
+        optimizer.step(closure, no_sync=getattr(self.trainer.model, "no_sync", None))
+
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
+        # of the norm; Lightning's own way refuses SAM under mixed precision
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def configure_optimizers(self):
         return sk.SAM(self.parameters(), torch.optim.SGD, rho=self.rho, lr=self.lr, **self.where)

@@ -23,8 +23,9 @@ class AccumulatingClassifier(Classifier):
                 loss = nn.functional.cross_entropy(self(x), y) / len(self.held)
                 self.manual_backward(loss)
                 total += loss.detach()
-            self.clip_gradients(optimizer, self.clip, "norm")  # the direction of ε is as before
+            # the direction of ε is as before
+            nn.utils.clip_grad_norm_(self.parameters(), self.clip)
             return total
 
-        optimizer.step(closure)
+        optimizer.step(closure, no_sync=getattr(self.trainer.model, "no_sync", None))
         self.held.clear()
