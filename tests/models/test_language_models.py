@@ -6,9 +6,12 @@ import copy
 import warnings
 
 import numpy as np
+import plain_loops
 import pytest
 import torch
 from case import Case
+from plain_loops import Problem
+from scipy import stats
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformer_networks import LENGTH, TRANSFORMERS, VOCABULARY, gpt2
@@ -103,3 +106,73 @@ def test_a_tracker_and_sam_follow_a_language_model():
     frame = tracker.frame()
     assert frame.loss.is_monotonic_decreasing
     assert (frame.lambda_max > 0).all()
+
+
+def halves(data: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{key: value[part] for key, value in data.items()} for part in (slice(4), slice(2, 6))]
+
+
+def test_causal_models_are_scored_end_to_end():
+    """Losses per token of both sets, m-sharpness, and the gap that the evaluation takes."""
+    models = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models[f"seed {seed}"] = gpt2().eval().double()
+    train, test = halves(sequences())
+    measure = sk.measures.MSharpness(m=2, rho=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scores = sk.score_models(models, measure, train, test, progress=False)
+    assert not len(scores.failures)
+    metrics = {name: c["metrics"] for name, c in scores.model_configs["models"].items()}
+    values = scores.frame().set_index("model").value
+    for name, model in models.items():
+        losses = []
+        for part in (train, test):
+            inputs = {key: part[key] for key in ("input_ids", "attention_mask")}
+            problem = Problem(model, inputs, part["labels"], plain_loops.cross_entropy)
+            losses.append(float(problem.loss().detach()))
+            if part is train:
+                assert values[name] == pytest.approx(
+                    plain_loops.m_sharpness(problem, 2, 0.05), rel=1e-6
+                )
+        row = metrics[name]
+        assert [row["train_loss"], row["test_loss"]] == pytest.approx(losses, rel=1e-9)
+        assert row["loss_gap"] == pytest.approx(losses[1] - losses[0], abs=1e-9)
+    with pytest.warns(UserWarning, match="fewer than two hyperparameters"):
+        (tau,) = sk.evaluate(scores, resamples=10).kendall_tau
+    gaps = [metrics[name]["loss_gap"] for name in models]
+    assert tau == pytest.approx(stats.kendalltau(values.loc[list(models)], gaps)[0])
+
+
+def test_classifiers_of_sequences_are_scored_end_to_end():
+    """With accuracies, and margins, which take one class per sequence."""
+    case = BY_NAME["bert"]
+    model, inputs, labels = case.make(torch.float64)
+    model.eval()
+    with torch.no_grad():
+        right = (model(**inputs).logits.argmax(1) == labels).double()
+    whole = {**inputs, "labels": labels}
+    train, test = halves(whole)
+    margin = sk.measures.make_measure("output_margin", percentile=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scores = sk.score_models(
+            {"bert": model}, [sk.measures.MSharpness(m=2, rho=0.05), margin],
+            train, test, progress=False,
+        )  # fmt: skip
+    assert not len(scores.failures)
+    row = scores.model_configs["models"]["bert"]["metrics"]
+    assert row["train_acc"] == pytest.approx(float(right[:4].mean()))
+    assert row["test_acc"] == pytest.approx(float(right[2:].mean()))
+    problem = Problem(
+        model, {k: v[:4] for k, v in inputs.items()}, labels[:4], plain_loops.cross_entropy
+    )
+    found = scores.frame().set_index("measure").value
+    assert found["m_sharpness"] == pytest.approx(
+        plain_loops.m_sharpness(problem, 2, 0.05), rel=1e-6
+    )
+    logits = problem.outputs().logits.detach().numpy()
+    own = logits[np.arange(4), labels[:4]]
+    logits[np.arange(4), labels[:4]] = -np.inf
+    assert found["output_margin"] == pytest.approx(np.median(own - logits.max(1)), rel=1e-9)
