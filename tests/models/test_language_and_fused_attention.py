@@ -14,7 +14,7 @@ import numpy as np
 import plain_loops
 import pytest
 import torch
-from case import Case
+from case import Case, N
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -152,7 +152,7 @@ def test_a_tracker_measures_what_plain_loops_do_and_changes_no_bit(name: str):
     weights = []
     for measures in (
         None,
-        ["loss", "lambda_max", "distance", sk.measures.MSharpness(m=M, rho=RHO)],
+        ["loss", "lambda_max", "distance", sk.measures.MSharpness(m=N, rho=RHO)],
     ):
         model, inputs, labels = case.make(torch.float64)
         optimizer = sam(model.train())
@@ -192,6 +192,6 @@ def plain_measurements(case: Case, model: nn.Module) -> dict:
     return {
         "loss": float(problem.loss().detach()),
         "lambda_max": float(eigsh(operator, 1, which="LA", v0=np.ones(size), tol=1e-4)[0][0]),
-        "m_sharpness": plain_loops.m_sharpness(problem, M, RHO),
+        "m_sharpness": plain_loops.m_sharpness(problem, N, RHO),
         "weights": copy.deepcopy(plain_loops.flat([p.detach() for p in problem.parameters])),
     }
