@@ -29,8 +29,8 @@ SELECTED = {
     "gpt2": "*ln_1.weight",
     "lora_gpt2": "*lora_A*",
     "hugging_face_vit": "*layernorm_before.weight",
-    "timm_vit_checkpointed": "*norm1.weight",
-    "torchvision_vit": "*ln_1.weight",
+    "timm_vit_checkpointed": "blocks.0.norm1.weight",
+    "torchvision_vit": "*layer_0.ln_1.weight",
 }
 STEPS = 3
 RATE, MOMENTUM, RHO, M = 0.05, 0.9, 0.05, 2
