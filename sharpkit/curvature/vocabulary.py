@@ -149,10 +149,10 @@ class _Slopes(Function):
                 moved = h @ v.mT if moved is None else moved + h @ v.mT
             if moved is None:
                 continue
-            curved = surprise.curved(z, labels[s], share[s], moved.expand_as(z))
+            moved = moved.expand_as(z)
+            g, curved = surprise.slope_and_curved(z, labels[s], share[s], moved)
             found = curved @ weight
             part = curved.mT @ h
-            g = surprise.slope(z, labels[s], share[s])
             if v is not None:
                 found = found + g @ v
             if u is not None:
