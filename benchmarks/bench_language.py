@@ -5,8 +5,8 @@
 A GPT-2 of 10 M parameters in plain PyTorch with 50,257 tokens, tied embeddings, 8 sequences of 128
 tokens: one tensor of (tokens x vocabulary) takes 206 MB, five times the weights. Memory is the peak
 of a process of its own above what it holds with model and data, in that of one plain gradient of
-all sequences: for making an operator and multiplying, and with no graph kept. Time is that of a
-product in gradients.
+all sequences: for making an operator and multiplying, also with no graph kept, and for m-sharpness
+and the gradient of m-SAM with groups of m sequences. Time is that of a product in gradients.
 """
 
 from __future__ import annotations
@@ -81,6 +81,9 @@ OPERATORS = {
 }
 
 
+GROUPED = ("m-sharpness", "m-SAM")
+
+
 def product(name: str, model: nn.Module, data: tuple[Tensor, Tensor]) -> Callable[[], object]:
     kind, _, kept = name.partition(", ")
     options = {"memory_budget": 0} if kept else {}
@@ -89,15 +92,27 @@ def product(name: str, model: nn.Module, data: tuple[Tensor, Tensor]) -> Callabl
     return lambda: matrix.matvec(vector)
 
 
+def by_groups(name: str, model: nn.Module, data: tuple[Tensor, Tensor]) -> Callable[[], object]:
+    kind, _, m = name.partition(", m = ")
+    if kind == "m-sharpness":
+        return lambda: sk.m_sharpness(model, data, m=int(m), rho=0.05, progress=False)
+    return lambda: sk.m_sam_gradient(model, *data, m=int(m), rho=0.05)
+
+
 def memory(arguments: argparse.Namespace) -> Iterator[Record]:
     """Peaks, each of a process of its own."""
     names = [*OPERATORS, *(f"{name}, no graph kept" for name in OPERATORS)]
     one = peak_of("gradient")
     yield Record("one gradient", "PyTorch", "MB above model and data", [one / 1e6])
     for name in names:
-        target = "<= 1.6" if name.startswith(("Gauss", "Fisher")) else ""
         case = f"memory of an operator and a product, {name}"
+        target = "" if name.endswith("kept") else "<= 1.6"
         yield Record(case, "sharpkit", "of one gradient", [peak_of(name) / one], target)
+    for kind in GROUPED:
+        for m in (1, SEQUENCES // 2, SEQUENCES):
+            name = f"{kind}, m = {m}"
+            peak = [peak_of(name) / one]
+            yield Record(f"memory of {name}", "sharpkit", "of one gradient", peak, "<= 1.6")
 
 
 def peak_of(name: str) -> int:
@@ -109,7 +124,11 @@ def peak_of(name: str) -> int:
 def worker(name: str) -> None:
     model, data = problem()
     before = peak_memory()
-    (gradient if name == "gradient" else lambda *of: product(name, *of))(model, data)()
+    if name == "gradient":
+        run = gradient(model, data)
+    else:
+        run = (by_groups if name.startswith(GROUPED) else product)(name, model, data)
+    run()
     print(json.dumps(peak_memory() - before))
 
 

@@ -155,8 +155,10 @@ def _check_shifted(loss: MeanLoss, probe: Examples, outputs: Any) -> None:
     labels = probe.labels
     if not loss.exact or labels.ndim < 2 or labels.is_floating_point():
         return
-    counted = labels >= 0
-    for tokens in pytree.tree_leaves(probe.inputs):
+    counted, inputs = labels >= 0, probe.inputs
+    if isinstance(inputs, Mapping):  # a decoder may repeat what its encoder reads
+        inputs = inputs.get("decoder_input_ids", inputs)
+    for tokens in pytree.tree_leaves(inputs):
         whole = not (tokens.is_floating_point() or tokens.is_complex())
         if not whole or tokens.shape != labels.shape or not bool(counted.any()):
             continue

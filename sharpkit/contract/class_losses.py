@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import relu, softplus
+from torch.nn.functional import relu
 
+from sharpkit.contract.surprise import surprise
 from sharpkit.contract.terms import (
     Formula,
     Terms,
@@ -42,14 +43,6 @@ def multi_margin_formula(module: nn.Module) -> Formula:
 def multi_label_margin_formula(module: nn.Module) -> Formula:
     """The formula of MultiLabelMarginLoss."""
     return Formula(_multi_label_margin_terms, _check_label_lists)
-
-
-def surprise(outputs: Tensor, labels: Tensor) -> Tensor:
-    """−log p of every label, (..., C) and (...) -> (...), also where p rounds to 1."""
-    place = labels.unsqueeze(-1)
-    others = (outputs - outputs.gather(-1, place)).scatter(-1, place, -torch.inf)
-    # the default threshold of 20 would round softplus'' to 0 above it
-    return softplus(torch.logsumexp(others, -1), threshold=80.0)
 
 
 def _one_hot(outputs: Tensor, labels: Tensor) -> Tensor:

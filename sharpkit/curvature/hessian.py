@@ -14,6 +14,7 @@ from sharpkit.curvature.chunks import Linearised
 from sharpkit.curvature.differences import STEPS, extrapolated, moved
 from sharpkit.curvature.operator import CurvatureOperator, owning_edge
 from sharpkit.curvature.second_derivatives import Moved, Tensors
+from sharpkit.curvature.vocabulary import OutputLayer, in_slices, slopes
 
 
 class HessianOperator(CurvatureOperator):
@@ -98,10 +99,12 @@ class HessianOperator(CurvatureOperator):
     def _reverse(self, chunk: Examples) -> Linearised:
         problem, leaves = self._problem, self._problem.leaves
         with torch.enable_grad():
-            mean, weight = problem.terms(chunk)
+            mean, weight, ends, slopes = self._ends(chunk)
             gradient: Sequence[Tensor | None] = [None] * len(leaves)
-            if mean.requires_grad:
-                gradient = torch.autograd.grad(mean, leaves, create_graph=True, allow_unused=True)
+            if ends:
+                gradient = torch.autograd.grad(
+                    ends, leaves, slopes, create_graph=True, allow_unused=True
+                )
             gradient = problem.real(gradient)
         edges: list[GradientEdge] = []
         where: list[int] = []
@@ -120,6 +123,20 @@ class HessianOperator(CurvatureOperator):
 
         detached = [None if g is None else g.detach() for g in gradient]
         return Linearised(mean.detach(), weight, detached, product)
+
+    def _ends(self, chunk: Examples) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor | None]]:
+        """Mean loss and weight, and what the graph of the gradient begins at, with its slopes."""
+        problem = self._problem
+        with OutputLayer() as watch:
+            outputs = problem.function.outputs(chunk.inputs)
+        layer = watch.of(outputs)
+        if layer is None or not in_slices(problem.loss, outputs, chunk.labels, layer):
+            mean, weight = problem.loss.terms(outputs, chunk.labels)
+            return mean, weight, [mean] if mean.requires_grad else [], [None]
+        mean, weight = problem.loss.terms(outputs.detach(), chunk.labels)
+        found = slopes(problem.loss, chunk.labels, weight, layer)
+        pairs = [(t, s) for t, s in zip(layer, found, strict=True) if t.requires_grad]
+        return mean, weight, [t for t, _ in pairs], [s for _, s in pairs]
 
     def _forward(self, chunk: Examples) -> Linearised:
         problem, leaves = self._problem, self._problem.leaves

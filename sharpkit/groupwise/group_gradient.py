@@ -142,7 +142,7 @@ def group_slopes(loss: MeanLoss, outputs: Any, labels: Tensor, groups: int) -> G
 
     dtypes = [grouped[i].dtype.to_real() for i in where] or [torch.float32]
     most = min(math.frexp(torch.finfo(dtype).max)[1] for dtype in dtypes)
-    # softplus multiplies by e^80 < 2^116 on its way back (see `class_losses.surprise`)
+    # softplus multiplies by e^80 < 2^116 on its way back (see `contract.surprise`)
     lift = max(0, min(most // 2, most - 116))
 
     def one(ends: list[Tensor], labels: Tensor, rest: list[Any]) -> tuple[Any, ...]:

@@ -37,6 +37,7 @@ from sharpkit.sharpness.passes import OneBatchPasses, Transformed
 # that evaluate it, and no more than its caches bear (benchmarks/bench_speed.py)
 _CPU_ACTIVATIONS = 96 * 2**20
 _CPU_CHUNKS = (32, 128)  # at least and at most, where memory allows it
+_CPU_LEAST = 256 * 2**20  # activations that are enough work for the calls, whatever the chunk
 _CPU_BATCH = 64  # examples of a group alone, at least: the fastest of every network measured
 _GPU_BATCH = 128  # the same, and how many times what fills a GPU
 _GPU_BATCHES = 4
@@ -220,7 +221,9 @@ def _chunk(
         most = chunk_that_fills(GPU, found.flops, found.calls)
     else:
         low, high = _CPU_CHUNKS
-        most = min(high, max(low, _CPU_ACTIVATIONS // max(1, per_example)))
+        per_example = max(1, per_example)
+        low = min(low, max(1, _CPU_LEAST // per_example))
+        most = min(high, max(low, _CPU_ACTIVATIONS // per_example))
     chunk = 1
     while 2 * chunk <= most and bytes_of(2 * chunk) <= budget:
         chunk *= 2

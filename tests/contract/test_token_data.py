@@ -85,6 +85,20 @@ def test_a_network_that_is_to_repeat_its_input_has_a_way():
     assert sk.m_sharpness(Tokens(), data, m=2, rho=0.1, loss=repeat).value > 0
 
 
+def test_a_decoder_may_repeat_what_its_encoder_reads():
+    """Its own inputs are shifted; if they are not, that is refused."""
+
+    class Repeating(Tokens):
+        def forward(self, input_ids: Tensor, keep: Tensor, decoder_input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids, keep) + super().forward(decoder_input_ids, keep)
+
+    shifted = torch.cat([torch.zeros_like(WORDS[:, :1]), WORDS[:, :-1]], 1)
+    data = {"input_ids": WORDS, "keep": KEEP, "decoder_input_ids": shifted, "labels": WORDS}
+    assert sk.m_sharpness(Repeating(), data, m=2, rho=0.1).value > 0
+    with pytest.raises(DataError, match="shift them"):
+        sk.m_sharpness(Repeating(), {**data, "decoder_input_ids": WORDS}, m=2, rho=0.1)
+
+
 def test_the_loss_of_groups_is_that_of_their_tokens():
     """By a plain loop in float64; sequences have unequal numbers of labelled tokens."""
     model, labels = Tokens().double(), SHIFTED.clone()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from memory_peak import peak
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 import sharpkit as sk
 from sharpkit.contract import checks
@@ -110,18 +110,6 @@ class Words(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return F.linear(self.table(tokens).tanh(), self.table.weight)
-
-
-def peak(run) -> int:
-    """The most bytes that are allocated at a time inside, above what was there."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    changes = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for change in sorted(changes, key=lambda e: e.start_ns()):
-        held += change.nbytes()
-        most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize("operator", [sk.GaussNewtonOperator, sk.FisherOperator])

@@ -6,15 +6,21 @@ import copy
 import warnings
 
 import numpy as np
+import plain_loops
 import pytest
 import torch
 from case import Case
+from plain_loops import Problem
+from scipy import stats
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformer_networks import LENGTH, TRANSFORMERS, VOCABULARY, gpt2
 from transformers import BatchEncoding
 
 import sharpkit as sk
+from sharpkit.contract import surprise
+from sharpkit.contract.losses import resolve_loss
+from sharpkit.curvature import vocabulary
 
 BY_NAME = {case.name: case for case in TRANSFORMERS}
 
@@ -103,3 +109,99 @@ def test_a_tracker_and_sam_follow_a_language_model():
     frame = tracker.frame()
     assert frame.loss.is_monotonic_decreasing
     assert (frame.lambda_max > 0).all()
+
+
+def halves(data: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    return [{key: value[part] for key, value in data.items()} for part in (slice(4), slice(2, 6))]
+
+
+def test_causal_models_are_scored_end_to_end():
+    """Losses per token of both sets, m-sharpness, and the gap that the evaluation takes."""
+    models = {}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        models[f"seed {seed}"] = gpt2().eval().double()
+    train, test = halves(sequences())
+    measure = sk.measures.MSharpness(m=4, rho=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scores = sk.score_models(models, measure, train, test, progress=False)
+    assert not len(scores.failures)
+    metrics = scores.metrics().set_index("model")
+    values = scores.frame().set_index("model").value
+    for name, model in models.items():
+        losses = []
+        for part in (train, test):
+            inputs = {key: part[key] for key in ("input_ids", "attention_mask")}
+            problem = Problem(model, inputs, part["labels"], plain_loops.cross_entropy)
+            losses.append(float(problem.loss().detach()))
+            if part is train:
+                assert values[name] == pytest.approx(
+                    plain_loops.m_sharpness(problem, 4, 0.05), rel=1e-6
+                )
+        row = metrics.loc[name]
+        assert [row["train_loss"], row["test_loss"]] == pytest.approx(losses, rel=1e-9)
+        assert row["loss_gap"] == pytest.approx(losses[1] - losses[0], abs=1e-9)
+    with pytest.warns(UserWarning, match="fewer than two hyperparameters"):
+        (tau,) = sk.evaluate(scores, resamples=10).kendall_tau
+    gaps = metrics.loss_gap.loc[list(models)]
+    assert tau == pytest.approx(stats.kendalltau(values.loc[list(models)], gaps)[0])
+
+
+def test_classifiers_of_sequences_are_scored_end_to_end():
+    """With accuracies, and margins, which take one class per sequence."""
+    case = BY_NAME["bert"]
+    model, inputs, labels = case.make(torch.float64)
+    model.eval()
+    with torch.no_grad():
+        right = (model(**inputs).logits.argmax(1) == labels).double()
+    whole = {**inputs, "labels": labels}
+    train, test = halves(whole)
+    margin = sk.measures.make_measure("output_margin", percentile=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scores = sk.score_models(
+            {"bert": model}, [sk.measures.MSharpness(m=4, rho=0.05), margin],
+            train, test, progress=False,
+        )  # fmt: skip
+    assert not len(scores.failures)
+    row = scores.model_configs["models"]["bert"]["metrics"]
+    assert row["train_acc"] == pytest.approx(float(right[:4].mean()))
+    assert row["test_acc"] == pytest.approx(float(right[2:].mean()))
+    problem = Problem(
+        model, {k: v[:4] for k, v in inputs.items()}, labels[:4], plain_loops.cross_entropy
+    )
+    found = scores.frame().set_index("measure").value
+    assert found["m_sharpness"] == pytest.approx(
+        plain_loops.m_sharpness(problem, 4, 0.05), rel=1e-6
+    )
+    logits = problem.outputs().logits.detach().numpy()
+    own = logits[np.arange(4), labels[:4]]
+    logits[np.arange(4), labels[:4]] = -np.inf
+    assert found["output_margin"] == pytest.approx(np.median(own - logits.max(1)), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "lora_gpt2"])
+def test_large_logits_in_slices_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Output layer and loss as one, and the loss in slices of three positions."""
+    case: Case = BY_NAME[name]
+    model, inputs, labels = case.make(torch.float64)
+    direction = torch.ones(sum(p.numel() for p in model.parameters() if p.requires_grad)).double()
+    found = []
+    for large in (surprise.large_bytes(torch.device("cpu")), 3 * 8 * VOCABULARY * surprise.SLICES):
+        monkeypatch.setitem(surprise._LARGE, "cpu", large)
+        monkeypatch.setattr(vocabulary, "_WIDER", 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            matrix = sk.HessianOperator(model, (inputs, labels))
+            sharpness = sk.m_sharpness(model, (inputs, labels), m=[1, 4], rho=case.rho)
+        found.append((matrix.matvec(direction), matrix.gradient, torch.tensor(sharpness.value)))
+        assert matrix.mode == "reverse"
+        with vocabulary.OutputLayer() as watch:
+            logits = model(**inputs).logits
+        layer = watch.of(logits)
+        assert layer is not None
+        sliced = vocabulary.in_slices(resolve_loss(case.loss), logits, labels, layer)
+        assert sliced == (large < 2**20)
+    for plain, in_slices in zip(*found, strict=True):
+        torch.testing.assert_close(in_slices, plain, rtol=1e-5, atol=1e-9)
