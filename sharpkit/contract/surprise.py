@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 
 # bytes of logits that are cut into slices, and of a slice; a GPU is slow for small ones
 _LARGE = {"cpu": 2**24, "cuda": 2**28}
-SLICES = 8  # slices that fit into what is not cut yet
+_SLICES = 8  # slices that fit into what is not cut yet
 _WIDE = (torch.float32, torch.float64)  # halves are left to autocast
 
 
@@ -48,7 +48,7 @@ def slices(outputs: Tensor) -> Iterator[tuple[slice, ...]]:
     leading = list(outputs.shape[:-1])
     axis = max(range(len(leading)), key=leading.__getitem__)
     size = outputs.numel() * outputs.element_size()
-    count = min(leading[axis], -(-size * SLICES // large_bytes(outputs.device)))
+    count = min(leading[axis], -(-size * _SLICES // large_bytes(outputs.device)))
     for i in range(count):
         start, stop = (leading[axis] * j // count for j in (i, i + 1))
         yield *[slice(None)] * axis, slice(start, stop)

@@ -21,6 +21,7 @@ from sharpkit.contract import surprise
 from sharpkit.contract.losses import MeanLoss
 from sharpkit.curvature.softmax import softmax_loss
 
+_SLICES = 2  # of positions, in what is not cut
 _WIDER = 4  # times as many outputs as inputs, from which on it pays
 
 
@@ -99,9 +100,9 @@ def slopes(
 
 
 def _cut(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Positions whose logits make up one slice."""
+    """Positions whose logits make up one slice: fewer would read the weight too often."""
     bytes_of_one = weight.shape[0] * weight.element_size()
-    step = max(1, surprise.large_bytes(weight.device) // surprise.SLICES // bytes_of_one)
+    step = max(1, surprise.large_bytes(weight.device) // _SLICES // bytes_of_one)
     return (slice(i, i + step) for i in range(0, len(hidden), step))
 
 

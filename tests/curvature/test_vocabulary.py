@@ -61,7 +61,7 @@ def dense(model: nn.Module, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor
 @pytest.fixture
 def in_slices(monkeypatch) -> list[bool]:
     """Slices of a few positions; whether the output layer was taken, chunk by chunk."""
-    monkeypatch.setitem(surprise._LARGE, "cpu", 8 * 3 * V * surprise.SLICES)
+    monkeypatch.setitem(surprise._LARGE, "cpu", 8 * 3 * V * vocabulary._SLICES)
     taken = []
 
     def asked(*args) -> bool:
@@ -149,9 +149,9 @@ def test_a_kept_graph_has_nothing_of_the_size_of_the_logits():
             return F.linear(self.table(tokens).tanh(), self.table.weight)
 
     torch.manual_seed(0)
-    words = torch.randint(80_000, (3, 65))
+    words = torch.randint(80_000, (3, 193))
     matrix = sk.HessianOperator(Words(), (words[:, :-1], words[:, 1:]), chunk=1)
-    logits = 4 * 64 * 80_000
+    logits = 4 * 192 * 80_000
     vector = torch.ones(matrix.shape[0])
     assert matrix.kept_chunks == 3
     assert matrix.kept_bytes < 0.1 * logits

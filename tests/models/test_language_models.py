@@ -188,7 +188,10 @@ def test_large_logits_in_slices_give_the_same(name: str, monkeypatch: pytest.Mon
     model, inputs, labels = case.make(torch.float64)
     direction = torch.ones(sum(p.numel() for p in model.parameters() if p.requires_grad)).double()
     found = []
-    for large in (surprise.large_bytes(torch.device("cpu")), 3 * 8 * VOCABULARY * surprise.SLICES):
+    for large in (
+        surprise.large_bytes(torch.device("cpu")),
+        3 * 8 * VOCABULARY * vocabulary._SLICES,
+    ):
         monkeypatch.setitem(surprise._LARGE, "cpu", large)
         monkeypatch.setattr(vocabulary, "_WIDER", 1)
         with warnings.catch_warnings():
