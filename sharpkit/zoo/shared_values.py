@@ -13,7 +13,7 @@ from sharpkit.zoo.files import json_text
 _AT = "possible_values_at"
 
 
-def pack(entries: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[list[Any]]]:
+def pack(entries: Iterable[Any]) -> tuple[list[Any], list[list[Any]]]:
     """Entries in which the possible values of a hyperparameter are a place, and the lists there.
 
     Example:
@@ -43,7 +43,7 @@ def pack(entries: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], li
     return [_with_hparams(entry, packed) for entry in kept], lists
 
 
-def unpack(entry: Mapping[str, Any], lists: Sequence[Any]) -> dict[str, Any]:
+def unpack(entry: Any, lists: Sequence[Any]) -> Any:
     """The entry as it was; entries share the lists.
 
     Example:
@@ -60,8 +60,8 @@ def unpack(entry: Mapping[str, Any], lists: Sequence[Any]) -> dict[str, Any]:
     return _with_hparams(entry, unpacked)
 
 
-def _with_hparams(entry: Mapping[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    hparams = entry.get("hparams")
+def _with_hparams(entry: Any, change: Callable[[Any], Any]) -> Any:
+    hparams = entry.get("hparams") if isinstance(entry, Mapping) else None
     if not isinstance(hparams, Mapping):
-        return dict(entry)
+        return entry  # as damaged as it came
     return {**entry, "hparams": {name: change(h) for name, h in hparams.items()}}
