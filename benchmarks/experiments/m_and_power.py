@@ -72,14 +72,15 @@ def differences(scores: sk.Scores, task: sk.Task) -> pd.DataFrame:
     ]
 
 
-def picture(table: pd.DataFrame, path: Path) -> None:
+def picture(table: pd.DataFrame, name: str, path: Path) -> None:
     """Score and Kendall's tau against m, a line for each radius; plain left, adaptive right."""
     figure = Figure(figsize=(11, 9.5), layout="constrained")
     axes = figure.subplots(2, len(RADII))
     for row, statistic in zip(axes, ("cmi_pgdl", "kendall_tau"), strict=True):
         for axis, measure in zip(row, RADII, strict=True):
-            rows = table[table["measure"] == measure].assign(task=path.stem)
+            rows = table[table["measure"] == measure].assign(task=name)
             draw_predictive_power(axis, rows, statistic)
+            axis.set_title("adaptive" if "adaptive" in measure else "plain")
     figure.savefig(path, dpi=110)
 
 
@@ -137,12 +138,12 @@ def main() -> None:
     frame = scores.frame()
     columns = frame.pivot(index="model", columns=["measure", "rho", "m"], values="value")
     columns.columns = [f"{measure} {rho:g} {m:g}" for measure, rho, m in columns.columns]
-    wide = scores.metrics().merge(columns.reset_index(), on="model", validate="one_to_one")
+    wide = task.frame().merge(columns.reset_index(), on="model", validate="one_to_one")
     arguments.results.mkdir(parents=True, exist_ok=True)
     write_csv(values, arguments.results / f"{name}_power.csv")
     write_csv(changes, arguments.results / f"{name}_differences.csv")
-    write_csv(wide, arguments.results / f"{name}_values.csv")
-    picture(values, out / f"{name}_power.png")
+    write_csv(wide, arguments.results / f"{name}_values.csv", digits="%.7g")
+    picture(values, name, out / f"{name}_power.png")
     print(*tables(values, changes), sep="\n")
 
 
