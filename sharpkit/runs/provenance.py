@@ -33,7 +33,9 @@ def circumstances(device: str) -> dict[str, Any]:
 @cache
 def _environment() -> str:
     """Versions and machine of this process, as JSON."""
-    packages = {"sharpkit": own_version(), "torch": version("torch"), "numpy": version("numpy")}
+    # torch's own word names its build, which the distribution of a CUDA build may leave out
+    torch_version = str(torch.__version__)
+    packages = {"sharpkit": own_version(), "torch": torch_version, "numpy": version("numpy")}
     python = {"python": platform.python_version(), "platform": platform.platform()}
     return json.dumps({**packages, **python, "host": platform.node()})
 

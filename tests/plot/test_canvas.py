@@ -38,6 +38,7 @@ SAVED = {
 
 @pytest.mark.parametrize("plot", PLOTS)
 def test_a_new_figure_is_the_current_one_of_pyplot(plot):
+    plt.close("all")  # of tests before
     figure = PLOTS[plot]()
     assert plt.gcf() is figure
     assert plt.get_fignums() == [figure.number]
