@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from types import FrameType
 from typing import TypeVar
 
@@ -25,6 +25,15 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # what these two find depends on what else the machine does
 settings.register_profile("any pace", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any pace")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums, and so the last bits, depend on the number of threads, also in another process."""
+    from sharpkit.workers.threads import limited_threads
+
+    with limited_threads(1):
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharpkit.contract.ranks import Team
 from sharpkit.errors import ArgumentError
 
 
@@ -37,7 +38,7 @@ class Ranks:
             >>> [Ranks(rank, 2).share(5) for rank in range(2)]
             [slice(0, 2, None), slice(2, 5, None)]
         """
-        return slice(total * self.rank // self.world, total * (self.rank + 1) // self.world)
+        return Team(self.rank, self.world).share(total)
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over the ranks, starting from rank 0's weights."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pandas as pd
 import pytest
-import torch
 from click.testing import CliRunner
 from fits import fit, images, same_weights
 
@@ -16,13 +15,7 @@ from sharpkit.training import loop
 MEASURES = ("loss", "stability", "distance")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The last bits depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tracker(**options):

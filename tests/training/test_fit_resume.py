@@ -24,13 +24,7 @@ from sharpkit.training.run_files import RunFiles
 KINDS = {"sgd": {}, "sam": {"optimizer": "sam", "m": 4, "rho": 0.1}}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums, and so the last bits, depend on the number of threads, also in another process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -25,13 +25,7 @@ PLAIN = {"epochs": 3, "batch_size": 16, "weight_decay": 0.01, "schedule": "const
 STEPS = 12  # 4 of each epoch
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The last bits depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def normed():
