@@ -78,20 +78,12 @@ def curved(outputs: Tensor, labels: Tensor, factor: Tensor, u: Tensor) -> Tensor
     The entry of u at the most probable class is subtracted first, which changes nothing but
     rounding, where p is nearly 1.
     """
-    return slope_and_curved(outputs, labels, factor, u)[1]
-
-
-def slope_and_curved(
-    outputs: Tensor, labels: Tensor, factor: Tensor, u: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Both of the above, by one pass over the logits."""
     place, factor = labels.unsqueeze(-1), factor.unsqueeze(-1)
     others, wrong = _shares(outputs, labels)
     p = (others * wrong).scatter(-1, place, 1.0 - wrong)
-    first = p * factor
     u = u - u.gather(-1, outputs.argmax(-1, keepdim=True))
     mean = (p.unsqueeze(-2) @ u.unsqueeze(-1)).squeeze(-1)
-    return first.scatter(-1, place, -wrong * factor), first * (u - mean)
+    return p * factor * (u - mean)
 
 
 def _shares(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

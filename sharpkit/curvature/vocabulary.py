@@ -106,61 +106,109 @@ def _cut(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
     return (slice(i, i + step) for i in range(0, len(hidden), step))
 
 
-def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    return part if total is None or part is None else total + part
+def _one_by_one(function: type[Function], size: int, axes: Any, arguments: Any) -> Any:
+    """A function of several vectors: together they would need as many times the memory."""
+    rows = [
+        function.apply(  # type: ignore[no-untyped-call]
+            *(
+                a if axis is None else a.select(axis, i)
+                for a, axis in zip(arguments, axes, strict=True)
+            )
+        )
+        for i in range(size)
+    ]
+    return tuple(torch.stack(found) for found in zip(*rows, strict=True)), (0,) * len(rows[0])
 
 
 class _Slopes(Function):
-    """(n, d), (V, d), (V,) or None, labels and their shares (n,) -> slopes of the first three."""
+    """(n, d), (V, d), (V,) or None, labels and their shares (n,) -> slopes of the first three.
 
-    generate_vmap_rule = True
+    And of every position what its probabilities are computed from again: the largest logit, which
+    one it is, the share over the sum of e = exp(logit - largest), and that sum without the label.
+    """
 
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, share: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        for_hidden = []
-        for_weight = for_bias = None
+    ) -> tuple[Tensor, ...]:
+        for_hidden = torch.empty_like(hidden)
+        for_weight, for_bias = torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
+        most, rate, others = (torch.empty_like(share) for _ in range(3))
+        which = torch.empty_like(labels)
         for s in _cut(hidden, weight):
-            g = surprise.slope(F.linear(hidden[s], weight, bias), labels[s], share[s])
-            for_hidden.append(g @ weight)
-            for_weight = _add(for_weight, g.mT @ hidden[s])
-            for_bias = _add(for_bias, g.sum(0))
-        assert for_weight is not None and for_bias is not None
-        return torch.cat(for_hidden), for_weight, for_bias
+            z, label = F.linear(hidden[s], weight, bias), labels[s].unsqueeze(-1)
+            most[s], which[s] = z.max(-1)
+            e = z.sub_(most[s].unsqueeze(-1)).exp_()
+            own = e.gather(-1, label).squeeze(-1)
+            # a sum without the label, for 1 - p of it rounds where p is nearly 1
+            others[s] = e.scatter_(-1, label, 0.0).sum(-1)
+            rate[s] = share[s] / (others[s] + own)
+            g, scale = e.scatter_(-1, label, -others[s].unsqueeze(-1)), rate[s].unsqueeze(-1)
+            for_hidden[s] = (g @ weight).mul_(scale)
+            for_weight.addmm_(g.mT, hidden[s] * scale)
+            for_bias.addmv_(g.mT, rate[s])
+        return for_hidden, for_weight, for_bias, most, which, rate, others
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.save_for_backward(*inputs[:4], *output[3:])
+
+    @staticmethod
+    def vmap(info: Any, axes: Any, *arguments: Any) -> Any:
+        return _one_by_one(_Slopes, info.batch_size, axes, arguments)
 
     @staticmethod
     def backward(ctx: Any, *vectors: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The matrix of second derivatives, which is symmetric, times the vectors."""
-        hidden, weight, bias, labels, share = ctx.saved_tensors
-        u, v, w = vectors  # of hidden, weight and bias
-        for_hidden = []
-        for_weight = for_bias = None
-        for s in _cut(hidden, weight):
-            h, z = hidden[s], F.linear(hidden[s], weight, bias)
-            moved = w
-            if u is not None:
-                moved = F.linear(u[s], weight, moved)
-            if v is not None:
-                moved = h @ v.mT if moved is None else moved + h @ v.mT
-            if moved is None:
-                continue
-            moved = moved.expand_as(z)
-            g, curved = surprise.slope_and_curved(z, labels[s], share[s], moved)
-            found = curved @ weight
-            part = curved.mT @ h
-            if v is not None:
-                found = found + g @ v
-            if u is not None:
-                part = part + g.mT @ u[s]
-            for_hidden.append(found)
-            for_weight = _add(for_weight, part)
-            for_bias = _add(for_bias, curved.sum(0))
-        if not for_hidden:
+        u, v, w = vectors[:3]
+        if u is None and v is None and w is None:
             return (None,) * 5
-        return torch.cat(for_hidden), for_weight, None if bias is None else for_bias, None, None
+        found = _Products.apply(u, v, w, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return (*found[:2], found[2] if ctx.needs_input_grad[2] else None, None, None)
+
+
+class _Products(Function):
+    """The matrix of second derivatives, which is symmetric, times vectors of the same shapes.
+
+    With p = e / Σe and a change u of the logits, that of the slope is p ∘ u − p (p·u). The entry of
+    u at the most probable class is subtracted first, as in `surprise.curved`.
+    """
+
+    @staticmethod
+    def forward(
+        u: Tensor | None, v: Tensor | None, w: Tensor | None,
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor,
+        most: Tensor, which: Tensor, rate: Tensor, others: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        for_hidden = torch.empty_like(hidden)
+        for_weight, for_bias = torch.zeros_like(weight), torch.zeros_like(weight[:, 0])
+        for s in _cut(hidden, weight):
+            h, label, scale = hidden[s], labels[s].unsqueeze(-1), rate[s].unsqueeze(-1)
+            e = F.linear(h, weight, bias).sub_(most[s].unsqueeze(-1)).exp_()
+            change = torch.zeros_like(e) if w is None else w.expand_as(e).clone()
+            if u is not None:
+                change.addmm_(u[s], weight.mT)
+            if v is not None:
+                change.addmm_(h, v.mT)
+            change.sub_(change.gather(-1, which[s].unsqueeze(-1)))
+            mean = torch.linalg.vecdot(e, change).unsqueeze(-1).div_(e.sum(-1, keepdim=True))
+            curved = change.sub_(mean).mul_(e)
+            found = curved @ weight
+            for_weight.addmm_(curved.mT, h * scale)
+            for_bias.addmv_(curved.mT, rate[s])
+            g = e.scatter_(-1, label, -others[s].unsqueeze(-1))
+            if v is not None:
+                found.addmm_(g, v)
+            if u is not None:
+                for_weight.addmm_(g.mT, u[s] * scale)
+            for_hidden[s] = found.mul_(scale)
+        return for_hidden, for_weight, for_bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept: a third derivative is refused by autograd."""
+
+    @staticmethod
+    def vmap(info: Any, axes: Any, *arguments: Any) -> Any:
+        return _one_by_one(_Products, info.batch_size, axes, arguments)
