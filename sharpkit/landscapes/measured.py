@@ -22,7 +22,13 @@ from sharpkit.contract.parameters import Parameters, floating_parameters
 from sharpkit.errors import ArgumentError
 from sharpkit.groupwise.fallback import Engine, in_memory, vectorised_or_loop
 from sharpkit.landscapes.batch_norm import layers_with_statistics
-from sharpkit.landscapes.passes import Passes, Terms, needs_loop_loss, prefers_side_by_side
+from sharpkit.landscapes.passes import (
+    Passes,
+    Terms,
+    bytes_of,
+    needs_loop_loss,
+    prefers_side_by_side,
+)
 from sharpkit.landscapes.states import Tensors
 from sharpkit.landscapes.subspace import Subspace
 from sharpkit.progress import progress_bar
@@ -31,8 +37,9 @@ from sharpkit.sharpness.sweep_plan import image_layout
 BatchNorm: TypeAlias = Literal["stored", "recomputed"]
 T = TypeVar("T")
 
-# examples at a time: the fastest of most networks on a CPU; on a GPU enough to fill it
-_CPU_BATCH, _GPU_BATCH = 64, 1024
+# examples at a time: on a CPU 128 to 1,000 small images are equally fast, large ones need no more
+# than a few at a time; on a GPU enough to fill it
+_CPU_BATCH, _CPU_LEAST, _CPU_BYTES, _GPU_BATCH = 256, 16, 2**22, 1024
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,15 @@ def evaluate(
             what="points",
         )
 
-    auto = _GPU_BATCH if function.device.type == "cuda" else _CPU_BATCH
+    batch = examples_at_a_time(probe, function.device) if how.chunk == "auto" else how.chunk
     with fused_attention() if engine == "loop" else nullcontext():
-        found, vectorised = in_memory(measure, auto if how.chunk == "auto" else how.chunk)
+        found, vectorised = in_memory(measure, batch)
     return found, "vectorized" if vectorised else "loop"
+
+
+def examples_at_a_time(probe: Probe, device: torch.device) -> int:
+    """How many examples a forward pass takes; it follows from their size."""
+    if device.type == "cuda":
+        return _GPU_BATCH
+    most = _CPU_BYTES * len(probe.examples) // max(1, bytes_of(probe.examples))
+    return max(_CPU_LEAST, min(_CPU_BATCH, most))
