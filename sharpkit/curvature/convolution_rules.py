@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from sharpkit.contract.convolutions import overruns
+
 _aten = torch.ops.aten
 # (stride, padding, dilation, groups, has bias)
 _Geometry = tuple[list[int], list[int], list[int], int, bool]
@@ -147,6 +149,8 @@ def _gradients(
 ) -> _Gradients:
     """Gradients for input, weight and bias, each computed only where the mask is set."""
     stride, padding, dilation, groups, _ = geometry
+    if mask[1] and overruns(weight, stride):  # strides of a 1 x 1 kernel may be either layout's
+        x, weight = (t.clone(memory_format=torch.contiguous_format) for t in (x, weight))
     sizes = [weight.shape[0]] if mask[2] else None
     zero = [0] * len(stride)
     result: _Gradients = _aten.convolution_backward(

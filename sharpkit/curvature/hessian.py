@@ -170,8 +170,8 @@ class HessianOperator(CurvatureOperator):
     def _gradient(self, weights: Tensors) -> list[Tensor]:
         """The gradient of the mean loss of all examples, at other weights."""
         total = [torch.zeros_like(w) for w in weights]
-        for chunk in self._chunks:
-            examples = self._examples(chunk)
+        for chunk in self._recording.chunks:
+            examples = self._recording.examples(chunk)
             part = self._problem.at(weights, partial(self._problem.slopes, chunk=examples))
             torch._foreach_add_(total, part, alpha=self._share(chunk.weight))
         return total

@@ -24,22 +24,16 @@ from sharpkit.contract.ranks import ALONE
 from sharpkit.contract.shares import read_share
 from sharpkit.contract.team_checks import require_same_arguments, require_same_weights
 from sharpkit.curvature.chunks import (
-    Chunk,
-    ChunkPlan,
     Linearised,
-    check_repeated,
-    check_unchanged,
     chunk_plan,
     graph_bytes,
-    read_losses,
-    recorded,
 )
-from sharpkit.curvature.compiled import CompiledProducts, try_compile
 from sharpkit.curvature.differences import TOLERANCES, Differences, probe
 from sharpkit.curvature.fast_rules import fast_rules
 from sharpkit.curvature.memory import gigabytes, require_memory
 from sharpkit.curvature.plain_rules import plain_rules
 from sharpkit.curvature.problem import Problem, make_problem, refuse_training_mode
+from sharpkit.curvature.recording import Recording, choose_way
 from sharpkit.curvature.second_derivatives import (
     Method,
     Mode,
@@ -49,18 +43,16 @@ from sharpkit.curvature.second_derivatives import (
     choose_mode,
     without_padding,
 )
-from sharpkit.curvature.together import can_go_together, products_together
 from sharpkit.errors import ArgumentError, DataError, ModelError
-from sharpkit.progress import progress_bar
 
 
 class _Sums(NamedTuple):
-    """What the examples of one process give."""
+    """What the examples of one process give: see `Recording`."""
 
     n: int
     weight: float
-    loss: float  # the sum of the losses, not their mean
-    used: set[int]  # places of the parameters that the loss depends on
+    loss: float
+    used: set[int]
     mode: Mode
     why: str  # what is wrong with the modes before
 
@@ -183,7 +175,7 @@ class CurvatureOperator(ABC):
         self.mode, self._why = choose_mode(problem, self._by_differences, self._product, method)
         keeping = self.mode in ("reverse", "plain reverse")
         known = [*problem.leaves, *problem.fixed.values()]
-        self._plan: ChunkPlan = chunk_plan(
+        plan = chunk_plan(
             problem.examples,
             (0, 0) if self.mode == "forward" else self._graph_bytes(problem, known),
             list(problem.weights.values()),
@@ -191,8 +183,18 @@ class CurvatureOperator(ABC):
             memory_budget if keeping else 0,
         )
         self._differences = Differences(list(problem.weights.values()), self.tolerance)
-        self._choose_products(compile)
-        return self._record(progress and self.team.rank == 0)
+        me = weakref.proxy(self)  # no cycle: the graphs are freed with the operator
+
+        def linearise(chunk: Examples) -> Linearised:
+            return me._linearise(chunk)  # type: ignore[no-any-return]
+
+        way = choose_way(problem, linearise, plan, self.mode, self._why, compile)
+        self._recording = Recording(problem, linearise, plan, way)
+        self._gradient_part = self._recording.record(progress and self.team.rank == 0)
+        found = self._recording
+        return _Sums(
+            len(problem.examples), found.weight, found.loss, found.used, self.mode, self._why
+        )
 
     def _join(self, sums: Sequence[_Sums]) -> None:
         """What is known when all shares have been gone over: totals, loss, gradient.
@@ -217,9 +219,11 @@ class CurvatureOperator(ABC):
         self._gradient_part /= self._total
         self.gradient = part = self._gradient_part
         if self.team.world > 1:
-            self.gradient = self.team.summed(
-                len(part), part, lambda out: _add([out], [part], 1.0), same=part[:0]
-            )
+
+            def add(total: Tensor) -> None:
+                total.add_(part)
+
+            self.gradient = self.team.summed(len(part), part, add, same=part[:0])
         used = set[int]().union(*(share.used for share in sums))
         names = list(self.parameters)
         self.unused = [name for i, name in enumerate(names) if i not in used]
@@ -234,35 +238,17 @@ class CurvatureOperator(ABC):
             del self._gradient_part  # differences alone need it
 
     def _graph_bytes(self, problem: Problem, known: list[Tensor]) -> tuple[int, int]:
-        record = self._loss_graph if self.mode == "finite difference" else self._record_some
-        return graph_bytes(record, problem.examples, known, problem.probe.at_most(4))
 
-    def _choose_products(self, compile: bool) -> None:
-        """How vectors are multiplied: compiled, several at once, or one by one."""
-        self._compiled: CompiledProducts | None = None
-        self._why_eager = ""
-        few = self._problem.few(self._problem.probe.at_most(2))
-        if compile and self.mode == "finite difference":
-            self._why_eager = "products are differences of first derivatives"
-        elif compile and self.mode == "forward":
-            self._why_eager = f"they take forward over reverse mode ({self._why})"
-        elif compile:
-            first = self._problem.on_device(self._problem.examples.slice(*self._plan.bounds[0]))
-            me = weakref.proxy(self)  # no cycle: the graphs are freed with the operator
-            self._compiled, self._why_eager = try_compile(
-                self._problem, lambda chunk: me._linearise(chunk), first
-            )
-        alone = self._compiled is not None or self.mode == "finite difference"
-        together = 1 if alone else self._plan.together
-        if together > 1 and self.mode != "forward":
-            works = can_go_together(self._problem, self._product(few, self.mode))
-            together = together if works else 1
-        self._together = together
+        def linearised(examples: Examples) -> Linearised:
+            return self._linearise(problem.on_device(examples))
+
+        record = self._loss_graph if self.mode == "finite difference" else linearised
+        return graph_bytes(record, problem.examples, known, problem.probe.at_most(4))
 
     @property
     def compiled(self) -> bool:
         """Whether products run as compiled code."""
-        return self._compiled is not None
+        return self._recording.way.compiled is not None
 
     @property
     def errors(self) -> tuple[float, ...]:
@@ -308,12 +294,17 @@ class CurvatureOperator(ABC):
     @property
     def chunks(self) -> int:
         """The number of chunks."""
-        return len(self._plan.bounds)
+        return len(self._recording.chunks)
 
     @property
     def kept_chunks(self) -> int:
         """The number of chunks whose graph is in memory."""
-        return sum(chunk.product is not None for chunk in self._chunks)
+        return sum(chunk.product is not None for chunk in self._recording.chunks)
+
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that the kept graphs take, estimated."""
+        return self._recording.kept_bytes
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector of shape (P,) as one tensor per parameter (views), by name."""
@@ -365,8 +356,12 @@ class CurvatureOperator(ABC):
     def _multiplied(self, rows: Tensor) -> Tensor:
         """The products with rows (k, P): what all processes add up in one all-reduce."""
 
+        recording = self._recording
+        shares = [self._share(chunk.weight) for chunk in recording.chunks]
+
         def add(total: Tensor) -> None:
-            self._add_products(self._blocks(rows), self._blocks(total.view(rows.shape)))
+            inputs, outputs = self._blocks(rows), self._blocks(total.view(rows.shape))
+            recording.add_products(inputs, outputs, shares)
 
         return self.team.summed(rows.numel(), rows, add, same=rows).view(rows.shape)
 
@@ -419,9 +414,7 @@ class CurvatureOperator(ABC):
 
     def close(self) -> None:
         """Free the kept graphs; products still work, and record what they need."""
-        for chunk in self._chunks:
-            chunk.product = None
-        self.kept_bytes = 0
+        self._recording.free()
 
     def __enter__(self) -> Self:
         return self
@@ -487,12 +480,10 @@ class CurvatureOperator(ABC):
         with plain_rules(), torch.enable_grad():
             return self._problem.terms(self._problem.on_device(examples))
 
-    def _record_some(self, examples: Examples) -> Linearised:
-        return self._linearise(self._problem.on_device(examples))
-
     def _blocks(self, rows: Tensor) -> list[list[Tensor]]:
         """Rows (k, P) as views, one per parameter, of the vectors that are multiplied at once."""
-        if self._together == 1:
+        together = self._recording.way.together
+        if together == 1:
             return [list(self.split(row).values()) for row in rows]
         shapes = self.parameters.values()
         sizes = [shape.numel() for shape in shapes]
@@ -501,49 +492,14 @@ class CurvatureOperator(ABC):
                 part.view(len(block), *shape)
                 for part, shape in zip(torch.split(block, sizes, 1), shapes, strict=True)
             ]
-            for block in torch.split(rows, self._together)
+            for block in torch.split(rows, together)
         ]
 
-    def _add_products(self, inputs: Sequence[Tensors], outputs: Sequence[Tensors]) -> None:
-        again: list[Chunk] = []
-        means: list[Tensor] = []
-        inputs = [list(map(_aligned, vector)) for vector in inputs]
-        for chunk in self._chunks:
-            product = chunk.product
-            if product is None:
-                mean, product = self._recorded_again(chunk)
-                again.append(chunk)
-                means.append(mean)
-            for vector, total in zip(inputs, outputs, strict=True):
-                _add(total, self._multiply(product, vector), self._share(chunk.weight))
-        check_repeated(again, means)
-
-    def _multiply(self, product: Product, vectors: Tensors) -> Sequence[Tensor | None]:
-        if self._together == 1:
-            return product(vectors)
-        return products_together(self._problem, product, vectors)
-
-    def _recorded_again(self, chunk: Chunk) -> tuple[Tensor, Product]:
-        examples = self._problem.examples.slice(chunk.start, chunk.stop)
-        check_unchanged(chunk, examples)
-        if self._compiled is not None:
-            return self._compiled(self._problem.on_device(examples))[:2]
-        linear = self._record_some(examples)
-        return linear.mean, linear.product
-
     def _add_differences(self, inputs: Sequence[Tensors], outputs: Sequence[Tensors]) -> None:
-        self.team.gathered(self._check_chunks)
+        self.team.gathered(self._recording.check)
         vectors = [without_padding(self._problem, vector) for vector in inputs]
         with plain_rules():
             self._differences.add(self._difference_of_all, vectors, outputs)
-
-    def _check_chunks(self) -> None:
-        """Raise if the examples, or the loss of the first ones, are others than at first."""
-        for chunk in self._chunks:
-            check_unchanged(chunk, self._problem.examples.slice(chunk.start, chunk.stop))
-        first = self._chunks[0]
-        with plain_rules(), self._problem.function.evaluating():
-            check_repeated([first], [self._problem.terms(self._examples(first))[0].detach()])
 
     def _difference_of_all(self, vector: Tensors, step: float) -> Sequence[Tensors]:
         """`_difference` over the chunks of all processes, in one all-reduce."""
@@ -583,45 +539,6 @@ class CurvatureOperator(ABC):
             raise ModelError(f"{first}{error}") from error
         self._differences.scale = float(product.norm() / vector.norm())
 
-    def _examples(self, chunk: Chunk) -> Examples:
-        return self._problem.on_device(self._problem.examples.slice(chunk.start, chunk.stop))
-
-    def _record(self, progress: bool) -> _Sums:
-        """Go over the share once: the sums of loss and gradient, and the graphs that are kept."""
-        self._chunks: list[Chunk] = []
-        self.kept_bytes = 0
-        self._gradient_part = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        parts = list(self.split(self._gradient_part).values())
-        used: set[int] = set()
-        losses: list[tuple[Tensor, Tensor]] = []
-        for start, stop in progress_bar(
-            iterable=self._plan.bounds, desc="linearising", unit="chunk", leave=False, delay=2,
-            progress=progress,
-        ):  # fmt: skip
-            examples = self._problem.examples.slice(start, stop)
-            linear = self._record_some(examples)
-            product = self._kept(examples, linear)
-            self._chunks.append(recorded(start, stop, examples, product))
-            used.update(i for i, g in enumerate(linear.gradient) if g is not None)
-            _add(parts, _times(linear.gradient, linear.weight), 1.0)
-            losses.append((linear.mean, linear.weight))
-        read_losses(self._chunks, losses)
-        weight = sum(chunk.weight for chunk in self._chunks)
-        loss = sum(chunk.mean * chunk.weight for chunk in self._chunks)
-        return _Sums(len(self._problem.examples), weight, loss, used, self.mode, self._why)
-
-    def _kept(self, examples: Examples, linear: Linearised) -> Product | None:
-        """A chunk's product, if it is kept."""
-        if self._compiled is None:
-            keep = len(self._chunks) < self._plan.keep
-            self.kept_bytes = self._plan.keep_bytes
-            return linear.product if keep else None
-        _, product, size = self._compiled(self._problem.on_device(examples))
-        if self.kept_bytes + size > self._plan.budget:
-            return None
-        self.kept_bytes += size
-        return product
-
     def _warn(self) -> None:
         if self._why and self.mode == "finite difference":
             warnings.warn(
@@ -634,8 +551,9 @@ class CurvatureOperator(ABC):
                 f"using forward over reverse mode, which keeps no graph and is slower: {self._why}",
                 stacklevel=3,
             )
-        if self._why_eager:
-            warnings.warn(f"compile=True has no effect: {self._why_eager}", stacklevel=3)
+        if self._recording.way.why_eager:
+            why = self._recording.way.why_eager
+            warnings.warn(f"compile=True has no effect: {why}", stacklevel=3)
         if self.unused:
             warnings.warn(
                 f"the loss does not depend on {', '.join(self.unused)}: "
@@ -659,23 +577,3 @@ def _check_arguments(
 
 def _of_no_chunk(vector: Tensors) -> Sequence[Tensor | None]:
     raise NotImplementedError("a product by differences is one of all chunks")
-
-
-def _aligned(part: Tensor) -> Tensor:
-    """Pairs of reals are viewed as complex numbers only if they begin at an even place."""
-    pairs = part.ndim > 0 and part.shape[-1] == 2
-    return part.clone() if pairs and part.storage_offset() % 2 else part
-
-
-def _times(gradient: Sequence[Tensor | None], weight: Tensor) -> list[Tensor | None]:
-    """Each gradient that is there times a number on the device, which the host need not know."""
-    return [None if g is None else g * weight.to(g.dtype) for g in gradient]
-
-
-def _add(totals: Sequence[Tensor], terms: Sequence[Tensor | None], weight: float) -> None:
-    """Add weight times each term that is there, in place."""
-    pairs = [(a, b) for a, b in zip(totals, terms, strict=True) if b is not None]
-    if pairs:
-        first, second = map(list, zip(*pairs, strict=True))
-        with torch.no_grad():  # a backward pass of the user's own may return a graph
-            torch._foreach_add_(first, second, alpha=weight)

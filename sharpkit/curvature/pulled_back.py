@@ -104,8 +104,8 @@ class PulledBackOperator(CurvatureOperator):
 
     def _difference(self, vector: Tensors, step: float) -> Sequence[Tensors]:
         sums = [[torch.zeros_like(w) for w in self._problem.weights.values()] for _ in range(3)]
-        for chunk in self._chunks:
-            pulled = self._chunk_difference(vector, step, self._examples(chunk))
+        for chunk in self._recording.chunks:
+            pulled = self._chunk_difference(vector, step, self._recording.examples(chunk))
             for total, part in zip(sums, pulled, strict=True):
                 torch._foreach_add_(total, part, alpha=self._share(chunk.weight))
         return sums

@@ -21,6 +21,7 @@ from sharpkit.contract.losses import Loss, MeanLoss, resolve_loss
 from sharpkit.contract.parameters import Parameters, floating_parameters
 from sharpkit.errors import ArgumentError
 from sharpkit.groupwise.fallback import Engine, in_memory, vectorised_or_loop
+from sharpkit.groupwise.image_layout import image_layout
 from sharpkit.landscapes.batch_norm import layers_with_statistics
 from sharpkit.landscapes.passes import (
     Passes,
@@ -32,7 +33,6 @@ from sharpkit.landscapes.passes import (
 from sharpkit.landscapes.states import Tensors
 from sharpkit.landscapes.subspace import Subspace
 from sharpkit.progress import progress_bar
-from sharpkit.sharpness.sweep_plan import image_layout
 
 BatchNorm: TypeAlias = Literal["stored", "recomputed"]
 T = TypeVar("T")

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sharpkit.contract.checks import Probe, close
+from sharpkit.contract.checks import Probe
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
@@ -24,9 +24,10 @@ from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.batch_passes import batch_passes
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Tensors
+from sharpkit.groupwise.image_layout import image_layout
 from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.memory import default_memory_budget, try_gradient
-from sharpkit.groupwise.objective import Objective, in_layout
+from sharpkit.groupwise.objective import Objective
 from sharpkit.groupwise.packing import Packing
 from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
 from sharpkit.memory import available_memory
@@ -149,20 +150,6 @@ def keep_groups(stream: Stream, ms: Sequence[int], chunk: int) -> None:
             f"smaller m, or m = n = {len(stream)}, which is read again instead"
         )
     stream.keep(held)
-
-
-def image_layout(function: FunctionalModel, probe: Probe) -> torch.memory_format:
-    """Channels-last for images on a CPU, where it is the faster one, if the model takes it."""
-    few = probe.examples
-    images = few.uniform and any(isinstance(m, nn.Conv2d) for m in function.model.modules())
-    if function.device.type != "cpu" or not images:
-        return torch.contiguous_format
-    with function.evaluating(), function.assigned({}):
-        try:
-            other = function.outputs(in_layout(few.inputs, torch.channels_last))
-        except Exception:  # a view of what is no longer contiguous
-            return torch.contiguous_format
-    return torch.channels_last if close(probe.outputs, other) else torch.contiguous_format
 
 
 def transformed(objective: Objective, probe: Probe, rule: Ascent) -> Transformed:

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import check_rows
+from sharpkit.contract.convolutions import Convolutions
 from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.holding import unfused_attention
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
@@ -203,7 +204,7 @@ def _prefers_channels_last(task: StepTask, found: Survey) -> bool:
 
 
 def _layout(task: StepTask, few: Examples, replay: Callable[[], None]) -> torch.memory_format:
-    """Channels-last, if the model gives the same then."""
+    """Channels-last, if it is safe and the model gives the same then."""
 
     def gradient(layout: torch.memory_format) -> list[Tensor | None]:
         replay()
@@ -211,7 +212,9 @@ def _layout(task: StepTask, few: Examples, replay: Callable[[], None]) -> torch.
         return list(found.gradient)
 
     try:
-        if differ(task, gradient(torch.contiguous_format), gradient(torch.channels_last)):
+        with Convolutions() as seen:
+            plain = gradient(torch.contiguous_format)
+        if seen.overrun or differ(task, plain, gradient(torch.channels_last)):
             return torch.contiguous_format
     except Exception:  # a view of what is no longer contiguous; other errors come again
         return torch.contiguous_format

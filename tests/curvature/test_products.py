@@ -60,12 +60,12 @@ def counted(run):
 def test_vectors_together_are_multiplied_as_alone(name, kind):
     model, data = make(name)
     operator = kind(model, data, chunk=6)
-    assert operator._together == 1  # on a CPU
+    assert operator._recording.way.together == 1  # on a CPU
     v = torch.randn(operator.shape[0], 5, dtype=torch.float64)
     alone = operator.matmat(v)
-    product = operator._chunks[0].product
+    product = operator._recording.chunks[0].product
     assert operator._problem.run(lambda: can_go_together(operator._problem, product))
-    operator._together = 2  # 2, 2 and 1
+    operator._recording.way = operator._recording.way._replace(together=2)  # 2, 2 and 1
     assert relative(operator.matmat(v), alone) < 1e-12
     operator.close()
     assert relative(operator.matmat(v), alone) < 1e-12
@@ -77,7 +77,7 @@ def test_four_vectors_together_launch_what_one_does():
     v = torch.randn(operator.shape[0], 4, dtype=torch.float64)
     alone = counted(lambda: operator.matmat(v[:, :1])).kernels
     four = counted(lambda: operator.matmat(v)).kernels
-    operator._together = 4
+    operator._recording.way = operator._recording.way._replace(together=4)
     together = counted(lambda: operator.matmat(v)).kernels
     assert four > 3.5 * alone
     assert together < 1.5 * alone
@@ -87,7 +87,7 @@ def test_lanczos_with_vectors_together_has_the_same_nodes():
     model, data = make("cnn")
     operator = HessianOperator(model, data)
     nodes = lanczos(operator, steps=8, probes=3, seed=0).quadrature()[0]
-    operator._together = 3
+    operator._recording.way = operator._recording.way._replace(together=3)
     again = lanczos(operator, steps=8, probes=3, seed=0).quadrature()[0]
     assert abs(again - nodes).max() < 1e-8 * abs(nodes).max()
 
@@ -116,7 +116,7 @@ def test_a_backward_pass_that_cannot_be_batched_is_noticed():
     model = nn.Sequential(nn.Linear(3, 2), _Looking()).double()
     data = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 2
     operator = HessianOperator(model, data)
-    product = operator._chunks[0].product
+    product = operator._recording.chunks[0].product
     assert not operator._problem.run(lambda: can_go_together(operator._problem, product))
 
 

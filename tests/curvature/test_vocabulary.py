@@ -103,7 +103,7 @@ def test_several_vectors_at_once(in_slices):
     matrix = sk.HessianOperator(model, data, chunk=4)
     vectors = torch.randn(3, matrix.shape[0], dtype=torch.float64)
     rows = [list(matrix.split(v).values()) for v in vectors]
-    product = matrix._chunks[0].product
+    product = matrix._recording.chunks[0].product
     assert product is not None
     filled = matrix._problem.filled
     together = torch.func.vmap(lambda *parts: filled(product(parts)))(

@@ -1,0 +1,50 @@
+"""Convolutions that PyTorch computes wrongly where images have their channels last in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# below so many input channels, the width of a vector register, a kernel of oneDNN writes past its
+# memory: https://github.com/uxlfoundation/oneDNN/issues/6035
+_FEW_CHANNELS = 16
+
+
+def overruns(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether the gradient of a convolution's weight overruns memory, with channels last on a CPU.
+
+    It does for strided 1 x 1 kernels of few channels, up to PyTorch 2.14 at least: numbers are
+    then wrong, or the process is killed or waits forever.
+
+    Example:
+        >>> overruns(torch.ones(8, 4, 1, 1), [2, 2]), overruns(torch.ones(8, 4, 3, 3), [2, 2])
+        (True, False)
+    """
+    on_cpu = weight.device.type == "cpu"
+    pointwise = weight.ndim == 4 and weight.shape[2:] == (1, 1)
+    return on_cpu and pointwise and max(stride) > 1 and weight.shape[1] < _FEW_CHANNELS
+
+
+class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether what is computed has a convolution that overruns memory.
+
+    Example:
+        >>> with Convolutions() as seen:
+        ...     _ = torch.nn.Conv2d(3, 8, 1, stride=2)(torch.ones(1, 3, 4, 4))
+        >>> seen.overrun
+        True
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.overrun = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look at the arguments of convolutions; every function is called as it is."""
+        if func is torch.ops.aten.convolution.default:
+            self.overrun = self.overrun or overruns(args[1], args[3])
+        return func(*args, **(kwargs or {}))
