@@ -1,0 +1,114 @@
+"""No convolution is computed in a layout in which PyTorch overruns memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sharpkit as sk
+from sharpkit.contract.convolutions import Convolutions, overruns
+from sharpkit.training.m_sam import m_sam_gradient
+
+SHARP = {"rho": 0.05, "progress": False}
+
+
+class Gradients(TorchDispatchMode):
+    """Counts calls that overrun memory, others of such layers, and others with channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wrong = self.narrow = self.channels_last = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default and args[10][1]:
+            last = any(_channels_last(t) for t in (args[1], args[2]))
+            narrow = overruns(args[2], args[4])
+            self.wrong += narrow and last
+            self.narrow, self.channels_last = self.narrow + narrow, self.channels_last + last
+        return func(*args, **(kwargs or {}))
+
+
+def _channels_last(t: Tensor) -> bool:
+    """By strides alone, as they decide in PyTorch."""
+    return t.ndim == 4 and t.stride(1) == 1 and t.stride(3) == t.shape[1] > 1
+
+
+class Residual(nn.Module):
+    """A block whose shortcut has stride 2, as every ResNet has them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, width, 3, padding=1)
+        self.block = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.shortcut = nn.Conv2d(width, 2 * width, 1, stride=2)
+        self.out = nn.Linear(2 * width, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        return self.out((self.block(x) + self.shortcut(x)).relu().mean((2, 3)))
+
+
+def problem(width: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return Residual(width).eval(), (torch.randn(16, 3, 8, 8), torch.arange(16) % 4)
+
+
+def by_hessian(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    for kept in (None, 0):
+        matrix = sk.HessianOperator(model, data, memory_budget=kept)
+        matrix @ torch.ones(matrix.shape[0])
+
+
+def by_gauss_newton(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    matrix = sk.GaussNewtonOperator(model, data)
+    matrix @ torch.ones(matrix.shape[0])
+
+
+def by_sharpness(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    sk.m_sharpness(model, data, m=[1, 16], **SHARP)
+
+
+def by_m_sam(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
+    for m in (1, 16):
+        m_sam_gradient(model, *data, m=m, rho=0.05)
+
+
+MEASURES = [by_hessian, by_gauss_newton, by_sharpness, by_m_sam]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_narrow_strided_shortcuts_keep_their_layout(measure):
+    with Gradients() as seen:
+        measure(*problem(4))
+    assert seen.narrow
+    assert not seen.wrong
+
+
+@pytest.mark.parametrize("measure", [by_sharpness, by_m_sam, by_hessian])
+def test_wide_ones_are_still_computed_in_the_faster_layout(measure):
+    with Gradients() as seen:
+        measure(*problem(16))
+    assert seen.channels_last
+    assert not seen.narrow
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (nn.Conv2d(15, 8, 1, stride=2), True),
+        (nn.Conv2d(16, 8, 1, stride=2), False),
+        (nn.Conv2d(4, 8, 1), False),
+        (nn.Conv2d(4, 8, 3, stride=2), False),
+        (nn.Conv2d(32, 8, 1, stride=(1, 2), groups=4), True),
+        (nn.Conv1d(4, 8, 1, stride=2), False),
+    ],
+)
+def test_which_convolutions_overrun(layer, expected):
+    shape = (2, layer.in_channels, *[6] * (layer.weight.ndim - 2))
+    with Convolutions() as seen:
+        layer(torch.ones(shape))
+    assert seen.overrun is expected
