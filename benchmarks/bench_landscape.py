@@ -39,7 +39,7 @@ def steps(model: nn.Module) -> list[list[Tensor]]:
 
 def plane(arguments: argparse.Namespace) -> Iterator[Record]:
     """Seconds a point of sharpkit, over those of the loop."""
-    side, n, repeats = (9, 500, 3) if arguments.quick else (SIDE, 1000, 5)
+    side, n, repeats = (9, 500, 3) if arguments.quick else (SIDE, 1000, 3)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = network().to(device)
     x = torch.randn(n, 1, 28, 28, device=device)
