@@ -295,7 +295,7 @@ def test_experiments_are_readable():
     zoo = read_zoo_plan(folder / "cifar10_zoo.toml")
     assert len(list(itertools.product(*zoo.grid.values()))) == 48
     medium = read_zoo_plan(folder / "cifar10_medium.toml")
-    assert len(settings_of(medium.grid, medium.replicates)) == 192
+    assert len(settings_of(medium.grid, medium.replicates)) == 128
 
 
 def test_the_command_draws_and_tells_of_failures(preset, tmp_path):
