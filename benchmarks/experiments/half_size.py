@@ -2,7 +2,7 @@
 
     python benchmarks/experiments/half_size.py cifar10_subset.zip cifar10_half.npz
 
-Each pixel is the mean of four, in units in which every channel has mean 0 and variance 1 at full size.
+Each pixel is the mean of four; at full size every channel has mean 0 and variance 1.
 """
 
 from __future__ import annotations

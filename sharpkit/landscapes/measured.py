@@ -22,14 +22,9 @@ from sharpkit.contract.parameters import Parameters, floating_parameters
 from sharpkit.errors import ArgumentError
 from sharpkit.groupwise.fallback import Engine, in_memory, vectorised_or_loop
 from sharpkit.groupwise.image_layout import image_layout
+from sharpkit.groupwise.memory import ResultSizes
 from sharpkit.landscapes.batch_norm import layers_with_statistics
-from sharpkit.landscapes.passes import (
-    Passes,
-    Terms,
-    bytes_of,
-    needs_loop_loss,
-    prefers_side_by_side,
-)
+from sharpkit.landscapes.passes import Passes, Terms, needs_loop_loss, prefers_side_by_side
 from sharpkit.landscapes.states import Tensors
 from sharpkit.landscapes.subspace import Subspace
 from sharpkit.progress import progress_bar
@@ -37,9 +32,9 @@ from sharpkit.progress import progress_bar
 BatchNorm: TypeAlias = Literal["stored", "recomputed"]
 T = TypeVar("T")
 
-# examples at a time: on a CPU 128 to 1,000 small images are equally fast, large ones need no more
-# than a few at a time; on a GPU enough to fill it
-_CPU_BATCH, _CPU_LEAST, _CPU_BYTES, _GPU_BATCH = 256, 16, 2**22, 1024
+# examples at a time: on a CPU as many as have so many bytes of results, for more are a few per cent
+# faster each; on a GPU enough to fill it
+_CPU_LEAST, _CPU_BATCH, _CPU_BYTES, _GPU_BATCH = 16, 1024, 2**28, 1024
 
 
 @dataclass(frozen=True)
@@ -171,15 +166,17 @@ def evaluate(
             what="points",
         )
 
-    batch = examples_at_a_time(probe, function.device) if how.chunk == "auto" else how.chunk
+    batch = examples_at_a_time(function, probe) if how.chunk == "auto" else how.chunk
     with fused_attention() if engine == "loop" else nullcontext():
         found, vectorised = in_memory(measure, batch)
     return found, "vectorized" if vectorised else "loop"
 
 
-def examples_at_a_time(probe: Probe, device: torch.device) -> int:
-    """How many examples a forward pass takes; it follows from their size."""
-    if device.type == "cuda":
+def examples_at_a_time(function: FunctionalModel, probe: Probe) -> int:
+    """How many examples a forward pass takes; it follows from the size of its results."""
+    if function.device.type == "cuda":
         return _GPU_BATCH
-    most = _CPU_BYTES * len(probe.examples) // max(1, bytes_of(probe.examples))
+    with function.evaluating(), function.assigned({}), ResultSizes() as seen:
+        function.outputs(probe.examples.inputs)
+    most: int = _CPU_BYTES * len(probe.examples) // max(1, seen.bytes)
     return max(_CPU_LEAST, min(_CPU_BATCH, most))

@@ -76,7 +76,7 @@ class Passes:
         origin = {name: working(w) for name, w in self.subspace.origin.items()}
         self._home = list(in_layout(origin, self.layout).values())
         self._basis = [list(in_layout(b, self.layout).values()) for b in self.subspace.basis]
-        self._held = self.examples.in_memory and bytes_of(self.examples) <= _HELD
+        self._held = self.examples.in_memory and _bytes(self.examples) <= _HELD
         if self._held:
             self.examples = self._ready(self.examples)
 
@@ -214,8 +214,7 @@ def points_at_a_time(weights: Sequence[Tensor]) -> int:
     return max(1, min(_MOST, _STACKED // entries))
 
 
-def bytes_of(examples: Examples) -> int:
-    """Of inputs and labels."""
+def _bytes(examples: Examples) -> int:
     parts = (pytree.tree_leaves((p.inputs, p.labels)) for p in examples.chunks(len(examples)))
     return sum(t.nbytes for leaves in parts for t in leaves)
 
