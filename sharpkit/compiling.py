@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sharpkit.convolutions import compiling
+
 T = TypeVar("T")
 
 
@@ -59,7 +61,7 @@ class Compiled(Generic[T]):
 
         graph = make_fx(self._function)(*args)
         compiled = torch.compile(graph, backend=self._backend)
-        with torch.no_grad():
+        with torch.no_grad(), compiling(graph):
             compiled(*args)  # it is compiled at its first call
         return compiled
 

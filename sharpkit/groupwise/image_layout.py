@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from sharpkit.contract.checks import Probe, close
-from sharpkit.contract.convolutions import Convolutions
 from sharpkit.contract.functional import FunctionalModel
+from sharpkit.convolutions import Convolutions
 from sharpkit.groupwise.objective import in_layout
 
 

@@ -19,7 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import check_rows
-from sharpkit.contract.convolutions import Convolutions
 from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.holding import unfused_attention
 from sharpkit.contract.losses import MeanLoss, check_is_mean, check_labels
@@ -27,6 +26,7 @@ from sharpkit.contract.modules import hooked
 from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.contract.state import Attributes
+from sharpkit.convolutions import Convolutions
 from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import floating_leaves, plain_gradient

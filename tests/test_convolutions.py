@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharpkit as sk
-from sharpkit.contract.convolutions import Convolutions, overruns
+from sharpkit.convolutions import Convolutions, compiling, overruns
 from sharpkit.training.m_sam import m_sam_gradient
 
 SHARP = {"rho": 0.05, "progress": False}
@@ -112,3 +112,19 @@ def test_which_convolutions_overrun(layer, expected):
     with Convolutions() as seen:
         layer(torch.ones(shape))
     assert seen.overrun is expected
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(4, False), (16, True)])
+def test_a_compiler_keeps_the_layout_too(channels, expected):
+    from torch._inductor import config
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    layer = nn.Conv2d(channels, 8, 1, stride=2)
+
+    def gradient(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(layer(x).sum(), [layer.weight])
+
+    graph = make_fx(gradient)(torch.ones(2, channels, 6, 6))
+    with compiling(graph):
+        assert config.layout_optimization is expected
+    assert config.layout_optimization

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # below so many input channels, the width of a vector register, a kernel of oneDNN writes past its
@@ -48,3 +49,17 @@ class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten.convolution.default:
             self.overrun = self.overrun or overruns(args[1], args[3])
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def compiling(graph: fx.GraphModule) -> Iterator[None]:
+    """Keeps inductor from choosing channels-last, which it does for any, where that overruns."""
+    import torch._inductor.config as settings
+
+    backward = torch.ops.aten.convolution_backward.default
+    calls = [node for node in graph.graph.nodes if node.target is backward]
+    if not any(overruns(node.args[2].meta["val"], node.args[4]) for node in calls):
+        yield
+        return
+    with settings.patch(layout_optimization=False):
+        yield
