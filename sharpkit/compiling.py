@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sharpkit.convolutions import compiling
+from sharpkit.convolutions import keeping_layout
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ class Compiled(Generic[T]):
 
         graph = make_fx(self._function)(*args)
         compiled = torch.compile(graph, backend=self._backend)
-        with torch.no_grad(), compiling(graph):
+        with torch.no_grad(), keeping_layout(graph):
             compiled(*args)  # it is compiled at its first call
         return compiled
 

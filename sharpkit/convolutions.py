@@ -52,7 +52,7 @@ class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def compiling(graph: fx.GraphModule) -> Iterator[None]:
+def keeping_layout(graph: fx.GraphModule) -> Iterator[None]:
     """Keeps inductor from choosing channels-last, which it does for any, where that overruns."""
     import torch._inductor.config as settings
 

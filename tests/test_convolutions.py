@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharpkit as sk
-from sharpkit.convolutions import Convolutions, compiling, overruns
+from sharpkit.convolutions import Convolutions, keeping_layout, overruns
 from sharpkit.training.m_sam import m_sam_gradient
 
 SHARP = {"rho": 0.05, "progress": False}
@@ -125,6 +125,6 @@ def test_a_compiler_keeps_the_layout_too(channels, expected):
         return torch.autograd.grad(layer(x).sum(), [layer.weight])
 
     graph = make_fx(gradient)(torch.ones(2, channels, 6, 6))
-    with compiling(graph):
+    with keeping_layout(graph):
         assert config.layout_optimization is expected
     assert config.layout_optimization

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from sharpkit.contract.checks import reason
 from sharpkit.contract.examples import Examples
-from sharpkit.convolutions import compiling
+from sharpkit.convolutions import keeping_layout
 from sharpkit.curvature.chunks import Linearised
 from sharpkit.curvature.problem import Problem
 from sharpkit.curvature.second_derivatives import Product, Tensors
@@ -69,7 +69,7 @@ class CompiledProducts:
         with torch.autograd.set_multithreading_enabled(False):
             traced = make_fx(whole)(*vector, *tensors)
         before, product = _separated(traced, count)
-        with torch.no_grad(), compiling(traced):
+        with torch.no_grad(), keeping_layout(traced):
             _, *kept = before(*tensors)
             compiled = lookup_backend(BACKEND)(product, [*vector, *kept])
             compiled(*vector, *kept)  # what is compiled late, is compiled here

@@ -23,11 +23,7 @@ from sharpkit.contract.precision import current_precision, precision
 from sharpkit.contract.ranks import ALONE
 from sharpkit.contract.shares import read_share
 from sharpkit.contract.team_checks import require_same_arguments, require_same_weights
-from sharpkit.curvature.chunks import (
-    Linearised,
-    chunk_plan,
-    graph_bytes,
-)
+from sharpkit.curvature.chunks import Linearised, chunk_plan, graph_bytes
 from sharpkit.curvature.differences import TOLERANCES, Differences, probe
 from sharpkit.curvature.fast_rules import fast_rules
 from sharpkit.curvature.memory import gigabytes, require_memory
