@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from sharpkit.contract.surprise import surprise
+from sharpkit.contract.surprise import group_slopes, is_small, mean_surprise, surprise
 from sharpkit.contract.terms import (
     Formula,
+    GroupForms,
     Terms,
     check_same_shape,
     check_tensor,
@@ -27,11 +28,13 @@ IGNORED = -100  # the label of a position without one
 def class_formula(module: nn.Module, axis: int = 1) -> Formula:
     """The formula of CrossEntropyLoss or NLLLoss with classes on an axis, or else on the last."""
     plain = module.weight is None and not isinstance(module, nn.NLLLoss) and not _smoothing(module)
+    check = partial(_check, module, axis)
+    forms = GroupForms(is_small, partial(_group_means, axis), partial(_group_slopes, axis))
     return Formula(
         partial(_terms, module, axis),
-        partial(_check, module, axis),
-        module.ignore_index,  # type: ignore[arg-type]
-        partial(_whole_terms, axis) if plain else None,
+        check,
+        ignored=module.ignore_index,  # type: ignore[arg-type]
+        whole=Formula(partial(_whole_terms, axis), check, forms) if plain else None,
     )
 
 
@@ -69,11 +72,20 @@ def _terms(module: Any, axis: int, outputs: Any, labels: Tensor) -> Terms:
 
 
 def _whole_terms(axis: int, outputs: Any, labels: Tensor) -> Terms:
+    (mean,) = _group_means(axis, outputs, labels, 1)
+    return mean, torch.full((), labels.numel(), dtype=torch.float64, device=labels.device)
+
+
+def _group_means(axis: int, outputs: Any, labels: Tensor, groups: int) -> Tensor:
+    return mean_surprise(_classes_last(outputs, labels, axis), labels.long(), groups)
+
+
+def _group_slopes(
+    axis: int, outputs: Any, labels: Tensor, groups: int, factor: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     logits = _classes_last(outputs, labels, axis)
-    losses = surprise(logits, labels.long())
-    mean = losses.mean(dtype=torch.promote_types(losses.dtype, torch.float32))
-    weight = torch.full((), losses.numel(), dtype=torch.float64, device=losses.device)
-    return mean.to(logits.dtype), weight
+    means, slopes, exponent = group_slopes(logits, labels.long(), groups, factor)
+    return means, slopes if logits is outputs else slopes.movedim(-1, 1), exponent
 
 
 def _smoothing(module: Any) -> float:

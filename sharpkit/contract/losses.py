@@ -66,7 +66,7 @@ class MeanLoss:
             (tensor(0.6931), tensor(2., dtype=torch.float64))
         """
         f = self.formula
-        if f.whole_terms is None or not all(
+        if f.whole is None or not all(
             len(part)
             and not part.is_floating_point()
             and bool((part != f.ignored).all())
@@ -74,7 +74,7 @@ class MeanLoss:
             for part in labels
         ):
             return self
-        return replace(self, formula=replace(f, terms=f.whole_terms))
+        return replace(self, formula=f.whole)
 
     def check(self, outputs: Any, labels: Tensor) -> None:
         """Raise DataError or ModelError unless outputs and labels of a batch fit each other."""

@@ -8,11 +8,11 @@ logits themselves, which the network made, and its derivative by them is a singl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.nn.functional import softplus
 
 # bytes of logits that are cut into slices, and of a slice; a GPU is slow for small ones
@@ -36,6 +36,83 @@ def surprise(outputs: Tensor, labels: Tensor) -> Tensor:
         return _written_out(outputs, labels)
     found: Tensor = _Surprise.apply(outputs, labels)  # type: ignore[no-untyped-call]
     return found
+
+
+def mean_surprise(outputs: Tensor, labels: Tensor, groups: int = 1) -> Tensor:
+    """The mean of `surprise` over each of some equally large groups of the first axis, (groups,).
+
+    Example:
+        >>> mean_surprise(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long), 2)  # log 2
+        tensor([0.6931, 0.6931])
+    """
+    known = is_small(outputs) and not (outputs.requires_grad and torch.is_grad_enabled())
+    return _means(_Parts.of(outputs, labels).losses if known else surprise(outputs, labels), groups)
+
+
+def group_slopes(
+    outputs: Tensor, labels: Tensor, groups: int, factor: Tensor | float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`mean_surprise` of logits that are small, and its derivatives by them, in closed form.
+
+    Returns means (groups,), derivatives shaped as the outputs times a factor, a number or one for
+    each group (groups,), and None. Without a factor it is 2^exponent, which takes the largest of a
+    group to between 1 and 2, and exponents (groups,) in float64 come last, +inf where all are 0.
+    """
+    parts = _Parts.of(outputs, labels)
+    wrong = torch.sigmoid(parts.odds).reshape(groups, -1)
+    share, exponent = 1.0 / wrong.shape[1], None
+    if factor is None:
+        top = wrong.amax(1).double() * share
+        moves = (top > 0) & (top < torch.inf)
+        exponent = torch.where(moves, -torch.floor(torch.log2(top)), torch.inf)
+        factor = torch.exp2(exponent.masked_fill(~moves, 0.0))
+    if isinstance(factor, Tensor):  # whose range may be larger than that of the slopes
+        wrong = (wrong.double() * (factor * share).unsqueeze(1)).to(wrong.dtype)
+    else:
+        wrong = wrong * (factor * share)
+    place, wrong = labels.unsqueeze(-1), wrong.view(*labels.shape, 1)
+    slopes = (parts.among.exp_() * wrong).scatter_(-1, place, -wrong)
+    return _means(parts.losses, groups), slopes, exponent
+
+
+def is_small(outputs: Tensor) -> bool:
+    """Whether these are a few logits of full precision, and no transform differentiates them."""
+    return (
+        outputs.ndim > 1
+        and outputs.shape[-1] > 1
+        and outputs.dtype in _WIDE
+        and outputs.numel() * outputs.element_size() <= large_bytes(outputs.device)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _means(losses: Tensor, groups: int) -> Tensor:
+    # halves are summed in float32, as torch does
+    wide = torch.promote_types(losses.dtype, torch.float32)
+    return losses.reshape(groups, -1).mean(1, dtype=wide).to(losses.dtype)
+
+
+class _Parts(NamedTuple):
+    """What losses and their slopes consist of."""
+
+    # log of the share of every other class among the others, (..., C); at the label that of 0
+    among: Tensor
+    odds: Tensor  # log of (1 − p_y) / p_y, (...)
+
+    @classmethod
+    def of(cls, outputs: Tensor, labels: Tensor) -> _Parts:
+        place = labels.unsqueeze(-1)
+        others = outputs - outputs.gather(-1, place)
+        # where all others are ruled out, −inf would leave nothing to compare with
+        others.scatter_(-1, place, torch.finfo(outputs.dtype).min)
+        among = others.log_softmax(-1)
+        # at the largest of the others, where nothing cancels
+        return cls(among, others.amax(-1) - among.amax(-1))
+
+    @property
+    def losses(self) -> Tensor:
+        return softplus(self.odds, threshold=80.0)
 
 
 def large_bytes(device: torch.device) -> int:

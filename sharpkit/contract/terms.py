@@ -19,14 +19,27 @@ Terms: TypeAlias = tuple[Tensor, Tensor]  # mean and weight, scalars
 
 
 @dataclass(frozen=True)
+class GroupForms:
+    """Closed forms for equally large groups of consecutive examples, all labels of which count."""
+
+    fit: Callable[[Any], bool]  # whether they know such outputs
+    means: Callable[[Any, Tensor, int], Tensor]  # of (outputs, labels, groups), (groups,)
+    # of (outputs, labels, groups, factor): see `surprise.group_slopes`
+    slopes: Callable[
+        [Any, Tensor, int, Tensor | float | None], tuple[Tensor, Tensor, Tensor | None]
+    ]
+
+
+@dataclass(frozen=True)
 class Formula:
     """How a loss gives its terms, and what it refuses, both of (outputs, labels)."""
 
     terms: Callable[[Any, Tensor], Terms]
     check: Callable[[Any, Tensor], None]
-    # the terms, by fewer calls, where no label is this one, which they ignore
+    of_groups: GroupForms | None = None
+    # the same loss, by fewer calls, where no label is this one, which it ignores
     ignored: int = 0
-    whole_terms: Callable[[Any, Tensor], Terms] | None = None
+    whole: Formula | None = None
 
 
 def count(tensor: Tensor) -> Tensor:

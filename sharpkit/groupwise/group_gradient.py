@@ -18,7 +18,7 @@ from sharpkit.contract.losses import MeanLoss
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Factors, Tensors
-from sharpkit.groupwise.objective import is_numbers, power, scale_exponent
+from sharpkit.groupwise.objective import closed_forms, is_numbers, power, scale_exponent
 
 
 class GroupGradient(NamedTuple):
@@ -127,6 +127,12 @@ def group_losses(
     loss: MeanLoss, outputs: Any, labels: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
     """Mean losses and weights, (groups,) float64, of outputs with examples on the first axis."""
+    forms = closed_forms(loss, outputs)
+    if forms is not None:
+        return forms.means(outputs, labels, groups).double(), _sizes(labels, groups)
+    if groups == 1:
+        mean, weight = (t.unsqueeze(0) for t in loss.terms(outputs, labels))
+        return mean.double(), weight.double()
     grouped = pytree.tree_map(lambda t: _grouped(t, groups), outputs)
     mean, weight = vmap(loss.terms)(grouped, _grouped(labels, groups))
     return mean.double(), weight.double()
@@ -134,6 +140,11 @@ def group_losses(
 
 def group_slopes(loss: MeanLoss, outputs: Any, labels: Tensor, groups: int) -> GroupTerms:
     """The same with the derivatives by the outputs, scaled so that they do not underflow."""
+    forms = closed_forms(loss, outputs)
+    if forms is not None:
+        mean, slope, exponent = forms.slopes(outputs.detach(), labels, groups, None)
+        assert exponent is not None
+        return GroupTerms(mean.double(), _sizes(labels, groups), exponent, [slope])
     leaves, spec = pytree.tree_flatten(outputs)
     where = [i for i, leaf in enumerate(leaves) if is_numbers(leaf)]
     grouped = [
@@ -166,6 +177,31 @@ def group_slopes(loss: MeanLoss, outputs: Any, labels: Tensor, groups: int) -> G
         found = vmap(one, axes)([grouped[i] for i in where], _grouped(labels, groups), rest)
     mean, weight, exponent, slopes = found
     return GroupTerms(mean, weight, exponent, [s.flatten(0, 1) for s in slopes])
+
+
+def pulled_back(
+    loss: MeanLoss,
+    outputs: Any,
+    labels: Tensor,
+    shares: Tensor,
+    scale: Callable[[Tensor], Tensor],
+    ends: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The sum of groups' losses times their shares (groups,), and its scaled gradient by `ends`."""
+    forms, groups = closed_forms(loss, outputs), len(shares)
+    if forms is None or not outputs.requires_grad:
+        means, _ = group_losses(loss, outputs, labels, groups)
+        total = (means * shares).sum()
+        return total.detach(), torch.autograd.grad(scale(total), ends, allow_unused=True)
+    means, slopes, _ = forms.slopes(outputs.detach(), labels, groups, scale(shares))
+    total = (means.double() * shares).sum()
+    return total, torch.autograd.grad(outputs, ends, slopes, allow_unused=True)
+
+
+def _sizes(labels: Tensor, groups: int) -> Tensor:
+    """The weights of groups of which all labels count."""
+    size = labels.numel() // groups
+    return torch.full((groups,), size, dtype=torch.float64, device=labels.device)
 
 
 def _grouped(tensor: Any, groups: int) -> Any:

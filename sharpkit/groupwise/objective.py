@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import MeanLoss
+from sharpkit.contract.terms import GroupForms
 from sharpkit.groupwise.geometry import Tensors
 
 
@@ -121,14 +122,23 @@ def leaf_gradient(
     with torch.enable_grad():
         for part in examples.chunks(batch or count):
             out = model.outputs(part.inputs)
-            mean, weight = loss.terms(out, part.labels)
-            share = None if len(part) == count else (weight / count).to(mean.dtype)
+            forms = closed_forms(loss, out)
+            found: Sequence[Tensor | None]
             # the first batch sets the scale of all: what is smaller by far does not matter
-            found: Sequence[Tensor | None] = [None] * len(leaves)
-            if scaled:
-                found, exponent = _pulled_back(model, out, mean, leaves, len(part), share, exponent)
-            elif mean.requires_grad:
-                found = torch.autograd.grad(mean, leaves, share, allow_unused=True)
+            if forms is not None and out.requires_grad:
+                mean, weight, found, exponent = _in_closed_form(
+                    forms, out, part.labels, leaves, count, exponent, scaled=scaled
+                )
+            else:
+                mean, weight = loss.terms(out, part.labels)
+                share = None if len(part) == count else (weight / count).to(mean.dtype)
+                found = [None] * len(leaves)
+                if scaled:
+                    found, exponent = _pulled_back(
+                        model, out, mean, leaves, len(part), share, exponent
+                    )
+                elif mean.requires_grad:
+                    found = torch.autograd.grad(mean, leaves, share, allow_unused=True)
             total = _added(total, found) if means else list(found)
             means.append(mean.detach().double())
             shares.append(weight.detach().double())
@@ -142,6 +152,34 @@ def leaf_gradient(
         torch._foreach_mul_([g for g in total if g is not None], count / divisor)
     gradient = [g.to_dense() if g is not None and g.is_sparse else g for g in total]
     return PlainGradient(mean, weight, gradient, exponent)
+
+
+def _in_closed_form(
+    forms: GroupForms,
+    outputs: Tensor,
+    labels: Tensor,
+    leaves: Sequence[Tensor],
+    count: int,
+    exponent: Tensor | None,
+    *,
+    scaled: bool,
+) -> tuple[Tensor, Tensor, Sequence[Tensor | None], Tensor]:
+    """Mean and weight of a batch of `count` examples, its gradient as `_pulled_back` gives it."""
+    whole = len(labels) == count
+    share = 1.0 if whole else labels.numel() / count
+    factor: Tensor | float = share
+    if exponent is not None and scaled:
+        factor = power(exponent, torch.float64).reshape(1) * share
+    means, slope, own = forms.slopes(
+        outputs.detach(), labels, 1, None if exponent is None else factor
+    )
+    if exponent is None:
+        assert own is not None
+        exponent = own[0]
+        slope = slope if whole else slope * share
+    weight = torch.full((), labels.numel(), dtype=torch.float64, device=labels.device)
+    found = torch.autograd.grad(outputs, leaves, slope, allow_unused=True)
+    return means[0], weight, found, exponent
 
 
 def _pulled_back(
@@ -179,6 +217,13 @@ def _pulled_back(
     factor = power(exponent, mean.dtype)
     factor = factor if share is None else factor * share
     return torch.autograd.grad(mean, leaves, factor, allow_unused=True), exponent
+
+
+def closed_forms(loss: MeanLoss, outputs: Any) -> GroupForms | None:
+    """Those of a loss, if it has any for such outputs."""
+    forms = loss.formula.of_groups
+    known = forms is not None and isinstance(outputs, Tensor) and forms.fit(outputs)
+    return forms if known else None
 
 
 def _added(total: list[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -23,7 +23,7 @@ from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.batch_passes import BatchPasses
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient, group_losses
+from sharpkit.groupwise.group_gradient import GroupGradient, group_gradient, pulled_back
 from sharpkit.groupwise.objective import (
     PlainGradient,
     examples_in_layout,
@@ -150,12 +150,11 @@ class AsOneBatch:
                 OneBatch(dict(zip(leaves, held, strict=True)), point, self._passes.kept) as batch,
             ):
                 outputs = task.model.outputs(examples.inputs)
-            loss, _ = group_losses(task.loss, outputs, examples.labels, groups)
-            total = (loss * shares).sum()
             probes = [probe for calls in batch.probes.values() for probe in calls]
-            found = torch.autograd.grad(
-                task.scale(total), [*leaves.values(), *probes], allow_unused=True
-            )
+            total, found = pulled_back(
+                task.loss, outputs, examples.labels, shares, task.scale,
+                [*leaves.values(), *probes],
+            )  # fmt: skip
         gradient = dict(zip(leaves, found, strict=False))
         deltas = iter(found[len(leaves) :])
         for name, inputs in batch.inputs.items():  # of recurrent layers: rows of every step
@@ -165,7 +164,7 @@ class AsOneBatch:
                     part = d.reshape(-1, d.shape[-1]).mT @ a.flatten(0, 1)
                     before = gradient[name]
                     gradient[name] = part if before is None else before + part
-        return total.detach(), list(gradient.values())
+        return total, list(gradient.values())
 
 
 def at_own_values(leaves: Tensors, own: Tensors) -> Tensors:
@@ -319,11 +318,12 @@ class Alone:
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
         task = self.task
         with torch.enable_grad():
-            mean = task.loss(task.model.outputs(examples.inputs), examples.labels)
-            total = mean * share.to(mean.dtype)
-            found = torch.autograd.grad(task.scale(total), leaves, allow_unused=True)
+            outputs = task.model.outputs(examples.inputs)
+            total, found = pulled_back(
+                task.loss, outputs, examples.labels, share.unsqueeze(0), task.scale, leaves
+            )
         dense = [g.to_dense() if g is not None and g.is_sparse else g for g in found]
-        return total.detach().double(), self._real(dense)
+        return total.double(), self._real(dense)
 
     def _group_of(self, found: PlainGradient) -> tuple[Tensors, Tensor]:
         """A gradient with an axis of one group, 0 where nothing is used, and its exponent."""

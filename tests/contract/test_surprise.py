@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import grad, hessian, jacrev, jvp, vjp, vmap
 
 from sharpkit.contract import surprise as module
-from sharpkit.contract.surprise import surprise
+from sharpkit.contract.losses import resolve_loss
+from sharpkit.contract.surprise import group_slopes, is_small, mean_surprise, surprise
 
 SHAPES = [(6, 5), (2, 7, 5), (1, 9, 3), (4, 1, 2)]
 
@@ -115,3 +116,58 @@ def test_beside_the_logits_there_is_one_tensor_of_their_size():
     assert peak(lambda: surprise(z, y)) < 0.9 * size
     assert peak(lambda: torch.autograd.grad(loss, z, retain_graph=True)) < 2 * size
     assert peak(lambda: torch.autograd.grad(found, z, u, retain_graph=True)) < 2 * size
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 2), (6, 7, 5)])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_means_of_groups_and_their_slopes_in_closed_form(shape, groups):
+    z, y = draw(*shape).requires_grad_(), labels(*shape[:-1], classes=shape[-1])
+    means = plain(z, y).reshape(groups, -1).mean(1)
+    factor = draw(groups, seed=8)
+    (expected,) = torch.autograd.grad((means * factor).sum(), z)
+    found, slopes, exponent = group_slopes(z.detach(), y, groups, factor)
+    torch.testing.assert_close(found, means)
+    torch.testing.assert_close(mean_surprise(z.detach(), y, groups), means)
+    torch.testing.assert_close(slopes, expected)
+    assert exponent is None
+    _, unscaled, _ = group_slopes(z.detach(), y, groups, 1.0)
+    found, slopes, exponent = group_slopes(z.detach(), y, groups, None)
+    each = torch.exp2(exponent).repeat_interleave(6 // groups).view(-1, *[1] * (z.ndim - 1))
+    torch.testing.assert_close(slopes, unscaled * each)
+    top = slopes.abs().reshape(groups, -1).amax(1)
+    assert bool(((top >= 1) & (top < 2)).all())
+
+
+@pytest.mark.parametrize("gap", [20.0, 60.0, 86.0])
+def test_slopes_in_closed_form_of_certain_networks_keep_their_precision(gap):
+    """To the rounding of the logits: of exponents of 86, 86 times that of float32."""
+    z = draw(4, 5)
+    z[:, 0] += gap
+    y = torch.zeros(4, dtype=torch.long)
+    p = z.softmax(-1)
+    p[:, 0] = -p[:, 1:].sum(1)
+    found, slopes, exponent = group_slopes(z.float(), y, 4, None)
+    wide = slopes.double() * torch.exp2(-exponent).unsqueeze(1)
+    torch.testing.assert_close(wide, p, rtol=2 * gap * 6e-8 + 1e-6, atol=0)
+    torch.testing.assert_close(found.double(), -torch.log1p(p[:, 0]), rtol=1e-4, atol=0)
+
+
+def test_slopes_in_closed_form_where_no_other_class_is_possible():
+    z = torch.tensor([[2.0, -torch.inf, -torch.inf], [0.0, -torch.inf, 0.0]])
+    means, slopes, exponent = group_slopes(z, torch.tensor([0, 0]), 2, None)
+    torch.testing.assert_close(means, torch.tensor([1.0, 2.0]).log())
+    assert exponent[0] == torch.inf and not slopes[0].any()
+    torch.testing.assert_close(slopes[1], torch.tensor([-1.0, 0.0, 1.0]))
+
+
+def test_closed_forms_are_for_few_logits_outside_of_transforms(in_slices):
+    few, many = draw(3, 5), draw(6, 5)
+    assert is_small(few) and not is_small(many) and not is_small(few.half())
+    seen = []
+    vmap(lambda z: (seen.append(is_small(z)), z.sum())[1])(few.unsqueeze(1))
+    assert seen == [False]
+    y = labels(6, classes=5)
+    torch.testing.assert_close(mean_surprise(many, y, 2), plain(many, y).view(2, 3).mean(1))
+    loss = resolve_loss("cross_entropy")
+    assert loss.formula.of_groups is None  # labels may be ignored
+    assert loss.where_all_count([y]).formula.of_groups is not None
