@@ -30,6 +30,26 @@ def overruns(weight: Tensor, stride: Sequence[int]) -> bool:
     return on_cpu and pointwise and max(stride) > 1 and weight.shape[1] < _FEW_CHANNELS
 
 
+def channels_first(tensor: Tensor) -> Tensor:
+    """Images or kernels on a CPU with each channel's pixels together in memory; others as they are.
+
+    PyTorch goes by strides, which of 1 x 1 kernels and of images with one channel may be those of
+    either order.
+
+    Example:
+        >>> images = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+        >>> images.stride(), channels_first(images).stride()
+        ((48, 1, 12, 3), (48, 16, 4, 1))
+    """
+    if tensor.ndim != 4 or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        return tensor
+    _, channels, height, width = tensor.shape
+    plain = (channels * height * width, height * width, width, 1)
+    if tensor.stride() == plain or not 0 < tensor.stride(1) <= tensor.stride(3):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether what is computed has a convolution that overruns memory.
 

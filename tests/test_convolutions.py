@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharpkit as sk
-from sharpkit.convolutions import Convolutions, keeping_layout, overruns
+from sharpkit.convolutions import Convolutions, channels_first, keeping_layout, overruns
 from sharpkit.training.m_sam import m_sam_gradient
 
 SHARP = {"rho": 0.05, "progress": False}
@@ -80,12 +80,45 @@ def by_m_sam(model: nn.Module, data: tuple[Tensor, Tensor]) -> None:
 MEASURES = [by_hessian, by_gauss_newton, by_sharpness, by_m_sam]
 
 
+@pytest.mark.parametrize("given", ["as torch makes them", "model", "images", "both"])
 @pytest.mark.parametrize("measure", MEASURES)
-def test_narrow_strided_shortcuts_keep_their_layout(measure):
+def test_narrow_strided_shortcuts_have_their_channels_first(measure, given):
+    model, (x, y) = problem(4)
+    if given in ("model", "both"):
+        model = model.to(memory_format=torch.channels_last)
+    if given in ("images", "both"):
+        x = x.to(memory_format=torch.channels_last)
+    strides = [p.stride() for p in model.parameters()]
     with Gradients() as seen:
-        measure(*problem(4))
+        measure(model, (x, y))
     assert seen.narrow
     assert not seen.wrong
+    assert [p.stride() for p in model.parameters()] == strides
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_gradients_are_in_the_layout_of_the_parameters(m):
+    model, data = problem(16)
+    model = model.to(memory_format=torch.channels_last)
+    m_sam_gradient(model, *data, m=m, rho=0.05)
+    assert all(p.grad.stride() == p.stride() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.ones(2, 1, 4, 4).to(memory_format=torch.channels_last), (16, 16, 4, 1)),
+        (torch.ones(4, 3, 1, 1).to(memory_format=torch.channels_last), (3, 1, 1, 1)),
+        (torch.ones(2, 3, 8, 8).to(memory_format=torch.channels_last)[:, :, 2:], (144, 48, 8, 1)),
+        (torch.ones(2, 3, 4, 4)[:, :, ::2], (48, 16, 8, 1)),
+        (torch.ones(1, 3, 4, 4).expand(5, -1, -1, -1), (0, 16, 4, 1)),
+        (torch.ones(2, 3, 4), (12, 4, 1)),
+    ],
+)
+def test_channels_first(tensor, expected):
+    found = channels_first(tensor)
+    assert found.stride() == expected
+    assert torch.equal(found, tensor)
 
 
 @pytest.mark.parametrize("measure", [by_sharpness, by_m_sam, by_hessian])

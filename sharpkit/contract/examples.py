@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sharpkit.convolutions import channels_first
 from sharpkit.errors import ArgumentError, DataError
 
 Inputs: TypeAlias = Any  # a tensor, or a dict or tuple of tensors that all have the same length
@@ -141,13 +142,14 @@ class Examples:
     def to(self, device: torch.device, dtype: torch.dtype) -> Examples:
         """On the device; floating-point inputs (and labels, if regression) in the dtype.
 
-        Complex ones are moved to the complex dtype of the same precision.
+        Complex ones are moved to the complex dtype of the same precision. Images on a CPU get their
+        channels first in memory (see `convolutions`).
         """
 
         def move(t: Tensor) -> Tensor:
             if t.is_complex():
                 return t.to(device, dtype.to_complex())
-            return t.to(device, dtype) if t.is_floating_point() else t.to(device)
+            return channels_first(t.to(device, dtype)) if t.is_floating_point() else t.to(device)
 
         return self._with([tuple(map(move, part)) for part in self._parts])
 

@@ -16,6 +16,7 @@ from sharpkit.contract.examples import Inputs
 from sharpkit.contract.modules import call_module, full_name, own_tensors, read_outputs, unwrapped
 from sharpkit.contract.normalisation import contiguous_gradients, norms
 from sharpkit.contract.state import Attributes
+from sharpkit.convolutions import channels_first
 from sharpkit.errors import ModelError
 
 T = TypeVar("T")
@@ -63,7 +64,13 @@ class FunctionalModel:
         self._own = dict(self.model.named_parameters())
         self._own_buffers = dict(self.model.named_buffers())
         scaled = renormalised(self.model)
-        self._scaled = {n: scaled[id(p)] for n, p in self._own.items() if id(p) in scaled}
+        # what stands for a parameter: rows scaled to their `max_norm`, kernels with channels first
+        self._stand_ins = {}
+        for name, parameter in self._own.items():
+            own = parameter.detach()
+            value = channels_first(scaled.get(id(parameter), own))
+            if value is not own:
+                self._stand_ins[name] = value
         # copies, so that a module that counts its calls in a buffer counts on the copy
         self._buffers = _copies(self._own_buffers)
         self._complex = frozenset(n for n, p in self._own.items() if p.is_complex())
@@ -98,7 +105,7 @@ class FunctionalModel:
 
     def value(self, name: str) -> Tensor:
         """The value at which a parameter is measured, detached."""
-        return self.real(name, self._scaled.get(name, self._own[name]).detach())
+        return self.real(name, self._stand_ins.get(name, self._own[name]).detach())
 
     def __call__(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         """The outputs at the given values of some parameters; the others keep their own."""
@@ -111,7 +118,7 @@ class FunctionalModel:
         again.
         """
         given = {name: self.native(name, p) for name, p in parameters.items()}
-        rest = {name: p.detach() for name, p in {**self._own, **self._scaled}.items()}
+        rest = {name: p.detach() for name, p in {**self._own, **self._stand_ins}.items()}
         state = {**self._buffers, **rest, **given}
         state |= {alias: state[name] for alias, name in self._aliases.items()}
         # with ties resolved by torch, a module registered twice would keep the swapped tensors
@@ -132,7 +139,7 @@ class FunctionalModel:
         parameters in the order given; complex ones are complex.
         """
         parts = [(self._own[name], self.native(name, p)) for name, p in parameters.items()]
-        parts += [(self._own[n], t) for n, t in self._scaled.items() if n not in parameters]
+        parts += [(self._own[n], t) for n, t in self._stand_ins.items() if n not in parameters]
         swapped = [(p, p.data, p.requires_grad) for p, _ in parts]
         buffers = [(b, b.data) for b in self._own_buffers.values()]
         try:
@@ -229,7 +236,7 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 @torch.no_grad()
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies, by one call for all of a kind: on a GPU a call takes longer than its work."""
-    copies = {name: torch.empty_like(t) for name, t in tensors.items()}
+    copies = {name: torch.empty_like(channels_first(t)) for name, t in tensors.items()}
     if copies:
         torch._foreach_copy_(list(copies.values()), list(tensors.values()))
     return copies

@@ -171,10 +171,6 @@ def _chunks(task: StepTask, plan: StepPlan, way: Way, groups: int) -> Result:
         gradient = [None if name in plan.unused else g for name, g in pairs]
     if whole_weight not in (0.0, n):  # the batch weighs more or less than its examples
         torch._foreach_div_([g for g in gradient if g is not None], whole_weight / n)
-    gradient = [
-        g if g is None or g.stride() == w.stride() else torch.empty_like(w).copy_(g)
-        for g, w in zip(gradient, task.shared.values(), strict=True)
-    ]
     return Result(value.to(task.model.dtype), gradient, averages, math.isfinite(mean), doubtful > 0)
 
 

@@ -147,7 +147,7 @@ def accumulate(
     if isinstance(model, DistributedDataParallel):
         found = averaged_over_ranks(model, found, list(shared.values()))
     new = {
-        parameter: function.native(name, gradient)
+        parameter: _in_layout_of(parameter, function.native(name, gradient))
         for name, parameter, gradient in zip(shared, own, found, strict=True)
         if gradient is not None
     }
@@ -159,6 +159,11 @@ def accumulate(
         parameter.grad = gradient
     result.averages.write(task.recorder.layers)
     return value
+
+
+def _in_layout_of(parameter: Tensor, gradient: Tensor) -> Tensor:
+    same = gradient.stride() == parameter.stride()
+    return gradient if same else torch.empty_like(parameter).copy_(gradient)
 
 
 def check_group_size(m: int) -> None:
