@@ -56,9 +56,9 @@ def select_parameters(model: nn.Module, parameters: Parameters = None) -> dict[s
     chosen: set[int] = set()
     # a shared parameter answers to each of its names
     all_names = list(model.named_parameters(remove_duplicate=False))
-    wanted: list[Any] = (
-        [parameters] if isinstance(parameters, str | nn.Module) else list(parameters)
-    )
+    wanted: list[Any] = [parameters]
+    if isinstance(parameters, Iterable) and not isinstance(parameters, str | nn.Module | Tensor):
+        wanted = list(parameters)
     for item in wanted:
         if isinstance(item, nn.Module):
             hits = [id(p) for p in item.parameters()]

@@ -91,6 +91,9 @@ def test_selects_parameters_by_name_pattern_and_module():
         select_parameters(model, "3.weight")
     with pytest.raises(ArgumentError, match="no parameter of the model"):
         select_parameters(model, nn.Linear(2, 2))
+    for wrong in (3, [3], model[0].weight):
+        with pytest.raises(ArgumentError, match="expected names, patterns or modules, got"):
+            select_parameters(model, wrong)
 
 
 def test_integer_parameters_are_not_among_the_floating_ones():
