@@ -38,6 +38,11 @@ class Noise:
         if here is not None:
             here.replay()
 
+    def same_as(self, other: Noise) -> bool:
+        """Whether nothing was drawn between both."""
+        pairs = [(self._cpu, other._cpu), *((s, other._cuda[d]) for d, s in self._cuda.items())]
+        return all(torch.equal(a, b) for a, b in pairs)
+
     def replay(self) -> None:
         """Put the state back as it was."""
         torch.set_rng_state(self._cpu)

@@ -1,0 +1,106 @@
+"""What a model and a loss take from Python, in a form that tells whether it has changed.
+
+Code that was traced has the numbers and switches that modules had then: the slope of an activation,
+a weight in the loss. Where they have changed, it is code of something else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from sharpkit.contract.modules import own_tensors
+
+_OF_TORCH = frozenset(vars(nn.Module())) | {"training"}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{kind}") for kind in _HOOKS]
+_DEPTH = 3  # of containers that are looked into
+_MOST = 64  # entries of one; longer ones are data
+
+
+def python_state(model: nn.Module, loss: Any) -> Hashable:
+    """Everything but the values of tensors: equal for equal settings.
+
+    Settings are the attributes of modules, and of a loss that is a function what it encloses; the
+    parameters and buffers of the model stand by their form. What is global is not looked at.
+
+    Example:
+        >>> layer = nn.LeakyReLU(0.1)
+        >>> before = python_state(layer, "mse")
+        >>> layer.negative_slope = 0.2
+        >>> python_state(layer, "mse") == before
+        False
+    """
+    return _of_modules(model, _form), _state(loss, _DEPTH)
+
+
+def hooked_modules(model: nn.Module, ours: Iterable[nn.Module] = ()) -> list[str]:
+    """The names of modules with hooks; `ours` have one before and one after their forward pass.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> handle = layer.register_forward_hook(print)
+        >>> hooked_modules(nn.Sequential(nn.ReLU(), layer))
+        ['1']
+    """
+    own = set(ours)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if sum(len(getattr(module, kind)) for kind in _HOOKS) > (2 if module in own else 0)
+    ]
+    return [*found, *(["every module"] if any(map(len, _GLOBAL_HOOKS)) else [])]
+
+
+def _of_modules(model: nn.Module, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:
+    return tuple(
+        (
+            type(module),
+            tuple((key, of_tensor(tensor)) for key, tensor in own_tensors(module)),
+            tuple(
+                (key, _state(value, _DEPTH))
+                for key, value in module.__dict__.items()
+                if key not in _OF_TORCH
+            ),
+        )
+        for module in model.modules()
+    )
+
+
+def _state(value: Any, depth: int) -> Hashable:
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return _one(value)
+    if not depth:
+        return id(value)
+    if isinstance(value, nn.Module):
+        return _of_modules(value, _one)
+    if isinstance(value, tuple | list) and len(value) <= _MOST:
+        return type(value), tuple(_state(part, depth - 1) for part in value)
+    if isinstance(value, dict) and len(value) <= _MOST:
+        return tuple((_state(k, 1), _state(v, depth - 1)) for k, v in value.items())
+    if isinstance(value, partial):
+        return _state((value.func, value.args, value.keywords), depth)
+    if isinstance(value, MethodType):
+        return _state((value.__func__, value.__self__), depth)
+    if isinstance(value, FunctionType):
+        enclosed = inspect.getclosurevars(value).nonlocals
+        return value.__code__, _state([enclosed, value.__defaults__, value.__kwdefaults__], depth)
+    if isinstance(value, type) or not hasattr(value, "__dict__"):
+        return id(value)
+    return id(value), _state(vars(value), depth - 1)
+
+
+def _one(tensor: Tensor) -> Hashable:
+    return id(tensor), _form(tensor)
+
+
+def _form(tensor: Tensor) -> Hashable:
+    return tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad
