@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sharpkit.compiling import Code, Traced, compiled, failure, form_of, tensors_of, trace
@@ -26,7 +26,7 @@ from sharpkit.contract.examples import Examples, Inputs
 from sharpkit.groupwise.geometry import Tensors
 from sharpkit.training.group_passes import AsOneBatch, ChunkGradient, StepTask
 from sharpkit.training.noise import Noise
-from sharpkit.training.python_state import hooked_modules, python_state
+from sharpkit.training.python_state import contents, hooked_modules, python_state
 from sharpkit.training.radius import Radii
 from sharpkit.training.step_plan import StepPlan, agreement, differ, same
 
@@ -200,26 +200,49 @@ def _refuse_side_effects(task: StepTask, plan: StepPlan) -> None:
     if hooked:
         raise _NotCompiled(f"of the hooks of {hooked[0]!r}, which code would leave out")
     if plan.writes:
-        module, name = plan.writes[0]
-        raise _NotCompiled(f"a forward pass changes {name!r} of a {type(module).__name__}")
+        _refuse_write(*plan.writes[0])
+
+
+def _refuse_write(module: nn.Module, name: str) -> None:
+    raise _NotCompiled(f"a forward pass changes {name!r} of a {type(module).__name__}")
 
 
 def _traced(task: StepTask, function: Callable[..., Any], args: tuple[Any, ...]) -> Traced:
-    """What a function does, unless it draws random numbers; their states stay as they are."""
-    states = _RandomStates(task.model.device)
+    """What a function does, unless it is more than code does or other for other values.
+
+    Random states stay as they are.
+    """
+    module = task.model.model
+    states, before = _RandomStates(task.model.device), contents(module)
     try:
         traced = trace(function, args)
     finally:
         drawn = states.put_back()
-    seeded = torch.Tag.nondeterministic_seeded
-    # attention has the tag without drawing, and where it draws, the state tells
-    drawn |= any(
-        seeded in getattr(node.target, "tags", ()) and "attention" not in str(node.target)
-        for node in traced.graph.graph.nodes
-    )
-    if drawn:
+    after = contents(module)
+    for (path, name), held in after.items():
+        if before.get((path, name), held) != held:
+            _refuse_write(module.get_submodule(path), name)
+    nodes = list(traced.graph.graph.nodes)
+    if drawn or any(map(_draws, nodes)):
         raise _NotCompiled("it draws random numbers, such as those of dropout")
+    if any(map(_selects, nodes)):
+        raise _NotCompiled("shapes depend on values")
     return traced
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether an operation draws; those of attention may, and then the random state tells."""
+    seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return seeded and "attention" not in str(node.target)
+
+
+def _selects(node: fx.Node) -> bool:
+    """Whether the shape of what an operation gives depends on values; of an index, if a mask's."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    masks = (torch.bool, torch.uint8)
+    by_index = node.target is torch.ops.aten.index.Tensor
+    return not by_index or any(part.meta["val"].dtype in masks for part in node.all_input_nodes[1:])
 
 
 class _RandomStates:

@@ -53,7 +53,7 @@ def run(task: StepTask, engine: Engine) -> Result:
     with _no_autocast_cache(), task.recorder.attached(), _group_errors(task.m), run_eagerly():
         plan = step_plan(task)
         check_labels(task.examples.labels, plan.outputs, task.loss.given)
-        if task.compile and (engine == "loop" or plan.loop_only or plan.groups == 1):
+        if task.compile and (engine == "loop" or plan.groups == 1):
             tell(task, f"groups of {task.m} are evaluated one after the other")
         elif task.compile and not plan.one_batch:
             tell(task, "its groups cannot run as one batch")

@@ -7,7 +7,9 @@ a weight in the loss. Where they have changed, it is code of something else.
 from __future__ import annotations
 
 import inspect
+import pickle
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -56,6 +58,30 @@ def hooked_modules(model: nn.Module, ours: Iterable[nn.Module] = ()) -> list[str
         if sum(len(getattr(module, kind)) for kind in _HOOKS) > (2 if module in own else 0)
     ]
     return [*found, *(["every module"] if any(map(len, _GLOBAL_HOOKS)) else [])]
+
+
+def contents(model: nn.Module) -> dict[tuple[str, str], bytes]:
+    """The attributes of modules, as bytes that tell whether what they hold has changed.
+
+    For what objects do to themselves, such as a generator that draws. What has no bytes is left
+    out.
+
+    Example:
+        >>> import random
+        >>> layer = nn.Identity()
+        >>> layer.generator = random.Random(0)
+        >>> before = contents(layer)
+        >>> _ = layer.generator.random()
+        >>> [name for name, found in contents(layer).items() if found != before[name]]
+        [('', 'generator')]
+    """
+    found = {}
+    for prefix, module in model.named_modules():
+        for key, value in module.__dict__.items():
+            if key not in _OF_TORCH and not isinstance(value, nn.Module):
+                with suppress(Exception):  # of any kind: it is the object's own code
+                    found[prefix, key] = pickle.dumps(value)
+    return found
 
 
 def _of_modules(model: nn.Module, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:

@@ -37,7 +37,7 @@ def compilations(monkeypatch):
 
     def counting(graph, inputs):
         made.append(graph)
-        return lookup_backend("aot_eager")(graph, inputs)
+        return lookup_backend("eager")(graph, inputs)
 
     monkeypatch.setattr(compiling, "BACKEND", counting)
     return made
@@ -46,9 +46,10 @@ def compilations(monkeypatch):
 @pytest.fixture
 def quiet():
     """Nothing falls back."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="compile=True")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         yield
+    assert not [str(w.message) for w in caught if "compile=True" in str(w.message)]
 
 
 def optimizer_of(model: nn.Module, **options) -> SAM:
@@ -85,7 +86,7 @@ def of_groups(adaptive: bool):
 
 
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("case", [MLP, CNN, RESIDUAL, CASES[3]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [MLP, CNN, RESIDUAL, CASES[5]], ids=lambda case: case.name)
 @pytest.mark.parametrize("m", [1, 4, 5])
 def test_steps_are_the_same_as_without(case, m, compilations):
     model, x, y = case.make()
@@ -233,7 +234,7 @@ def test_a_scaler_multiplies_the_gradient():
     found = []
     for scale in (None, 4.0, 16.0):
         model.zero_grad()
-        if scale is not None:
+        if scale == 16.0:
             scaler.update(scale)
         m_sam_gradient(model, x, y, m=1, rho=0.1, scaler=scaler if scale else None, compile=True)
         found.append([p.grad for p in model.parameters()])
@@ -265,13 +266,27 @@ def exact(model, x, y):
 # --- what is not compiled -------------------------------------------------------------------------
 
 
-class Looks(nn.Module):
-    """Brings a value to Python, which a trace cannot follow; not for all examples at once."""
+class Selects(nn.Module):
+    """Has a shape that depends on values."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * np.asarray(x.detach().shape[1]).item() + torch.from_numpy(
-            np.zeros_like(x.detach().numpy())
-        )
+        return x + x[x > 1e9].sum()
+
+
+class Looks(nn.Module):
+    """Brings values to Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + float(x.sum()) * 0.0
+
+
+class Odd(nn.Module):
+    """Has an operation that cannot be traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+            raise RuntimeError("not to be traced")
+        return x
 
 
 class Counts(nn.Module):
@@ -296,14 +311,14 @@ class Drops(nn.Module):
 
 
 class Shares(nn.Module):
-    """Uses a buffer by another tensor with its memory."""
+    """Uses a buffer by another tensor with its memory, which NumPy made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("factor", torch.ones(20))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor.data
+        return x * torch.from_numpy(np.asarray(self.factor))
 
 
 def hooked() -> nn.Module:
@@ -317,13 +332,27 @@ def hooked() -> nn.Module:
     [
         (nn.Dropout(0.3), "it draws random numbers"),
         (Drops(random.random), "it draws random numbers"),
-        (Drops(np.random.rand), "it draws random numbers"),
-        (hooked(), r"of the hooks of '4\.1'"),
+        (Drops(lambda: np.random.rand()), "it draws random numbers"),  # noqa: NPY002
+        (Drops(np.random.default_rng(0).random), "a forward pass changes 'draw' of a Drops"),
+        (hooked(), "of the hooks of '4.1'"),
         (Counts(), "a forward pass changes 'calls' of a Counts"),
         (Shares(), "it uses a parameter or buffer otherwise than as such"),
-        (Looks(), "that failed: "),
+        (Selects(), "shapes depend on values"),
+        (Looks(), "its groups cannot run as one batch"),
+        (Odd(), "that failed: RuntimeError: not to be traced"),
     ],
-    ids=["dropout", "python", "numpy", "hook", "counter", "memory", "values"],
+    ids=[
+        "dropout",
+        "python",
+        "numpy",
+        "generator",
+        "hook",
+        "counter",
+        "memory",
+        "shape",
+        "values",
+        "odd",
+    ],
 )
 def test_what_cannot_be_compiled_runs_as_without_and_says_so_once(layer, reason, compilations):
     model, x, y = MLP.make()
@@ -344,7 +373,7 @@ def test_what_cannot_be_compiled_runs_as_without_and_says_so_once(layer, reason,
     assert told[0].category is UserWarning
     assert f"m-SAM of Sequential runs without being compiled, because {reason}" in str(
         told[0].message
-    ).replace("'4.1'", r"'4\.1'")
+    )
     assert torch.equal(losses, found) and torch.equal(after, also)
     for a, b in zip(plain.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -388,7 +417,8 @@ def test_code_that_fails_later_is_not_believed_either(monkeypatch):
         def run(*args):
             calls.append(1)
             found = graph(*args)
-            return [t * torch.nan for t in found] if len(calls) > 3 else found
+            spoils = len(calls) > 3
+            return [t * torch.nan if spoils and t.is_floating_point() else t for t in found]
 
         return run
 
