@@ -73,8 +73,8 @@ def m_sam_gradient(
             (inductor): the same to rounding. It takes a minute or so, once for a model and a form
             of its chunks, and is kept for the following steps, so it is for trainings. Dropout and
             what else draws random numbers, hooks, and what cannot be traced run without, and a
-            warning says so once. Settings of modules are looked at in every step, global ones are
-            not: they stay what they were.
+            warning says so once. Attributes of modules are looked at in every step; what their
+            code takes from global variables stays what it was.
 
     Returns:
         Tensor: The mean loss at the unperturbed weights, a scalar without history.

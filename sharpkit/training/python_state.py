@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,15 +22,16 @@ from sharpkit.contract.modules import own_tensors
 _OF_TORCH = frozenset(vars(nn.Module())) | {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS: list[dict[int, Any]] = [getattr(torch_module, f"_global{kind}") for kind in _HOOKS]
-_DEPTH = 3  # of containers that are looked into
+_DEPTH = 5  # of containers that are looked into
 _MOST = 64  # entries of one; longer ones are data
 
 
 def python_state(model: nn.Module, loss: Any) -> Hashable:
     """Everything but the values of tensors: equal for equal settings.
 
-    Settings are the attributes of modules, and of a loss that is a function what it encloses; the
-    parameters and buffers of the model stand by their form. What is global is not looked at.
+    Settings are the attributes of modules, and of a loss that is a function the values from around
+    it that it names; the parameters and buffers of the model stand by their form. What is global is
+    not looked at for modules.
 
     Example:
         >>> layer = nn.LeakyReLU(0.1)
@@ -39,7 +40,8 @@ def python_state(model: nn.Module, loss: Any) -> Hashable:
         >>> python_state(layer, "mse") == before
         False
     """
-    return _of_modules(model, _form), _state(loss, _DEPTH)
+    states = _States()
+    return states.of_modules(model, _form), states.of(loss)
 
 
 def hooked_modules(model: nn.Module, ours: Iterable[nn.Module] = ()) -> list[str]:
@@ -77,51 +79,69 @@ def contents(model: nn.Module) -> dict[tuple[str, str], bytes]:
     """
     found = {}
     for prefix, module in model.named_modules():
-        for key, value in module.__dict__.items():
-            if key not in _OF_TORCH and not isinstance(value, nn.Module):
+        for key, value in _attributes(module):
+            if not isinstance(value, nn.Module):
                 with suppress(Exception):  # of any kind: it is the object's own code
                     found[prefix, key] = pickle.dumps(value)
     return found
 
 
-def _of_modules(model: nn.Module, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:
-    return tuple(
-        (
-            type(module),
-            tuple((key, of_tensor(tensor)) for key, tensor in own_tensors(module)),
-            tuple(
-                (key, _state(value, _DEPTH))
-                for key, value in module.__dict__.items()
-                if key not in _OF_TORCH
-            ),
+class _States:
+    """States of values, in which every module is looked into once."""
+
+    def __init__(self) -> None:
+        self._seen: set[nn.Module] = set()
+
+    def of_modules(self, model: nn.Module, of_tensor: Callable[[Tensor], Hashable]) -> Hashable:
+        modules = [module for module in model.modules() if module not in self._seen]
+        self._seen.update(modules)
+        return tuple(
+            (
+                type(module),
+                tuple((key, of_tensor(tensor)) for key, tensor in own_tensors(module)),
+                self._named(_attributes(module), _DEPTH),
+            )
+            for module in modules
         )
-        for module in model.modules()
-    )
+
+    def of(self, value: Any, depth: int = _DEPTH) -> Hashable:
+        if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+            return type(value), value
+        if isinstance(value, Tensor):
+            return _one(value)
+        if not depth or isinstance(value, type | ModuleType):
+            return id(value)
+        if isinstance(value, nn.Module):
+            return id(value), self.of_modules(value, _one)
+        if isinstance(value, tuple | list) and len(value) <= _MOST:
+            return type(value), self._named(((None, part) for part in value), depth)
+        if isinstance(value, dict) and len(value) <= _MOST:
+            return tuple((self.of(k, 1), self.of(v, depth - 1)) for k, v in value.items())
+        if isinstance(value, partial):
+            parts = (*((None, part) for part in value.args), *value.keywords.items())
+            return self.of(value.func, depth), self._named(parts, depth)
+        if isinstance(value, MethodType):
+            return self.of(value.__func__, depth), self.of(value.__self__, depth)
+        if isinstance(value, FunctionType):
+            return value.__code__, self._named(_enclosed(value), depth)
+        return id(value), self.of(getattr(value, "__dict__", None), depth - 1)
+
+    def _named(self, parts: Iterable[tuple[Any, Any]], depth: int) -> Hashable:
+        return tuple((name, self.of(part, depth - 1)) for name, part in parts)
 
 
-def _state(value: Any, depth: int) -> Hashable:
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        return type(value), value
-    if isinstance(value, Tensor):
-        return _one(value)
-    if not depth:
-        return id(value)
-    if isinstance(value, nn.Module):
-        return _of_modules(value, _one)
-    if isinstance(value, tuple | list) and len(value) <= _MOST:
-        return type(value), tuple(_state(part, depth - 1) for part in value)
-    if isinstance(value, dict) and len(value) <= _MOST:
-        return tuple((_state(k, 1), _state(v, depth - 1)) for k, v in value.items())
-    if isinstance(value, partial):
-        return _state((value.func, value.args, value.keywords), depth)
-    if isinstance(value, MethodType):
-        return _state((value.__func__, value.__self__), depth)
-    if isinstance(value, FunctionType):
-        enclosed = inspect.getclosurevars(value).nonlocals
-        return value.__code__, _state([enclosed, value.__defaults__, value.__kwdefaults__], depth)
-    if isinstance(value, type) or not hasattr(value, "__dict__"):
-        return id(value)
-    return id(value), _state(vars(value), depth - 1)
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((key, value) for key, value in module.__dict__.items() if key not in _OF_TORCH)
+
+
+def _enclosed(function: FunctionType) -> list[tuple[Any, Any]]:
+    """What a function takes from around it: defaults, enclosed and global values that it names."""
+    defaults: list[tuple[Any, Any]] = [(None, value) for value in function.__defaults__ or ()]
+    defaults += (function.__kwdefaults__ or {}).items()
+    with suppress(ValueError):  # of a variable that has no value yet
+        found = inspect.getclosurevars(function)
+        return [*defaults, *found.nonlocals.items(), *found.globals.items()]
+    return defaults
 
 
 def _one(tensor: Tensor) -> Hashable:
