@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from functools import partial
 from types import MethodType
@@ -137,3 +138,14 @@ def test_it_takes_little_beside_a_step():
     for _ in range(20):
         python_state(model, F.cross_entropy)
     assert time.process_time() - began < 20 * 0.01  # a step takes over 0.2 s
+
+
+def test_an_optimizer_that_is_dropped_in_the_middle_of_a_step_leaves_no_hook():
+    model = nn.Linear(2, 1)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer = sk.SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    optimizer.first_step()
+    assert hooked_modules(model) == ["every module"]
+    del optimizer
+    gc.collect()
+    assert hooked_modules(model) == []
