@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import math
 import resource
+import shutil
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +42,17 @@ from loops import (
     uses_batch_statistics,
 )
 from networks import NETWORKS, Network
-from timing import Case, Record, in_turn, keep_freed_memory, over, parser, peak_gib, run_cases
+from timing import (
+    Case,
+    Record,
+    in_turn,
+    keep_freed_memory,
+    over,
+    parser,
+    peak_gib,
+    run_cases,
+    timed,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -51,6 +63,7 @@ from sharpkit.contract.losses import resolve_loss
 SMALL = ("CNN 0.47 M", "ResNet-20", "WRN-16-4", "small ViT", "LSTM")
 MS = (1, 4, 16, 64, 256)
 SAM_MS = (1, 4, 16, 64, 128)
+COMPILED = ("CNN 0.22 M", "ResNet-20")
 RHO = 0.05
 RHOS = (0.01, 0.02, 0.05, 0.1)
 BATCH = 128
@@ -306,6 +319,30 @@ class Steps:
         yield Record(case, "sharpkit", STEPS, over(times, "sharpkit", "sgd"), target)
         yield Record(case, "plain loop", STEPS, over(times, "loop", "sgd"))
 
+    def compiled(self) -> Iterator[Record]:
+        """A step of m-SAM at m = 1 with `compile=True` in times of one without, on one thread.
+
+        By processor time: a compiled pass computes in one thread what a machine with others would
+        divide otherwise than the plain one does.
+        """
+        self.model.eval()
+        runs = {
+            "plain": m_sam_step(self.model, self.x, self.y, 1),
+            "compiled": m_sam_step(self.model, self.x, self.y, 1, compile=True),
+        }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            runs["plain"]()
+            first = timed(runs["compiled"])
+            times = in_turn(runs, self.how.repeats, self.how.seconds, time.process_time)
+        finally:
+            torch.set_num_threads(threads)
+        case = f"m-SAM step, {self.name}, batch {self.batch}, m = 1"
+        values = over(times, "compiled", "plain")
+        yield Record(f"{case}, one thread", "sharpkit compiled", "time without", values)
+        yield Record(f"{case}, first step", "sharpkit compiled", "s", [first])
+
     def sam(self) -> Iterator[Record]:
         """`SAM.step(closure)` and the usual optimizer of two passes."""
         self.model.train()
@@ -322,10 +359,12 @@ class Steps:
         yield Record(case, "two-pass SAM", STEPS, over(times, "two-pass SAM", "sgd"))
 
 
-def m_sam_step(model: nn.Module, x: Tensor, y: Tensor, m: int) -> Callable[[], object]:
+def m_sam_step(
+    model: nn.Module, x: Tensor, y: Tensor, m: int, **options: Any
+) -> Callable[[], object]:
     """A step of m-SAM."""
     optimizer = training.SAM(model.parameters(), torch.optim.SGD, rho=RHO, lr=1e-3, momentum=0.9)
-    return lambda: optimizer.step_batch(model, x, y, m=m)
+    return lambda: optimizer.step_batch(model, x, y, m=m, **options)
 
 
 def closure_step(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], object]:
@@ -350,6 +389,13 @@ def sam(arguments: argparse.Namespace) -> Iterator[Record]:
         for m in (1, 16) if arguments.quick else SAM_MS:
             if name != "WRN-16-4" or m in (1, 16, 128):  # seconds a step
                 yield from bench.m_sam(m, "<= 2.6" if m == 1 else "")
+
+
+def compiled(arguments: argparse.Namespace) -> Iterator[Record]:
+    """m-SAM that is compiled, where there is a compiler."""
+    batch = 32 if arguments.quick else BATCH
+    for name in COMPILED if shutil.which("c++") else ():
+        yield from Steps(name, NETWORKS[name], batch, how(arguments)).compiled()
 
 
 # --- what a GPU would be given to do, and waited for ------------------------------------------
@@ -422,6 +468,7 @@ def dispatched(arguments: argparse.Namespace) -> Iterator[Record]:
 CASES: dict[str, Case] = {
     "sharpness": sharpness,
     "sam": sam,
+    "compiled": compiled,
     "sweep": sweep,
     "large": large,
     "calls": dispatched,

@@ -34,6 +34,7 @@ HERE = Path(__file__).resolve().parent
 JOBS = (
     "bench_speed.py --only sharpness",
     "bench_speed.py --only sam",
+    "bench_speed.py --only compiled",
     "bench_speed.py --only sweep",
     "bench_speed.py --only large",
     "bench_speed.py --only calls",

@@ -147,12 +147,14 @@ def test_which_convolutions_overrun(layer, expected):
     assert seen.overrun is expected
 
 
-@pytest.mark.parametrize(("channels", "expected"), [(4, False), (16, True)])
-def test_a_compiler_keeps_the_layout_too(channels, expected):
+@pytest.mark.parametrize(
+    ("channels", "groups", "expected"), [(4, 1, False), (16, 1, True), (16, 2, False)]
+)
+def test_a_compiler_keeps_the_layout_too(channels, groups, expected):
     from torch._inductor import config
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    layer = nn.Conv2d(channels, 8, 1, stride=2)
+    layer = nn.Conv2d(channels, 8, 1, stride=2, groups=groups)
 
     def gradient(x: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(layer(x).sum(), [layer.weight])

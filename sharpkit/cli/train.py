@@ -48,6 +48,7 @@ from sharpkit.cli.shell import say
     show_default=True,
     help="The part of them in which it rises from 0.",
 )
+@click.option("--compile", is_flag=True, help="Compile the passes of m-SAM over its groups.")
 @click.option("--epochs", required=True, type=int)
 @click.option("--batch-size", default=128, show_default=True)
 @click.option("--lr", default=0.1, show_default=True, help="Learning rate of the first step.")

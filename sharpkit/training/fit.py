@@ -108,6 +108,7 @@ def fit(
     label_noise: float = 0.0,
     stop_at_loss: float | None = None,
     seed: int = 0,
+    compile: bool = False,
     out: str | Path | None = None,
     keep: Collection[int] = (),
     evaluate_every: int = 1,
@@ -173,6 +174,9 @@ def fit(
             before training.
         stop_at_loss: Stop after the first evaluated epoch whose train_loss is at most this.
         seed: Of every random choice here. The initial weights are the caller's.
+        compile: Of SAM with m: compile the passes over groups, which takes a minute or so at the
+            start and again after an interruption; the weights are the same to rounding (see
+            `m_sam_gradient`).
         out: Run directory (see `training.run_files`); None keeps nothing.
         keep: Epochs whose weights are kept as `epoch-K.safetensors`; 0 is before training.
         evaluate_every: Epochs from one evaluation to the next; the last epoch is always evaluated.
@@ -221,7 +225,7 @@ def fit(
         stop_at_loss=stop_at_loss, seed=seed, sam_interval=sam_interval, sam_start=sam_start,
         sam_stop=sam_stop, sam_parameters=selection_text(model, sam_parameters),
         rho_schedule="constant" if callable(rho_schedule) else rho_schedule,
-        rho_warmup=rho_warmup,
+        rho_warmup=rho_warmup, compile=compile,
     )  # fmt: skip
     rule = rho_schedule if callable(rho_schedule) else None
     if rule is not None and optimizer != "sam":

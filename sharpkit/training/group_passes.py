@@ -55,6 +55,7 @@ class StepTask:
     m: int  # examples per group
     scale: Callable[[Tensor], Tensor] = lambda loss: loss  # of the loss whose gradient is taken
     variant: SamVariant = PLAIN_SAM
+    compile: bool = False  # the passes over groups side by side, where that works
 
     def weighted(self, weight: Tensor) -> Tensor:
         """What groups of such weights count in the batch."""

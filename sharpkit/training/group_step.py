@@ -17,6 +17,7 @@ from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
 from sharpkit.groupwise.fallback import Disagreement, Engine, first_that_works, vectorised_or_loop
 from sharpkit.training.batch_norm_statistics import Averages
+from sharpkit.training.compiled_passes import AsCompiled, leave_uncompiled, tell
 from sharpkit.training.group_passes import (
     Alone,
     AsOneBatch,
@@ -52,6 +53,10 @@ def run(task: StepTask, engine: Engine) -> Result:
     with _no_autocast_cache(), task.recorder.attached(), _group_errors(task.m), run_eagerly():
         plan = step_plan(task)
         check_labels(task.examples.labels, plan.outputs, task.loss.given)
+        if task.compile and (engine == "loop" or plan.groups == 1):
+            tell(task, f"groups of {task.m} are evaluated one after the other")
+        elif task.compile and not plan.one_batch:
+            tell(task, "its groups cannot run as one batch")
         step, habits = _Step(task, plan, Noise(task.model.device)), task.model.habits
         habits.loss_sees_weights = plan.loss_sees_weights
         if plan.writes:  # caches and the like: every pass starts from what they were
@@ -106,6 +111,12 @@ class _Step(NamedTuple):
 
     def _as_one_batch(self) -> Result:
         result = self.by(AsOneBatch, self.plan.groups)
+        if not result.finite and self.plan.code:
+            self.again()
+            plain = replace(self.task, compile=False)
+            result = self._replace(task=plain).by(AsOneBatch, self.plan.groups)
+            if result.finite:
+                leave_uncompiled(self.task, self.plan, "it gave a loss that is not finite then")
         if not result.finite:  # a weight was used otherwise than before, or training diverged
             self.again()
             other = self.by(Alone, 1)
@@ -124,7 +135,9 @@ def _compare(task: StepTask, plan: StepPlan, way: Way) -> None:
 
     Not where the model draws random numbers, which it does in another order then.
     """
-    two = replace(task, examples=task.examples.slice(0, 2 * task.m), scale=lambda loss: loss)
+    two = replace(
+        task, examples=task.examples.slice(0, 2 * task.m), scale=lambda loss: loss, compile=False
+    )
     careful = replace(plan, careful=True)
     one, repeated = (_chunks(two, careful, Alone, 1) for _ in range(2))
     draws = task.variant.by_name or not torch.equal(one.value, repeated.value)
@@ -138,9 +151,10 @@ def _chunks(task: StepTask, plan: StepPlan, way: Way, groups: int) -> Result:
     """Both passes over every chunk of at most `groups` groups; the smaller last group alone."""
     n, m = len(task.examples), task.m
     way = way if n >= 2 * m else Alone
-    passes: Passes = way(task, plan)
+    compiled = way is AsOneBatch and task.compile and not plan.not_compiled
+    passes: Passes = AsCompiled(task, plan) if compiled else way(task, plan)
     whole = n // m * m
-    groups = math.ceil(n // m / math.ceil(n // m / groups))  # chunks of nearly equal size
+    groups = _groups_of_a_chunk(n // m, groups, alike=compiled)
     total, averages = _Total(len(task.shared)), Averages()
     chunks: list[ChunkGradient] = []
     with ExitStack() as stack:
@@ -172,6 +186,19 @@ def _chunks(task: StepTask, plan: StepPlan, way: Way, groups: int) -> Result:
     if whole_weight not in (0.0, n):  # the batch weighs more or less than its examples
         torch._foreach_div_([g for g in gradient if g is not None], whole_weight / n)
     return Result(value.to(task.model.dtype), gradient, averages, math.isfinite(mean), doubtful > 0)
+
+
+def _groups_of_a_chunk(groups: int, most: int, *, alike: bool) -> int:
+    """Groups of a chunk: nearly equal chunks, or `alike` ones where that costs at most twice more.
+
+    Example:
+        >>> [_groups_of_a_chunk(128, 50, alike=alike) for alike in (False, True)]
+        [43, 32]
+    """
+    chunks = math.ceil(groups / most)
+    if alike:
+        chunks = next((k for k in range(chunks, 2 * chunks) if groups % k == 0), chunks)
+    return math.ceil(groups / chunks)
 
 
 class _Total:

@@ -134,7 +134,7 @@ class Training:
                     inputs = augment(inputs, start)
                 labels = self.train.labels[chosen]
                 perturbed += isinstance(self.optimizer, SAM) and self.optimizer.perturbs
-                loss = step(network, self.optimizer, inputs, labels, settings.m, self.loss)
+                loss = step(network, self.optimizer, inputs, labels, settings, self.loss)
                 total += loss
                 if (i + 1) % _CHECK_EVERY == 0 or i + 1 == self.steps:
                     mean = float(self.ranks.total(total / (i + 1))) / self.ranks.world
@@ -216,7 +216,7 @@ def _with_share(row: Row, settings: FitSettings) -> Row:
 
 
 def _sgd_step(
-    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, _m: int | None, loss: MeanLoss
+    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, _: FitSettings, loss: MeanLoss
 ) -> Tensor:
     optimizer.zero_grad()
     value = loss(outputs_of(network, inputs, loss), labels)
@@ -226,10 +226,17 @@ def _sgd_step(
 
 
 def _sam_step(
-    network: nn.Module, optimizer: Any, inputs: Any, labels: Tensor, m: int | None, loss: MeanLoss
+    network: nn.Module,
+    optimizer: Any,
+    inputs: Any,
+    labels: Tensor,
+    settings: FitSettings,
+    loss: MeanLoss,
 ) -> Tensor:
-    m = len(labels) if m is None else m
-    value: Tensor = optimizer.step_batch(network, inputs, labels, m=m, loss=loss)
+    m = len(labels) if settings.m is None else settings.m
+    value: Tensor = optimizer.step_batch(
+        network, inputs, labels, m=m, loss=loss, compile=settings.compile
+    )
     return value
 
 

@@ -34,6 +34,7 @@ def m_sam_gradient(
     engine: Engine = "auto",
     scaler: torch.amp.GradScaler | None = None,
     variant: SamVariant = PLAIN_SAM,
+    compile: bool = False,
 ) -> Tensor:
     """Add the m-SAM gradient of a batch to `.grad`, so that any torch optimizer can step.
 
@@ -68,6 +69,12 @@ def m_sam_gradient(
         scaler: Scales the gradients for float16 autocast; then a loss that is not finite is left
             to the scaler, which skips the step.
         variant: Another direction of ε_i, or another gradient than the one at w + ε_i.
+        compile: Compile the passes over groups side by side with `torch.compile`'s compiler
+            (inductor): the same to rounding. It takes a minute or so, once for a model and a form
+            of its chunks, and is kept for the following steps, so it is for trainings. Dropout and
+            what else draws random numbers, hooks, and what cannot be traced run without, and a
+            warning says so once. Attributes of modules are looked at in every step; what their
+            code takes from global variables stays what it was.
 
     Returns:
         Tensor: The mean loss at the unperturbed weights, a scalar without history.
@@ -98,7 +105,7 @@ def m_sam_gradient(
     radii = Radii(dict.fromkeys(names, radius), frozenset(names if adaptive else ()))
     return accumulate(
         model, inputs, labels, m=m, radii=radii, loss=loss, engine=engine, scaler=scaler,
-        variant=variant,
+        variant=variant, compile=compile,
     )  # fmt: skip
 
 
@@ -113,6 +120,7 @@ def accumulate(
     engine: Engine = "auto",
     scaler: torch.amp.GradScaler | None = None,
     variant: SamVariant = PLAIN_SAM,
+    compile: bool = False,
 ) -> Tensor:
     """As `m_sam_gradient`, for the parameters that `radii` names, each with its own radius."""
     check_group_size(m)
@@ -134,7 +142,7 @@ def accumulate(
         scaler.scale(torch.zeros((), device=function.device))  # its state is made at first use
     task = StepTask(
         function, loss_fn, shared, radii, Recorder(tracked_layers(network)), examples,
-        min(m, len(examples)), variant=variant,
+        min(m, len(examples)), variant=variant, compile=compile,
         **({} if scaler is None else {"scale": scaler.scale}),
     )  # fmt: skip
     result = run(task, engine)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakMethod, finalize
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,11 @@ class Noise:
         yield
         if here is not None:
             here.replay()
+
+    def same_as(self, other: Noise) -> bool:
+        """Whether nothing was drawn between both."""
+        pairs = [(self._cpu, other._cpu), *((s, other._cuda[d]) for d, s in self._cuda.items())]
+        return all(torch.equal(a, b) for a, b in pairs)
 
     def replay(self) -> None:
         """Put the state back as it was."""
@@ -76,25 +82,31 @@ class BufferGuard:
     """
 
     def __init__(self) -> None:
-        self._handle: Any = None
+        self._remove: Callable[[], object] = lambda: None
         self._seen: dict[nn.Module, dict[str, tuple[Tensor, Tensor]]] = {}
         self._called: set[nn.Module] = set()
 
     def start(self) -> None:
         """From now on, note a module's buffers before its first call."""
-        note = torch.compiler.disable(self._note)  # type: ignore[no-untyped-call]
-        self._handle = register_module_forward_pre_hook(note)
+        method = WeakMethod(self._note)  # or a guard that nobody stops would watch for ever
+
+        def note(module: nn.Module, args: Any) -> None:
+            own = method()
+            if own is not None:
+                own(module, args)
+
+        hook = torch.compiler.disable(note)  # type: ignore[no-untyped-call]
+        self._remove = finalize(self, register_module_forward_pre_hook(hook).remove)
 
     @torch.no_grad()
     def stop(self) -> None:
         """Put every buffer noted back, and take no more notes; harmless if not started."""
-        if self._handle is not None:
-            self._handle.remove()
+        self._remove()
         for module, buffers in self._seen.items():
             for name, (buffer, before) in buffers.items():
                 buffer.copy_(before)
                 module._buffers[name] = buffer
-        self._handle, self._seen, self._called = None, {}, set()
+        self._seen, self._called = {}, set()
 
     def _note(self, module: nn.Module, args: Any) -> None:
         if module in self._called:

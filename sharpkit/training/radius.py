@@ -39,13 +39,16 @@ def checked_radius(rho: Any) -> float:
 
 @dataclass(frozen=True)
 class Radii:
-    """The radius of every parameter by name, and which of them are adaptive."""
+    """The radius of every parameter by name, and which of them are adaptive.
 
-    rho: Mapping[str, float]
+    Radii are numbers, or scalar tensors, where equal ones are the same tensor.
+    """
+
+    rho: Mapping[str, float | Tensor]
     adaptive: frozenset[str] = frozenset()
 
     @property
-    def common(self) -> float:
+    def common(self) -> float | Tensor:
         """The radius of all parameters, if there is one."""
         return next(iter(self.rho.values()))
 
@@ -56,9 +59,13 @@ class Radii:
         return {
             name: w.detach().abs() * self.rho[name]
             if name in self.adaptive
-            else torch.full_like(w, self.rho[name])
+            else _filled(w, self.rho[name])
             for name, w in weights.items()
         }
+
+
+def _filled(like: Tensor, rho: float | Tensor) -> Tensor:
+    return rho.expand_as(like) if isinstance(rho, Tensor) else torch.full_like(like, rho)
 
 
 def radii_of_groups(

@@ -420,6 +420,7 @@ class SAM(Optimizer):
         m: int,
         loss: Loss = "cross_entropy",
         scaler: torch.amp.GradScaler | None = None,
+        compile: bool = False,
     ) -> Tensor:
         """Add the m-SAM gradient of a batch to `.grad`; `step()` then uses it.
 
@@ -435,7 +436,7 @@ class SAM(Optimizer):
         if factor > 0:
             value = accumulate(
                 model, inputs, labels, m=m, radii=radii, loss=loss, scaler=scaler,
-                variant=self.variant,
+                variant=self.variant, compile=compile,
             )  # fmt: skip
         else:
             check_group_size(m)
@@ -453,6 +454,7 @@ class SAM(Optimizer):
         *,
         m: int,
         loss: Loss = "cross_entropy",
+        compile: bool = False,
     ) -> Tensor:
         """One m-SAM step: clear gradients, `accumulate_groups`, `step()`.
 
@@ -462,12 +464,14 @@ class SAM(Optimizer):
             labels: Tensor of shape (n, ...).
             m: Examples per group; n or more for plain SAM.
             loss: "cross_entropy", "mse", or a function (outputs, labels) -> mean over examples.
+            compile: Compile the passes over groups, once for the following steps (see
+                `m_sam_gradient`).
 
         Returns:
             Tensor: The mean loss at the weights before the step.
         """
         self.zero_grad()
-        value = self.accumulate_groups(model, inputs, labels, m=m, loss=loss)
+        value = self.accumulate_groups(model, inputs, labels, m=m, loss=loss, compile=compile)
         self.step()
         return value
 

@@ -154,6 +154,7 @@ class FitSettings(TrainingSettings):
     augmentation: Augmentation | None = None
     label_noise: float = 0.0
     seed: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,10 +168,22 @@ class FitSettings(TrainingSettings):
         if self.optimizer == "sgd":
             if self.m is not None or self.adaptive:
                 raise ArgumentError('m and adaptive belong to SAM: choose the optimizer "sam"')
+            if self.compile:
+                raise ArgumentError('compile belongs to SAM: choose the optimizer "sam"')
             for name, value in self.where_sam_acts().items():
                 raise ArgumentError(
                     f'{name} = {value!r} belongs to SAM: choose the optimizer "sam"'
                 )
+
+    def asdict(self) -> dict[str, Any]:
+        """As of `TrainingSettings`; `compile` is left out where it is False.
+
+        Example:
+            >>> "compile" in FitSettings(epochs=3).asdict()
+            False
+        """
+        found = super().asdict()
+        return found if self.compile else {n: v for n, v in found.items() if n != "compile"}
 
 
 def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:

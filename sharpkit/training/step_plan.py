@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -64,6 +64,9 @@ class StepPlan:
     compared: bool = False  # whether groups side by side were found to be right
     loop_only: bool = False  # found not to be vectorisable
     careful: bool = False  # found to have gradients whose squares leave float32
+    # compiled passes over chunks by their form (see `compiled_passes`)
+    code: dict[Any, Any] = field(default_factory=dict)
+    not_compiled: str = ""  # why they are not compiled; empty if they may be
 
 
 _PLANS: WeakKeyDictionary[nn.Module, dict[Any, StepPlan]] = WeakKeyDictionary()
@@ -185,11 +188,11 @@ def _keeps_groups_apart(task: StepTask, replay: Callable[[], None]) -> bool:
     rounding = 32 * torch.finfo(task.model.dtype).eps
     if may_use_tf32(task.model.device):  # sums in another order, of products of 10 bits
         rounding = 32 * torch.finfo(torch.float16).eps
-    return all(_same(a, b, rounding) for a, b in zip(*found, strict=True))
+    return all(same(a, b, rounding) for a, b in zip(*found, strict=True))
 
 
-def _same(a: Tensor, b: Tensor, rounding: float) -> bool:
-    """Whether the same calls on tensors of the same shapes gave the same, but for a few bits."""
+def same(a: Tensor, b: Tensor, rounding: float) -> bool:
+    """Whether two tensors are the same but for rounding, relative to the largest entry."""
     largest = float(a.abs().nan_to_num().max()) if a.numel() else 0.0
     within = rounding * largest
     return torch.allclose(a, b, rtol=0.0, atol=within, equal_nan=True)
@@ -223,10 +226,7 @@ def _layout(task: StepTask, few: Examples, replay: Callable[[], None]) -> torch.
 
 def differ(task: StepTask, a: list[Tensor | None], b: list[Tensor | None]) -> bool:
     """Whether two gradients differ by more than rounding."""
-    tolerance = _AGREEMENT.get(task.model.dtype, 0.5)
-    device = task.model.device
-    if torch.is_autocast_enabled(device.type) or may_use_tf32(device):
-        tolerance = 0.5
+    tolerance = agreement(task)
     pairs = [
         (torch.zeros_like(p) if x is None else x, torch.zeros_like(p) if y is None else y)
         for p, x, y in zip(task.shared.values(), a, b, strict=True)
@@ -235,6 +235,14 @@ def differ(task: StepTask, a: list[Tensor | None], b: list[Tensor | None]) -> bo
     if not math.isfinite(largest):
         return False
     return any(not bool(((x - y).abs() <= tolerance * largest).all()) for x, y in pairs)
+
+
+def agreement(task: StepTask) -> float:
+    """What rounding may change, relative to the largest entry of a gradient."""
+    device = task.model.device
+    if torch.is_autocast_enabled(device.type) or may_use_tf32(device):
+        return 0.5
+    return _AGREEMENT.get(task.model.dtype, 0.5)
 
 
 @contextmanager
