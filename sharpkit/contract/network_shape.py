@@ -23,7 +23,8 @@ def network_shape(model: nn.Module) -> Hashable:
     mean nothing in eval mode; names, shapes, dtypes, devices of all tensors, which of them are
     shared and which require gradients. Of functions and other objects among the attributes only
     the kind is looked at. A tensor among them, which is neither parameter nor buffer, is like no
-    other module's.
+    other module's. A module that has a text `eval_settings` says itself what it computes, beside
+    its tensors and modules.
 
     Example:
         >>> a, b, c = nn.Linear(2, 3), nn.Linear(2, 3), nn.Linear(3, 2)
@@ -40,8 +41,8 @@ def network_shape(model: nn.Module) -> Hashable:
             tensors.append((full_name(prefix, key), first, *kind, tensor.requires_grad))
     modules: list[Hashable] = []
     for prefix, module in model.named_modules():
-        settings: Hashable = None
-        if type(module) not in _DROPOUT:
+        settings: Hashable = getattr(module, "eval_settings", None)
+        if settings is None and type(module) not in _DROPOUT:
             attributes = {k: v for k, v in vars(module).items() if k not in _OF_TORCH}
             settings = module.extra_repr(), _form(attributes, names, _DEEP)
         modules.append((prefix, type(module), module.training, settings))

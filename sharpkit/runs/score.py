@@ -175,8 +175,7 @@ def _in_stacks(
             if isinstance(result, Failure):  # of the stack as a whole
                 done.difference_update(item.keys)
                 continue
-            for key, outcome in result.items():
-                items.record(key, outcome)
+            items.record_all(result)
     return [key for key in keys if key not in done]
 
 
@@ -234,15 +233,22 @@ class _Items:
 
     def record(self, key: Key, outcome: Outcome) -> None:
         """Write what became of an item."""
-        task, _, measure = key
-        complete = replace(
-            outcome, data_hash=self.data_hashes.get(task), settings_hash=self._settings[measure]
+        self.record_all({key: outcome})
+
+    def record_all(self, outcomes: Mapping[Key, Outcome]) -> None:
+        """Write what became of several items, at once."""
+        hashes, settings = self.data_hashes, self._settings
+        self.store.add_all(
+            {
+                key: replace(outcome, data_hash=hashes.get(key[0]), settings_hash=settings[key[2]])
+                for key, outcome in outcomes.items()
+            }
         )
-        self.store.add(*key, complete)
-        self.left[task] -= 1
-        if self.left[task] == 0:
-            shutil.rmtree(self._folder(task), ignore_errors=True)
-        self.bar.update()
+        for task, _, _ in outcomes:
+            self.left[task] -= 1
+            if self.left[task] == 0:
+                shutil.rmtree(self._folder(task), ignore_errors=True)
+        self.bar.update(len(outcomes))
 
     def _open(self, name: str) -> TensorDataset:
         """The subset that all models of a task are measured on, or all of its test data."""

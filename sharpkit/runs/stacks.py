@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_mem
 from sharpkit.runs.shared_data import shared
 from sharpkit.runs.store import Key, Outcome
 from sharpkit.workers import error_message
+from sharpkit.zoo.keras.model import layers_text
 from sharpkit.zoo.task import Task
 
 
@@ -72,17 +72,12 @@ def stacks_of(
 
 
 def _layers(task: Task, model: str) -> str:
-    """The layers of a model as text, dropout without its rate; empty if only loading tells."""
+    """The layers of a model as text; empty if only loading tells."""
     if task.mirror is not None:  # its files would be copied for this
         return ""
     try:
-        config = getattr(task[model], "config", {})
-        layers = [
-            name if "Dropout" in (name := layer["layer_name"]) else layer
-            for layer in config.get("model_config", [])
-        ]
-        return json.dumps([config.get("input_shape"), layers])
-    except Exception:  # told when it is loaded
+        return layers_text(task[model].config)  # type: ignore[attr-defined]
+    except Exception:  # there is none, or it is told when it is loaded
         return ""
 
 

@@ -90,9 +90,11 @@ class StackedSweep:
 
         It is not where a loss or gradient is not finite, or a norm may have left its dtype.
         """
-        common = math.gcd(*ms)
+        common, n = math.gcd(*ms), len(self.examples)
         block = next(k for k in range(min(self.chunk, common), 0, -1) if common % k == 0)
-        step, n, levels = self.chunk // block * block, len(self.examples), [Level(m) for m in ms]
+        # where that fits, the groups of every m end with a chunk
+        unit = next(k for k in (math.lcm(*ms), block) if k <= self.chunk)
+        step, levels = self.chunk // unit * unit, [Level(m) for m in ms]
         well: list[Tensor] = []
         for start in range(0, n, step):
             stop = min(start + step, n)
