@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -124,6 +126,27 @@ def test_an_interrupted_run_keeps_the_stacks_that_are_done(zoo_path, tmp_path, m
     scores = sk.score_zoo(task, MEASURE, out=run, progress=False)  # in stacks, as it was started
     assert len(seen) == 4
     assert_close(scores.frame(), sk.score_zoo(task, MEASURE, progress=False).frame())
+
+
+def test_the_next_stack_is_loaded_while_one_is_measured(zoo_path, monkeypatch):
+    evaluate, load = stacks.evaluate_stack, stacks.StackScorer.load
+    loaded = [threading.Event() for _ in range(8)]
+    ids = [str(2 * i + 3) for i in range(8)]
+
+    def noted(scorer, task, model, measures):
+        found = load(scorer, task, model, measures)
+        loaded[ids.index(model)].set()
+        return found
+
+    def waiting(*arguments, **options):
+        if not loaded[-1].is_set():  # four stacks of two: while the first two are measured
+            assert loaded[2].wait(60.0)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(stacks.StackScorer, "load", noted)
+    monkeypatch.setattr(stacks, "evaluate_stack", waiting)
+    task = sk.load_zoo(zoo_path)["first"]
+    assert sk.score_zoo(task, MEASURE, stack=2, progress=False).failures.empty
 
 
 def test_the_stack_is_fixed_for_the_run(zoo_path, tmp_path):
