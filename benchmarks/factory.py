@@ -1,4 +1,4 @@
-"""What the factory of zoos makes of a device: networks trained in stacks, and scored by processes.
+"""What the factory of zoos makes of a device: training in stacks; scoring in stacks or processes.
 
 A case of `gpu.py`: `python benchmarks/gpu.py --only factory`. Networks train for a fixed number of
 epochs, on random images, one alone and as many as a stack has; what counts is networks per second.
@@ -41,6 +41,7 @@ class Sizes:
         models: Scored.
         examples: Of each measurement.
         processes: That score at a time.
+        scored: Networks of a stack that is scored.
     """
 
     presets: tuple[str, ...]
@@ -50,15 +51,17 @@ class Sizes:
     models: int
     examples: int
     processes: tuple[int, ...]
+    scored: tuple[int, ...]
 
 
 FULL = Sizes(
     presets=("medium", "cifar-nin"), images=1000, epochs=3, stacks=(8, 64),
-    models=48, examples=2000, processes=(4,),
+    models=48, examples=2000, processes=(4,), scored=(8, 48),
 )  # fmt: skip
 QUICK = Sizes(
-    presets=("medium",), images=64, epochs=1, stacks=(4,), models=2, examples=32, processes=(2,)
-)
+    presets=("medium",), images=64, epochs=1, stacks=(4,),
+    models=2, examples=32, processes=(2,), scored=(2,),
+)  # fmt: skip
 
 
 def recipes_of(preset: str) -> Iterator[Recipe]:
@@ -122,20 +125,23 @@ def images(count: int, shape: tuple[int, int, int]) -> TensorDataset:
     return TensorDataset(x, torch.arange(count) % 10)
 
 
-def scoring(sizes: Sizes, device: str, processes: int, how: How) -> Iterator[Record]:
-    """Models of the embedded zoo by several processes on one device, and one by one."""
-    zoo, measure = sharpkit.embedded_zoo(), sharpkit.MSharpness(m=(1, 4, 16), rho=0.1)
+def scoring(sizes: Sizes, device: str, other: str, how: How, **options: int) -> Iterator[Record]:
+    """Models of the embedded zoo one by one, and another way, which the options say."""
+    ms = tuple(m for m in (1, 4, 16, 64, 256) if m <= sizes.examples)
+    zoo, measure = sharpkit.embedded_zoo(), sharpkit.MSharpness(m=ms, rho=0.1)
 
-    def score(workers: int) -> None:
+    def score(**options: int) -> None:
         scores = sharpkit.score_zoo(
-            zoo, measure, n=sizes.examples, limit=sizes.models, device=device, workers=workers,
-            progress=False,
+            zoo, measure, n=sizes.examples, limit=sizes.models, device=device, progress=False,
+            **options,
         )  # fmt: skip
         if len(scores.failures):
             raise RuntimeError(f"models were not scored: {scores.failures}")
 
-    runs = {ALONE: lambda: score(1), "processes": lambda: score(processes)}
-    runs[ALONE]()
+    runs = {ALONE: score, other: lambda: score(**options)}
+    for run in runs.values():
+        run()
     times = in_turn(runs, how.repeats, how.seconds)
-    case = f"factory, scoring, {sizes.models} models of the embedded zoo, {processes} processes"
+    (number,) = options.values()
+    case = f"factory, scoring, {sizes.models} models of the embedded zoo, {number} {other}"
     yield from rates(case, times, dict.fromkeys(times, sizes.models), "models per s")

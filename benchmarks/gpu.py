@@ -181,8 +181,11 @@ def factory_jobs(sizes: factory.Sizes, device: str) -> Iterator[Job]:
                 name = f"factory, training, {preset}, batch {recipe.batch_size}, stack of {stack}"
                 yield Job(name, 2, run)
     for processes in sizes.processes:
-        run = partial(factory.scoring, sizes, device, processes)
+        run = partial(factory.scoring, sizes, device, "processes", workers=processes)
         yield Job(f"factory, scoring, {processes} processes", 4, run)
+    for stack in sizes.scored:
+        run = partial(factory.scoring, sizes, device, "in a stack", stack=stack)
+        yield Job(f"factory, scoring, {stack} in a stack", 4, run)
 
 
 def sharpness_jobs(sizes: Sizes, gpu: bool, base: How, name: str) -> Iterator[Job]:

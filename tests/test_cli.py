@@ -86,6 +86,17 @@ def test_score_takes_tasks_limits_and_subsets(zoo_path, tmp_path):
     assert "another configuration" in text
 
 
+def test_score_takes_stacks_which_the_run_keeps(zoo_path, tmp_path):
+    arguments = ("score", zoo_path, "--task", "first", "--m", "1,4", "--backend", "inline")
+    run(*arguments, "--out", tmp_path / "run", "--stack", 2, "--limit", 4)
+    run(*arguments, "--out", tmp_path / "run")
+    run(*arguments, "--out", tmp_path / "alone")
+    found, expected = (pd.read_csv(tmp_path / name / "scores.csv") for name in ("run", "alone"))
+    pd.testing.assert_frame_equal(found, expected, rtol=1e-3, atol=1e-6)
+    text = run(*arguments, "--out", tmp_path / "run", "--stack", 3, code=1)
+    assert "stack: 2 there, 3 now" in text
+
+
 def test_score_takes_measures_by_name(zoo_path, tmp_path):
     names = "m_sharpness,path_norm,max_eigenvalue"
     arguments = ("score", zoo_path, "--task", "first", "--m", "1", "--limit", 2)

@@ -26,7 +26,10 @@ from sharpkit.cli.shell import say
 if TYPE_CHECKING:
     from sharpkit.runs import Scores
 
-_OF_ZOOS = ("tasks", "limit", "backend", "workers", "threads", "timeout", "memory", "address")
+_OF_ZOOS = (
+    *("tasks", "limit", "stack"),
+    *("backend", "workers", "threads", "timeout", "memory", "address"),
+)
 
 
 @click.command()
@@ -54,6 +57,12 @@ _OF_ZOOS = ("tasks", "limit", "backend", "workers", "threads", "timeout", "memor
 @SEED
 @DEVICE
 @of_workers("Models", limits=True)
+@click.option(
+    "--stack",
+    type=int,
+    help="Networks of one shape measured together, on a device that one leaves idle; that of the "
+    "run, or one by one.",
+)
 @click.option(
     "--test-metrics",
     is_flag=True,

@@ -107,6 +107,10 @@ class FunctionalModel:
         """The value at which a parameter is measured, detached."""
         return self.real(name, self._stand_ins.get(name, self._own[name]).detach())
 
+    def state(self) -> dict[str, Tensor]:
+        """The values of all parameters and buffers, detached."""
+        return {**{n: self.value(n) for n in self._own}, **self._own_buffers}
+
     def __call__(self, parameters: Mapping[str, Tensor], inputs: Inputs) -> Any:
         """The outputs at the given values of some parameters; the others keep their own."""
         return self.within(parameters, lambda: self.outputs(inputs))
@@ -135,21 +139,21 @@ class FunctionalModel:
         """Inside, the module's own parameters hold the given values, as leaves for autograd.
 
         This is what a loop by hand does, so it works for every module: parameters are assigned (as
-        `.data`, without a copy) and put back afterwards, buffers are copies. Gives the module's
-        parameters in the order given; complex ones are complex.
+        `.data`, without a copy) and put back afterwards, buffers are copies, or what is given by
+        their names. Gives the module's tensors in the order given; complex ones are complex.
         """
-        parts = [(self._own[name], self.native(name, p)) for name, p in parameters.items()]
-        parts += [(self._own[n], t) for n, t in self._stand_ins.items() if n not in parameters]
+        own = {n: self.native(n, p) for n, p in parameters.items() if n in self._own}
+        parts = [(self._own[n], t) for n, t in {**self._stand_ins, **own}.items()]
         swapped = [(p, p.data, p.requires_grad) for p, _ in parts]
         buffers = [(b, b.data) for b in self._own_buffers.values()]
         try:
             for parameter, value in parts:
                 parameter.data = value.detach() if value.requires_grad else value
-            for name in parameters:
+            for name in own:
                 self._own[name].requires_grad_(True)
             for name, buffer in self._own_buffers.items():
-                buffer.data = self._buffers[name]
-            yield [self._own[name] for name in parameters]
+                buffer.data = parameters.get(name, self._buffers[name])
+            yield [self._own[n] if n in own else self._own_buffers[n] for n in parameters]
         finally:
             for parameter, before, flag in swapped:
                 parameter.data = before

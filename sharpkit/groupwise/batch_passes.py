@@ -42,10 +42,12 @@ class BatchPasses:
     rows: dict[str, int]  # rows per example of the weights whose gradient may stay in factors
     packed: bool = True  # whether small parameters lie side by side (see `Packing`)
     kept: dict[Any, Tensor] = field(default_factory=dict)
+    # other parameters, and buffers, that differ from group to group but get no gradient, (*shape)
+    fixed: Tensors = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.packing = Packing(self.weights, frozenset(self.rows if self.packed else self.weights))
-        self._stand_ins = low_rank.stand_ins(self.weights)
+        self._stand_ins = low_rank.stand_ins({**self.weights, **self.fixed})
         self._own: list[Tensor] | None = None
         self._points: dict[tuple[int, int, frozenset[str]], tuple[Tensors, Point]] = {}
 
@@ -55,17 +57,18 @@ class BatchPasses:
         groups: int,
         factored: frozenset[str] = frozenset(),
         at: Tensors | None = None,
+        fixed: Tensors | None = None,
     ) -> BatchGradients:
         """The loss of every group and its gradient, one of the group's own.
 
         `at` are packs (groups, ...), None for the weights themselves; `factored` are the weights
-        whose gradient is wanted as factors.
+        whose gradient is wanted as factors; `fixed` are the values (groups, ...) of those tensors.
         """
-        leaves, point = (
-            self._at_the_weights(groups, len(examples) // groups, factored)
-            if at is None
-            else self._at(groups, len(examples) // groups, at, self.packing.parts(at), factored)
-        )
+        if at is None:
+            leaves, point = self._at_the_weights(groups, len(examples) // groups, factored)
+        else:
+            values = {**self.packing.parts(at), **(fixed or {})}
+            leaves, point = self._at(groups, len(examples) // groups, at, values, factored)
         with torch.enable_grad(), self._run(point) as batch:
             outputs = self.model.outputs(examples.inputs)
         terms = group_slopes(self.loss, outputs, examples.labels, groups)
@@ -82,16 +85,23 @@ class BatchPasses:
         return BatchGradients(terms, packs, factors)
 
     def losses(
-        self, examples: Examples, groups: int, at: Tensors, thin: Factors | None = None
+        self,
+        examples: Examples,
+        groups: int,
+        at: Tensors,
+        thin: Factors | None = None,
+        fixed: Tensors | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean losses and their weights, (groups,) float64.
 
-        `at` are packs (groups, ...), `thin` perturbations DᵀA of the weights that are not in them.
+        `at` are packs (groups, ...), `thin` perturbations DᵀA of the weights that are not in them;
+        `fixed` as in `gradients`.
         """
         thin = thin or {}
         values = {
             **self.packing.parts(at, copied=True),
             **{name: self.weights[name] for name in thin},
+            **(fixed or {}),
         }
         point = Point(groups, len(examples) // groups, values, thin)
         with self.model.evaluating(), self._run(point):
@@ -135,7 +145,7 @@ class BatchPasses:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, the model holds NaN in place of the weights: nothing is swapped for each pass."""
+        """Inside, the model holds NaN where groups differ: nothing is swapped for each pass."""
         with self.model.assigned(self._stand_ins) as own:
             self._own = own
             try:
@@ -147,7 +157,7 @@ class BatchPasses:
     def _run(self, point: Point) -> Iterator[OneBatch]:
         with nullcontext() if self._own is not None else self.held():
             assert self._own is not None
-            held = dict(zip(self.weights, self._own, strict=True))
+            held = dict(zip(self._stand_ins, self._own, strict=True))
             with OneBatch(held, point, self.kept) as batch:
                 yield batch
 

@@ -36,6 +36,8 @@ def _batch_norm(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> 
     n = len(x)
 
     def repeated(t: Tensor) -> Tensor:
+        if batch.name_of(t) is not None:
+            return batch.flat_of_examples(t)
         key = (t.data_ptr(), t._version, n)
         if key not in batch.kept:
             batch.kept[key] = t.repeat(n)

@@ -38,7 +38,7 @@ def vectorised_or_loop(
     """
     if engine == "loop":
         return loop(), False
-    with _strict_vmap():
+    with strict_vmap():
         found, failure = _tried(vectorised)
     if failure is None:
         return found[0], True
@@ -121,7 +121,7 @@ def _tried(run: Callable[[], T]) -> tuple[list[T], Exception | None]:
 
 
 @contextmanager
-def _strict_vmap() -> Iterator[None]:
+def strict_vmap() -> Iterator[None]:
     """Make an error of the warning that vmap falls back to a slow loop of its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*batching rule for.*")

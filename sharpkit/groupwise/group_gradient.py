@@ -42,13 +42,15 @@ def group_gradient(
     inputs: Inputs,
     labels: Tensor,
     recording: Callable[[], AbstractContextManager[Any]] = lambda: nullcontext({}),
+    fixed: Tensors | None = None,
 ) -> GroupGradient:
     """The loss of a group and its gradient by torch.func, to be called under vmap over groups.
 
     The slope of the loss is scaled to about 1 before it enters the network, so that the gradients
     of nearly perfectly fitted examples do not underflow; their direction is what counts. `shapes`
     are those of the outputs of every call of the factored layers; `recording` is entered around the
-    forward pass, and what it gives is returned as `noted`.
+    forward pass, and what it gives is returned as `noted`; `fixed` are values of other parameters
+    and buffers.
     """
     probes = {
         name: [torch.zeros(s, device=model.device, dtype=model.dtype) for s in shapes[name]]
@@ -70,7 +72,8 @@ def group_gradient(
             return (*loss.terms(out, labels), out, noted)
 
         with low_rank.Calls(factored, rule) as calls:
-            mean, weight, out, noted = model.within({**dense, **calls.stand_ins}, body)
+            values = {**(fixed or {}), **dense, **calls.stand_ins}
+            mean, weight, out, noted = model.within(values, body)
         if any(len(layer_inputs[name]) != len(probes[name]) for name in factored):
             raise Disagreement("a layer is called otherwise than it was at first")
         return mean, (weight, out, layer_inputs, noted)

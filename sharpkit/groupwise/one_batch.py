@@ -184,7 +184,7 @@ class OneBatch(TorchFunctionMode):
         bias: Tensor | None,
     ) -> Tensor:
         point = self.point
-        bias_target = bias if bias_name is None else point.targets[bias_name]
+        bias_target = bias if bias_name is None else point.targets.get(bias_name, bias)
         operands: tuple[Any, ...] = (_constant(weight), bias_target, _constant(bias), point.groups)
         result: Tensor
         if name in point.probed:
@@ -196,7 +196,7 @@ class OneBatch(TorchFunctionMode):
                 call.inputs, probe, *operands, call.geometry
             )
             return result
-        target = weight if name is None else point.targets[name]
+        target = weight if name is None else point.targets.get(name, weight)
         if call.geometry is None:
             result = GroupLinear.apply(call.inputs, target, *operands)  # type: ignore[no-untyped-call]
         else:

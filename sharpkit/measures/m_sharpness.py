@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from sharpkit.contract.distributed_data import DistributedData
@@ -15,7 +16,7 @@ from sharpkit.contract.loss_text import loss_name, loss_text
 from sharpkit.contract.losses import Loss, resolve_loss
 from sharpkit.errors import ArgumentError
 from sharpkit.measures.measure import Estimate, plain
-from sharpkit.sharpness import m_sharpness
+from sharpkit.sharpness import SharpnessResult, m_sharpness, m_sharpness_stacked
 from sharpkit.sharpness.ascent_rules import AscentLike, ascent_rule
 from sharpkit.sharpness.m_sharpness import read_grid, read_rule
 
@@ -35,6 +36,8 @@ _NAMED: Mapping[str, Any] = {
 }
 # options that a run has not always noted: left out of its configuration where they are these
 _LATER = ("loss", "n", "seed", "parameters", "tolerance", "chunk", "memory_budget", "engine")
+# arguments of `m_sharpness_stacked`; `stacks` says that the others have no say
+_OF_STACKS = ("m", "rho", "loss", "adaptive", "n", "seed", "parameters", "chunk", "memory_budget")
 
 
 class _FromOptions(str):
@@ -133,13 +136,27 @@ class MSharpness:
         self, model: nn.Module, data: Data | DistributedData, *, seed: int
     ) -> dict[str, Estimate]:
         """The m-sharpness of one model, by setting."""
+        return _estimates(m_sharpness(model, data, **self._options(seed), progress=False))
+
+    @property
+    def stacks(self) -> bool:
+        """Whether several models can be measured together: one step in the 2-norm, of all data."""
+        rule = read_rule(self.ascent, self.steps, self.norm, self.adaptive, self.average, 0)
+        plain = rule.rule.linearised and rule.p == 2.0
+        return plain and self.tolerance is None and self.engine == "auto"
+
+    def of_stack(
+        self, models: Sequence[nn.Module], data: Data, *, seed: int
+    ) -> list[dict[str, Estimate] | Exception]:
+        """The same of several models, those of one shape together (see `m_sharpness_stacked`)."""
+        options = {key: value for key, value in self._options(seed).items() if key in _OF_STACKS}
+        found = m_sharpness_stacked(models, data, **options)
+        return [each if isinstance(each, Exception) else _estimates(each) for each in found]
+
+    def _options(self, seed: int) -> dict[str, Any]:
+        """The arguments of `m_sharpness`."""
         options = {key: getattr(self, key) for key in self.__dataclass_fields__ if key != "name"}
-        options["seed"] = seed if self.seed == "run" else self.seed
-        result = m_sharpness(model, data, **options, progress=False)
-        return {
-            f"m={row['m']},rho={float(row['rho'])!r}": Estimate(row["value"], row["std_error"])
-            for row in result.frame().to_dict("records")
-        }
+        return options | {"seed": seed if self.seed == "run" else self.seed}
 
     def configuration(self) -> dict[str, Any]:
         """What determines the values, as a run keeps it: plain values only, a loss as text.
@@ -154,6 +171,17 @@ class MSharpness:
         for key in {"loss", "ascent"} & set(config):
             config[key] = loss_text(config[key])
         return config | {"name": str(self.name)}
+
+
+def _estimates(result: SharpnessResult) -> dict[str, Estimate]:
+    """Values by setting."""
+    shape = len(result.m), len(result.rho)
+    value, std_error = (np.reshape(t, shape).tolist() for t in (result.value, result.std_error))
+    return {
+        f"m={m},rho={rho!r}": Estimate(value[i][j], std_error[i][j])
+        for i, m in enumerate(result.m)
+        for j, rho in enumerate(result.rho)
+    }
 
 
 def _name(measure: MSharpness) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 from torch import nn
@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from sharpkit.contract.distributed_data import DistributedData
 from sharpkit.contract.loading import Data
 from sharpkit.display import one_row, readable
-from sharpkit.errors import ArgumentError, ModelError
+from sharpkit.errors import ArgumentError, ModelError, SharpkitError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,9 @@ class Measure(Protocol):
     or function name; its configuration is what its method `configuration()` or else
     `dataclasses.asdict` gives, else empty. With a true attribute `needs_initial` it is also given
     the network before training, as keyword `initial`; with `needs_metrics` what the zoo recorded of
-    the model, as keyword `metrics`.
+    the model, as keyword `metrics`. With a true attribute `stacks` it has a method
+    `of_stack(models, data, *, seed)`, which gives for each of several models what calling it would,
+    or the exception that it would raise.
     """
 
     def __call__(
@@ -144,7 +146,38 @@ def evaluate_measure(
         for need, load in loaders.items()
         if getattr(measure, f"needs_{need}", False)
     }
-    raw = cast("Any", measure)(model, data, seed=seed, **further)
+    return _checked(measure, cast("Any", measure)(model, data, seed=seed, **further))
+
+
+def measures_stacks(measure: Measure) -> bool:
+    """Whether a measure takes several models at a time, by a method `of_stack`, as its options are.
+
+    Example:
+        >>> from sharpkit.measures import MSharpness, make_measure
+        >>> measures_stacks(MSharpness(m=1, rho=0.1)), measures_stacks(make_measure("path_norm"))
+        (True, False)
+    """
+    return bool(getattr(measure, "stacks", False))
+
+
+def evaluate_stack(
+    measure: Measure, models: Sequence[nn.Module], data: Data, *, seed: int
+) -> list[dict[str, Estimate] | Exception]:
+    """What `evaluate_measure` gives or raises for each of several models, measured together."""
+
+    def checked(raw: Any) -> dict[str, Estimate] | Exception:
+        try:
+            return raw if isinstance(raw, Exception) else _checked(measure, raw)
+        except SharpkitError as error:
+            return error
+
+    return [checked(raw) for raw in cast("Any", measure).of_stack(models, data, seed=seed)]
+
+
+def _checked(
+    measure: Measure, raw: float | Estimate | Mapping[str, float | Estimate]
+) -> dict[str, Estimate]:
+    """What a measure gave, as estimates by setting."""
     values = raw if isinstance(raw, Mapping) else {"": raw}
     estimates = {}
     for setting, value in values.items():

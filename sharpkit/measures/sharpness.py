@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from sharpkit.contract.loading import Data, as_data, load_in_order
 from sharpkit.contract.losses import cross_entropy
 from sharpkit.measures.measure import Estimate
-from sharpkit.sharpness import m_sharpness
 from sharpkit.sharpness.ascent_rules import AscentLike
+from sharpkit.sharpness.m_sharpness import m_sharpness
 
 
 def worst_case_sharpness(

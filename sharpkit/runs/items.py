@@ -80,15 +80,13 @@ class Scorer:
         began = time.perf_counter()
         task, measure = self.tasks[item.task], self.measures[item.measure]
         entry = task[item.model]
-        files = model_files(task, item.model, measure)
         # before anything is loaded: a file that changes meanwhile will not fit its hash
-        made_from = _made_from(entry)
-        weights_stamp, weights_hash = _stamp(task, files) + made_from, ""
+        weights_stamp, weights_hash = stamp_of(task, item.model, measure), ""
         restart_peak_memory(device)
         values: dict[str, Estimate] = {}
         dtype, message = None, None
         try:
-            weights_hash = _digest(task, item.model, measure, files, weights_stamp, made_from)
+            weights_hash = hash_of(task, item.model, measure, weights_stamp)
             model = self._loaded(item, entry, weights_stamp).to(device)
             dtype = dtype_name(model)
             with measuring_precision():  # also for a user's own measures
@@ -129,6 +127,30 @@ def model_files(task: Task, model: str, measure: Measure) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(files))
 
 
+def stamp_of(task: Task, model: str, measure: Measure) -> str:
+    """Sizes and times of the files that a measure of a model depends on, and what else it does."""
+    return _stamp(task, model_files(task, model, measure)) + _made_from(task[model])
+
+
+def hash_of(task: Task, model: str, measure: Measure, stamp: str) -> str:
+    """SHA-256 of what a measure of a model depends on; empty if a file cannot be read.
+
+    Args:
+        task: Of the model.
+        model: Its id.
+        measure: The measure.
+        stamp: What `stamp_of` gives now.
+    """
+    own: Callable[[Weights], str] | None = getattr(task[model], "digest", None)
+    made_from = _made_from(task[model])
+    if own is None:
+        files = _local(task, model_files(task, model, measure))
+        found = _digest_of_copies(files, stamp)
+    else:
+        found = _digest_of_part(task, own, measure)
+    return digest([found, made_from]) if found and made_from else found
+
+
 def pending(
     store: Store,
     tasks: Mapping[str, Task],
@@ -153,11 +175,9 @@ def pending(
         if data_hash and data[name] and data_hash != data[name]:
             continue
         try:
-            files = model_files(tasks[name], model, measures[measure])
-            made_from = _made_from(tasks[name][model])
-            now = _stamp(tasks[name], files) + made_from
+            now = stamp_of(tasks[name], model, measures[measure])
             if known_hash and now != known_stamp:
-                found = _digest(tasks[name], model, measures[measure], files, now, made_from)
+                found = hash_of(tasks[name], model, measures[measure], now)
                 if found and found != known_hash:
                     continue
                 if found:
@@ -221,18 +241,6 @@ def _bytes(model: nn.Module) -> int:
 def _stamp(task: Task, files: Iterable[Path]) -> str:
     """Sizes and times of files, or what a server tells in their place: no file is read."""
     return stamp(files) if task.mirror is None else " ".join(map(task.mirror.stamp, files))
-
-
-def _digest(
-    task: Task, model: str, measure: Measure, files: Iterable[Path], stamp: str, made_from: str
-) -> str:
-    """SHA-256 of what a measure of a model depends on; empty if a file cannot be read."""
-    own: Callable[[Weights], str] | None = getattr(task[model], "digest", None)
-    if own is None:
-        found = _digest_of_copies(_local(task, files), stamp)
-    else:
-        found = _digest_of_part(task, own, measure)
-    return digest([found, made_from]) if found and made_from else found
 
 
 def _digest_of_part(task: Task, own: Callable[[Weights], str], measure: Measure) -> str:

@@ -18,6 +18,7 @@ from sharpkit.runs.store import TEST_METRICS
 
 # settings that determine the values of every measure
 _COMMON = ("n", "seed", "device", "threads", "rules", "precision")
+_LATER = ("stack",)  # the same, which not every run has
 
 
 def run_config(
@@ -42,7 +43,7 @@ def run_config(
 
 def settings_hashes(config: Mapping[str, Any]) -> dict[str, str]:
     """Measure -> SHA-256 of all settings that determine its values."""
-    common = {key: config[key] for key in _COMMON}
+    common = {key: config[key] for key in _COMMON} | {k: config[k] for k in _LATER if k in config}
     return {
         name: digest_of_settings({"name": name, "measure": measure} | common)
         for name, measure in config["measures"].items()
@@ -79,11 +80,11 @@ def check_request(measures: Mapping[str, Measure], n: int | None, limit: int | N
             raise ArgumentError(f"{name}: m = {largest} is larger than n = {n} examples")
 
 
-def recorded_threads(run: Path | None) -> int | None:
-    """The threads that a run was started with."""
+def recorded(run: Path | None) -> dict[str, Any]:
+    """The configuration that a run was started with; empty if there is none."""
     if run is None or not (run / STORE_NAME).is_file():
-        return None
+        return {}
     scores = Scores.open(run)
-    threads: int | None = scores.config.get("threads")
+    config = dict(scores.config)
     scores.close()
-    return threads
+    return config

@@ -7,7 +7,7 @@ import itertools
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from sharpkit.contract.loading import load_examples
 from sharpkit.device import check_device
 from sharpkit.errors import RunError
-from sharpkit.measures.measure import Measure
+from sharpkit.measures.measure import Measure, measures_stacks
 from sharpkit.progress import progress_bar
 from sharpkit.run_directory import sole_driver
 from sharpkit.runs.held_out import HeldOut
@@ -30,13 +30,15 @@ from sharpkit.runs.measure_values import stated_directions
 from sharpkit.runs.request import (
     check_request,
     named_measures,
-    recorded_threads,
+    recorded,
     run_config,
     settings_hashes,
 )
 from sharpkit.runs.scores import STORE_NAME, Scores, finished
 from sharpkit.runs.shared_data import share
+from sharpkit.runs.stacks import StackItem, StackScorer, read_ahead, stacks_of
 from sharpkit.runs.store import TEST_METRICS, Key, Outcome, Store
+from sharpkit.training.settings import check_whole
 from sharpkit.workers import Backend, Failure, Workers, as_workers, error_message, run_items
 from sharpkit.zoo.task import Task, tasks_by_name
 
@@ -54,6 +56,7 @@ def score_zoo(
     seed: int = 0,
     device: str | torch.device = "cpu",
     workers: int | Workers = 1,
+    stack: int | None = None,
     test_metrics: bool = False,
     progress: bool = True,
 ) -> Scores:
@@ -76,6 +79,11 @@ def score_zoo(
             `Workers(backend="ray")` for a cluster. All give the same bits. Their `threads` are
             fixed for the run, because rounding follows from them: by default those of the run or,
             if it is new, 1 for workers and torch's number in this process.
+        stack: Networks of one shape that are measured together, for measures that can (one-step
+            `MSharpness` in the 2-norm), while the next ones are loaded; None for that of the run
+            or, if it is new, one by one. Values change by rounding only, which also follows from
+            what there is to do; it is fixed for the run as `threads` are. For a device that small
+            networks leave idle: on a CPU it gains nothing, on a GPU it has not been measured yet.
         test_metrics: Also compute calibration (ECE, negative log-likelihood, Brier score) and the
             accuracy on corrupted images from the test data of the zoo, as columns of `.metrics()`
             that `evaluate(..., target="test_acc_blur")` takes; see `held_out_metrics`. A later
@@ -104,16 +112,22 @@ def score_zoo(
     tasks = tasks_by_name(zoo)
     named = named_measures(measures)
     check_request(named, n, limit)
+    if stack is not None:
+        check_whole("stack", stack, 1)
     given = as_workers(workers)
     if given.place != "ray":  # its workers may have a GPU that this process lacks
         check_device(device)
     run = None if out is None else Path(out)
     with sole_driver(run), _scratch(run) as scratch:
         alone = torch.get_num_threads() if given.place == "inline" else 1
-        threads = given.threads or recorded_threads(run) or alone
+        before = recorded(run)
+        threads = given.threads or before.get("threads") or alone
+        stack = before.get("stack") if stack is None else stack
         given = replace(given, threads=threads)
         locations = {name: task.location for name, task in tasks.items()}
         config = run_config(named, n, seed, device, threads, locations)
+        if stack is not None:
+            config["stack"] = stack
         store = Store(None if run is None else run / STORE_NAME, config)
         store.set_directions(stated_directions(named))
         rounds: list[tuple[Mapping[str, Measure], _Split]] = [(named, "train")]
@@ -130,6 +144,10 @@ def score_zoo(
                 progress=progress,
             ) as bar:
                 items = _Items(store, tasks, config, given.place, scratch, bar, split)
+                items.note_tasks()
+                if stack is not None and split == "train":
+                    stacks = StackScorer(tasks, called, seed)
+                    keys = _in_stacks(stacks, items, keys, stack, given, str(device))
                 scorer = Scorer(tasks, called, seed)
                 results = run_items(scorer, items.of(keys), given, device=str(device))
                 with closing(results):  # workers end at once if this process is interrupted
@@ -139,6 +157,26 @@ def score_zoo(
                         )
                         items.record(item[:3], outcome)
     return finished(store, run)
+
+
+def _in_stacks(
+    scorer: StackScorer, items: _Items, keys: Sequence[Key], most: int, workers: Workers,
+    device: str,
+) -> list[Key]:  # fmt: skip
+    """Measure models in stacks; the keys that are left, to be done one by one."""
+    names = {name for name, measure in scorer.measures.items() if measures_stacks(measure)}
+    done = {key for key in keys if key[2] in names}
+    stacks = items.stacks_of([key for key in keys if key in done], most)
+    if workers.place == "inline":
+        stacks = read_ahead(stacks, scorer.load)
+    results = run_items(scorer, stacks, workers, device=device)
+    with closing(stacks), closing(results):
+        for item, result in results:
+            if isinstance(result, Failure):  # of the stack as a whole
+                done.difference_update(item.keys)
+                continue
+            items.record_all(result)
+    return [key for key in keys if key not in done]
 
 
 @dataclass
@@ -160,13 +198,26 @@ class _Items:
         measures = {**self.config["measures"], TEST_METRICS: {}}
         return settings_hashes({**self.config, "measures": measures})
 
-    def of(self, keys: Sequence[Key]) -> Iterator[WorkItem]:
-        """The items of some keys, task by task; a task is opened when its turn comes."""
-        self.left = Counter(task for task, _, _ in keys)
+    def note_tasks(self) -> None:
+        """Keep the hyperparameters and metrics of all tasks that can be opened."""
         for name, task in self.tasks.items():
             with suppress(_Unopened), _opening():  # told when its turn comes
                 configs = task.model_configs
                 self.store.add_task(name, configs)
+
+    def of(self, keys: Sequence[Key]) -> Iterator[WorkItem]:
+        """The items of some keys, task by task; a task is opened when its turn comes."""
+        for of_task, data in self._opened(keys):
+            yield from (WorkItem(*key, data) for key in of_task)
+
+    def stacks_of(self, keys: Sequence[Key], most: int) -> Generator[StackItem]:
+        """The same as stacks of models."""
+        for of_task, data in self._opened(keys):
+            yield from stacks_of(self.tasks, of_task, most, data)
+
+    def _opened(self, keys: Sequence[Key]) -> Iterator[tuple[list[Key], Any]]:
+        """The keys of every task, with its data for the items."""
+        self.left = Counter(task for task, _, _ in keys)
         for name, of_task in itertools.groupby(keys, lambda key: key[0]):
             group = list(of_task)
             try:
@@ -178,19 +229,26 @@ class _Items:
             else:
                 handle = share(data, self.backend, self._folder(name))
                 del data  # of many tasks, one at a time is in memory
-                yield from (WorkItem(*key, handle) for key in group)
+                yield group, handle
 
     def record(self, key: Key, outcome: Outcome) -> None:
         """Write what became of an item."""
-        task, _, measure = key
-        complete = replace(
-            outcome, data_hash=self.data_hashes.get(task), settings_hash=self._settings[measure]
+        self.record_all({key: outcome})
+
+    def record_all(self, outcomes: Mapping[Key, Outcome]) -> None:
+        """Write what became of several items, at once."""
+        hashes, settings = self.data_hashes, self._settings
+        self.store.add_all(
+            {
+                key: replace(outcome, data_hash=hashes.get(key[0]), settings_hash=settings[key[2]])
+                for key, outcome in outcomes.items()
+            }
         )
-        self.store.add(*key, complete)
-        self.left[task] -= 1
-        if self.left[task] == 0:
-            shutil.rmtree(self._folder(task), ignore_errors=True)
-        self.bar.update()
+        for task, _, _ in outcomes:
+            self.left[task] -= 1
+            if self.left[task] == 0:
+                shutil.rmtree(self._folder(task), ignore_errors=True)
+        self.bar.update(len(outcomes))
 
     def _open(self, name: str) -> TensorDataset:
         """The subset that all models of a task are measured on, or all of its test data."""

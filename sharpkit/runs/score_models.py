@@ -34,7 +34,7 @@ from sharpkit.runs.provenance import circumstances, dtype_name, restart_peak_mem
 from sharpkit.runs.request import (
     check_request,
     named_measures,
-    recorded_threads,
+    recorded,
     run_config,
     settings_hashes,
 )
@@ -146,7 +146,7 @@ def score_models(
         measured = load_examples(as_data(whole), n=n, seed=seed)
     run = None if out is None else Path(out)
     with sole_driver(run):
-        threads = recorded_threads(run) or torch.get_num_threads()
+        threads = recorded(run).get("threads") or torch.get_num_threads()
         # in no file: only Python can start this run
         config = run_config(named, n, seed, device, threads, {_TASK: None})
         if loss_text(loss_fn) != "cross_entropy":  # which runs have not always noted

@@ -122,33 +122,13 @@ class Store:
 
     def add(self, task: str, model: str, measure: str, outcome: Outcome) -> None:
         """Write one work item: its values, or the error that it failed with."""
-        key = (task, model, measure)
+        self.add_all({(task, model, measure): outcome})
+
+    def add_all(self, outcomes: Mapping[Key, Outcome]) -> None:
+        """Write several work items, all of them or none."""
         with self._transaction() as db:
-            if outcome.environment is not None:
-                db.execute(
-                    "INSERT OR IGNORE INTO environments (content) VALUES (?)",
-                    (outcome.environment,),
-                )
-            db.execute("DELETE FROM results WHERE task = ? AND model = ? AND measure = ?", key)
-            values = [
-                (setting, float(v.value), float(v.std_error))
-                for setting, v in outcome.values.items()
-            ]
-            db.executemany(
-                "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", [(*key, *row) for row in values]
-            )
-            checked = (*key, outcome.error, *(getattr(outcome, fact) for fact in _FACTS))
-            db.execute(
-                f"INSERT OR REPLACE INTO items ({_CHECKED}, weights_stamp, environment, checksum) "
-                f"VALUES ({'?, ' * len(checked)}?, "
-                "(SELECT id FROM environments WHERE content = ?), ?)",
-                (
-                    *checked,
-                    outcome.weights_stamp,
-                    outcome.environment,
-                    _item_checksum(checked, values, outcome.environment),
-                ),
-            )
+            for key, outcome in outcomes.items():
+                _insert(db, key, outcome)
 
     def set_directions(self, directions: Mapping[str, Any]) -> None:
         """Note what large values of the measures should mean: measure -> 1, -1, None or by form."""
@@ -347,6 +327,28 @@ class Store:
     def _has_results(self) -> bool:
         row = self._db.execute("SELECT 1 FROM items WHERE error IS NULL LIMIT 1").fetchone()
         return row is not None
+
+
+def _insert(db: sqlite3.Connection, key: Key, outcome: Outcome) -> None:
+    """Write one work item in a transaction."""
+    if outcome.environment is not None:
+        db.execute(
+            "INSERT OR IGNORE INTO environments (content) VALUES (?)", (outcome.environment,)
+        )
+    db.execute("DELETE FROM results WHERE task = ? AND model = ? AND measure = ?", key)
+    values = [
+        (setting, float(v.value), float(v.std_error)) for setting, v in outcome.values.items()
+    ]
+    db.executemany(
+        "INSERT INTO results VALUES (?, ?, ?, ?, ?, ?)", [(*key, *row) for row in values]
+    )
+    checked = (*key, outcome.error, *(getattr(outcome, fact) for fact in _FACTS))
+    checksum = _item_checksum(checked, values, outcome.environment)
+    db.execute(
+        f"INSERT OR REPLACE INTO items ({_CHECKED}, weights_stamp, environment, checksum) "
+        f"VALUES ({'?, ' * len(checked)}?, (SELECT id FROM environments WHERE content = ?), ?)",
+        (*checked, outcome.weights_stamp, outcome.environment, checksum),
+    )
 
 
 def _environment(text: str) -> dict[str, Any]:

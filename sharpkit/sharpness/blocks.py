@@ -15,6 +15,7 @@ from sharpkit.groupwise.geometry import Factors, Tensors
 class Blocks:
     """Gradients of consecutive base groups, each scaled by its own power of two.
 
+    Those of several networks lie one after the other: all blocks of the first, then of the second.
     Scaling the loss gradient before it enters the network keeps the gradients of nearly perfectly
     fitted examples (1e-30 and below) away from underflow; the direction does not change.
     """
@@ -26,29 +27,38 @@ class Blocks:
     tensors: Tensors  # (blocks, *shape), scaled by 2^exponent
     factors: Factors  # of the large linear weights, D scaled by 2^exponent
     exponent: Tensor  # (blocks,) float64; +inf where the gradient is exactly 0
+    networks: int = 1
 
     def __len__(self) -> int:
-        """The number of blocks."""
-        return len(self.loss)
+        """The number of blocks of a network."""
+        return len(self.loss) // self.networks
 
     def slice(self, start: int, stop: int) -> Blocks:
-        """Blocks start to stop, as views."""
+        """Blocks start to stop of every network, as views."""
+
+        def part(t: Tensor) -> Tensor:
+            if self.networks == 1:
+                return t[start:stop]
+            return t.view(self.networks, -1, *t.shape[1:])[:, start:stop].flatten(0, 1)
+
         return Blocks(
             self.size,
             self.shapes,
-            self.loss[start:stop],
-            self.weight[start:stop],
-            {name: t[start:stop] for name, t in self.tensors.items()},
-            {name: (a[start:stop], d[start:stop]) for name, (a, d) in self.factors.items()},
-            self.exponent[start:stop],
+            part(self.loss),
+            part(self.weight),
+            {name: part(t) for name, t in self.tensors.items()},
+            {name: (part(a), part(d)) for name, (a, d) in self.factors.items()},
+            part(self.exponent),
+            self.networks,
         )
 
     def merged(self, groups: int, factored: frozenset[str] = frozenset()) -> Blocks:
-        """The mean gradient of every len/groups consecutive blocks.
+        """The mean gradient of every len/groups consecutive blocks of a network.
 
         `groups` divides the number of blocks; only factors of the names in `factored` are kept.
         """
         q = len(self) // groups
+        groups *= self.networks
         whole = self if q == 1 else self._added_up(groups, q)
         tensors, factors = dict(whole.tensors), {}
         for name, (a, d) in whole.factors.items():
@@ -76,11 +86,16 @@ class Blocks:
             d = d * geometry.expand(weight.flatten(), d)
             factors[name] = (a.reshape(groups, -1, a.shape[-1]), d.reshape(groups, -1, d.shape[-1]))
         loss = (self.loss.view(groups, q) * share).sum(1)
-        return Blocks(self.size * q, self.shapes, loss, total, tensors, factors, exponent)
+        return Blocks(
+            self.size * q, self.shapes, loss, total, tensors, factors, exponent, self.networks
+        )
 
 
 def concatenated(first: Blocks, second: Blocks) -> Blocks:
-    """Two parts of one group as its weighted mean gradient; both hold one block, no factors."""
+    """Two parts of one group as its weighted mean gradient.
+
+    Both hold one block of every network, without factors.
+    """
     share, weight = _shares(torch.stack([first.weight, second.weight], 1))
     exponent = torch.minimum(first.exponent, second.exponent)
     tensors = dict.fromkeys(first.tensors, torch.empty(0))
@@ -92,7 +107,8 @@ def concatenated(first: Blocks, second: Blocks) -> Blocks:
             parts.append(t * geometry.expand(torch.exp2(shift) * own, t))
         tensors[name] = parts[0] + parts[1]
     loss = (torch.stack([first.loss, second.loss], 1) * share).sum(1)
-    return Blocks(first.size + second.size, {}, loss, weight, tensors, {}, exponent)
+    size = first.size + second.size
+    return Blocks(size, {}, loss, weight, tensors, {}, exponent, first.networks)
 
 
 def _shares(weights: Tensor) -> tuple[Tensor, Tensor]:

@@ -264,7 +264,7 @@ def m_sharpness(
     levels = [joined(groups) for groups in zip(*(part.levels for part in parts), strict=True)]
     if not float(levels[0].weights.sum()) > 0:
         raise DataError("no label counts in the loss: all are ignored, or weigh 0")
-    return _result(
+    return result_of(
         levels, ms, rhos, m, rho,
         seconds=max(part.seconds for part in parts),
         engine="vectorized" if all(part.vectorised for part in parts) else "loop",
@@ -381,7 +381,7 @@ def read_rule(
     return Ascent(kind, float(norm), adaptive, steps, 0 if seed is None else seed, restarts)
 
 
-def _result(
+def result_of(
     levels: Sequence[Groups],
     ms: tuple[int, ...],
     rhos: tuple[float, ...],
@@ -389,6 +389,7 @@ def _result(
     rho: float | Sequence[float],
     **how: Any,
 ) -> SharpnessResult:
+    """The result of groups of every m; `m` and `rho` as they were given, for the axes left out."""
     pairs = [estimate(level.increases, level.weights) for level in levels]
     value, std_error = (torch.stack(part).numpy() for part in zip(*pairs, strict=True))
     drop = (

@@ -28,7 +28,7 @@ from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.objective import Objective
 from sharpkit.sharpness.ascent_rules import Ascent
 from sharpkit.sharpness.ball import Ball, gaussian_direction, random_point, scaled
-from sharpkit.sharpness.blocks import Blocks, concatenated
+from sharpkit.sharpness.blocks import Blocks
 from sharpkit.sharpness.passes import Alone, Passes
 from sharpkit.sharpness.unseen import Level, Unseen, group_of
 
@@ -103,9 +103,8 @@ class Sweep:
             advance(min(a + step, stop) - a)
         if stop == len(self.examples):
             for level in self.levels:
-                if level.pending is not None:  # the smaller last group
-                    self._measure(level, level.pending)
-                    level.pending = None
+                for last in level.rest():
+                    self._measure(level, last)
         self._look()
 
     def compare(self, examples: Examples) -> None:
@@ -214,28 +213,8 @@ class Sweep:
                 blocks = passes.losses_only(examples, groups)
             self._unseen.losses.append((a, blocks.loss, size))
             for level in self.levels:
-                self._add(level, blocks)
-
-    def _add(self, level: Level, blocks: Blocks) -> None:
-        done = 0
-        if level.pending is not None:
-            done = min(len(blocks), (level.m - level.pending.size) // blocks.size)
-            if done:
-                part = blocks.slice(0, done).merged(1)
-                level.pending = concatenated(level.pending, part)
-            if level.pending.size == level.m:
-                self._measure(level, level.pending)
-                level.pending = None
-        if level.pending is None:
-            per_group = level.m // blocks.size
-            groups = (len(blocks) - done) // per_group
-            if groups:
-                whole = blocks.slice(done, done + groups * per_group)
-                self._measure(level, whole.merged(groups, level.factored))
-                done += groups * per_group
-        if done < len(blocks):
-            rest = blocks.slice(done, len(blocks)).merged(1)
-            level.pending = rest if level.pending is None else concatenated(level.pending, rest)
+                for complete in level.completed(blocks):
+                    self._measure(level, complete)
 
     def _measure(self, level: Level, blocks: Blocks) -> None:
         count, size = len(blocks), blocks.size

@@ -6,7 +6,7 @@ done: a GPU is not waited for in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from sharpkit.errors import ModelError
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Direction
 from sharpkit.groupwise.objective import Objective
-from sharpkit.sharpness.blocks import Blocks
+from sharpkit.sharpness.blocks import Blocks, concatenated
 
 
 class Doubtful(Exception):
@@ -26,7 +26,7 @@ class Doubtful(Exception):
 
 @dataclass
 class Level:
-    """The groups of one m, in their order."""
+    """The groups of one m, in their order; of several networks, on an axis in front of theirs."""
 
     m: int  # group size
     factored: frozenset[str] = frozenset()  # weights whose gradient stays in factors
@@ -42,6 +42,35 @@ class Level:
     def start(self) -> int:
         """The first example of the next group."""
         return sum(self.sizes)
+
+    def completed(self, blocks: Blocks) -> Iterator[Blocks]:
+        """The groups that further blocks complete, to be measured before the next is asked for.
+
+        What is left over is kept as pending.
+        """
+        done = 0
+        if self.pending is not None:
+            done = min(len(blocks), (self.m - self.pending.size) // blocks.size)
+            if done:
+                self.pending = concatenated(self.pending, blocks.slice(0, done).merged(1))
+            if self.pending.size == self.m:
+                yield from self.rest()
+        if self.pending is None:
+            per_group = self.m // blocks.size
+            groups = (len(blocks) - done) // per_group
+            if groups:
+                whole = blocks.slice(done, done + groups * per_group)
+                yield whole.merged(groups, self.factored)
+                done += groups * per_group
+        if done < len(blocks):
+            rest = blocks.slice(done, len(blocks)).merged(1)
+            self.pending = rest if self.pending is None else concatenated(self.pending, rest)
+
+    def rest(self) -> Iterator[Blocks]:
+        """The group that is pending, if there is one: at the end, a smaller one."""
+        if self.pending is not None:
+            yield self.pending
+            self.pending = None
 
 
 class Unseen:

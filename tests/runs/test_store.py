@@ -296,6 +296,16 @@ def test_an_outcome_replaces_the_one_before(tmp_path):
     assert store.failures().empty
 
 
+def test_several_outcomes_are_written_together_or_not_at_all(tmp_path):
+    store = Store(tmp_path / "s.sqlite", {"n": 1})
+    good, bad = Outcome({"": Estimate(1.0)}), Outcome({"": Estimate("no number")})
+    with pytest.raises(ValueError, match="no number"):
+        store.add_all({("t", "1", "m"): good, ("t", "2", "m"): bad})
+    assert store.results().empty
+    store.add_all({("t", "1", "m"): good, ("t", "2", "m"): good})
+    assert store.results()["model"].tolist() == ["1", "2"]
+
+
 def test_a_run_can_be_exported(task, run, tmp_path):
     scores = score(task, run)
     table = pd.read_csv(scores.export(tmp_path / "all.csv"), dtype={"model": str})

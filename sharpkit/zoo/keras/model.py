@@ -6,6 +6,7 @@ modules.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from math import prod
 from typing import Any
@@ -53,6 +54,11 @@ class KerasModel(nn.Sequential):
         self.slots: list[tuple[str, tuple[Slot, ...]]] = [
             (layer.name, tuple(layer.slots)) for layer in layers
         ]
+
+    @property
+    def eval_settings(self) -> str:
+        """What it computes in eval mode beside its tensors (see `network_shape`)."""
+        return layers_text(self.config)
 
     @property
     def parameter_count(self) -> int:
@@ -109,6 +115,21 @@ def build_model(
     if torch.device(device).type == "meta":
         return model
     return _assemble(config, layers, shape, model_name, device)
+
+
+def layers_text(config: dict[str, Any]) -> str:
+    """The layers of a config.json as text, the same for networks that differ in dropout alone.
+
+    Example:
+        >>> layers = [{"layer_name": "Dropout", "rate": 0.5}, {"layer_name": "Dense", "units": 2}]
+        >>> layers_text({"input_shape": [3], "model_config": layers})
+        '[[3], ["Dropout", {"layer_name": "Dense", "units": 2}]]'
+    """
+    layers = [
+        layer["layer_name"] if "Dropout" in layer["layer_name"] else layer
+        for layer in config["model_config"]
+    ]
+    return json.dumps([config["input_shape"], layers])
 
 
 def _layer_list(config: Any, model_name: str) -> tuple[list[Any], Shape]:
