@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from sharpkit.convolutions import keeping_layout
+from sharpkit.channels_last import keeping_layout
 
 BACKEND: str | Callable[..., Any] = "inductor"
 T = TypeVar("T")

@@ -12,7 +12,7 @@ ROOT = Path(sharpkit.__file__).parent
 # a room, which is a folder or a file of the package, imports from rooms further up in this list
 ROOMS = (
     *("errors", "safe_text", "files", "doors", "containers", "settings", "tensor_files"),
-    *("importing", "memory", "convolutions", "compiling", "device", "display", "progress"),
+    *("importing", "memory", "channels_last", "compiling", "device", "display", "progress"),
     *("download", "digests"),
     *("contract", "run_directory", "workers", "groupwise", "curvature", "sharpness", "training"),
     *("measures", "evaluation", "plot", "landscapes", "tracking", "data", "zoo", "datasets"),

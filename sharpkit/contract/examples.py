@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from sharpkit.convolutions import channels_first
+from sharpkit.channels_last import channels_first
 from sharpkit.errors import ArgumentError, DataError
 
 Inputs: TypeAlias = Any  # a tensor, or a dict or tuple of tensors that all have the same length
@@ -143,7 +143,7 @@ class Examples:
         """On the device; floating-point inputs (and labels, if regression) in the dtype.
 
         Complex ones are moved to the complex dtype of the same precision. Images on a CPU get their
-        channels first in memory (see `convolutions`).
+        channels first in memory (see `channels_last`).
         """
 
         def move(t: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sharpkit.channels_last import channels_first
 from sharpkit.contract.embeddings import PlainEmbeddings, renormalised
 from sharpkit.contract.examples import Inputs
 from sharpkit.contract.modules import call_module, full_name, own_tensors, read_outputs, unwrapped
 from sharpkit.contract.normalisation import contiguous_gradients, norms
 from sharpkit.contract.state import Attributes
-from sharpkit.convolutions import channels_first
 from sharpkit.errors import ModelError
 
 T = TypeVar("T")

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from sharpkit.channels_last import keeping_layout
 from sharpkit.contract.checks import reason
 from sharpkit.contract.examples import Examples
-from sharpkit.convolutions import keeping_layout
 from sharpkit.curvature.chunks import Linearised
 from sharpkit.curvature.problem import Problem
 from sharpkit.curvature.second_derivatives import Product, Tensors

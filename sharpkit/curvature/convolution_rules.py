@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from sharpkit.convolutions import overruns
+from sharpkit.channels_last import overruns
 
 _aten = torch.ops.aten
 # (stride, padding, dilation, groups, has bias)

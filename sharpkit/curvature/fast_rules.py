@@ -33,6 +33,9 @@ from sharpkit.curvature.convolution_rules import (
 from sharpkit.curvature.norm_rules import batch_norm, stored_statistics
 
 _RANKS: dict[Any, int] = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
+# what images are given to with their channels first: the model's own code, which knows no other
+# layout, and GroupNorm (see `channels_last`)
+_CHANNELS_FIRST = frozenset({Tensor.view, F.group_norm, torch.group_norm})
 _aten = torch.ops.aten
 
 
@@ -77,8 +80,8 @@ class fast_rules(TorchFunctionMode):
             pool = _plain_pool(*args, **kwargs)
             if pool is not None:
                 return self._max_pool(*pool)
-        elif func is Tensor.view and has_channels_last(args[0]):
-            args = args[0].contiguous(), *args[1:]  # the model's own code knows no other layout
+        elif func in _CHANNELS_FIRST and args and has_channels_last(args[0]):
+            args = args[0].contiguous(), *args[1:]
         return func(*args, **kwargs)
 
     def _convolution(self, call: Convolved) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sharpkit.channels_last import NeedsChannelsFirst
 from sharpkit.contract.checks import Probe, close
 from sharpkit.contract.functional import FunctionalModel
-from sharpkit.convolutions import Convolutions
 from sharpkit.groupwise.objective import in_layout
 
 
@@ -17,10 +17,10 @@ def image_layout(function: FunctionalModel, probe: Probe) -> torch.memory_format
     images = few.uniform and any(isinstance(m, nn.Conv2d) for m in function.model.modules())
     if function.device.type != "cpu" or not images:
         return torch.contiguous_format
-    with function.evaluating(), function.assigned({}), Convolutions() as seen:
+    with function.evaluating(), function.assigned({}), NeedsChannelsFirst() as seen:
         try:
             other = function.outputs(in_layout(few.inputs, torch.channels_last))
         except Exception:  # a view of what is no longer contiguous
             return torch.contiguous_format
-    safe = close(probe.outputs, other) and not seen.overrun
+    safe = close(probe.outputs, other) and not seen.found
     return torch.channels_last if safe else torch.contiguous_format

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from sharpkit.channels_last import NeedsChannelsFirst
 from sharpkit.contract.checks import check_rows
 from sharpkit.contract.examples import Examples, label_diverse
 from sharpkit.contract.holding import unfused_attention
@@ -26,7 +27,6 @@ from sharpkit.contract.modules import hooked
 from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.contract.state import Attributes
-from sharpkit.convolutions import Convolutions
 from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import floating_leaves, plain_gradient
@@ -215,9 +215,9 @@ def _layout(task: StepTask, few: Examples, replay: Callable[[], None]) -> torch.
         return list(found.gradient)
 
     try:
-        with Convolutions() as seen:
+        with NeedsChannelsFirst() as seen:
             plain = gradient(torch.contiguous_format)
-        if seen.overrun or differ(task, plain, gradient(torch.channels_last)):
+        if seen.found or differ(task, plain, gradient(torch.channels_last)):
             return torch.contiguous_format
     except Exception:  # a view of what is no longer contiguous; other errors come again
         return torch.contiguous_format

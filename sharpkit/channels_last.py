@@ -1,4 +1,4 @@
-"""Convolutions that PyTorch computes wrongly where images have their channels last in memory."""
+"""What PyTorch computes wrongly where images on a CPU have their channels last in memory."""
 
 from __future__ import annotations
 
@@ -50,24 +50,29 @@ def channels_first(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-class Convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes whether what is computed has a convolution that overruns memory.
+class NeedsChannelsFirst(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes whether what is computed has an operation that is not safe with channels last.
+
+    That is a convolution that overruns memory, or GroupNorm: its gradients for weight and bias
+    alone, without one for its input, end the process, up to PyTorch 2.14 at least.
 
     Example:
-        >>> with Convolutions() as seen:
+        >>> with NeedsChannelsFirst() as seen:
         ...     _ = torch.nn.Conv2d(3, 8, 1, stride=2)(torch.ones(1, 3, 4, 4))
-        >>> seen.overrun
+        >>> seen.found
         True
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.overrun = False
+        self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look at the arguments of convolutions; every function is called as it is."""
+        """Look at the arguments of some functions; every one is called as it is."""
         if func is torch.ops.aten.convolution.default:
-            self.overrun = self.overrun or overruns(args[1], args[3])
+            self.found = self.found or overruns(args[1], args[3])
+        elif func is torch.ops.aten.native_group_norm.default:
+            self.found = self.found or (args[0].ndim == 4 and args[0].device.type == "cpu")
         return func(*args, **(kwargs or {}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatch
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sharpkit as sk
-from sharpkit.convolutions import Convolutions, channels_first, keeping_layout, overruns
+from sharpkit.channels_last import NeedsChannelsFirst, channels_first, keeping_layout, overruns
 from sharpkit.training.m_sam import m_sam_gradient
 
 SHARP = {"rho": 0.05, "progress": False}
@@ -129,6 +130,43 @@ def test_wide_ones_are_still_computed_in_the_faster_layout(measure):
     assert not seen.narrow
 
 
+def normed() -> nn.Module:
+    """Float64; nothing before the normalisation need be differentiated."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 4)).double()
+
+
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("parameters", [["1.*"], ["1.bias", "2.*"], ["1.weight"]])
+@pytest.mark.parametrize("m", [8, 1])
+def test_group_norm_whose_input_has_no_gradient(parameters, given, m):
+    """PyTorch ends the process there, with channels last."""
+    x = torch.randn(8, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y, plain = torch.arange(8) % 4, normed()
+    own = {k: p for k, p in plain.named_parameters() if any(fnmatch(k, q) for q in parameters)}
+    increases = []
+    for xs, ys in zip(x.split(m), y.split(m), strict=True):
+        before = nn.functional.cross_entropy(plain(xs), ys)
+        gradient = torch.autograd.grad(before, list(own.values()))
+        length = torch.cat([g.flatten() for g in gradient]).norm()
+        steps = [0.05 * g / length for g in gradient]
+        with torch.no_grad():
+            torch._foreach_add_(list(own.values()), steps)
+            increases.append(float(nn.functional.cross_entropy(plain(xs), ys) - before))
+            torch._foreach_sub_(list(own.values()), steps)
+    model = normed().to(memory_format=given)
+    data = x.to(memory_format=given), y
+    found = sk.m_sharpness(model, data, m=m, parameters=parameters, seed=None, **SHARP)
+    assert found.value == pytest.approx(sum(increases) / len(increases), rel=1e-9)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    dict(model.named_parameters())["1.bias"].requires_grad_(True)
+    m_sam_gradient(model, *data, m=m, rho=0.05)
+    matrix = sk.HessianOperator(model, data, parameters=parameters)
+    assert bool((matrix @ torch.ones(matrix.shape[0], dtype=torch.float64)).isfinite().all())
+
+
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
@@ -142,9 +180,23 @@ def test_wide_ones_are_still_computed_in_the_faster_layout(measure):
 )
 def test_which_convolutions_overrun(layer, expected):
     shape = (2, layer.in_channels, *[6] * (layer.weight.ndim - 2))
-    with Convolutions() as seen:
+    with NeedsChannelsFirst() as seen:
         layer(torch.ones(shape))
-    assert seen.overrun is expected
+    assert seen.found is expected
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [
+        (nn.GroupNorm(2, 4), (2, 4, 6, 6), True),
+        (nn.GroupNorm(2, 4), (2, 4, 6), False),
+        (nn.BatchNorm2d(4), (2, 4, 6, 6), False),
+    ],
+)
+def test_which_normalisations_need_channels_first(layer, shape, expected):
+    with NeedsChannelsFirst() as seen:
+        layer(torch.ones(shape))
+    assert seen.found is expected
 
 
 @pytest.mark.parametrize(
