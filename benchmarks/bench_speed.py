@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from dispatch import calls, waits
@@ -409,8 +410,13 @@ def calls_of(
     """Calls of a chunk and of a step at m = 1 in those of plain ones; waits at two n.
 
     The plain passes have the same loss, which is exact where torch's rounds. What is asked for
-    holds for calls that have work to do, without views.
+    holds for calls that have work to do, without views. Pooling is done as on a GPU, by torch.
     """
+    with patch("sharpkit.groupwise.pooling.is_plain", lambda *a, **k: False):
+        yield from _calls_of(name, network, device, sizes)
+
+
+def _calls_of(name: str, network: Network, device: str, sizes: tuple[int, int]) -> Iterator[Record]:
     model, x, y = network.case(sizes[1], device)
     loss = resolve_loss("cross_entropy")
     few = 16  # one slice of m-SAM
