@@ -293,12 +293,17 @@ class Steps:
         self.model, self.x, self.y = network.case(batch, how.device)
         self._layouts: dict[bool, Layouts] = {}  # by training mode
 
+    def layouts(self) -> Layouts:
+        """Those of the model in the mode that it is in, tried once."""
+        mode = self.model.training
+        if mode not in self._layouts:
+            self._layouts[mode] = Layouts(self.model, self.x, self.y, gradient_pass)
+        return self._layouts[mode]
+
     def m_sam(self, m: int, target: str = "") -> Iterator[Record]:
         """A step of m-SAM and the loop's; BatchNorm is in eval mode at m = 1, as it must be."""
         self.model.train(m > 1)
-        if (m > 1) not in self._layouts:
-            self._layouts[m > 1] = Layouts(self.model, self.x, self.y, gradient_pass)
-        layouts = self._layouts[m > 1]
+        layouts = self.layouts()
         whole = layouts.best([self.batch])
         whole_groups = uses_batch_statistics(self.model)
         part = layouts.best([b for b in self.how.batches if b < m and not whole_groups] + [m])

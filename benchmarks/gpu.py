@@ -43,10 +43,10 @@ from bench_speed import (
     Sharpness,
     Steps,
     calls_of,
-    measurement,
+    m_sam_step,
     sweep_of,
 )
-from loops import Layouts, gradient_pass, unit
+from loops import Layouts, gradient_pass, sgd_step
 from networks import NETWORKS
 from run_all import commit, machine_name
 from timing import HEADER, Record, in_turn, over, row
@@ -168,7 +168,7 @@ def jobs_of(sizes: Sizes, device: str, base: How) -> Iterator[Job]:
     for name in sizes.curvature if installed_peers() else ():
         run = partial(products, sizes, device, name, True)
         yield Job(f"products of the peers, {name}", 6, run)
-    if can_compile(sharpkit.m_sharpness) and compiler():
+    if can_compile(sharpkit.training.m_sam_gradient) and compiler():
         yield Job("compiled", 6, partial(compiled, sizes, base))
 
 
@@ -326,19 +326,20 @@ def probes(sizes: Sizes, device: str, how: How) -> Iterator[Record]:
 
 
 def compiled(sizes: Sizes, base: How, how: How) -> Iterator[Record]:
-    """m-sharpness with `compile=True`."""
-    with computing("full"):
-        mine = bench_of("CNN 0.47 M", count(sizes, "CNN 0.47 M"), base, "full")
-        best = mine.layouts.best(how.batches)
-        runs = {
-            "unit": lambda: unit(best.model, best.x, best.y, best.batch),
-            "sharpkit": measurement(mine.model, (mine.x, mine.y), 1, 0.05, compile=True),
-        }
-        for run in runs.values():
-            run()
-        times = in_turn(runs, how.repeats, how.seconds)
-        case = "m-sharpness in passes, CNN 0.47 M, m = 1"
-        yield Record(case, "sharpkit compiled", UNIT, over(times, "sharpkit", "unit"))
+    """A step of m-SAM at m = 1 with `compile=True`, whose code is kept from step to step."""
+    name = sizes.sam[0]
+    mine = steps_of(name, sizes.batch, base)
+    mine.model.eval()
+    best = mine.layouts().best([sizes.batch])
+    runs = {
+        "sgd": sgd_step(best.model, best.x, best.y),
+        "compiled": m_sam_step(mine.model, mine.x, mine.y, 1, compile=True),
+    }
+    for run in runs.values():
+        run()
+    times = in_turn(runs, how.repeats, how.seconds)
+    case = f"m-SAM step in plain ones, {name}, batch {sizes.batch}, m = 1"
+    yield Record(case, "sharpkit compiled", STEPS, over(times, "compiled", "sgd"))
 
 
 def can_compile(function: Callable[..., object]) -> bool:
