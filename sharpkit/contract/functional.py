@@ -64,13 +64,13 @@ class FunctionalModel:
         self._own = dict(self.model.named_parameters())
         self._own_buffers = dict(self.model.named_buffers())
         scaled = renormalised(self.model)
-        # what stands for a parameter: rows scaled to their `max_norm`, kernels with channels first
-        self._stand_ins = {}
+        # in a parameter's place: rows scaled to their `max_norm`, kernels with channels first
+        self._replaced = {}
         for name, parameter in self._own.items():
             own = parameter.detach()
             value = channels_first(scaled.get(id(parameter), own))
             if value is not own:
-                self._stand_ins[name] = value
+                self._replaced[name] = value
         # copies, so that a module that counts its calls in a buffer counts on the copy
         self._buffers = _copies(self._own_buffers)
         self._complex = frozenset(n for n, p in self._own.items() if p.is_complex())
@@ -105,7 +105,7 @@ class FunctionalModel:
 
     def value(self, name: str) -> Tensor:
         """The value at which a parameter is measured, detached."""
-        return self.real(name, self._stand_ins.get(name, self._own[name]).detach())
+        return self.real(name, self._replaced.get(name, self._own[name]).detach())
 
     def state(self) -> dict[str, Tensor]:
         """The values of all parameters and buffers, detached."""
@@ -122,7 +122,7 @@ class FunctionalModel:
         again.
         """
         given = {name: self.native(name, p) for name, p in parameters.items()}
-        rest = {name: p.detach() for name, p in {**self._own, **self._stand_ins}.items()}
+        rest = {name: p.detach() for name, p in {**self._own, **self._replaced}.items()}
         state = {**self._buffers, **rest, **given}
         state |= {alias: state[name] for alias, name in self._aliases.items()}
         # with ties resolved by torch, a module registered twice would keep the swapped tensors
@@ -143,7 +143,7 @@ class FunctionalModel:
         their names. Gives the module's tensors in the order given; complex ones are complex.
         """
         own = {n: self.native(n, p) for n, p in parameters.items() if n in self._own}
-        parts = [(self._own[n], t) for n, t in {**self._stand_ins, **own}.items()]
+        parts = [(self._own[n], t) for n, t in {**self._replaced, **own}.items()]
         swapped = [(p, p.data, p.requires_grad) for p, _ in parts]
         buffers = [(b, b.data) for b in self._own_buffers.values()]
         try:
