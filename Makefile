@@ -23,12 +23,12 @@ test-slow: $(VENV)/.installed
 
 # The measurements on networks of torchvision, timm, transformers and peft: tests/models.
 test-models: .venv-models/.installed
-	.venv-models/bin/python -m pytest tests/models
+	.venv-models/bin/python -m pytest -n 2 --dist worksteal tests/models
 
 # SAM and the tracker inside Lightning, Accelerate and the Trainer of Hugging Face, rows in TensorBoard,
 # wandb and MLflow: tests/trainers.
 test-trainers: .venv-trainers/.installed
-	.venv-trainers/bin/python -m pytest tests/trainers
+	OMP_NUM_THREADS=1 .venv-trainers/bin/python -m pytest -n 2 --dist loadfile tests/trainers
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from cores import slow_beyond
 
 from sharpkit.errors import RunError
 from sharpkit.workers import Failure, Workers, run_items, worker
@@ -86,7 +87,9 @@ def _load(sent, marker):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("moment", ["computing", "sending", "receiving", "with a child"])
+@pytest.mark.parametrize(
+    "moment", slow_beyond(2, ["computing", "receiving", "sending", "with a child"])
+)
 def test_an_item_whose_worker_is_lost_is_done_by_another(tmp_path, moment, sent):
     large = ("quick", 0, "", bytes(2**23))
     items = [(moment, sent, str(tmp_path / "tried")), large, ("quick", 1, "")]

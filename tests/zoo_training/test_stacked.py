@@ -104,9 +104,9 @@ NIN = {"dropout": 0.5, "architecture": "nin"}
     ("kind", "fields"),
     [
         (Recipe, DROPOUT),
-        (Recipe, {**DROPOUT, "architecture": "vgg"}),
-        (Normed, {}),
-        (Recipe, {"rho": 0.02, **DROPOUT}),
+        pytest.param(Recipe, {**DROPOUT, "architecture": "vgg"}, marks=pytest.mark.slow),
+        pytest.param(Normed, {}, marks=pytest.mark.slow),
+        pytest.param(Recipe, {"rho": 0.02, **DROPOUT}, marks=pytest.mark.slow),
         pytest.param(Recipe, {"rho": 0.02, "m": 1, **NIN}, marks=pytest.mark.slow),
         pytest.param(Recipe, {"rho": 0.02, "m": 2, **DROPOUT}, marks=pytest.mark.slow),
         (Recipe, {"rho": 0.02, "m": 3, **NIN}),
