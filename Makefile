@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 # together, with what they share. The order is that of the files, so that small ones come last.
 PARALLEL := -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-# The core, some 8 minutes on 2 idle cores.
+# The core, some 15 minutes on 2 idle cores.
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python $(PARALLEL) -m 'not slow' $(TESTS)
 
