@@ -54,7 +54,7 @@ class NeedsChannelsFirst(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether what is computed has an operation that is not safe with channels last.
 
     That is a convolution that overruns memory, or GroupNorm: its gradients for weight and bias
-    alone, without one for its input, end the process, up to PyTorch 2.14 at least.
+    alone, without one for its input, end the process, in PyTorch 2.13 at least.
 
     Example:
         >>> with NeedsChannelsFirst() as seen:

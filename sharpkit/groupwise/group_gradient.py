@@ -18,7 +18,13 @@ from sharpkit.contract.losses import MeanLoss
 from sharpkit.groupwise import low_rank
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Factors, Tensors
-from sharpkit.groupwise.objective import closed_forms, is_numbers, power, scale_exponent
+from sharpkit.groupwise.objective import (
+    closed_forms,
+    group_sizes,
+    is_numbers,
+    power,
+    scale_exponent,
+)
 
 
 class GroupGradient(NamedTuple):
@@ -132,7 +138,7 @@ def group_losses(
     """Mean losses and weights, (groups,) float64, of outputs with examples on the first axis."""
     forms = closed_forms(loss, outputs)
     if forms is not None:
-        return forms.means(outputs, labels, groups).double(), _sizes(labels, groups)
+        return forms.means(outputs, labels, groups).double(), group_sizes(labels, groups)
     if groups == 1:
         mean, weight = (t.unsqueeze(0) for t in loss.terms(outputs, labels))
         return mean.double(), weight.double()
@@ -147,7 +153,7 @@ def group_slopes(loss: MeanLoss, outputs: Any, labels: Tensor, groups: int) -> G
     if forms is not None:
         mean, slope, exponent = forms.slopes(outputs.detach(), labels, groups, None)
         assert exponent is not None
-        return GroupTerms(mean.double(), _sizes(labels, groups), exponent, [slope])
+        return GroupTerms(mean.double(), group_sizes(labels, groups), exponent, [slope])
     leaves, spec = pytree.tree_flatten(outputs)
     where = [i for i, leaf in enumerate(leaves) if is_numbers(leaf)]
     grouped = [
@@ -199,12 +205,6 @@ def pulled_back(
     means, slopes, _ = forms.slopes(outputs.detach(), labels, groups, scale(shares))
     total = (means.double() * shares).sum()
     return total, torch.autograd.grad(outputs, ends, slopes, allow_unused=True)
-
-
-def _sizes(labels: Tensor, groups: int) -> Tensor:
-    """The weights of groups of which all labels count."""
-    size = labels.numel() // groups
-    return torch.full((groups,), size, dtype=torch.float64, device=labels.device)
 
 
 def _grouped(tensor: Any, groups: int) -> Any:

@@ -167,19 +167,18 @@ def _in_closed_form(
     """Mean and weight of a batch of `count` examples, its gradient as `_pulled_back` gives it."""
     whole = len(labels) == count
     share = 1.0 if whole else labels.numel() / count
-    factor: Tensor | float = share
-    if exponent is not None and scaled:
+    factor: Tensor | float | None = None
+    if not scaled:
+        factor = share
+    elif exponent is not None:
         factor = power(exponent, torch.float64).reshape(1) * share
-    means, slope, own = forms.slopes(
-        outputs.detach(), labels, 1, None if exponent is None else factor
-    )
-    if exponent is None:
-        assert own is not None
+    means, slope, own = forms.slopes(outputs.detach(), labels, 1, factor)
+    if own is not None:
         exponent = own[0]
         slope = slope if whole else slope * share
-    weight = torch.full((), labels.numel(), dtype=torch.float64, device=labels.device)
+    assert exponent is not None
     found = torch.autograd.grad(outputs, leaves, slope, allow_unused=True)
-    return means[0], weight, found, exponent
+    return means[0], group_sizes(labels, 1)[0], found, exponent
 
 
 def _pulled_back(
@@ -217,6 +216,12 @@ def _pulled_back(
     factor = power(exponent, mean.dtype)
     factor = factor if share is None else factor * share
     return torch.autograd.grad(mean, leaves, factor, allow_unused=True), exponent
+
+
+def group_sizes(labels: Tensor, groups: int) -> Tensor:
+    """The weights (groups,) of equally large groups of which all labels count."""
+    size = labels.numel() // groups
+    return torch.full((groups,), size, dtype=torch.float64, device=labels.device)
 
 
 def closed_forms(loss: MeanLoss, outputs: Any) -> GroupForms | None:
