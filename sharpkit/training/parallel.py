@@ -106,6 +106,11 @@ def averaged_over_ranks(
     return full
 
 
+# Kept until the process ends: a model of DistributedDataParallel, the last to hold its group, say
+# in the traceback of an error, waits for threads that wait for it (torch 2.13).
+_joined: list[Any] = []
+
+
 @contextmanager
 def process_group(device: str = "cpu") -> Iterator[str]:
     """Join the processes that `torchrun` started, if it did; leave them at the end.
@@ -130,6 +135,7 @@ def process_group(device: str = "cpu") -> Iterator[str]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     distributed.init_process_group("nccl" if on_gpu else "gloo")
+    _joined.append(distributed.group.WORLD)
     try:
         yield device
     finally:

@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 train.py
 """
 
+import gc
+
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,4 +34,6 @@ for step, (images, labels) in enumerate(loader, start=1):
         break
 if rank == 0:
     print(tracker.frame()[["step", "loss", "lambda_max", "threshold"]])
+del model, tracker
+gc.collect()  # if the model outlives its process group, both may wait for ever
 distributed.destroy_process_group()

@@ -22,17 +22,10 @@ RANKS, STEPS = 2, 3
 HERE = Path(__file__).parent
 
 
-def work(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    from accelerate import Accelerator
+def trained(accelerator, rank: int) -> dict:
+    """Weights after each loop, and how many rows the tracker has."""
     from recipes import accelerate_loop, plain_loop
 
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == RANKS
     model = network()
     optimizer = sk.SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -46,7 +39,21 @@ def work(rank: int, port: int, folder: str) -> None:
     for micro in micro_batches(2 * RANKS, batch=4):
         plain_loop.train_step(own, optimizer, micro[rank::RANKS], clip=0.5)
     ends = {"accelerate": weights(accelerator.unwrap_model(model)), "own loop": weights(own)}
-    torch.save({"ends": ends, "rows": len(track.rows)}, f"{folder}/{rank}.pt")
+    return {"ends": ends, "rows": len(track.rows)}
+
+
+def work(rank: int, port: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == RANKS
+    torch.save(trained(accelerator, rank), f"{folder}/{rank}.pt")
+    accelerator.free_memory()  # a model that outlives its process group may wait for it for ever
     accelerator.end_training()
 
 

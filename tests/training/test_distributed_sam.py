@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -47,11 +48,7 @@ def small_groups(opt: SAM, model: DistributedDataParallel, x: Tensor, y: Tensor)
 STEPS = {"closure": closure_step, "two_steps": two_steps, "batch": batch_step, "m=3": small_groups}
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
-    )
+def found_by(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, step in STEPS.items():
         module, x, y = CASE.make()
@@ -67,7 +64,16 @@ def work(rank: int, folder: str) -> None:
         m_sam_gradient(model, x, y, m=4)
     except ModelError as error:
         results["diverged"] = str(error)
-    torch.save(results, f"{folder}/{rank}.pt")
+    return results
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS
+    )
+    torch.save(found_by(rank), f"{folder}/{rank}.pt")
+    gc.collect()  # a model that outlives its process group may wait for it for ever
     distributed.destroy_process_group()
 
 
