@@ -4,7 +4,9 @@
 
 Every ratio comes from one process: the contenders run in turn, and each value is that of one round.
 The loops (`loops.py`) and the ordinary passes run at the batch size and memory layout that is
-fastest for them. Their time is in proportion to the examples, so they run over a part of them.
+fastest for them. At small m a loop's time is in proportion to the examples, and many times
+sharpkit's, so it runs over a part of them. From m = 16 on, where both take as long, they run over
+the same examples in more rounds: single ones differ by a tenth.
 
 On Linux the C allocator is told to keep freed memory. Otherwise it hands activations back to the
 system now and then, and the page faults that follow (up to 40 % of a pass, from one run to the
@@ -71,6 +73,7 @@ BATCH = 128
 BATCHES = (16, 32, 64, 128)  # on a CPU
 UNIT = "gradient + forward passes"
 LOOP = "time of the plain loop"
+ALIKE = 16  # group size from which a loop takes about as long
 STEPS = "plain SGD steps"
 PARTS = "sum of its passes alone"
 AS_FAST = "<= 1.05"
@@ -88,11 +91,11 @@ class How:
 
     Attributes:
         device: Where.
-        repeats: Rounds.
+        repeats: Rounds; twice as many where contenders take about as long.
         seconds: After which no further round begins.
         batches: Batch sizes that the loops and ordinary passes try.
         loop_groups: Groups that a loop runs over, at most.
-        share: Of the examples, for loops and ordinary passes, whose time is in proportion.
+        share: Of the examples, for ordinary passes and for loops at small m.
     """
 
     device: str = "cpu"
@@ -101,6 +104,10 @@ class How:
     batches: tuple[int, ...] = BATCHES
     loop_groups: int = 10**9
     share: float = 1 / 4
+
+    def rounds(self, m: int) -> int:
+        """Of sharpkit and a loop over groups of m examples."""
+        return 2 * self.repeats if m >= ALIKE and self.repeats > 1 else self.repeats
 
 
 def measurement(
@@ -147,7 +154,7 @@ class Sharpness:
         peak = peak_gib(runs["sharpkit"]) if torch.cuda.is_available() else None
         measurement(self.model, (self.x[: 2 * m], self.y[: 2 * m]), m, RHO, **self.options)()
         runs["loop"]()
-        times = in_turn(runs, self.how.repeats, self.how.seconds)
+        times = in_turn(runs, self.how.rounds(m), self.how.seconds)
         whole = len(self.x)
         ours = [t / whole for t in times["sharpkit"]]  # seconds per example
         loop = [t / examples for t in times["loop"]]
@@ -178,7 +185,8 @@ class Sharpness:
 
     def _part(self, m: int) -> int:
         """Examples that the loop runs over: whole groups, at least one."""
-        groups = min(self.how.loop_groups, int(len(self.x) * self.how.share) // m)
+        share = 1.0 if m >= ALIKE else self.how.share
+        groups = min(self.how.loop_groups, int(len(self.x) * share) // m)
         return max(1, groups) * m
 
 
@@ -315,7 +323,7 @@ class Steps:
         for run in runs.values():
             run()  # what a first step prepares is kept
         peak = peak_gib(runs["sharpkit"])
-        times = in_turn(runs, self.how.repeats, self.how.seconds)
+        times = in_turn(runs, self.how.rounds(m), self.how.seconds)
         case = f"m-SAM step, {self.name}, batch {self.batch}, m = {m}"
         yield Record(case, "sharpkit", LOOP, over(times, "sharpkit", "loop"), AS_FAST)
         if peak is not None:
