@@ -55,8 +55,7 @@ JOBS = (
     "bench_runs.py --only overhead",
     "bench_runs.py --only speedup",
 )
-PACKAGES = (
-    "sharpkit",
+PACKAGES = (  # sharpkit itself is known by the commit of each job
     "torch",
     "numpy",
     "curvlinops-for-pytorch",
