@@ -36,6 +36,11 @@ def one_thread() -> Iterator[None]:
         yield
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest first, or the other processes wait for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_kills.py")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """End a test that computes for too long; one that waits for ever, pytest-timeout ends."""

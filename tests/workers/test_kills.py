@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which processes are stopped")
 def test_no_kill_or_stop_costs_a_result_or_leaves_a_process(tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'sharpkit[ray]'")
-    outcomes = campaign(20, tmp_path, seed=1, limit=120 + 60 * start_seconds())
+    outcomes = campaign(12, tmp_path, seed=1, limit=120 + 60 * start_seconds())
     assert not [outcome for outcome in outcomes if outcome.problem], table(outcomes)
-    assert sum(outcome.hit for outcome in outcomes) >= 10
+    assert sum(outcome.hit for outcome in outcomes) >= 6
     assert len({outcome.case.command for outcome in outcomes}) == 6
