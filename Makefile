@@ -44,7 +44,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Every speed claim beside the peers: about an hour on 2 idle cores; QUICK=1 for a few minutes,
+# Every speed claim beside the peers: about an hour and a half on 2 idle cores; QUICK=1 for a few minutes,
 # ONLY=sam to run again what has that text in its name.
 bench: .venv-bench/.installed
 	.venv-bench/bin/python benchmarks/run_all.py $(if $(QUICK),--quick) $(if $(ONLY),--only $(ONLY))
