@@ -8,7 +8,7 @@ logits themselves, which the network made, and its derivative by them is a singl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def mean_surprise(outputs: Tensor, labels: Tensor, groups: int = 1) -> Tensor:
         tensor([0.6931, 0.6931])
     """
     known = is_small(outputs) and not (outputs.requires_grad and torch.is_grad_enabled())
-    return _means(_Parts.of(outputs, labels).losses if known else surprise(outputs, labels), groups)
+    return _means(_known(outputs, labels)[0] if known else surprise(outputs, labels), groups)
 
 
 def group_slopes(
@@ -58,21 +58,21 @@ def group_slopes(
     each group (groups,), and None. Without a factor it is 2^exponent, which takes the largest of a
     group to between 1 and 2, and exponents (groups,) in float64 come last, +inf where all are 0.
     """
-    parts = _Parts.of(outputs, labels)
-    wrong = torch.sigmoid(parts.odds).reshape(groups, -1)
-    share, exponent = 1.0 / wrong.shape[1], None
+    losses, others, wrong = _known(outputs, labels)
+    of_groups = wrong.view(groups, -1)
+    share, exponent = 1.0 / of_groups.shape[1], None
     if factor is None:
-        top = wrong.amax(1).double() * share
+        top = of_groups.amax(1).double() * share
         moves = (top > 0) & (top < torch.inf)
         exponent = torch.where(moves, -torch.floor(torch.log2(top)), torch.inf)
         factor = torch.exp2(exponent.masked_fill(~moves, 0.0))
+    slopes = others.scatter_(-1, labels.unsqueeze(-1), -wrong)
     if isinstance(factor, Tensor):  # whose range may be larger than that of the slopes
-        wrong = (wrong.double() * (factor * share).unsqueeze(1)).to(wrong.dtype)
+        wide = slopes.view(groups, -1).double() * (factor * share).unsqueeze(1)
+        slopes = wide.to(slopes.dtype).view(slopes.shape)
     else:
-        wrong = wrong * (factor * share)
-    place, wrong = labels.unsqueeze(-1), wrong.view(*labels.shape, 1)
-    slopes = (parts.among.exp_() * wrong).scatter_(-1, place, -wrong)
-    return _means(parts.losses, groups), slopes, exponent
+        slopes = slopes * (factor * share)
+    return _means(losses, groups), slopes, exponent
 
 
 def is_small(outputs: Tensor) -> bool:
@@ -93,26 +93,15 @@ def _means(losses: Tensor, groups: int) -> Tensor:
     return losses.reshape(groups, -1).mean(1, dtype=wide).to(losses.dtype)
 
 
-class _Parts(NamedTuple):
-    """What losses and their slopes consist of."""
-
-    # log of the share of every other class among the others, (..., C); at the label that of 0
-    among: Tensor
-    odds: Tensor  # log of (1 − p_y) / p_y, (...)
-
-    @classmethod
-    def of(cls, outputs: Tensor, labels: Tensor) -> _Parts:
-        place = labels.unsqueeze(-1)
-        others = outputs - outputs.gather(-1, place)
-        # where all others are ruled out, −inf would leave nothing to compare with
-        others.scatter_(-1, place, torch.finfo(outputs.dtype).min)
-        among = others.log_softmax(-1)
-        # at the largest of the others, where nothing cancels
-        return cls(among, others.amax(-1) - among.amax(-1))
-
-    @property
-    def losses(self) -> Tensor:
-        return softplus(self.odds, threshold=80.0)
+def _known(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses (...), p of every other class, 0 at the label (..., C), and their sum (..., 1)."""
+    place = labels.unsqueeze(-1)
+    logs = outputs.log_softmax(-1)
+    losses, others = -logs.gather(-1, place), logs.exp_().scatter_(-1, place, 0.0)
+    wrong = others.sum(-1, keepdim=True)
+    # where p of the label is nearly 1 its logarithm has lost what the others know
+    losses = torch.where(wrong < 0.5, -torch.log1p(-wrong), losses)
+    return losses.squeeze(-1), others, wrong
 
 
 def large_bytes(device: torch.device) -> int:
