@@ -59,7 +59,7 @@ def group_slopes(
     group to between 1 and 2, and exponents (groups,) in float64 come last, +inf where all are 0.
     """
     losses, others, wrong = _known(outputs, labels)
-    of_groups = wrong.view(groups, -1)
+    of_groups = wrong.reshape(groups, -1)
     share, exponent = 1.0 / of_groups.shape[1], None
     if factor is None:
         top = of_groups.amax(1).double() * share
@@ -68,8 +68,8 @@ def group_slopes(
         factor = torch.exp2(exponent.masked_fill(~moves, 0.0))
     slopes = others.scatter_(-1, labels.unsqueeze(-1), -wrong)
     if isinstance(factor, Tensor):  # whose range may be larger than that of the slopes
-        wide = slopes.view(groups, -1).double() * (factor * share).unsqueeze(1)
-        slopes = wide.to(slopes.dtype).view(slopes.shape)
+        wide = slopes.reshape(groups, -1).double() * (factor * share).unsqueeze(1)
+        slopes = wide.to(slopes.dtype).reshape(slopes.shape)
     else:
         slopes = slopes * (factor * share)
     return _means(losses, groups), slopes, exponent
