@@ -16,6 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from sharpkit.contract.ranks import Team
 from sharpkit.errors import ArgumentError
 
+# Kept until the process ends: a model of DistributedDataParallel that is the last to hold its group
+# waits for threads that wait for it (torch 2.13), and it lives until its cycles are collected.
+_groups_of_models: set[Any] = set()
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -48,6 +52,7 @@ class Ranks:
         known = inspect.signature(DistributedDataParallel).parameters
         new, old = "forward_sync_buffers", "broadcast_buffers"  # the name before torch 2.12
         options: dict[str, Any] = {new if new in known else old: False}
+        _groups_of_models.add(distributed.group.WORLD)
         return DistributedDataParallel(model, **options)
 
     def total(self, values: Tensor) -> Tensor:
@@ -106,11 +111,6 @@ def averaged_over_ranks(
     return full
 
 
-# Kept until the process ends: a model of DistributedDataParallel, the last to hold its group, say
-# in the traceback of an error, waits for threads that wait for it (torch 2.13).
-_joined: list[Any] = []
-
-
 @contextmanager
 def process_group(device: str = "cpu") -> Iterator[str]:
     """Join the processes that `torchrun` started, if it did; leave them at the end.
@@ -135,7 +135,6 @@ def process_group(device: str = "cpu") -> Iterator[str]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     distributed.init_process_group("nccl" if on_gpu else "gloo")
-    _joined.append(distributed.group.WORLD)
     try:
         yield device
     finally:

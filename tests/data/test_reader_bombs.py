@@ -1,7 +1,7 @@
 """Files that ask for far more than they are long are refused in little time and memory.
 
-Both are of the process that reads, in processor time, so that they do not depend on what else the
-machine does.
+Both are of the process that reads, in processor time: 2 s and less on an idle machine, and up to
+three times that where caches and cores are shared with others. Unguarded, they take minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from reader_bombs import BOMBS
 
-SECONDS, MEMORY = 2.0, 256 * 2**20
+SECONDS, MEMORY = 6.0, 256 * 2**20
 HERE = Path(__file__).parent
 PATHS = os.pathsep.join(
     map(str, [HERE, HERE.parent, *filter(None, [os.environ.get("PYTHONPATH")])])
