@@ -273,7 +273,7 @@ class Alone:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Inside, the module holds the weights: nothing is swapped for each group."""
-        with self.task.model.assigned(self._weights) as leaves:
+        with without_reentry(), self.task.model.assigned(self._weights) as leaves:
             self._leaves = leaves
             try:
                 yield
@@ -289,27 +289,26 @@ class Alone:
     def _group(self, examples: Examples, leaves: list[Tensor]) -> ChunkGradient:
         task, model = self.task, self.task.model
         noise = Noise(model.device)
-        with without_reentry():
-            with task.recorder.of_one_batch(1) as statistics:
-                first = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
-            at, doubtful = step_of_one(
-                self._weights, self._real(first.gradient), first.exponent, task.radii,
-                self._scale, task.variant.direction, careful=self._careful, scaled=self._scaled,
-            )  # fmt: skip
-            loss, weight = first.mean, first.weight
-            share = task.weighted(weight)
-            self._move(leaves, at)
-            with task.again(noise):
-                if task.variant.combine is None:
-                    del first
-                    after, gradient = self._second_pass(examples, leaves, share)
-                else:
-                    second = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
-                    after = second.mean * share
-                    gradient = task.combined(
-                        self._group_of(first), self._group_of(second), share.unsqueeze(0)
-                    )
-            self._move(leaves, self._weights)
+        with task.recorder.of_one_batch(1) as statistics:
+            first = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
+        at, doubtful = step_of_one(
+            self._weights, self._real(first.gradient), first.exponent, task.radii,
+            self._scale, task.variant.direction, careful=self._careful, scaled=self._scaled,
+        )  # fmt: skip
+        loss, weight = first.mean, first.weight
+        share = task.weighted(weight)
+        self._move(leaves, at)
+        with task.again(noise):
+            if task.variant.combine is None:
+                del first
+                after, gradient = self._second_pass(examples, leaves, share)
+            else:
+                second = leaf_gradient(model, task.loss, leaves, examples, scaled=self._scaled)
+                after = second.mean * share
+                gradient = task.combined(
+                    self._group_of(first), self._group_of(second), share.unsqueeze(0)
+                )
+        self._move(leaves, self._weights)
         return ChunkGradient(
             loss.unsqueeze(0), weight.unsqueeze(0), after, gradient, statistics, doubtful
         )

@@ -108,10 +108,9 @@ def step_of_one(
     if scaled:
         doubtful = ((length < low) | (length > high)) & (exponent < torch.inf)
     else:  # NaN may come of slopes that are too large
-        doubtful = ~((length >= geometry.LEAST_UNSCALED) & (length <= high))
-    amount = torch.where(length > 0, 1.0 / length, length)  # NaN stays NaN
-    if scale is None:
-        amount = amount * radii.common
+        doubtful = length.clamp(geometry.LEAST_UNSCALED, high) != length
+    radius = radii.common if scale is None else 1.0
+    amount = torch.where(length > 0, radius / length, length)  # NaN stays NaN
     at = geometry.step_of_one(ascent, amount, factors)
     torch._foreach_add_(at, [weights[name] for name in used])
     return {**weights, **dict(zip(used, at, strict=True))}, doubtful
