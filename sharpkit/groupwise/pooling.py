@@ -32,7 +32,7 @@ class MaxPool2x2(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         """The gradient, at the first of the largest of every window."""
         grad, (n, channels, height, width) = grads[0], ctx.shape
-        left, top = (mask.to(grad.dtype) for mask in ctx.saved_tensors)  # twice as fast as bools
+        left, top = (mask.to(grad.dtype) for mask in ctx.saved_tensors)  # faster than bools
         rows = grad.new_empty((n, channels, height // 2 * 2, width // 2))
         torch.mul(grad, top, out=rows[:, :, 0::2])
         torch.sub(grad, rows[:, :, 0::2], out=rows[:, :, 1::2])
