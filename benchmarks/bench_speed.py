@@ -506,11 +506,9 @@ CASES: dict[str, Case] = {
 
 def how(arguments: argparse.Namespace, most: int = 5) -> How:
     """How a CPU is measured."""
-    return (
-        How(repeats=1, batches=(16,))
-        if arguments.quick
-        else How(repeats=most, seconds=200.0, spare=20.0)
-    )
+    if arguments.quick:
+        return How(repeats=1, batches=(16,))
+    return How(repeats=most, seconds=200.0, spare=20.0)
 
 
 if __name__ == "__main__":

@@ -54,10 +54,9 @@ def group_slopes(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`mean_surprise` of logits that are small, and its derivatives by them, in closed form.
 
-    Returns means (groups,), derivatives shaped as the outputs times a factor, and None. The factor
-    is a number in the range of the slopes, or any number for each group (groups,). Without one it
-    is 2^exponent, which takes the largest of a group to between 1 and 2, and exponents (groups,)
-    in float64 come last, +inf where all are 0.
+    Returns means (groups,), derivatives shaped as the outputs times a factor, a number or one for
+    each group (groups,), and None. Without a factor it is 2^exponent, which takes the largest of a
+    group to between 1 and 2, and exponents (groups,) in float64 come last, +inf where all are 0.
     """
     losses, others, wrong = _known(outputs, labels)
     of_groups = wrong.reshape(groups, -1)
@@ -68,7 +67,7 @@ def group_slopes(
         exponent = torch.where(moves, -torch.floor(torch.log2(top)), torch.inf)
         factor = torch.exp2(exponent.masked_fill(~moves, 0.0))
     slopes = others.scatter_(-1, labels.unsqueeze(-1), -wrong)
-    if isinstance(factor, Tensor) and factor.ndim:  # their range may be larger than the slopes'
+    if isinstance(factor, Tensor):  # whose range may be larger than that of the slopes
         wide = slopes.reshape(groups, -1).double() * (factor * share).unsqueeze(1)
         slopes = wide.to(slopes.dtype).reshape(slopes.shape)
     else:

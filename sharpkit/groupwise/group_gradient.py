@@ -202,8 +202,7 @@ def pulled_back(
         means, _ = group_losses(loss, outputs, labels, groups)
         total = (means * shares).sum()
         return total.detach(), torch.autograd.grad(scale(total), ends, allow_unused=True)
-    factor = scale(shares if groups > 1 else shares[0])
-    means, slopes, _ = forms.slopes(outputs.detach(), labels, groups, factor)
+    means, slopes, _ = forms.slopes(outputs.detach(), labels, groups, scale(shares))
     total = (means.double() * shares).sum()
     return total, torch.autograd.grad(outputs, ends, slopes, allow_unused=True)
 

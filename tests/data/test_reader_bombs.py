@@ -1,7 +1,7 @@
 """Files that ask for far more than they are long are refused in little time and memory.
 
-Both are of the process that reads, in processor time: 2 s and less on an idle machine, and up to
-three times that where caches and cores are shared with others. Unguarded, they take minutes.
+Both are of the process that reads, in processor time: less than 2 s on an idle machine. Where cores
+and caches are shared the same work took half as much again, so the limit is well above.
 """
 
 from __future__ import annotations

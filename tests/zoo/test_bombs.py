@@ -17,7 +17,7 @@ import bombs
 
 pytestmark = pytest.mark.slow
 
-# Of one processor (2 s when the machine is idle) and beyond what the imports take.
+# Of one processor (less than 2 s on an idle machine) and beyond what the imports take.
 SECONDS, MEBIBYTES = 6, 256
 NAMES = [(kind, name) for kind, (makers, _) in bombs.KINDS.items() for name in makers]
 
