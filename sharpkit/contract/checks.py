@@ -29,7 +29,7 @@ from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.state import Found, differing
 from sharpkit.errors import DataError, ModelError, SharpkitError, first_sentence
 
-_PROBED, _PROBED_LOSS = 8, 32  # examples; more for a loss whose form is not known
+_PROBED, _PROBED_LOSS = 4, 32  # examples; more for a loss whose form is not known
 # relative to the largest output: what different batch sizes may change by rounding
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}
 _HALF = 0.1  # of half precision, and of TF32

@@ -135,11 +135,13 @@ def check_finite_weights(model: nn.Module) -> None:
     tensors += (("parameter", name, p) for name, p in model.named_parameters())
     tensors += (("buffer", name, b) for name, b in model.named_buffers())
     real = [t for t in tensors if t[2].is_floating_point() or t[2].is_complex()]
-    flags: dict[torch.device, list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for _, _, tensor in real:
-        values = parts_of(tensor)[-1]
-        flags.setdefault(tensor.device, []).append(torch.isfinite(values).all())
-    if all(bool(torch.stack(found).all()) for found in flags.values()):  # a wait for each device
+        values = parts_of(tensor)[-1].detach()
+        if values.numel():
+            alike.setdefault((tensor.device, tensor.dtype), []).append(values)
+    tops = [torch.stack(torch._foreach_norm(some, torch.inf)) for some in alike.values()]
+    if all(bool(torch.isfinite(top).all()) for top in tops):  # a wait for each device
         return
     for kind, name, tensor in real:
         bad = int((~torch.isfinite(parts_of(tensor)[-1])).sum())
