@@ -70,6 +70,20 @@ class TwiceLinear(nn.Module):
         return self.head(self.mix(torch.tanh(self.mix(x))))
 
 
+class LookedUp(nn.Module):
+    """A table that is looked up twice, whose rows are then written over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix, self.head = nn.Embedding(300, 24), nn.Linear(24, 40), nn.Linear(40, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x.mul_(0.7)
+        x = torch.tanh(self.mix(x.sum(1) + self.table(tokens[:, 0])))
+        return self.head(x)
+
+
 @dataclass(frozen=True)
 class Case:
     """A model with random non-trivial statistics, and 24 examples."""
@@ -123,4 +137,5 @@ CASES = [
     Case("transformer", Transformer, _randn(5, 4)),
     Case("shared_weights", Tied, lambda g: torch.randint(0, 6, (24, 7), generator=g)),
     Case("layer_used_twice", TwiceLinear, _randn(48)),
+    Case("looked_up", LookedUp, lambda g: torch.randint(0, 4, (24, 5), generator=g)),
 ]

@@ -39,7 +39,7 @@ class BatchPasses:
     model: FunctionalModel
     loss: MeanLoss
     weights: Tensors  # the parameters that differ from group to group, (*shape)
-    rows: dict[str, int]  # rows per example of the weights whose gradient may stay in factors
+    rows: dict[str, low_rank.Rows]  # of the weights whose gradient may stay in factors
     packed: bool = True  # whether small parameters lie side by side (see `Packing`)
     kept: dict[Any, Tensor] = field(default_factory=dict)
     # other parameters, and buffers, that differ from group to group but get no gradient, (*shape)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from sharpkit.contract.embeddings import EmbeddingCall
 from sharpkit.contract.normalisation import BatchNormCall
-from sharpkit.groupwise import pooling, recurrent
+from sharpkit.groupwise import low_rank, pooling, recurrent
 from sharpkit.groupwise.group_layers import channels_of_groups, examples_of_groups
 
 if TYPE_CHECKING:
@@ -149,9 +149,19 @@ def _embedding(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> T
         return None
     if index.ndim == 0:
         return None
-    tables = batch.of_groups(weight)
+    batch.looked_up[name] = batch.looked_up.get(name, 0) + index[0].numel()
+    tables, rows = batch.of_groups(weight), index.reshape(batch.point.groups, -1)
+    if name in batch.point.probed and torch.is_grad_enabled():
+        found = F.embedding(index, tables).requires_grad_()
+        batch.inputs[name].append(rows)
+        batch.probes[name].append(found)
+        return found.clone()  # a leaf may not be written to
     if tables.ndim == weight.ndim:
-        return F.embedding(index, tables)
+        found = F.embedding(index, tables)
+        if name in batch.point.thin:
+            moved, by = batch.point.thin[name]
+            found = found + (low_rank.same_row(rows, moved).to(by.dtype) @ by).view(found.shape)
+        return found
     first = torch.arange(len(tables), device=index.device) * tables.shape[1]
     first = first.repeat_interleave(batch.point.size).view(-1, *[1] * (index.ndim - 1))
     return F.embedding(index + first, tables.flatten(0, 1))

@@ -17,7 +17,9 @@ from sharpkit.errors import ArgumentError
 from sharpkit.groupwise import low_rank
 
 Tensors = dict[str, Tensor]  # name -> (groups, *shape)
-Factors = dict[str, tuple[Tensor, Tensor]]  # name -> A (groups, rows, in), D (groups, rows, out)
+# name -> A (groups, rows, in) and D (groups, rows, out); for a table that is looked up, A are the
+# numbers of its rows, (groups, rows)
+Factors = dict[str, tuple[Tensor, Tensor]]
 
 # outside this range squares of float32 entries that matter to the norm may leave float32, or the
 # product of its reciprocal with rho
@@ -123,7 +125,9 @@ def normalised(tensors: Tensors, factors: Factors | None = None) -> tuple[Tensor
     """Each group scaled by a power of two so that its largest entry is near 1."""
     factors = factors or {}
     tops = [largest({name: t}) for name, t in tensors.items()]
-    tops += [largest({"": a}) * largest({"": d}) for a, d in factors.values()]
+    tops += [
+        largest({"": d}) * (largest({"": a}) if a.ndim > 2 else 1.0) for a, d in factors.values()
+    ]
     top = torch.stack(tops).amax(0)
     exponent = torch.where(top > 0, -torch.floor(torch.log2(top)), 0.0)
     half = torch.floor(exponent / 2)
@@ -133,7 +137,12 @@ def normalised(tensors: Tensors, factors: Factors | None = None) -> tuple[Tensor
 
     return (
         {name: scaled(t, exponent) for name, t in tensors.items()},
-        {name: (scaled(a, half), scaled(d, exponent - half)) for name, (a, d) in factors.items()},
+        {
+            name: (scaled(a, half), scaled(d, exponent - half))
+            if a.ndim > 2
+            else (a, scaled(d, exponent))
+            for name, (a, d) in factors.items()
+        },
     )
 
 
@@ -225,9 +234,8 @@ def _reciprocal(length: Tensor) -> Tensor:
 def _length(gradient: Tensors, factors: Factors) -> Tensor:
     if not factors:
         return norm(gradient)
-    squares = [low_rank.squared_norm(a, d) for a, d in factors.values()]
-    squares += [norm(gradient).square()] if gradient else []
-    return torch.stack(squares).sum(0).sqrt()
+    square = low_rank.squared_norm(factors.values())
+    return (square + norm(gradient).square() if gradient else square).sqrt()
 
 
 def _largest_entry(gradient: Tensors) -> Direction:

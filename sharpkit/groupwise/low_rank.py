@@ -1,15 +1,18 @@
-"""Perturbing large linear layers without forming a weight matrix per group.
+"""Perturbing large linear layers and tables without forming a weight matrix per group.
 
 The gradient of a layer y = W x + b for a group of few rows is Δᵀ A / m: A are the layer's inputs,
 Δ the loss gradients at its outputs. Its norm is that of (ΔΔᵀ ∘ AAᵀ), and perturbing W by c Δᵀ A
 adds c (x Aᵀ) Δ to the output. A dense layer of 16 M parameters then costs its two thin factors a
 group instead of 67 MB (Goodfellow 2015, arXiv:1510.01799, for the norm).
+
+A table that is looked up (an embedding) is such a layer, whose inputs are rows of zeros with a one:
+of A only the numbers of the rows are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,28 +86,77 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def squared_norm(inputs: Tensor, deltas: Tensor) -> Tensor:
-    """Squared norms of the gradients Δᵀ A of all groups, in float64.
+def squared_norm(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of the squared norms of gradients Δᵀ A, of all groups, (groups,) float64.
 
-    A is (groups, rows, in), Δ is (groups, rows, out).
+    A is (groups, rows, in), Δ is (groups, rows, out); or A (groups, rows) are numbers of rows of a
+    table, to which Δ is added. Matrices of one layer may have one Δ.
 
     Example:
         >>> import torch
         >>> a, d = torch.randn(3, 2, 5), torch.randn(3, 2, 4)
         >>> dense = (d.mT @ a).flatten(1).square().sum(1)
-        >>> torch.allclose(squared_norm(a, d).float(), dense, rtol=1e-4)
+        >>> torch.allclose(squared_norm([(a, d)]).float(), dense, rtol=1e-4)
         True
     """
-    if inputs.shape[1] == 1:
-        a = torch.linalg.vector_norm(inputs, dim=(1, 2), dtype=torch.float64)
-        d = torch.linalg.vector_norm(deltas, dim=(1, 2), dtype=torch.float64)
-        squares: Tensor = (a * d).square()
-        return squares
-    a, d = inputs.double(), deltas.double()
-    return ((a @ a.mT) * (d @ d.mT)).sum((1, 2)).clamp(min=0)
+    by_delta: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+    for a, d in factors:
+        key = d.data_ptr(), d.shape, d.stride(), d.dtype
+        by_delta.setdefault(key, (d, []))[1].append(_inner(a))
+    parts = [(torch.stack(inner).sum(0) * _inner(d)).sum((1, 2)) for d, inner in by_delta.values()]
+    total: Tensor = torch.stack(parts).sum(0)
+    return total.clamp(min=0)
 
 
-def pays(weight: Tensor, rows: int) -> bool:
-    """Whether the factors of a group's gradient are at most half as large as the weight."""
-    out, features = len(weight), weight[0].numel()
-    return 2 * rows * (out + features) <= out * features
+def _inner(rows: Tensor) -> Tensor:
+    """Inner products of the rows of every group with each other, in float64."""
+    if rows.ndim == 2:
+        return same_row(rows, rows).double()
+    if rows.shape[1] == 1:
+        one: Tensor = torch.linalg.vector_norm(rows, dim=(1, 2), keepdim=True, dtype=torch.float64)
+        return one.square()
+    rows = rows.double()
+    return rows @ rows.mT
+
+
+def same_row(a: Tensor, b: Tensor) -> Tensor:
+    """Where the numbers of rows (groups, p) and (groups, q) are the same, bool (groups, p, q)."""
+    return a.unsqueeze(2) == b.unsqueeze(1)
+
+
+def multiplied_out(inputs: Tensor, deltas: Tensor, shape: Sequence[int]) -> Tensor:
+    """Δᵀ A of all groups, for a weight of a shape; or Δ added to the rows of a table.
+
+    Example:
+        >>> table = multiplied_out(torch.tensor([[2, 0, 2]]), torch.ones(1, 3, 4), (3, 4))
+        >>> table[0, :, 0].tolist()
+        [1.0, 0.0, 2.0]
+    """
+    if inputs.ndim == 3:
+        return (deltas.mT @ inputs).view(len(inputs), *shape)
+    tables = deltas.new_zeros(len(inputs), *shape)
+    return tables.scatter_add_(1, inputs.unsqueeze(2).expand_as(deltas), deltas)
+
+
+class Rows(NamedTuple):
+    """What every example adds to the factors of a weight's gradient."""
+
+    number: int
+    looked_up: bool = False  # rows of a table, and not products with a matrix
+
+    def nbytes(self, weight: Tensor) -> int:
+        """Of the factors for an example."""
+        entries = weight[0].numel() + (1 if self.looked_up else len(weight))
+        return self.number * entries * weight.itemsize
+
+    def pay(self, weight: Tensor, m: int = 1) -> bool:
+        """Whether the gradient of m examples takes less time in factors than whole.
+
+        With r rows, a matrix (out, in) takes 3 r · out · in multiplications, its factors r² (out +
+        in) for each of two passes, and for a norm in float64, which counts as three. A table takes
+        its own memory, and in factors that of the rows and of each beside each other.
+        """
+        rows, features = m * self.number, weight[0].numel()
+        if self.looked_up:
+            return 2 * rows * (features + rows) <= weight.numel()
+        return 5 * rows * (features + len(weight)) <= 3 * weight.numel()

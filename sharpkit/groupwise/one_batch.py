@@ -35,7 +35,7 @@ class Point:
     groups: int  # their number
     size: int  # examples of each
     values: Tensors  # what layers run at: (*shape), or (groups, *shape) where groups differ
-    # further perturbations DᵀA of weights of linear layers and convolutions
+    # further perturbations DᵀA of weights of linear layers and convolutions, and of tables
     thin: Factors = field(default_factory=dict)
     # what gets the gradient: (groups, *shape) for one per group, (*shape) for the sum; empty if
     # none is wanted
@@ -69,6 +69,7 @@ class OneBatch(TorchFunctionMode):
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in point.probed}
         self.probes: dict[str, list[Tensor]] = {name: [] for name in point.probed}
         self.rows: dict[str, int] = {}  # per example, of all layers of a weight
+        self.looked_up: dict[str, int] = {}  # rows per example, of all uses of a table
         self._names = {id(t): name for name, t in held.items()}
         self._shapes = {name: t.shape for name, t in held.items()}
 
@@ -91,10 +92,10 @@ class OneBatch(TorchFunctionMode):
         if call is not None and self.holds_examples(call.inputs):
             return self._layer(call)
         rule = None if call is not None else example_rules.RULES.get(func)
-        counted = {name: self.rows.get(name) for name in used}
+        counted = {name: self._counted(name) for name in used}
         out = None if rule is None else rule(self, func, args, kwargs)
         if out is not None:
-            self.whole |= {name for name in used if self.rows.get(name) == counted[name]}
+            self.whole |= {name for name in used if self._counted(name) == counted[name]}
             return out
         if func not in example_rules.QUESTIONS:
             self.elsewhere |= used
@@ -107,6 +108,9 @@ class OneBatch(TorchFunctionMode):
             return set()
         leaves = {self._names.get(id(leaf)) for leaf in pytree.tree_leaves(lists)}
         return {name for name in leaves if name is not None}
+
+    def _counted(self, name: str) -> tuple[int, int]:
+        return self.rows.get(name, 0), self.looked_up.get(name, 0)
 
     def held_ndim(self, name: str) -> int:
         """Axes of a held tensor."""

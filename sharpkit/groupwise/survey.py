@@ -15,11 +15,11 @@ import torch
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.groupwise.geometry import Tensors
-from sharpkit.groupwise.low_rank import pays
+from sharpkit.groupwise.low_rank import Rows
 from sharpkit.groupwise.one_batch import OneBatch, Point
 
 # two different numbers of examples: an axis that has as many by chance is found out
-_TRIED = (3, 2)
+_TRIED = (2, 3)
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,20 @@ class Survey:
     refused: str  # why it cannot run as one batch; empty if it can
     # name to rows per example of every weight of linear layers and convolutions
     rows: dict[str, int]
+    looked_up: dict[str, int]  # the same of every table
     whole: frozenset[str]  # weights that something else uses as well, or only
     flops: float  # of a forward pass in those layers, per example
     calls: int  # of operations in a forward pass
 
-    def factored(self, weights: Tensors) -> dict[str, int]:
-        """Rows per example of the weights whose gradient for an example is smaller in factors."""
+    def factored(self, weights: Tensors, m: int = 1) -> dict[str, Rows]:
+        """Rows of the weights whose gradient for m examples is smaller in factors."""
+        rows = {name: Rows(count) for name, count in self.rows.items()}
+        tables = {name: Rows(count, True) for name, count in self.looked_up.items()}
+        elsewhere = self.whole | (rows.keys() & tables.keys())
         return {
-            name: rows
-            for name, rows in self.rows.items()
-            if rows and name not in self.whole and pays(weights[name], rows)
+            name: found
+            for name, found in {**rows, **tables}.items()
+            if found.number and name not in elsewhere and found.pay(weights[name], m)
         }
 
     def alone(self, device: torch.device) -> int:
@@ -93,7 +97,7 @@ def survey(
     If groups of the `smallest` size run alone, it is not found out whether the model can run as one
     batch.
     """
-    refused, rows, flops, calls = "", {}, 0.0, 0
+    refused, rows, looked_up, flops, calls = "", {}, {}, 0.0, 0
     whole: frozenset[str] = frozenset()
     if model.habits.loss_sees_weights:
         refused = "the loss depends on the weights themselves"
@@ -115,12 +119,13 @@ def survey(
                 refused = refused or "it looks at values, which decides for all examples at once"
             if batch.elsewhere:
                 refused = refused or f"{min(batch.elsewhere)!r} is used by more than layers"
-            rows, calls, whole = batch.rows, batch.calls, frozenset(batch.whole)
+            rows, looked_up = batch.rows, batch.looked_up
+            calls, whole = batch.calls, frozenset(batch.whole)
             flops = 2.0 * sum(n * weights[name].numel() for name, n in rows.items())
-            found = Survey(refused, rows, whole, flops, calls)
+            found = Survey(refused, rows, looked_up, whole, flops, calls)
             if smallest >= found.alone(model.device):
                 return replace(found, refused=refused or "groups run faster one by one")
-    return Survey(refused, rows, whole, flops, calls)
+    return Survey(refused, rows, looked_up, whole, flops, calls)
 
 
 def chunk_that_fills(device: Device, flops: float, calls: int) -> int:

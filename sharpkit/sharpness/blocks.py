@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sharpkit.groupwise import geometry
+from sharpkit.groupwise import geometry, low_rank
 from sharpkit.groupwise.geometry import Factors, Tensors
 
 
@@ -25,7 +25,7 @@ class Blocks:
     loss: Tensor  # (blocks,) float64, means
     weight: Tensor  # (blocks,) float64, by which means of several blocks are averaged
     tensors: Tensors  # (blocks, *shape), scaled by 2^exponent
-    factors: Factors  # of the large linear weights, D scaled by 2^exponent
+    factors: Factors  # of large linear weights and tables, D scaled by 2^exponent
     exponent: Tensor  # (blocks,) float64; +inf where the gradient is exactly 0
     networks: int = 1
 
@@ -65,7 +65,7 @@ class Blocks:
             if name in factored:
                 factors[name] = (a, d)
             else:
-                tensors[name] = (d.mT @ a).view(groups, *self.shapes[name])
+                tensors[name] = low_rank.multiplied_out(a, d, self.shapes[name])
         return replace(whole, tensors=tensors, factors=factors)
 
     def _added_up(self, groups: int, q: int) -> Blocks:
@@ -84,7 +84,10 @@ class Blocks:
         factors = {}
         for name, (a, d) in self.factors.items():
             d = d * geometry.expand(weight.flatten(), d)
-            factors[name] = (a.reshape(groups, -1, a.shape[-1]), d.reshape(groups, -1, d.shape[-1]))
+            factors[name] = (
+                a.reshape(groups, -1, *a.shape[2:]),
+                d.reshape(groups, -1, d.shape[-1]),
+            )
         loss = (self.loss.view(groups, q) * share).sum(1)
         return Blocks(
             self.size * q, self.shapes, loss, total, tensors, factors, exponent, self.networks

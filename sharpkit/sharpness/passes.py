@@ -29,7 +29,7 @@ class Passes(Protocol):
     """
 
     packing: Packing
-    rows: dict[str, int]  # rows per example of the weights whose gradient may stay in factors
+    rows: dict[str, low_rank.Rows]  # of the weights whose gradient may stay in factors
 
     def held(self) -> AbstractContextManager[None]:
         """To be entered around many passes."""
@@ -54,7 +54,7 @@ class Alone:
 
     def __init__(self, objective: Objective, packing: Packing) -> None:
         self.objective, self.packing = objective, packing
-        self.rows: dict[str, int] = {}
+        self.rows: dict[str, low_rank.Rows] = {}
         self.held = nullcontext
 
     def losses_only(self, examples: Examples, groups: int) -> Blocks:
@@ -162,7 +162,9 @@ class OneBatchPasses:
 class Transformed:
     """Each group a call of the model as a function, all of them under vmap."""
 
-    def __init__(self, objective: Objective, packing: Packing, rows: dict[str, int]) -> None:
+    def __init__(
+        self, objective: Objective, packing: Packing, rows: dict[str, low_rank.Rows]
+    ) -> None:
         self.objective, self.packing, self.rows = objective, packing, rows
         self._shapes: dict[tuple[int, frozenset[str]], dict[str, list[torch.Size]]] = {}
         self.held = nullcontext  # each call of a transform swaps weights by itself

@@ -24,7 +24,6 @@ from sharpkit.groupwise import geometry
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Direction
 from sharpkit.groupwise.in_place import InPlace, Moved
-from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.objective import Objective
 from sharpkit.sharpness.ascent_rules import Ascent
 from sharpkit.sharpness.ball import Ball, gaussian_direction, random_point, scaled
@@ -153,7 +152,7 @@ class Sweep:
             return frozenset()
         weights = self.objective.weights
         return frozenset(
-            name for name, rows in self.side.rows.items() if pays(weights[name], m * rows)
+            name for name, rows in self.side.rows.items() if rows.pay(weights[name], m)
         )
 
     def _passes(self, groups: int, size: int) -> Passes:

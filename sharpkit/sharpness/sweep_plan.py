@@ -25,7 +25,6 @@ from sharpkit.groupwise.batch_passes import batch_passes
 from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Tensors
 from sharpkit.groupwise.image_layout import image_layout
-from sharpkit.groupwise.low_rank import pays
 from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import Objective
 from sharpkit.groupwise.packing import Packing
@@ -109,8 +108,7 @@ def sweep_plan(
     per_example, unused = try_gradient(function, loss, weights, probe.examples)
     factored = found.factored(weights) if allows_factors else {}
     per_group = sum(
-        w.nbytes if name not in factored else factored[name] * (len(w) + w[0].numel()) * w.itemsize
-        for name, w in weights.items()
+        factored[name].nbytes(w) if name in factored else w.nbytes for name, w in weights.items()
     )
 
     def bytes_of(chunk: int) -> int:
@@ -171,8 +169,8 @@ def transformed(objective: Objective, probe: Probe, rule: Ascent) -> Transformed
 
 def factored_weights(
     model: FunctionalModel, weights: Tensors, examples: Examples
-) -> dict[str, int]:
-    """Rows per example of every weight matrix that is used by linear layers and nothing else.
+) -> dict[str, low_rank.Rows]:
+    """Rows of every weight matrix that is used by linear layers and nothing else.
 
     Found by one example, on the model's device.
     """
@@ -185,10 +183,11 @@ def factored_weights(
 
     with model.evaluating(), low_rank.Calls(matrices, rule, watch=True) as calls:
         model(weights, examples.inputs)
+    found = {name: low_rank.Rows(count) for name, count in rows.items() if count}
     return {
-        name: count
-        for name, count in rows.items()
-        if count and name not in calls.elsewhere and pays(weights[name], count)
+        name: own
+        for name, own in found.items()
+        if name not in calls.elsewhere and own.pay(weights[name])
     }
 
 

@@ -27,7 +27,7 @@ from sharpkit.contract.modules import hooked
 from sharpkit.contract.precision import may_use_tf32
 from sharpkit.contract.recompute import without_checkpointing, without_reentry
 from sharpkit.contract.state import Attributes
-from sharpkit.groupwise.low_rank import pays
+from sharpkit.groupwise.low_rank import Rows
 from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import floating_leaves, plain_gradient
 from sharpkit.groupwise.one_batch import OneBatch, Point
@@ -53,7 +53,7 @@ class StepPlan:
     """How groups of one size are evaluated, for one model, loss and device."""
 
     groups: int  # at a time; 1 where they run as fast alone
-    factored: dict[str, int]  # rows per example of weights whose perturbations stay in factors
+    factored: dict[str, Rows]  # of weights whose perturbations stay in factors
     layout: torch.memory_format  # of groups alone
     outputs: Any  # of one group, without storage
     loss: MeanLoss  # kept, for its identity is in the key
@@ -118,10 +118,8 @@ def _plan(task: StepTask, group: Examples, replay: Callable[[], None]) -> StepPl
     size = min(task.m, 2)  # statistics of a group need two examples
     with DrawsOfCalls() as draws, without_checkpointing():
         found = survey(function, weights, group, size)
-    rows = {name: count for name, count in found.rows.items() if name not in task.radii.adaptive}
-    factored = {k: count for k, count in rows.items() if count and pays(weights[k], count * task.m)}
-    if task.variant.by_name:
-        factored = {}
+    factored = {} if task.variant.by_name else found.factored(weights, task.m)
+    factored = {name: rows for name, rows in factored.items() if name not in task.radii.adaptive}
     dense = sum(w.nbytes for name, w in weights.items() if name not in factored)
     layout = torch.contiguous_format
     if _prefers_channels_last(task, found):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from random import Random
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import resolve_loss
 from sharpkit.groupwise.batch_passes import BatchPasses, batch_passes
 from sharpkit.groupwise.fallback import Disagreement
+from sharpkit.groupwise.low_rank import Rows, multiplied_out, squared_norm
 from sharpkit.groupwise.pooling import MaxPool2x2, pooled
 from sharpkit.groupwise.survey import survey
 
@@ -141,8 +143,7 @@ def test_gradients_of_groups_are_those_of_a_loop(name, thin, size):
         torch.testing.assert_close(found.terms.mean[i], loss, rtol=1e-12, atol=0.0)
         for key, g in grads.items():
             if key in factored:
-                a, d = found.factors[key]
-                mine = (d[i].mT @ a[i]).view(g.shape)
+                mine = multiplied_out(*found.factors[key], g.shape)[i]
             else:
                 mine = dense[key][i]
             torch.testing.assert_close(
@@ -175,19 +176,19 @@ def test_losses_and_gradients_at_weights_of_their_own_are_those_of_a_loop(name, 
 def test_perturbations_in_factors_are_those_that_are_multiplied_out(name, size):
     model, passes, x, y = passes_of(name, 12)
     groups = 12 // size
-    thin = {
-        key: (
-            torch.randn(groups, 2, w[0].numel(), dtype=w.dtype),
-            0.1 * torch.randn(groups, 2, len(w), dtype=w.dtype),
-        )
-        for key, w in passes.weights.items()
-        if key in passes.rows
-    }
+    thin = {}
+    for key, rows in passes.rows.items():
+        w = passes.weights[key]
+        a = torch.randn(groups, 2, w[0].numel(), dtype=w.dtype)
+        if rows.looked_up:
+            a = torch.randint(0, 4, (groups, 2))
+        size_of_rows = w[0].numel() if rows.looked_up else len(w)
+        thin[key] = a, 0.1 * torch.randn(groups, 2, size_of_rows, dtype=w.dtype)
     own = {key: w.expand(groups, *w.shape) for key, w in passes.weights.items()}
     packs = passes.packing.joined({key: w for key, w in own.items() if key not in thin})
     losses, _ = passes.losses(Examples(x, y), groups, packs, thin)
     own |= {
-        key: passes.weights[key] + (d.mT @ a).view(groups, *passes.weights[key].shape)
+        key: passes.weights[key] + multiplied_out(a, d, passes.weights[key].shape)
         for key, (a, d) in thin.items()
     }
     for i in range(groups):
@@ -200,6 +201,36 @@ def test_a_weight_that_is_looked_up_as_well_is_not_kept_in_factors():
     _, passes, _, _ = passes_of("tied_head", 12)
     assert "mix.weight" in passes.rows
     assert "table.weight" not in passes.rows
+
+
+def test_a_table_stays_in_factors_while_few_rows_are_looked_up():
+    torch.manual_seed(0)
+    _, passes, _, _ = passes_of("looked_up", 12)
+    assert passes.rows["table.weight"] == Rows(6, looked_up=True)
+    found = survey(
+        passes.model, passes.weights, Examples(torch.randint(0, 4, (6, 5)), torch.zeros(6))
+    )
+    assert "table.weight" in found.factored(passes.weights, 8)  # 2 · 48 · (24 + 48) of 7200
+    assert "table.weight" not in found.factored(passes.weights, 9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_squared_norms_of_factors_are_those_of_the_gradients(seed):
+    draw = Random(seed)
+    torch.manual_seed(seed)
+    groups, rows, size = draw.randint(1, 4), draw.randint(1, 6), draw.randint(1, 5)
+    delta, other = torch.randn(2, groups, rows, size)
+    shared = [
+        (torch.randn(groups, rows, draw.randint(1, 4)), delta) for _ in range(draw.randint(1, 3))
+    ]
+    numbers = torch.randint(0, draw.randint(1, 4), (groups, rows))
+    factors = [*shared, (numbers, other), (numbers, delta)]
+    expected = sum(
+        multiplied_out(a, d, (4, size) if a.ndim == 2 else (size, a.shape[2]))
+        .double().flatten(1).square().sum(1)
+        for a, d in factors
+    )  # fmt: skip
+    torch.testing.assert_close(squared_norm(factors), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 6, 6), (2, 3, 7, 5), (1, 1, 2, 2)])

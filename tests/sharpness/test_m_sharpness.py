@@ -86,7 +86,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=lambda c: c.name)
 def test_both_engines_agree_on_every_option(case: Case, options):
     model, x, y = case.make()
     settings_ = {"m": [1, 4, 10], "rho": RHOS, "seed": 3, **options}

@@ -388,6 +388,30 @@ def test_recurrent_layers_and_tokens_run_as_one_batch(m, adaptive):
     assert plan_of(model).one_batch and plan_of(model).groups > 1
 
 
+class Reviews(nn.Module):
+    """Of the words of a sequence a few are common; one of them is padding."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.words = nn.Embedding(400, 6, **options)
+        self.read, self.head = nn.GRU(6, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.read(self.words(x))[0].mean(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": 2}, {"sparse": True}])
+@pytest.mark.parametrize("m", [1, 3])
+def test_perturbations_of_tables_stay_in_factors(m, options):
+    torch.manual_seed(0)
+    model, x, y = Reviews(**options).double(), torch.randint(0, 9, (13, 7)), torch.arange(13) % 3
+    plain = Reviews(**{**options, "sparse": False}).double()
+    plain.load_state_dict(model.state_dict())
+    m_sam_gradient(model, x, y, m=m, rho=0.2)
+    assert "words.weight" in plan_of(model).factored and plan_of(model).one_batch
+    assert close(grads(model), m_sam_loop(plain, x, y, m, 0.2), 1e-12)
+
+
 def test_perturbations_of_convolutions_may_stay_in_factors():
     torch.manual_seed(0)
     model = nn.Sequential(
