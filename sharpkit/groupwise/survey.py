@@ -19,19 +19,21 @@ from sharpkit.groupwise.low_rank import Rows
 from sharpkit.groupwise.one_batch import OneBatch, Point
 
 # two different numbers of examples: an axis that has as many by chance is found out
-_TRIED = (2, 3)
+_TRIED = (3, 2)
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device in three constants."""
+    """A device in some constants."""
 
     flops: float  # floating-point operations a second that layers of ordinary size reach in float32
     call: float  # seconds that one call of an operation takes at least
-    # how many times the calls of a pass its work should be, for a group alone to use the device as
-    # well as groups side by side do
+    # what a forward pass of a group should take for the group alone to use the device as well as
+    # groups side by side do: seconds, or so many times its calls
+    seconds: float
     fill: float
     least: int  # examples that a group alone has at least
+    most: int  # examples of groups side by side
 
     def alone(self, flops: float, calls: int) -> int:
         """Group size from which groups run as fast one by one.
@@ -44,16 +46,21 @@ class Device:
         """
         if flops <= 0:
             return max(self.least, 16)
-        return max(self.least, math.ceil(self.fill * calls * self.call * self.flops / flops))
+        enough = max(self.seconds, self.fill * calls * self.call) * self.flops / flops
+        return min(max(self.least, math.ceil(enough)), self.most + 1)
 
 
-# two cores of an AMD EPYC: 50 GFLOP/s in convolutions of 16 to 64 channels, 5 us a call
-# (benchmarks/bench_speed.py)
-CPU = Device(flops=5e10, call=5e-6, fill=40.0, least=8)
+# two cores of an AMD EPYC: 50 GFLOP/s in convolutions of 16 to 64 channels, 5 us a call. Side by
+# side, groups took of their time alone: a CNN of 37 MFLOP 0.7 at m = 8, 0.9 at 16 and 1.0 at 32,
+# ResNet-20 (80) 0.9 at 8 and 1.2 at 12, a small ViT (105) 1.1 at 8 (benchmarks/bench_speed.py)
+CPU = Device(flops=5e10, call=5e-6, seconds=0.016, fill=0.0, least=8, most=16)
 # an H100 or H200 without TF32: 30 TFLOP/s, 8 us a call. Groups alone cost the launches of a loop:
 # side by side a CNN took 0.4 of its time at m = 64 and 2.9 at 256, ResNet-20 0.5 and 1.5, WRN-28-10
 # 0.75 at 4 and 1.26 at 16 (benchmarks/results)
-GPU = Device(flops=3e13, call=8e-6, fill=1.0, least=8)
+GPU = Device(flops=3e13, call=8e-6, seconds=0.0, fill=1.0, least=8, most=sys.maxsize - 1)
+# of this many groups at least each may have more examples than `least` on a CPU: two of 16 side by
+# side took 1.2 of their time alone, eight 0.9
+_SEVERAL = 4
 
 
 @dataclass(frozen=True)
@@ -126,6 +133,16 @@ def survey(
             if smallest >= found.alone(model.device):
                 return replace(found, refused=refused or "groups run faster one by one")
     return Survey(refused, rows, looked_up, whole, flops, calls)
+
+
+def most_side_by_side(examples: int, device: torch.device) -> int:
+    """Group size up to which the groups of so many examples gain anything side by side.
+
+    Example:
+        >>> [most_side_by_side(n, torch.device("cpu")) for n in (16, 64)]
+        [8, 16]
+    """
+    return sys.maxsize if device.type == "cuda" else max(CPU.least, examples // _SEVERAL)
 
 
 def chunk_that_fills(device: Device, flops: float, calls: int) -> int:

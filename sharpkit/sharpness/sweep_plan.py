@@ -28,7 +28,7 @@ from sharpkit.groupwise.image_layout import image_layout
 from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import Objective
 from sharpkit.groupwise.packing import Packing
-from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
+from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, most_side_by_side, survey
 from sharpkit.memory import available_memory
 from sharpkit.sharpness.ascent_rules import Ascent
 from sharpkit.sharpness.passes import OneBatchPasses, Transformed
@@ -65,10 +65,11 @@ class SweepPlan:
 
     def objective(self, chunk: int, *, loop: bool = False) -> Objective:
         """What is measured, in chunks of as many examples; group by group if `loop`."""
+        device = self.function.device
+        alone = min(self.survey.alone(device), most_side_by_side(chunk, device) + 1)
         return Objective(
             self.function, self.loss, self.weights, chunk,
-            max(1, self.batch * chunk // self.chunk),
-            1 if loop else self.survey.alone(self.function.device), self.layout,
+            max(1, self.batch * chunk // self.chunk), 1 if loop else alone, self.layout,
         )  # fmt: skip
 
     def one_batch(self, rule: Ascent, *, compile: bool) -> OneBatchPasses:

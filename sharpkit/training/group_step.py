@@ -16,6 +16,7 @@ from sharpkit.contract.losses import check_labels
 from sharpkit.contract.state import Attributes
 from sharpkit.errors import ModelError
 from sharpkit.groupwise.fallback import Disagreement, Engine, first_that_works, vectorised_or_loop
+from sharpkit.groupwise.survey import most_side_by_side
 from sharpkit.training.batch_norm_statistics import Averages
 from sharpkit.training.compiled_passes import AsCompiled, leave_uncompiled, tell
 from sharpkit.training.group_passes import (
@@ -103,7 +104,9 @@ class _Step(NamedTuple):
 
     def side_by_side(self) -> Result:
         """All groups of a chunk together."""
-        if self.plan.groups == 1:
+        task = self.task
+        few = task.m > most_side_by_side(len(task.examples), task.model.device)
+        if self.plan.groups == 1 or few:
             return self.by(Alone, 1)
         if not self.plan.one_batch:
             return self._under_vmap()

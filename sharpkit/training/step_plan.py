@@ -31,15 +31,13 @@ from sharpkit.groupwise.low_rank import Rows
 from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import floating_leaves, plain_gradient
 from sharpkit.groupwise.one_batch import OneBatch, Point
-from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, survey
+from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, most_side_by_side, survey
 from sharpkit.training.group_passes import StepTask
 from sharpkit.training.noise import DrawsOfCalls, Noise
 
 _KEPT_PER_MODEL = 16
 _PROBED = 32  # examples that a loss of unknown kind is tried on
 _CPU_WORKING_SET = 384 * 2**20
-# examples of a group on a CPU, however small the network: larger ones gain nothing side by side
-_MOST_SIDE_BY_SIDE = 15
 # operations of a forward pass from which a group of two or more examples fills a CPU: WRN-16-4 at
 # m = 4 took 1.04 loops alone and 1.12 side by side, ResNet-20 and a small ViT 1.1 and 1.05
 _CPU_FULL_GROUP = 2e9
@@ -162,8 +160,9 @@ def _groups_at_a_time(per_group: int, m: int, found: Survey, device: torch.devic
     if m >= found.alone(device):
         return 1
     if on_cpu:
-        full = m > _MOST_SIDE_BY_SIDE or (m > 1 and m * found.flops >= _CPU_FULL_GROUP)
-        return 1 if full else max(1, _CPU_WORKING_SET // per_group)
+        full = m > 1 and m * found.flops >= _CPU_FULL_GROUP
+        groups = max(1, _CPU_WORKING_SET // per_group)
+        return 1 if full or m > most_side_by_side(groups * m, device) else groups
     enough = chunk_that_fills(GPU, found.flops, found.calls)
     return max(1, min(default_memory_budget(device) // per_group, enough // m))
 

@@ -55,6 +55,15 @@ def test_equals_the_float64_loop(case: Case, engine, dtype, tolerance):
     assert result.engine == engine
 
 
+@pytest.mark.parametrize("chunk", [32, 72])  # two groups of 16 run alone, four side by side
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_groups_of_sixteen_equal_the_loop_alone_and_side_by_side(case: Case, chunk):
+    model, x, y = case.make()
+    x, y = torch.cat([x, x.flip(0), x]), torch.cat([y, y, y])
+    result = m_sharpness(model, (x, y), m=16, rho=0.1, seed=None, chunk=chunk)
+    np.testing.assert_allclose(result.value, reference(model, x, y, 16, 0.1), rtol=1e-6)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 @pytest.mark.parametrize("n", [24, 23])
 def test_does_not_change_with_the_chunk_size(case: Case, n):

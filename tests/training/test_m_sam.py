@@ -388,6 +388,27 @@ def test_recurrent_layers_and_tokens_run_as_one_batch(m, adaptive):
     assert plan_of(model).one_batch and plan_of(model).groups > 1
 
 
+@pytest.mark.parametrize(("n", "alone"), [(35, 3), (64, 0), (70, 1)])
+def test_a_few_larger_groups_run_one_after_the_other(n, alone, monkeypatch):
+    torch.manual_seed(0)
+    model, x, y = CASES[0].make()
+    x, y = x.repeat(3, 1)[:n], y.repeat(3)[:n]
+    m_sam_gradient(model, x[:32], y[:32], m=16, rho=0.2)  # compares both ways first
+    model.zero_grad()
+    original, taken = group_passes.Alone._group, []
+
+    def group(self, examples, leaves):
+        taken.append(len(examples))
+        return original(self, examples, leaves)
+
+    m_sam_gradient(model, x[:64], y[:64], m=16, rho=0.2)
+    model.zero_grad()
+    monkeypatch.setattr(group_passes.Alone, "_group", group)
+    m_sam_gradient(model, x, y, m=16, rho=0.2)
+    assert len(taken) == alone
+    assert close(grads(model), m_sam_loop(model, x, y, 16, 0.2), 1e-12)
+
+
 class Reviews(nn.Module):
     """Of the words of a sequence a few are common; one of them is padding."""
 
