@@ -150,7 +150,7 @@ def _embedding(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> T
     if index.ndim == 0:
         return None
     batch.looked_up[name] = batch.looked_up.get(name, 0) + index[0].numel()
-    tables, rows = batch.of_groups(weight), index.reshape(batch.point.groups, -1)
+    tables, rows = batch.of_groups(weight), index.reshape(batch.point.groups, -1).long()
     if name in batch.point.probed and torch.is_grad_enabled():
         found = F.embedding(index, tables).requires_grad_()
         batch.inputs[name].append(rows)

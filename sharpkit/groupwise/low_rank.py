@@ -135,7 +135,10 @@ def multiplied_out(inputs: Tensor, deltas: Tensor, shape: Sequence[int]) -> Tens
     if inputs.ndim == 3:
         return (deltas.mT @ inputs).view(len(inputs), *shape)
     tables = deltas.new_zeros(len(inputs), *shape)
-    return tables.scatter_add_(1, inputs.unsqueeze(2).expand_as(deltas), deltas)
+    first = shape[0] * torch.arange(len(inputs), device=inputs.device).unsqueeze(1)
+    # which torch's deterministic algorithms know on a GPU
+    tables.flatten(0, 1).index_add_(0, (inputs + first).flatten(), deltas.flatten(0, 1))
+    return tables
 
 
 class Rows(NamedTuple):
@@ -144,19 +147,20 @@ class Rows(NamedTuple):
     number: int
     looked_up: bool = False  # rows of a table, and not products with a matrix
 
-    def nbytes(self, weight: Tensor) -> int:
-        """Of the factors for an example."""
-        entries = weight[0].numel() + (1 if self.looked_up else len(weight))
-        return self.number * entries * weight.itemsize
+    def nbytes(self, weight: Tensor, m: int = 1) -> int:
+        """Of the factors for m examples, and of three products of rows in float64 for the norm."""
+        rows, entries = m * self.number, weight[0].numel()
+        beside = 8 if self.looked_up else len(weight) * weight.itemsize
+        return rows * (entries * weight.itemsize + beside + 24 * rows)
 
     def pay(self, weight: Tensor, m: int = 1) -> bool:
-        """Whether the gradient of m examples takes less time in factors than whole.
+        """Whether the gradient of m examples is better kept in factors than whole.
 
         With r rows, a matrix (out, in) takes 3 r · out · in multiplications, its factors r² (out +
-        in) for each of two passes, and for a norm in float64, which counts as three. A table takes
-        its own memory, and in factors that of the rows and of each beside each other.
+        in) for each of two passes, and for a norm in float64, which counts as three. Of a table
+        the memory counts, twice that of the derivatives.
         """
         rows, features = m * self.number, weight[0].numel()
         if self.looked_up:
-            return 2 * rows * (features + rows) <= weight.numel()
+            return 2 * rows * (features + 3 * rows) <= weight.numel()
         return 5 * rows * (features + len(weight)) <= 3 * weight.numel()

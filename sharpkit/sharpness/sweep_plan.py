@@ -105,16 +105,18 @@ def sweep_plan(
     """
     device = function.device
     layout = image_layout(function, probe)
-    found = survey(function, weights, probe.examples, smallest=math.gcd(*ms))
+    block = math.gcd(*ms)
+    found = survey(function, weights, probe.examples, smallest=block)
     per_example, unused = try_gradient(function, loss, weights, probe.examples)
-    factored = found.factored(weights) if allows_factors else {}
+    factored = found.factored(weights, block) if allows_factors else {}
     per_group = sum(
-        factored[name].nbytes(w) if name in factored else w.nbytes for name, w in weights.items()
+        factored[name].nbytes(w, block) if name in factored else w.nbytes
+        for name, w in weights.items()
     )
 
     def bytes_of(chunk: int) -> int:
         # base gradients are held while one m at a time is merged and perturbed
-        groups = math.ceil(chunk / math.gcd(*ms)) + math.ceil(chunk / min(ms))
+        groups = math.ceil(chunk / block) + math.ceil(chunk / min(ms))
         return chunk * per_example + groups * per_group
 
     if chunk == "auto":
@@ -126,7 +128,7 @@ def sweep_plan(
     else:
         raise ArgumentError(f'chunk must be "auto" or a positive integer, got {chunk!r}')
     memory = bytes_of(size)
-    if math.gcd(*ms) >= found.alone(device):
+    if block >= found.alone(device):
         own = sum(w.nbytes for w in weights.values())
         memory = min(batch, max(ms)) * per_example + 3 * own  # home, moved, gradient
     if device.type == "cpu":  # elsewhere a chunk that does not fit is halved

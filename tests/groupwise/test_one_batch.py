@@ -210,8 +210,8 @@ def test_a_table_stays_in_factors_while_few_rows_are_looked_up():
     found = survey(
         passes.model, passes.weights, Examples(torch.randint(0, 4, (6, 5)), torch.zeros(6))
     )
-    assert "table.weight" in found.factored(passes.weights, 8)  # 2 · 48 · (24 + 48) of 7200
-    assert "table.weight" not in found.factored(passes.weights, 9)
+    assert "table.weight" in found.factored(passes.weights, 5)  # 60 · (24 + 3 · 30) of 7200
+    assert "table.weight" not in found.factored(passes.weights, 6)
 
 
 @pytest.mark.parametrize("seed", range(8))
