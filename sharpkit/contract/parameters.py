@@ -140,9 +140,9 @@ def check_finite_weights(model: nn.Module) -> None:
         values = parts_of(tensor)[-1].detach()
         if values.numel():
             alike.setdefault((tensor.device, tensor.dtype), []).append(values)
-    tops = [torch.stack(torch._foreach_norm(some, torch.inf)) for some in alike.values()]
-    if all(bool(torch.isfinite(top).all()) for top in tops):  # a wait for each device
-        return
+    sums = [torch.stack(torch._foreach_norm(some, 1)) for some in alike.values()]
+    if all(bool(torch.isfinite(total).all()) for total in sums):  # a wait for each device
+        return  # else an entry is not finite, or a sum only
     for kind, name, tensor in real:
         bad = int((~torch.isfinite(parts_of(tensor)[-1])).sum())
         if bad:

@@ -165,15 +165,18 @@ class BatchPasses:
 def _factors(batch: OneBatch, grads: Any, groups: int) -> Factors:
     """The rows of all calls of every probed weight, one after the other."""
     found, rest = {}, list(grads)
+    known: dict[int, Tensor] = {}  # matrices of one recurrent layer may share their derivatives
+
+    def rows(g: Tensor, name: str) -> Tensor:
+        if id(g) not in known:
+            known[id(g)] = windows.delta_rows(g, groups, convolution=batch.held_ndim(name) > 2)
+        return known[id(g)]
+
     for name, probes in batch.probes.items():
         calls = len(probes)
         mine, rest = rest[:calls], rest[calls:]
         deltas = [
-            windows.delta_rows(
-                torch.zeros_like(p) if g is None else g,
-                groups,
-                convolution=batch.held_ndim(name) > 2,
-            )
+            rows(torch.zeros_like(p) if g is None else g, name)
             for g, p in zip(mine, probes, strict=True)
         ]
         found[name] = (_joined(batch.inputs[name]), _joined(deltas))

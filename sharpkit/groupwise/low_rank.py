@@ -90,7 +90,7 @@ def squared_norm(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """The sum of the squared norms of gradients Δᵀ A, of all groups, (groups,) float64.
 
     A is (groups, rows, in), Δ is (groups, rows, out); or A (groups, rows) are numbers of rows of a
-    table, to which Δ is added. Matrices of one layer may have one Δ.
+    table, to which Δ is added. Matrices that share one tensor Δ cost its products once.
 
     Example:
         >>> import torch
@@ -99,10 +99,9 @@ def squared_norm(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
         >>> torch.allclose(squared_norm([(a, d)]).float(), dense, rtol=1e-4)
         True
     """
-    by_delta: dict[Any, tuple[Tensor, list[Tensor]]] = {}
+    by_delta: dict[int, tuple[Tensor, list[Tensor]]] = {}
     for a, d in factors:
-        key = d.data_ptr(), d.shape, d.stride(), d.dtype
-        by_delta.setdefault(key, (d, []))[1].append(_inner(a))
+        by_delta.setdefault(id(d), (d, []))[1].append(_inner(a))
     parts = [(torch.stack(inner).sum(0) * _inner(d)).sum((1, 2)) for d, inner in by_delta.values()]
     total: Tensor = torch.stack(parts).sum(0)
     return total.clamp(min=0)
@@ -157,8 +156,8 @@ class Rows(NamedTuple):
         """Whether the gradient of m examples is better kept in factors than whole.
 
         With r rows, a matrix (out, in) takes 3 r · out · in multiplications, its factors r² (out +
-        in) for each of two passes, and for a norm in float64, which counts as three. Of a table
-        the memory counts, twice that of the derivatives.
+        in) for each of two passes, and for a norm in float64, which counts as three. A table is
+        whole where twice the derivatives of its rows and the norm's products take as much memory.
         """
         rows, features = m * self.number, weight[0].numel()
         if self.looked_up:

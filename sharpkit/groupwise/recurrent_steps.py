@@ -71,7 +71,7 @@ def _lstm(way: RecurrentDirection, z: Tensor, h: Tensor, c: Tensor) -> Run:
     for gates, i_f, i, f, g, o, h_before, h_after, c_before, c_after, tanh in _ordered(way, each):
         way.hidden.step(gates, h_before)
         i_f.sigmoid_()
-        g.copy_(beside.copy_(g).tanh_())  # of one piece of memory it is three times as fast
+        _tanh(g, beside)
         o.sigmoid_()
         torch.mul(f, c_before, out=c_after)
         c_after.addcmul_(i, g)
@@ -82,7 +82,7 @@ def _lstm(way: RecurrentDirection, z: Tensor, h: Tensor, c: Tensor) -> Run:
 
 def _gru(way: RecurrentDirection, z: Tensor, h: Tensor) -> Run:
     size = h.shape[1]
-    states, u = _states(way, z, h), _repeated(way.hidden.bias, z)
+    states, u, beside = _states(way, z, h), _repeated(way.hidden.bias, z), torch.empty_like(h)
     each = zip(
         u.unbind(), u[..., : 2 * size].unbind(), u[..., 2 * size :].unbind(),
         z[..., : 2 * size].unbind(), *(gate.unbind() for gate in z.chunk(3, 2)),
@@ -91,7 +91,7 @@ def _gru(way: RecurrentDirection, z: Tensor, h: Tensor) -> Run:
     for own, own_r_s, own_n, r_s, r, s, n, h_before, h_after in _ordered(way, each):
         way.hidden.step(own, h_before)
         r_s.add_(own_r_s).sigmoid_()
-        n.addcmul_(r, own_n).tanh_()
+        _tanh(n.addcmul_(r, own_n), beside)
         torch.lerp(n, h_before, s, out=h_after)
     return states, None, (z, states, u)
 
@@ -106,6 +106,14 @@ def _plain(way: RecurrentDirection, z: Tensor, h: Tensor) -> Run:
         else:
             torch.clamp_min(own, 0, out=h_after)
     return states, None, (states,)
+
+
+def _tanh(gate: Tensor, beside: Tensor) -> None:
+    """In place; on a CPU by way of one piece of memory, where it is three times as fast."""
+    if gate.device.type == "cpu":
+        gate.copy_(beside.copy_(gate).tanh_())
+    else:
+        gate.tanh_()
 
 
 def _states(way: RecurrentDirection, z: Tensor, first: Tensor) -> Tensor:

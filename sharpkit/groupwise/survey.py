@@ -76,7 +76,7 @@ class Survey:
     calls: int  # of operations in a forward pass
 
     def factored(self, weights: Tensors, m: int = 1) -> dict[str, Rows]:
-        """Rows of the weights whose gradient for m examples is smaller in factors."""
+        """Rows of the weights whose gradient for m examples is better kept in factors."""
         rows = {name: Rows(count) for name, count in self.rows.items()}
         tables = {name: Rows(count, True) for name, count in self.looked_up.items()}
         elsewhere = self.whole | (rows.keys() & tables.keys())
