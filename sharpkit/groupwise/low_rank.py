@@ -12,6 +12,7 @@ of A only the numbers of the rows are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -102,9 +103,8 @@ def squared_norm(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     by_delta: dict[int, tuple[Tensor, list[Tensor]]] = {}
     for a, d in factors:
         by_delta.setdefault(id(d), (d, []))[1].append(_inner(a))
-    parts = [(torch.stack(inner).sum(0) * _inner(d)).sum((1, 2)) for d, inner in by_delta.values()]
-    total: Tensor = torch.stack(parts).sum(0)
-    return total.clamp(min=0)
+    parts = [(reduce(torch.add, inner) * _inner(d)).sum((1, 2)) for d, inner in by_delta.values()]
+    return reduce(torch.add, parts).clamp(min=0)
 
 
 def _inner(rows: Tensor) -> Tensor:
