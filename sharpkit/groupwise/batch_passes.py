@@ -165,12 +165,13 @@ class BatchPasses:
 def _factors(batch: OneBatch, grads: Any, groups: int) -> Factors:
     """The rows of all calls of every probed weight, one after the other."""
     found, rest = {}, list(grads)
-    known: dict[int, Tensor] = {}  # matrices of one recurrent layer may share their derivatives
+    # matrices of one recurrent layer may share their derivatives, which are held: ids come again
+    known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def rows(g: Tensor, name: str) -> Tensor:
         if id(g) not in known:
-            known[id(g)] = windows.delta_rows(g, groups, convolution=batch.held_ndim(name) > 2)
-        return known[id(g)]
+            known[id(g)] = g, windows.delta_rows(g, groups, convolution=batch.held_ndim(name) > 2)
+        return known[id(g)][1]
 
     for name, probes in batch.probes.items():
         calls = len(probes)

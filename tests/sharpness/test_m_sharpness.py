@@ -213,6 +213,32 @@ def test_weights_that_are_not_used_are_flat_directions(engine):
     np.testing.assert_allclose(both.value, used.value, rtol=1e-5)
 
 
+class Discarded(nn.Module):
+    """Tables and layers whose outputs nothing takes, beside one that counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList([nn.Embedding(300, 4), nn.Embedding(400, 9)])
+        self.layers = nn.ModuleList([nn.Linear(4, 50), nn.Linear(9, 40)])
+        self.used, self.head = nn.Embedding(300, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        for table, layer in zip(self.tables, self.layers, strict=True):
+            layer(table(x[:, :2]))
+        return self.head(torch.tanh(self.used(x)).sum(1))
+
+
+@pytest.mark.parametrize("engine", ["vectorized", "loop"])
+def test_what_is_looked_up_and_discarded_is_a_flat_direction(engine):
+    torch.manual_seed(0)
+    model, x, y = Discarded().double(), torch.randint(0, 9, (12, 5)), torch.randint(0, 3, (12,))
+    with pytest.warns(UserWarning, match=r"does not depend on tables\.0\.weight"):
+        result = m_sharpness(model, (x, y), m=[1, 2], rho=0.1, seed=None, engine=engine)
+    names = {"used.weight", "head.weight", "head.bias"}
+    expected = [reference(model, x, y, m, 0.1, names) for m in (1, 2)]
+    np.testing.assert_allclose(result.value, expected, rtol=1e-6)
+
+
 def saturated_network():
     """A trained network whose single-example gradient norms span 1e-30 to 1."""
     torch.manual_seed(0)
