@@ -58,8 +58,8 @@ CPU = Device(flops=5e10, call=5e-6, seconds=0.016, fill=0.0, least=8, most=16)
 # side by side a CNN took 0.4 of its time at m = 64 and 2.9 at 256, ResNet-20 0.5 and 1.5, WRN-28-10
 # 0.75 at 4 and 1.26 at 16 (benchmarks/results)
 GPU = Device(flops=3e13, call=8e-6, seconds=0.0, fill=1.0, least=8, most=sys.maxsize - 1)
-# of this many groups at least each may have more examples than `least` on a CPU: two of 16 side by
-# side took 1.2 of their time alone, eight 0.9
+# so many groups of several examples gain something side by side on a CPU: of m-SAM two took 1.1 to
+# 1.3 of their time alone at m = 2 to 16, four as long, eight 0.9
 _SEVERAL = 4
 
 
@@ -139,10 +139,10 @@ def most_side_by_side(examples: int, device: torch.device) -> int:
     """Group size up to which the groups of so many examples gain anything side by side.
 
     Example:
-        >>> [most_side_by_side(n, torch.device("cpu")) for n in (16, 64)]
-        [8, 16]
+        >>> [most_side_by_side(n, torch.device("cpu")) for n in (2, 16, 64)]
+        [1, 4, 16]
     """
-    return sys.maxsize if device.type == "cuda" else max(CPU.least, examples // _SEVERAL)
+    return sys.maxsize if device.type == "cuda" else max(1, examples // _SEVERAL)
 
 
 def chunk_that_fills(device: Device, flops: float, calls: int) -> int:

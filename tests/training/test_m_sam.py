@@ -266,7 +266,7 @@ class Loopy(nn.Module):
 
 def test_what_cannot_be_vectorised_runs_as_a_loop_and_says_so():
     torch.manual_seed(0)
-    model, x, y = Loopy().double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    model, x, y = Loopy().double(), torch.randn(8, 4).double(), torch.arange(8) % 3
     with pytest.raises(ModelError, match=r"groups cannot be vectorised, use engine='loop'"):
         m_sam_gradient(model, x, y, m=2, engine="vectorized")
     with pytest.warns(UserWarning, match="one after the other, which is slower"):
@@ -559,7 +559,7 @@ def test_a_weight_used_otherwise_than_before_gives_no_wrong_number():
             return self.head(x) + (x @ self.head.weight.T if self.late else 0.0)
 
     torch.manual_seed(0)
-    model, x, y = Later().double(), torch.randn(6, 4).double(), torch.arange(6) % 3
+    model, x, y = Later().double(), torch.randn(8, 4).double(), torch.arange(8) % 3
     for model.late in (False, True):
         model.zero_grad()
         m_sam_gradient(model, x, y, m=2, rho=0.2)
