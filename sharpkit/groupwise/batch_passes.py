@@ -80,8 +80,12 @@ class BatchPasses:
             allow_unused=True,
         ) if pairs else [None] * (len(leaves) + len(probes))  # fmt: skip
         factors = _factors(batch, found[len(leaves) :], groups)
-        dense = {name: factors.pop(name) for name in batch.probes if name not in factored}
-        packs = self._packs(leaves, found, {name: d.mT @ a for name, (a, d) in dense.items()})
+        dense = {
+            name: low_rank.multiplied_out(*factors.pop(name), self.weights[name].shape)
+            for name in batch.probes
+            if name not in factored
+        }
+        packs = self._packs(leaves, found, dense)
         return BatchGradients(terms, packs, factors)
 
     def losses(

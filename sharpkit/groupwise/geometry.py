@@ -135,14 +135,14 @@ def normalised(tensors: Tensors, factors: Factors | None = None) -> tuple[Tensor
     def scaled(t: Tensor, e: Tensor) -> Tensor:
         return power_of_two(t, e.view(-1, *[1] * (t.ndim - 1)))
 
+    def both(a: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+        if a.ndim == 2:  # numbers of rows
+            return a, scaled(d, exponent)
+        return scaled(a, half), scaled(d, exponent - half)
+
     return (
         {name: scaled(t, exponent) for name, t in tensors.items()},
-        {
-            name: (scaled(a, half), scaled(d, exponent - half))
-            if a.ndim > 2
-            else (a, scaled(d, exponent))
-            for name, (a, d) in factors.items()
-        },
+        {name: both(a, d) for name, (a, d) in factors.items()},
     )
 
 

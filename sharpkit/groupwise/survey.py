@@ -79,6 +79,8 @@ class Survey:
         """Rows of the weights whose gradient for m examples is better kept in factors."""
         rows = {name: Rows(count) for name, count in self.rows.items()}
         tables = {name: Rows(count, True) for name, count in self.looked_up.items()}
+        if self.refused:  # function transforms know layers alone
+            tables = {}
         elsewhere = self.whole | (rows.keys() & tables.keys())
         return {
             name: found

@@ -54,11 +54,11 @@ def run(task: StepTask, engine: Engine) -> Result:
     with _no_autocast_cache(), task.recorder.attached(), _group_errors(task.m), run_eagerly():
         plan = step_plan(task)
         check_labels(task.examples.labels, plan.outputs, task.loss.given)
-        if task.compile and (engine == "loop" or plan.groups == 1):
+        step, habits = _Step(task, plan, Noise(task.model.device)), task.model.habits
+        if task.compile and (engine == "loop" or step.are_alone):
             tell(task, f"groups of {task.m} are evaluated one after the other")
         elif task.compile and not plan.one_batch:
             tell(task, "its groups cannot run as one batch")
-        step, habits = _Step(task, plan, Noise(task.model.device)), task.model.habits
         habits.loss_sees_weights = plan.loss_sees_weights
         if plan.writes:  # caches and the like: every pass starts from what they were
             habits.attributes = plan.writes
@@ -102,11 +102,16 @@ class _Step(NamedTuple):
             result = _chunks(task, plan, way, groups)
         return result
 
-    def side_by_side(self) -> Result:
-        """All groups of a chunk together."""
+    @property
+    def are_alone(self) -> bool:
+        """Whether groups run as fast one after the other, by their work or because they are few."""
         task = self.task
         few = task.m > most_side_by_side(len(task.examples), task.model.device)
-        if self.plan.groups == 1 or few:
+        return self.plan.groups == 1 or few
+
+    def side_by_side(self) -> Result:
+        """All groups of a chunk together."""
+        if self.are_alone:
             return self.by(Alone, 1)
         if not self.plan.one_batch:
             return self._under_vmap()

@@ -214,6 +214,29 @@ def test_a_table_stays_in_factors_while_few_rows_are_looked_up():
     assert "table.weight" not in found.factored(passes.weights, 6)
 
 
+class Placed(nn.Module):
+    """Places are looked up by numbers that no example has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.head = (
+            nn.Embedding(300, 8),
+            nn.Embedding(5, 8),
+            nn.Linear(8, 3),
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head((self.words(tokens) + self.places(torch.arange(5))).mean(1))
+
+
+def test_tables_of_a_model_that_cannot_run_as_one_batch_are_counted_whole():
+    f, examples = FunctionalModel(Placed()), Examples(torch.randint(0, 9, (4, 5)), torch.zeros(4))
+    weights = {key: f.value(key) for key in f.names}
+    found = survey(f, weights, examples)
+    assert "places.weight" in found.refused and found.looked_up == {"words.weight": 5}
+    assert "words.weight" not in found.factored(weights)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_squared_norms_of_factors_are_those_of_the_gradients(seed):
     draw = Random(seed)
