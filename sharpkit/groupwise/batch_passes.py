@@ -18,7 +18,7 @@ from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.geometry import Factors, Tensors
 from sharpkit.groupwise.group_gradient import GroupTerms, group_losses, group_slopes
 from sharpkit.groupwise.objective import floating_leaves
-from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.groupwise.one_batch import OneBatch, Point, Positions
 from sharpkit.groupwise.packing import Packing
 from sharpkit.groupwise.survey import Survey
 
@@ -44,6 +44,7 @@ class BatchPasses:
     kept: dict[Any, Tensor] = field(default_factory=dict)
     # other parameters, and buffers, that differ from group to group but get no gradient, (*shape)
     fixed: Tensors = field(default_factory=dict)
+    positions: Positions = field(default_factory=dict)  # (see `Survey`)
 
     def __post_init__(self) -> None:
         self.packing = Packing(self.weights, frozenset(self.rows if self.packed else self.weights))
@@ -162,8 +163,12 @@ class BatchPasses:
         with nullcontext() if self._own is not None else self.held():
             assert self._own is not None
             held = dict(zip(self._stand_ins, self._own, strict=True))
-            with OneBatch(held, point, self.kept) as batch:
+            with self.batch(held, point) as batch:
                 yield batch
+
+    def batch(self, held: Tensors, point: Point) -> OneBatch:
+        """The mode in which a model that holds such tensors runs at a point."""
+        return OneBatch(held, point, self.kept, self.positions)
 
 
 def _factors(batch: OneBatch, grads: Any, groups: int) -> Factors:
@@ -202,4 +207,6 @@ def batch_passes(
     """
     if found.refused:
         raise Disagreement(f"as one batch, {found.refused}")
-    return BatchPasses(model, loss, weights, found.factored(weights), packed)
+    return BatchPasses(
+        model, loss, weights, found.factored(weights), packed, positions=found.positions
+    )

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from sharpkit.contract.embeddings import EmbeddingCall
 from sharpkit.contract.normalisation import BatchNormCall
 from sharpkit.groupwise import low_rank, pooling, recurrent
+from sharpkit.groupwise.attention import attention
 from sharpkit.groupwise.group_layers import channels_of_groups, examples_of_groups
 
 if TYPE_CHECKING:
@@ -108,6 +109,27 @@ def _group_norm(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> 
     return _scaled(batch, out, given["weight"], given["bias"], per_channel)
 
 
+def _rms_norm(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
+    names = ("input", "normalized_shape", "weight", "eps")
+    given = {"eps": None} | dict(zip(names, args, strict=False)) | kwargs
+    x, shape = given["input"], tuple(given["normalized_shape"])
+    if not batch.holds_examples(x) or x.ndim <= len(shape):
+        return None
+    out = F.rms_norm(x, shape, None, given["eps"])
+    return _scaled(batch, out, given["weight"], None, lambda t: t)
+
+
+def _prelu(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
+    given = dict(zip(("input", "weight"), args, strict=False)) | kwargs
+    x, weight = given["input"], given["weight"]
+    if batch.name_of(weight) is None or not batch.holds_examples(x) or weight.ndim != 1:
+        return None
+    own = batch.flat_of_examples(weight)
+    out = F.prelu(x.reshape(1, len(own), -1), own)
+    result: Tensor = torch.ops.aten._unsafe_view(out, x.shape)
+    return result
+
+
 def _named(first: tuple[str, ...], args: Args, kwargs: Kwargs) -> Kwargs:
     """The arguments of a normalisation by name, with the defaults of those that are not given."""
     given = dict(zip((*first, "weight", "bias", "eps"), args, strict=False))
@@ -145,10 +167,12 @@ def _embedding(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> T
     index, weight = call.input, call.weight
     special = (call.padding_idx, call.max_norm, call.scale_grad_by_freq, call.sparse)
     name = batch.name_of(weight)
-    if name is None or any(v not in (None, False) for v in special) or len(index) != batch.examples:
+    if name is None or any(v not in (None, False) for v in special):
         return None
-    if index.ndim == 0:
+    if index.ndim == 0 or batch.is_part(weight):
         return None
+    if len(index) != batch.examples or name in (batch.known or ()):
+        return _positions(batch, name, call)
     batch.looked_up[name] = batch.looked_up.get(name, 0) + index[0].numel()
     tables, rows = batch.of_groups(weight), index.reshape(batch.point.groups, -1).long()
     if name in batch.point.probed and torch.is_grad_enabled():
@@ -165,6 +189,41 @@ def _embedding(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> T
     first = torch.arange(len(tables), device=index.device) * tables.shape[1]
     first = first.repeat_interleave(batch.point.size).view(-1, *[1] * (index.ndim - 1))
     return F.embedding(index + first, tables.flatten(0, 1))
+
+
+def _positions(batch: OneBatch, name: str, call: EmbeddingCall) -> Tensor | None:
+    """Rows of a table that are the same for all examples, which is known by the index's shape."""
+    index, weight = call.input, call.weight
+    if batch.known is not None and index.shape not in batch.known.get(name, ()):
+        return None
+    batch.positions[name] = batch.positions.get(name, frozenset()) | {index.shape}
+    tables = batch.of_groups(weight)
+    if tables.ndim > weight.ndim:
+        first = torch.arange(len(tables), device=index.device) * tables.shape[1]
+        index, tables = first.view(-1, *[1] * index.ndim) + index, tables.flatten(0, 1)
+    return batch.part(weight, F.embedding(call.input, weight), F.embedding(index, tables))
+
+
+def _part(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
+    """A slice of a weight, or one with a further axis of 1."""
+    weight, value = args[0], batch.of_groups(args[0])
+    own = value.ndim > weight.ndim
+    if func is torch.Tensor.__getitem__:
+        entries = args[1] if isinstance(args[1], tuple) else (args[1],)
+        if not all(_is_plain(entry) for entry in entries):
+            return None
+        value = value[(slice(None), *entries)] if own else value[entries]
+    else:
+        axis = kwargs["dim"] if kwargs else args[1]
+        value = value.unsqueeze(axis + 1 if own and axis >= 0 else axis)
+    return batch.part(weight, func(*args, **kwargs), value)
+
+
+def _is_plain(entry: Any) -> bool:
+    """Whether an entry of an index is a number, None, ... or a slice by numbers."""
+    if isinstance(entry, slice):
+        return all(_is_plain(end) for end in (entry.start, entry.stop, entry.step))
+    return entry is None or entry is Ellipsis or type(entry) is int
 
 
 def _elementwise(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
@@ -224,8 +283,12 @@ RULES: dict[Function, Rule] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.group_norm: _group_norm,
+    F.rms_norm: _rms_norm,
+    F.prelu: _prelu,
     F.embedding: _embedding,
+    F.multi_head_attention_forward: attention,
     torch.Tensor.expand: _expand,
+    **dict.fromkeys((torch.Tensor.__getitem__, torch.Tensor.unsqueeze, torch.unsqueeze), _part),
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     **dict.fromkeys(recurrent.LAYERS, recurrent.recurrent_layer),
     **dict.fromkeys(recurrent.CELLS, recurrent.recurrent_cell),

@@ -43,18 +43,19 @@ def recognise(
         return None
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     found = dict(zip(names, args, strict=False)) | kwargs
-    padding = found.get("padding", 0)
-    if isinstance(padding, str):
-        if padding != "valid":
-            return None
-        padding = 0
     inputs, weight = found["input"], found["weight"]
     if inputs.ndim != weight.ndim:  # a single image without a batch axis
         return None
-    stride, padding, dilation = (
-        _per_axis(value, spatial)
-        for value in (found.get("stride", 1), padding, found.get("dilation", 1))
-    )
+    stride, dilation = (_per_axis(found.get(name, 1), spatial) for name in ("stride", "dilation"))
+    padding = found.get("padding", 0)
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        both = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
+        if any(p % 2 for p in both):  # more on one side than on the other
+            return None
+        padding = [p // 2 for p in both]
+    padding = _per_axis(padding, spatial)
     geometry = Geometry(stride, padding, dilation, found.get("groups", 1))
     return LayerCall(inputs, weight, found.get("bias"), geometry)
 

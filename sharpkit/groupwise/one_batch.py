@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from sharpkit.groupwise.group_layers import (
     linear,
 )
 from sharpkit.groupwise.layer_calls import LayerCall, recognise
+
+Positions: TypeAlias = Mapping[str, frozenset[torch.Size]]
 
 
 @dataclass
@@ -50,15 +52,21 @@ class Point:
 class OneBatch(TorchFunctionMode):
     """Inside, calls that take a held tensor run at the point's values.
 
-    Held tensors are recognised by identity; `kept` are buffers repeated for every example, kept
-    between passes over as many examples.
+    Held tensors are recognised by identity, and so are parts of them; `kept` are buffers repeated
+    for every example, kept between passes over as many examples. `positions` are the shapes of
+    indices, by table, that are the same for all examples; None to find them out.
     """
 
     def __init__(
-        self, held: Mapping[str, Tensor], point: Point, kept: dict[Any, Tensor] | None = None
+        self,
+        held: Mapping[str, Tensor],
+        point: Point,
+        kept: dict[Any, Tensor] | None = None,
+        positions: Positions | None = None,
     ) -> None:
         super().__init__()
         self.point, self.kept = point, {} if kept is None else kept
+        self.known, self.positions = positions, dict[str, frozenset[torch.Size]]()
         self.elsewhere: set[str] = set()  # names that a call took which was not recognised
         # names that a call took which has no rows: their gradient is no product of factors
         self.whole: set[str] = set()
@@ -72,6 +80,9 @@ class OneBatch(TorchFunctionMode):
         self.looked_up: dict[str, int] = {}  # rows per example, of all uses of a table
         self._names = {id(t): name for name, t in held.items()}
         self._shapes = {name: t.shape for name, t in held.items()}
+        # parts of held tensors: what the model has in their place, and their values
+        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._of_parts: dict[tuple[str, str], Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the function, at the groups' own weights where it takes one."""
@@ -89,8 +100,8 @@ class OneBatch(TorchFunctionMode):
             if not used:
                 return func(*args, **kwargs)
         call = recognise(func, args, kwargs)
-        if call is not None and self.holds_examples(call.inputs):
-            return self._layer(call)
+        if call is not None and self.holds_examples(call.inputs) and not used & self._parts.keys():
+            return self.layer(call)
         rule = None if call is not None else example_rules.RULES.get(func)
         counted = {name: self._counted(name) for name in used}
         out = None if rule is None else rule(self, func, args, kwargs)
@@ -129,9 +140,28 @@ class OneBatch(TorchFunctionMode):
         """The name of a held tensor."""
         return self._names.get(id(tensor))
 
+    def part(self, of: Tensor, held: Tensor, value: Tensor) -> Tensor | None:
+        """Hold a part of a held tensor, of NaN, whose value is shared or has an axis of groups.
+
+        None for a part of what is in factors.
+        """
+        whole = self._names[id(of)]
+        if whole in self.point.probed or whole in self.point.thin:
+            return None
+        name, held = f"{whole}, part {len(self._parts)}", held.detach()
+        self._parts[name] = held, value
+        self._names[id(held)], self._shapes[name] = name, held.shape
+        return held
+
+    def is_part(self, tensor: Tensor) -> bool:
+        """Whether it is a part of a held tensor."""
+        return self._names.get(id(tensor)) in self._parts
+
     def of_groups(self, tensor: Tensor) -> Tensor:
         """A held tensor's value, shared or with an axis of groups, in the graph of its target."""
         name, point = self._names[id(tensor)], self.point
+        if name in self._parts:
+            return self._parts[name][1]
         if not (torch.is_grad_enabled() and name in point.targets):
             return point.values[name]
         return point.targets[name] if point.moved is None else point.moved(name)
@@ -139,25 +169,31 @@ class OneBatch(TorchFunctionMode):
     def of_examples(self, tensor: Tensor) -> Tensor:
         """A held tensor's value for every example, (n, *shape), in the graph of its target."""
         name, point = self._names[id(tensor)], self.point
-        key = name, "rows"
-        if key not in point.of_examples:
+        made, key = self._made(name), (name, "rows")
+        if key not in made:
             shape, value = self._shapes[name], self.of_groups(tensor)
             if value.ndim == len(shape):
                 value = value.expand(self.examples, *shape)
             elif point.size > 1:
                 value = value.unsqueeze(1).expand(point.groups, point.size, *shape)
                 value = value.reshape(-1, *shape)
-            point.of_examples[key] = value
-        return point.of_examples[key]
+            made[key] = value
+        return made[key]
 
     def flat_of_examples(self, tensor: Tensor) -> Tensor:
         """The same in one row, (n · shape,)."""
-        key = self._names[id(tensor)], "flat"
-        if key not in self.point.of_examples:
-            self.point.of_examples[key] = self.of_examples(tensor).flatten()
-        return self.point.of_examples[key]
+        name = self._names[id(tensor)]
+        made, key = self._made(name), (name, "flat")
+        if key not in made:
+            made[key] = self.of_examples(tensor).flatten()
+        return made[key]
 
-    def _layer(self, call: LayerCall) -> Tensor:
+    def _made(self, name: str) -> dict[tuple[str, str], Tensor]:
+        """Values by example: those of parts are of this pass alone."""
+        return self._of_parts if name in self._parts else self.point.of_examples
+
+    def layer(self, call: LayerCall) -> Tensor:
+        """The output of a layer, at the groups' own values of the held tensors that it takes."""
         name, bias_name = self.name_of(call.weight), self.name_of(call.bias)
         weight = call.weight if name is None else self.point.values[name]
         bias = call.bias if bias_name is None else self.point.values[bias_name]

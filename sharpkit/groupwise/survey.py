@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.groupwise.geometry import Tensors
 from sharpkit.groupwise.low_rank import Rows
-from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.groupwise.one_batch import OneBatch, Point, Positions
 
 # two different numbers of examples: an axis that has as many by chance is found out
 _TRIED = (3, 2)
@@ -74,6 +74,8 @@ class Survey:
     whole: frozenset[str]  # weights that something else uses as well, or only
     flops: float  # of a forward pass in those layers, per example
     calls: int  # of operations in a forward pass
+    # by table, the shapes of indices that are the same for all examples
+    positions: Positions = field(default_factory=dict)
 
     def factored(self, weights: Tensors, m: int = 1) -> dict[str, Rows]:
         """Rows of the weights whose gradient for m examples is better kept in factors."""
@@ -108,6 +110,7 @@ def survey(
     """
     refused, rows, looked_up, flops, calls = "", {}, {}, 0.0, 0
     whole: frozenset[str] = frozenset()
+    positions: Positions | None = None
     if model.habits.loss_sees_weights:
         refused = "the loss depends on the weights themselves"
     if model.habits.needs_grad_mode:
@@ -128,13 +131,15 @@ def survey(
                 refused = refused or "it looks at values, which decides for all examples at once"
             if batch.elsewhere:
                 refused = refused or f"{min(batch.elsewhere)!r} is used by more than layers"
-            rows, looked_up = batch.rows, batch.looked_up
+            if positions not in (None, batch.positions) or batch.positions.keys() & batch.looked_up:
+                refused = refused or "it looks up rows of a table that are not those of examples"
+            rows, looked_up, positions = batch.rows, batch.looked_up, batch.positions
             calls, whole = batch.calls, frozenset(batch.whole)
             flops = 2.0 * sum(n * weights[name].numel() for name, n in rows.items())
-            found = Survey(refused, rows, looked_up, whole, flops, calls)
+            found = Survey(refused, rows, looked_up, whole, flops, calls, positions)
             if smallest >= found.alone(model.device):
                 return replace(found, refused=refused or "groups run faster one by one")
-    return Survey(refused, rows, looked_up, whole, flops, calls)
+    return Survey(refused, rows, looked_up, whole, flops, calls, positions or {})
 
 
 def most_side_by_side(examples: int, device: torch.device) -> int:

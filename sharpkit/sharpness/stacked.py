@@ -297,10 +297,11 @@ def _measured(
     def as_one_batch() -> dict[int, list[Groups]]:
         fixed = {name: t[0] for name, t in rest.items()}
         first = {name: t[0] for name, t in weights.items()}
-        refused = survey(function, first | fixed, shape.probe.examples).refused
-        if refused:
-            raise Disagreement(f"as one batch, {refused}")
-        return measured(BatchPasses(function, loss, selected, {}, fixed=fixed))
+        found = survey(function, first | fixed, shape.probe.examples)
+        if found.refused:
+            raise Disagreement(f"as one batch, {found.refused}")
+        passes = BatchPasses(function, loss, selected, {}, fixed=fixed, positions=found.positions)
+        return measured(passes)
 
     def transformed() -> dict[int, list[Groups]]:
         reason = shape.probe.try_swapping()

@@ -31,7 +31,7 @@ from sharpkit.groupwise.objective import (
     in_layout,
     leaf_gradient,
 )
-from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.groupwise.one_batch import Point
 from sharpkit.training.batch_norm_statistics import Recorder, Statistics
 from sharpkit.training.group_perturbation import Steps, step_of_one, steps_of_groups
 from sharpkit.training.noise import Noise
@@ -99,8 +99,9 @@ class AsOneBatch:
         factored = plan.factored
         self.task, self._careful, self._thin = task, plan.careful, frozenset(factored)
         self._passes = BatchPasses(
-            task.model, task.loss, task.shared, factored, packed=not task.variant.by_name
-        )
+            task.model, task.loss, task.shared, factored, packed=not task.variant.by_name,
+            positions=plan.positions,
+        )  # fmt: skip
         self._leaves = {name: w.detach().requires_grad_() for name, w in task.shared.items()}
         self._stand_ins = low_rank.stand_ins(task.shared)
         join = self._passes.packing.joined
@@ -148,7 +149,7 @@ class AsOneBatch:
         with torch.enable_grad():
             with (
                 task.model.assigned(self._stand_ins) as held,
-                OneBatch(dict(zip(leaves, held, strict=True)), point, self._passes.kept) as batch,
+                self._passes.batch(dict(zip(leaves, held, strict=True)), point) as batch,
             ):
                 outputs = task.model.outputs(examples.inputs)
             probes = [probe for calls in batch.probes.values() for probe in calls]

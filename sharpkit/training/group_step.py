@@ -114,7 +114,7 @@ class _Step(NamedTuple):
         if self.are_alone:
             return self.by(Alone, 1)
         if not self.plan.one_batch:
-            return self._under_vmap()
+            return self.by(Vectorised, self.plan.groups)
         return first_that_works(self._as_one_batch, self._under_vmap)
 
     def _as_one_batch(self) -> Result:

@@ -30,7 +30,7 @@ from sharpkit.contract.state import Attributes
 from sharpkit.groupwise.low_rank import Rows
 from sharpkit.groupwise.memory import default_memory_budget, try_gradient
 from sharpkit.groupwise.objective import floating_leaves, plain_gradient
-from sharpkit.groupwise.one_batch import OneBatch, Point
+from sharpkit.groupwise.one_batch import OneBatch, Point, Positions
 from sharpkit.groupwise.survey import GPU, Survey, chunk_that_fills, most_side_by_side, survey
 from sharpkit.training.group_passes import StepTask
 from sharpkit.training.noise import DrawsOfCalls, Noise
@@ -52,6 +52,7 @@ class StepPlan:
 
     groups: int  # at a time; 1 where they run as fast alone
     factored: dict[str, Rows]  # of weights whose perturbations stay in factors
+    positions: Positions  # (see `Survey`)
     layout: torch.memory_format  # of groups alone
     outputs: Any  # of one group, without storage
     loss: MeanLoss  # kept, for its identity is in the key
@@ -124,11 +125,12 @@ def _plan(task: StepTask, group: Examples, replay: Callable[[], None]) -> StepPl
         layout = _layout(task, group.slice(0, _LAYOUT_TRIED), replay)
     groups = _groups_at_a_time(per_group + 3 * dense, task.m, found, function.device)
     one_batch = not found.refused and not sees_weights and draws.are_of_examples
-    one_batch = one_batch and (groups == 1 or _keeps_groups_apart(task, replay))
+    one_batch = one_batch and (groups == 1 or _keeps_groups_apart(task, found.positions, replay))
     attributes.restore()
     return StepPlan(
         groups,
         factored,
+        found.positions,
         layout,
         pytree.tree_map(lambda t: torch.empty_like(t, device="meta"), outputs),
         loss,
@@ -167,7 +169,7 @@ def _groups_at_a_time(per_group: int, m: int, found: Survey, device: torch.devic
     return max(1, min(default_memory_budget(device) // per_group, enough // m))
 
 
-def _keeps_groups_apart(task: StepTask, replay: Callable[[], None]) -> bool:
+def _keeps_groups_apart(task: StepTask, positions: Positions, replay: Callable[[], None]) -> bool:
     """Whether the outputs of a group stay what they are if another lies beside it in the batch."""
     first = torch.arange(task.m)
     found = []
@@ -178,7 +180,11 @@ def _keeps_groups_apart(task: StepTask, replay: Callable[[], None]) -> bool:
             torch.no_grad(),
             without_checkpointing(),
             task.model.assigned(task.shared) as own,
-            OneBatch(dict(zip(task.shared, own, strict=True)), Point(2, task.m, task.shared)),
+            OneBatch(
+                dict(zip(task.shared, own, strict=True)),
+                Point(2, task.m, task.shared),
+                positions=positions,
+            ),
         ):
             outputs = task.model.outputs(both.inputs)
         found.append([t[: task.m] for t in floating_leaves(outputs)])

@@ -6,12 +6,14 @@ import copy
 import math
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import sharpkit as sk
 from sharpkit.contract.examples import Examples
 from sharpkit.contract.functional import FunctionalModel
 from sharpkit.contract.losses import resolve_loss
@@ -20,6 +22,7 @@ from sharpkit.groupwise.fallback import Disagreement
 from sharpkit.groupwise.low_rank import Rows, multiplied_out, squared_norm
 from sharpkit.groupwise.pooling import MaxPool2x2, pooled
 from sharpkit.groupwise.survey import survey
+from sharpkit.sharpness import measurement
 
 
 class TiedHead(nn.Module):
@@ -71,6 +74,66 @@ class Windows(nn.Module):
         return self.head(self.block(x.view(len(x), 1, 6, 2, 2)).flatten(1).relu_())
 
 
+class Attending(nn.Module):
+    """Attention with masks of both kinds, with its weights, and with steps on the first axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 8)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.averaged = nn.MultiheadAttention(8, 4, bias=False, batch_first=True)
+        self.apart = nn.MultiheadAttention(8, 2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, padding = self.words(tokens), tokens == 0
+        padding[:, 0] = False
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        x = self.encoder(x, later.double().masked_fill(later, -torch.inf), padding.to(x.dtype))
+        x = self.encoder(x, nn.Transformer.generate_square_subsequent_mask(x.shape[1]).double())
+        seen, weights = self.averaged(x, x, x, key_padding_mask=padding)
+        x = x + seen * weights.diagonal(dim1=1, dim2=2).unsqueeze(2)
+        per_head = later.expand(2 * len(x), -1, -1)
+        x, weights = self.apart(
+            *[x.transpose(0, 1)] * 3, attn_mask=per_head, average_attn_weights=False
+        )
+        return self.head(x.mean(0)) * weights.amax((1, 2, 3)).unsqueeze(1)
+
+
+class Placed(nn.Module):
+    """Rows and parts of weights that all examples have, as many as there may be examples."""
+
+    def __init__(self, steps: int = 12) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(30, 8), nn.Embedding(20, 8)
+        self.later, self.scales = nn.Embedding(20, 8), nn.Parameter(torch.rand(1, 30, 8))
+        self.kinds, self.head, self.steps = nn.Parameter(torch.rand(3, 8)), nn.Linear(8, 3), steps
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        places = torch.arange(self.steps)
+        x = self.words(tokens) + self.places(places)
+        x = x + self.later(places.unsqueeze(0)) + self.places(places.flip(0)).unsqueeze(0)
+        x = torch.cat([self.kinds[:1, None].expand(len(x), -1, -1), x], 1)
+        x = torch.tanh(x * self.scales[:, : self.steps + 1] - self.kinds[..., 2, :])
+        return self.head(x.mean(1) + torch.unsqueeze(self.kinds[1], 0))
+
+
+class Slopes(nn.Module):
+    """PReLU of one slope and of one per channel, RMSNorm, and convolutions that keep the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(2, 8, 3, padding="same", dilation=2), nn.PReLU(8),
+            nn.Conv2d(8, 4, (3, 5), padding="same", groups=2), nn.PReLU(),
+            nn.Flatten(2), nn.Conv1d(4, 4, 1, padding="valid"), nn.RMSNorm(64), nn.PReLU(4),
+            nn.Flatten(), nn.Linear(256, 5), nn.PReLU(5), nn.Linear(5, 3),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.path(x)
+
+
 def images(n: int) -> Tensor:
     return torch.randn(n, 2, 8, 8, dtype=torch.float64)
 
@@ -80,9 +143,12 @@ MODELS = {
     "tied_head": (TiedHead, lambda n: torch.randint(0, 60, (n, 5))),
     "broadcast": (Broadcast, images),
     "windows": (Windows, images),
+    "attending": (Attending, lambda n: torch.randint(0, 20, (n, 5))),
+    "placed": (Placed, lambda n: torch.randint(0, 30, (n, 12))),
+    "slopes": (Slopes, images),
 }
 # what is used in ways that only function transforms can follow
-REFUSED = {"transformer", "shared_weights"}
+REFUSED = {"shared_weights"}
 
 
 def passes_of(name: str, n: int) -> tuple[nn.Module, BatchPasses, Tensor, Tensor]:
@@ -214,23 +280,78 @@ def test_a_table_stays_in_factors_while_few_rows_are_looked_up():
     assert "table.weight" not in found.factored(passes.weights, 6)
 
 
-class Placed(nn.Module):
-    """Places are looked up by numbers that no example has."""
+class Gathered(nn.Module):
+    """Rows of a weight by an index that is a tensor."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.words, self.places, self.head = (
-            nn.Embedding(300, 8),
-            nn.Embedding(5, 8),
-            nn.Linear(8, 3),
-        )
+        self.words, self.places = nn.Embedding(300, 8), nn.Embedding(5, 8)
+        self.head = nn.Linear(8, 3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head((self.words(tokens) + self.places(torch.arange(5))).mean(1))
+        return self.head((self.words(tokens) + self.places.weight[torch.arange(5)]).mean(1))
+
+
+class Flattened(Gathered):
+    """Words are looked up in one row of all examples."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.words(tokens.flatten()).view(*tokens.shape, 8).mean(1))
+
+
+class Mixed(Gathered):
+    """A table is looked up by words and by places."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head((self.words(tokens) + self.words(torch.arange(5))).mean(1))
+
+
+class Crossed(Gathered):
+    """Attention to others than itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.words(tokens)
+        return self.head(self.cross(x, x.flip(1), x.flip(1))[0].mean(1))
+
+
+class Sliced(Gathered):
+    """A layer at a part of a weight."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.words(tokens).mean(1), self.head.weight[:2], self.head.bias[:2])
+
+
+@pytest.mark.parametrize("kind", [Gathered, Flattened, Mixed, Crossed, Sliced])
+def test_other_uses_of_tables_and_parts_are_refused(kind):
+    torch.manual_seed(0)
+    f, examples = FunctionalModel(kind()), Examples(torch.randint(0, 5, (4, 5)), torch.zeros(4))
+    assert survey(f, {key: f.value(key) for key in f.names}, examples).refused
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("name", ["attending", "placed", "slopes"])
+def test_sharpness_of_what_is_recognised_is_that_of_one_group_after_the_other(name, m, monkeypatch):
+    """The plan has chunks of as many examples as there are places."""
+    torch.manual_seed(0)
+    build, inputs = MODELS[name]
+    model, x, y = build().double().eval(), inputs(24), torch.randint(0, 3, (24,))
+
+    def values(**options: object) -> np.ndarray:
+        found = sk.m_sharpness(model, (x, y), m=m, rho=0.5, progress=False, **options)
+        return found.group_values[m, 0.5]
+
+    expected = values(engine="loop")
+    monkeypatch.setattr(measurement, "transformed", None)  # as one batch, or not at all
+    for chunk in ("auto", 12):
+        np.testing.assert_allclose(values(chunk=chunk, engine="vectorized"), expected, rtol=1e-9)
 
 
 def test_tables_of_a_model_that_cannot_run_as_one_batch_are_counted_whole():
-    f, examples = FunctionalModel(Placed()), Examples(torch.randint(0, 9, (4, 5)), torch.zeros(4))
+    f, examples = FunctionalModel(Gathered()), Examples(torch.randint(0, 9, (4, 5)), torch.zeros(4))
     weights = {key: f.value(key) for key in f.names}
     found = survey(f, weights, examples)
     assert "places.weight" in found.refused and found.looked_up == {"words.weight": 5}

@@ -409,6 +409,61 @@ def test_a_few_larger_groups_run_one_after_the_other(n, alone, monkeypatch):
     assert close(grads(model), m_sam_loop(model, x, y, 16, 0.2), 1e-12)
 
 
+class Places(Text):
+    """Attention over words and their places, with a slope that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.slope = nn.Embedding(9, 5), nn.PReLU()
+        self.mix = nn.TransformerEncoderLayer(5, 1, 7, 0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        placed = self.words(x) + self.places(torch.arange(x.shape[1])) + self.first[0, 0]
+        return super().forward(x) + self.mix(self.slope(placed)).mean(1)[:, :3]
+
+
+@pytest.mark.parametrize("m", [1, 3, 4])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_attention_and_places_run_as_one_batch(m, adaptive):
+    """As many places as examples in a chunk."""
+    torch.manual_seed(0)
+    model, x, y = Places().double(), torch.randint(0, 7, (8 * m, 8)), torch.arange(8 * m) % 3
+    m_sam_gradient(model, x, y, m=m, rho=0.2, adaptive=adaptive)
+    assert close(grads(model), m_sam_loop(model, x, y, m, 0.2, adaptive), 1e-11)
+    assert plan_of(model).one_batch and plan_of(model).groups > 1
+
+
+class Scaled(nn.Module):
+    """A weight is multiplied by another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Linear(40, 3), nn.Parameter(torch.ones(3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.layer.weight * self.scale, self.layer.bias)
+
+
+def test_groups_under_vmap_are_compared_with_a_loop_once(monkeypatch):
+    """The first step finds out whether they may be trusted, and later ones believe it."""
+    torch.manual_seed(0)
+    model, x, y = Scaled().double(), torch.randn(24, 40).double(), torch.arange(24) % 3
+    original, taken = group_passes.Alone._group, []
+
+    def group(self, examples, leaves):
+        taken.append(len(examples))
+        return original(self, examples, leaves)
+
+    monkeypatch.setattr(group_passes.Alone, "_group", group)
+    counts = []
+    for _ in range(3):
+        model.zero_grad()
+        m_sam_gradient(model, x, y, m=3, rho=0.2)
+        counts.append(len(taken))
+        assert close(grads(model), m_sam_loop(model, x, y, 3, 0.2), 1e-12)
+    assert not plan_of(model).one_batch and counts == [4, 4, 4]
+
+
 class Reviews(nn.Module):
     """Of the words of a sequence a few are common; one of them is padding."""
 
