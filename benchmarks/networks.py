@@ -87,6 +87,22 @@ class TextLSTM(nn.Module):
         return logits
 
 
+class TextEncoder(nn.Module):
+    """A classifier of sequences by torch's transformer layers: words, positions, mean over time."""
+
+    def __init__(self, words: int = 1000, steps: int = 32, width: int = 64) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(words, width), nn.Embedding(steps, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = self.positions(torch.arange(x.shape[1], device=x.device))
+        logits: Tensor = self.head(self.encoder(self.words(x) + places).mean(1))
+        return logits
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions with BatchNorm, and a shortcut."""
 
@@ -166,6 +182,7 @@ NETWORKS = {
     "WRN-16-4": Network(_named("wrn-16-4"), (3, 32, 32)),
     "small ViT": Network(lambda: VisionTransformer(32, 4, 128, 4, 4, 10), (3, 32, 32)),
     "LSTM": Network(TextLSTM, (32,), words=1000),
+    "encoder": Network(TextEncoder, (32,), words=1000),
     "VGG 19.2 M": Network(task1_vgg, (3, 32, 32)),
     "WRN-28-10": Network(_named("wrn-28-10"), (3, 32, 32)),
     "ResNet-50": Network(resnet50, (3, 224, 224), 1000),

@@ -206,6 +206,8 @@ def _positions(batch: OneBatch, name: str, call: EmbeddingCall) -> Tensor | None
 
 def _part(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
     """A slice of a weight, or one with a further axis of 1."""
+    if not args or batch.name_of(args[0]) is None:
+        return None
     weight, value = args[0], batch.of_groups(args[0])
     own = value.ndim > weight.ndim
     if func is torch.Tensor.__getitem__:

@@ -27,6 +27,7 @@ from sharpkit.groupwise.group_layers import (
 )
 from sharpkit.groupwise.layer_calls import LayerCall, recognise
 
+# by table, the shapes of indices that are the same for all examples
 Positions: TypeAlias = Mapping[str, frozenset[torch.Size]]
 
 

@@ -74,7 +74,6 @@ class Survey:
     whole: frozenset[str]  # weights that something else uses as well, or only
     flops: float  # of a forward pass in those layers, per example
     calls: int  # of operations in a forward pass
-    # by table, the shapes of indices that are the same for all examples
     positions: Positions = field(default_factory=dict)
 
     def factored(self, weights: Tensors, m: int = 1) -> dict[str, Rows]:
