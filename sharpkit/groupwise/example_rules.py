@@ -186,9 +186,14 @@ def _embedding(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> T
             moved, by = batch.point.thin[name]
             found = found + (low_rank.same_row(rows, moved).to(by.dtype) @ by).view(found.shape)
         return found
+    by_group = index.reshape(batch.point.groups, -1, *index.shape[1:])
+    return _own_rows(tables, by_group).flatten(0, 1)
+
+
+def _own_rows(tables: Tensor, index: Tensor) -> Tensor:
+    """Rows of the tables (groups, rows, ...) of groups; the index has their axis, or 1, first."""
     first = torch.arange(len(tables), device=index.device) * tables.shape[1]
-    first = first.repeat_interleave(batch.point.size).view(-1, *[1] * (index.ndim - 1))
-    return F.embedding(index + first, tables.flatten(0, 1))
+    return F.embedding(index + first.view(-1, *[1] * (index.ndim - 1)), tables.flatten(0, 1))
 
 
 def _positions(batch: OneBatch, name: str, call: EmbeddingCall) -> Tensor | None:
@@ -197,11 +202,9 @@ def _positions(batch: OneBatch, name: str, call: EmbeddingCall) -> Tensor | None
     if batch.known is not None and index.shape not in batch.known.get(name, ()):
         return None
     batch.positions[name] = batch.positions.get(name, frozenset()) | {index.shape}
-    tables = batch.of_groups(weight)
-    if tables.ndim > weight.ndim:
-        first = torch.arange(len(tables), device=index.device) * tables.shape[1]
-        index, tables = first.view(-1, *[1] * index.ndim) + index, tables.flatten(0, 1)
-    return batch.part(weight, F.embedding(call.input, weight), F.embedding(index, tables))
+    tables, one = batch.of_groups(weight), index.unsqueeze(0)
+    value = _own_rows(tables, one) if tables.ndim > weight.ndim else F.embedding(index, tables)
+    return batch.part(weight, F.embedding(index, weight), value)
 
 
 def _part(batch: OneBatch, func: Function, args: Args, kwargs: Kwargs) -> Tensor | None:
