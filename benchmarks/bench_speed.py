@@ -63,7 +63,9 @@ import sharpkit
 import sharpkit.training as training
 from sharpkit.contract.losses import resolve_loss
 
-SMALL = ("CNN 0.47 M", "ResNet-20", "WRN-16-4", "small ViT", "LSTM", "encoder")
+SMALL = (
+    "CNN 0.47 M", "ResNet-20", "WRN-16-4", "small ViT", "LSTM", "encoder", "perceptron", "LeNet-5",
+)  # fmt: skip
 MS = (1, 4, 16, 64, 256)
 SAM_MS = (1, 4, 16, 64, 128)
 COMPILED = ("CNN 0.22 M", "ResNet-20")
@@ -79,7 +81,7 @@ PARTS = "sum of its passes alone"
 AS_FAST = "<= 1.05"
 EXAMPLES = {  # enough for the checks before a measurement to weigh as little as in a real one
     "CNN 0.47 M": 2048, "ResNet-20": 2048, "WRN-16-4": 512, "small ViT": 1024, "LSTM": 4096,
-    "encoder": 2048,
+    "encoder": 2048, "perceptron": 8192, "LeNet-5": 8192,
 }  # fmt: skip
 MEMORY = {("WRN-28-10", 1): "<= 12"}  # on a GPU
 SAM_MEMORY = {("WRN-28-10", 1): "<= 24"}

@@ -32,6 +32,20 @@ def task1_vgg(width: int = 512) -> nn.Module:
     )  # fmt: skip
 
 
+def perceptron() -> nn.Module:
+    """One hidden layer, for grey images of 28 pixels; 0.20 M parameters."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
+
+
+def lenet() -> nn.Module:
+    """LeNet-5 with ReLU and max pooling, for grey images of 28 pixels; 0.04 M parameters."""
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84),
+        nn.ReLU(), nn.Linear(84, 10),
+    )  # fmt: skip
+
+
 class Block(nn.Module):
     """One layer of a vision transformer."""
 
@@ -183,6 +197,8 @@ NETWORKS = {
     "small ViT": Network(lambda: VisionTransformer(32, 4, 128, 4, 4, 10), (3, 32, 32)),
     "LSTM": Network(TextLSTM, (32,), words=1000),
     "encoder": Network(TextEncoder, (32,), words=1000),
+    "perceptron": Network(perceptron, (1, 28, 28)),
+    "LeNet-5": Network(lenet, (1, 28, 28)),
     "VGG 19.2 M": Network(task1_vgg, (3, 32, 32)),
     "WRN-28-10": Network(_named("wrn-28-10"), (3, 32, 32)),
     "ResNet-50": Network(resnet50, (3, 224, 224), 1000),

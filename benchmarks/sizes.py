@@ -38,6 +38,7 @@ from sharpkit.contract.losses import cross_entropy
 from sharpkit.curvature.lanczos import basis_bytes
 from sharpkit.curvature.memory import gigabytes
 from sharpkit.groupwise.survey import CPU, GPU, Survey, survey
+from sharpkit.sharpness.sweep_plan import cpu_chunk
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDED = RESULTS / "nvidia-h100-80gb-hbm3.json"
@@ -134,10 +135,7 @@ def sharpness_bytes(c: Counts, m: int) -> int:
     def side_by_side(chunk: int) -> int:
         return chunk * c.saved + 2 * math.ceil(chunk / m) * c.own
 
-    chunk, most = 1, min(128, max(32, CHUNK // c.saved))
-    while 2 * chunk <= most and side_by_side(2 * chunk) <= BUDGET:
-        chunk *= 2
-    return side_by_side(chunk) + 2 * c.weights
+    return side_by_side(cpu_chunk(side_by_side, c.saved, BUDGET)) + 2 * c.weights
 
 
 def density_bytes(c: Counts) -> int:

@@ -65,7 +65,7 @@ def test_the_loop_finds_the_m_sharpness(m: int, batch: int, layout: str) -> None
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("name", ["CNN 0.22 M", "small ViT", "LSTM", "encoder"])
+@pytest.mark.parametrize("name", ["CNN 0.22 M", "small ViT", "LSTM", "encoder", "LeNet-5"])
 def test_the_loop_is_right_for_every_kind_of_network(name: str) -> None:
     model, x, y = double(name, 6)
     ours = sharpkit.m_sharpness(

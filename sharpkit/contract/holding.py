@@ -16,7 +16,7 @@ from sharpkit.contract.precision import measuring_precision
 from sharpkit.contract.recompute import without_checkpointing
 from sharpkit.contract.state import Found
 from sharpkit.errors import ArgumentError
-from sharpkit.memory import available_memory
+from sharpkit.memory import available_memory, freed_memory_kept
 
 _LARGE = 2**27  # bytes; the system is not asked for less
 
@@ -69,6 +69,7 @@ def held(model: nn.Module) -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng(devices=devices),
+            freed_memory_kept(),
             unfused_attention(),
             measuring_precision(),
             without_checkpointing(),

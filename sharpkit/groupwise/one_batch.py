@@ -73,6 +73,7 @@ class OneBatch(TorchFunctionMode):
         self.whole: set[str] = set()
         self.decides = False  # whether Python looked at values, maybe for all groups at once
         self.calls = 0  # of functions
+        self.recurs = False  # whether a recurrent layer was called
         # the rows A of every call of a probed weight, (groups, rows, in), and tensors whose
         # gradients are those at the outputs of these calls
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in point.probed}

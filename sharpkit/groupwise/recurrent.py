@@ -143,6 +143,7 @@ def _direction(
         if name is not None:
             batch.rows[name] = batch.rows.get(name, 0) + len(x)
     batch.calls += len(x)  # a step is one at least
+    batch.recurs = True
     way = _way(batch, kind, weights, backwards)
     h, c = firsts[0], firsts[1] if kind == "lstm" else None
     if not torch.is_grad_enabled():

@@ -41,7 +41,7 @@ class Device:
         Operations are those of a forward pass, `flops` per example.
 
         Example:
-            >>> CPU.alone(flops=8e7, calls=75)  # ResNet-20
+            >>> CPU.alone(flops=1e8, calls=69)  # a small ViT
             10
         """
         if flops <= 0:
@@ -51,9 +51,18 @@ class Device:
 
 
 # two cores of an AMD EPYC: 50 GFLOP/s in convolutions of 16 to 64 channels, 5 us a call. Side by
-# side, groups took of their time alone: a CNN of 37 MFLOP 0.7 at m = 8, 0.9 at 16 and 1.0 at 32,
-# ResNet-20 (80) 0.9 at 8 and 1.2 at 12, a small ViT (105) 1.1 at 8 (benchmarks/bench_speed.py)
-CPU = Device(flops=5e10, call=5e-6, seconds=0.016, fill=0.0, least=8, most=16)
+# side, groups took of their time alone: a small ViT (103 MFLOP) 0.9 at m = 8, an encoder of words
+# (6) 0.7 at 16 and 0.9 at 64, a perceptron (0.4) 0.2 at 16, 0.7 at 64 and 0.9 at 256
+CPU = Device(flops=5e10, call=5e-6, seconds=0.02, fill=0.0, least=8, most=256)
+# the same where most of the work is convolutions, for which the images of a group must lie beside
+# each other (a CNN of 37 MFLOP took 0.8 at 8 and 0.9 at 16, ResNet-20 (81) 0.7 at 4 and 0.9 at 8),
+# unless the work is small beside what a group costs (LeNet-5 0.6 at 16, 0.8 at 32 and 1.1 at 64);
+# where there are recurrent layers, for one of which oneDNN has a kernel (an LSTM took 0.8 at 16,
+# 1.0 at 32); and under vmap
+_WITH_CONVOLUTIONS = replace(CPU, seconds=0.016, most=16)
+_WITH_SMALL_CONVOLUTIONS = replace(CPU, seconds=0.002, most=32)
+_WITH_RECURRENCE = replace(CPU, most=16)
+_UNDER_VMAP = replace(CPU, seconds=0.016, most=16)
 # an H100 or H200 without TF32: 30 TFLOP/s, 8 us a call. Groups alone cost the launches of a loop:
 # side by side a CNN took 0.4 of its time at m = 64 and 2.9 at 256, ResNet-20 0.5 and 1.5, WRN-28-10
 # 0.75 at 4 and 1.26 at 16 (benchmarks/results)
@@ -75,6 +84,8 @@ class Survey:
     flops: float  # of a forward pass in those layers, per example
     calls: int  # of operations in a forward pass
     positions: Positions = field(default_factory=dict)
+    convolved: float = 0.0  # the share of convolutions in these operations
+    recurs: bool = False  # whether there are recurrent layers
 
     def factored(self, weights: Tensors, m: int = 1) -> dict[str, Rows]:
         """Rows of the weights whose gradient for m examples is better kept in factors."""
@@ -91,7 +102,16 @@ class Survey:
 
     def alone(self, device: torch.device) -> int:
         """Group size from which groups run as fast one by one (see `Device.alone`)."""
-        return (GPU if device.type == "cuda" else CPU).alone(self.flops, self.calls)
+        if device.type == "cuda":
+            return GPU.alone(self.flops, self.calls)
+        kinds = [CPU]
+        if self.refused:
+            kinds = [_UNDER_VMAP]
+        elif self.recurs:
+            kinds = [_WITH_RECURRENCE]
+        elif self.convolved > 0.5:
+            kinds = [_WITH_CONVOLUTIONS, _WITH_SMALL_CONVOLUTIONS]
+        return max(kind.alone(self.flops, self.calls) for kind in kinds)
 
 
 def survey(
@@ -108,6 +128,7 @@ def survey(
     batch.
     """
     refused, rows, looked_up, flops, calls = "", {}, {}, 0.0, 0
+    convolved, recurs = 0.0, False
     whole: frozenset[str] = frozenset()
     positions: Positions | None = None
     if model.habits.loss_sees_weights:
@@ -134,11 +155,16 @@ def survey(
                 refused = refused or "it looks up rows of a table that are not those of examples"
             rows, looked_up, positions = batch.rows, batch.looked_up, batch.positions
             calls, whole = batch.calls, frozenset(batch.whole)
-            flops = 2.0 * sum(n * weights[name].numel() for name, n in rows.items())
-            found = Survey(refused, rows, looked_up, whole, flops, calls, positions)
+            by_name = {name: 2.0 * n * weights[name].numel() for name, n in rows.items()}
+            flops, recurs = sum(by_name.values()), batch.recurs
+            if flops:
+                convolved = sum(f for k, f in by_name.items() if weights[k].ndim > 2) / flops
+            found = Survey(
+                refused, rows, looked_up, whole, flops, calls, positions, convolved, recurs
+            )
             if smallest >= found.alone(model.device):
                 return replace(found, refused=refused or "groups run faster one by one")
-    return Survey(refused, rows, looked_up, whole, flops, calls, positions or {})
+    return Survey(refused, rows, looked_up, whole, flops, calls, positions or {}, convolved, recurs)
 
 
 def most_side_by_side(examples: int, device: torch.device) -> int:

@@ -30,6 +30,7 @@ from sharpkit.contract.parameters import Parameters, check_finite_weights
 from sharpkit.device import check_device
 from sharpkit.display import readable
 from sharpkit.errors import ArgumentError, DataError, ModelError
+from sharpkit.memory import freed_memory_kept
 from sharpkit.run_directory import sole_driver
 from sharpkit.training.loop import Training, classifies
 from sharpkit.training.parallel import Ranks
@@ -258,7 +259,8 @@ def fit(
     }
     path = None if out is None else Path(out)
     directory = RunFiles(path, config, writes=ranks.rank == 0)
-    with sole_driver(path if ranks.rank == 0 else None), _reproducible(place):
+    driver = sole_driver(path if ranks.rank == 0 else None)
+    with driver, _reproducible(place), freed_memory_kept():
         training = Training(
             model, examples, held_out, settings, ranks, directory, loss_fn, variant, rule, track
         )

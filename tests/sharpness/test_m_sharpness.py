@@ -680,7 +680,7 @@ def test_weights_that_do_not_fit_are_refused_before_a_pass_is_made(monkeypatch):
 def test_a_chunk_that_does_not_fit_is_refused_before_groups_are_measured(monkeypatch):
     model, data = nn.Linear(3, 2), (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
     monkeypatch.setattr("sharpkit.curvature.memory.available_memory", lambda device: 100)
-    with pytest.raises(ArgumentError, match=r"a chunk of 128 examples needs .*smaller memory_bud"):
+    with pytest.raises(ArgumentError, match=r"a chunk of 1024 examples needs .*smaller memory_bud"):
         m_sharpness(model, data, m=1, rho=0.1)
     with pytest.raises(ArgumentError, match=r"one example needs .*pass a larger one if the memory"):
         m_sharpness(model, data, m=1, rho=0.1, memory_budget=10)
