@@ -7,6 +7,7 @@ import ctypes
 import json
 import math
 import operator
+import os
 import statistics
 import sys
 import time
@@ -158,5 +159,6 @@ def keep_freed_memory() -> None:
     """
     if sys.platform == "linux":
         library = ctypes.CDLL(None)
-        for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        for name, option in (("TRIM", -1), ("MMAP", -3)):
             getattr(library, "mallopt", lambda *_: 0)(option, 2**30)
+            os.environ[f"MALLOC_{name}_THRESHOLD_"] = str(2**30)  # sharpkit leaves it alone then
