@@ -18,6 +18,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 # bytes: free memory that is kept meanwhile; and what glibc adjusts its thresholds to at most, which
 # it does as it sees large blocks freed, and no longer once it has been told anything
 _KEPT, _MOST_TRIM, _MOST_MMAP = 2**30, 2**26, 2**25
+# what it is told by the environment
+_TOLD = [f"MALLOC_{name}_" for name in ("TRIM_THRESHOLD", "MMAP_THRESHOLD", "MMAP_MAX", "TOP_PAD")]
 _keeping = 0  # how many are inside `freed_memory_kept`
 
 
@@ -69,7 +71,8 @@ def freed_memory_kept() -> Iterator[None]:
     """Inside, the C library keeps the memory that passes free, for the next ones.
 
     It hands it back to the system otherwise, as its heap happens to lie, and page faults then took
-    up to two thirds more time. Only glibc is told, and not where the environment tells it other.
+    up to two thirds more time. Only glibc is told, and not where the environment tells it other. Of
+    a process's own limit at most an eighth is kept: large blocks do not come from it.
 
     Example:
         >>> with freed_memory_kept():
@@ -78,7 +81,8 @@ def freed_memory_kept() -> Iterator[None]:
     global _keeping
     _keeping += 1
     if _keeping == 1:
-        _tell_allocator(_KEPT)
+        allowed = allowed_memory(torch.device("cpu"))
+        _tell_allocator(_KEPT if allowed is None else min(_KEPT, allowed // 8))
     try:
         yield
     finally:
@@ -88,7 +92,7 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def _tell_allocator(kept: int) -> None:
-    told = any(name.startswith("MALLOC_") for name in os.environ)
+    told = any(name in os.environ for name in _TOLD)
     if told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or not _is_glibc():
         return
     mallopt = ctypes.CDLL(None).mallopt

@@ -25,7 +25,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Library)
     monkeypatch.setattr(memory, "_is_glibc", lambda: True)
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"):
+    for name in (*memory._TOLD, "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     return calls
 
@@ -40,6 +40,14 @@ def test_the_outermost_alone_tells_the_allocator(told: list[tuple[int, int]]) ->
             assert thresholds(told) == [KEPT]
         assert thresholds(told) == [KEPT]
     assert thresholds(told) == [KEPT, AFTERWARDS]
+
+
+def test_a_limited_process_keeps_an_eighth(
+    told: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(memory._allowed, "cpu", 2**31)
+    with memory.freed_memory_kept():
+        assert thresholds(told) == [2**28]
 
 
 def test_after_an_error_as_well(told: list[tuple[int, int]]) -> None:
