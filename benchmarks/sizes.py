@@ -38,7 +38,7 @@ from sharpkit.contract.losses import cross_entropy
 from sharpkit.curvature.lanczos import basis_bytes
 from sharpkit.curvature.memory import gigabytes
 from sharpkit.groupwise.survey import CPU, GPU, Survey, survey
-from sharpkit.sharpness.sweep_plan import cpu_chunk
+from sharpkit.sharpness.sweep_plan import cpu_batch, cpu_chunk
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RECORDED = RESULTS / "nvidia-h100-80gb-hbm3.json"
@@ -52,7 +52,6 @@ SHAPES = {  # width, depth, heads
 MEASURED = {"0.1 M": 512, "1 M": 256, "10 M": 32}  # examples
 MS = (1, 16, 256)
 STEPS, PROBES, BATCH = 80, 1, 64
-CHUNK = 96 * 2**20  # bytes of activations that a chunk is to have on a CPU
 BUDGET = 4 * 2**30  # of a chunk, and of kept graphs, on a CPU
 GPU_MEMORY = 80 * 2**30
 
@@ -129,8 +128,7 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
 def sharpness_bytes(c: Counts, m: int) -> int:
     """What `m_sharpness` takes on a CPU: its plan, the model, and the copy it is put back from."""
     if m >= CPU.alone(c.forward, c.calls):  # one by one: weights that move, and a gradient
-        batch = 2 * BATCH if 2 * BATCH * c.saved <= CHUNK else BATCH
-        return min(batch, m) * c.saved + 4 * c.weights
+        return min(cpu_batch(c.saved, BUDGET), m) * c.saved + 4 * c.weights
 
     def side_by_side(chunk: int) -> int:
         return chunk * c.saved + 2 * math.ceil(chunk / m) * c.own

@@ -127,10 +127,8 @@ def survey(
     If groups of the `smallest` size run alone, it is not found out whether the model can run as one
     batch.
     """
-    refused, rows, looked_up, flops, calls = "", {}, {}, 0.0, 0
-    convolved, recurs = 0.0, False
-    whole: frozenset[str] = frozenset()
-    positions: Positions | None = None
+    refused, positions = "", None
+    found = Survey("", {}, {}, frozenset(), 0.0, 0)
     if model.habits.loss_sees_weights:
         refused = "the loss depends on the weights themselves"
     if model.habits.needs_grad_mode:
@@ -153,18 +151,17 @@ def survey(
                 refused = refused or f"{min(batch.elsewhere)!r} is used by more than layers"
             if positions not in (None, batch.positions) or batch.positions.keys() & batch.looked_up:
                 refused = refused or "it looks up rows of a table that are not those of examples"
-            rows, looked_up, positions = batch.rows, batch.looked_up, batch.positions
-            calls, whole = batch.calls, frozenset(batch.whole)
-            by_name = {name: 2.0 * n * weights[name].numel() for name, n in rows.items()}
-            flops, recurs = sum(by_name.values()), batch.recurs
-            if flops:
-                convolved = sum(f for k, f in by_name.items() if weights[k].ndim > 2) / flops
+            positions = batch.positions
+            by_name = {name: 2.0 * n * weights[name].numel() for name, n in batch.rows.items()}
+            flops = sum(by_name.values())
+            convolved = sum(f for name, f in by_name.items() if weights[name].ndim > 2)
             found = Survey(
-                refused, rows, looked_up, whole, flops, calls, positions, convolved, recurs
-            )
+                refused, batch.rows, batch.looked_up, frozenset(batch.whole), flops, batch.calls,
+                positions, convolved / flops if flops else 0.0, batch.recurs,
+            )  # fmt: skip
             if smallest >= found.alone(model.device):
                 return replace(found, refused=refused or "groups run faster one by one")
-    return Survey(refused, rows, looked_up, whole, flops, calls, positions or {}, convolved, recurs)
+    return replace(found, refused=refused)
 
 
 def most_side_by_side(examples: int, device: torch.device) -> int:

@@ -241,10 +241,19 @@ def _doubled(chunk: int, most: int, bytes_of: Callable[[int], int], budget: int)
 
 def _batch(found: Survey, per_example: int, budget: int, device: torch.device) -> int:
     """Examples at a time of a group alone."""
-    if device.type == "cuda":
-        most = max(_GPU_BATCH, _GPU_BATCHES * chunk_that_fills(GPU, found.flops, found.calls))
-    else:
-        most, limit = _CPU_BATCHES
-        while 2 * most <= limit and 2 * most * per_example <= _CPU_ACTIVATIONS:
-            most *= 2
+    if device.type != "cuda":
+        return cpu_batch(per_example, budget)
+    most = max(_GPU_BATCH, _GPU_BATCHES * chunk_that_fills(GPU, found.flops, found.calls))
+    return max(1, min(most, budget // max(1, per_example)))
+
+
+def cpu_batch(per_example: int, budget: int) -> int:
+    """The same on a CPU, for activations of so many bytes.
+
+    Example:
+        >>> [cpu_batch(4_000, 2**32), cpu_batch(1_000_000, 2**32), cpu_batch(2**28, 2**32)]
+        [256, 64, 16]
+    """
+    least, limit = _CPU_BATCHES
+    most = _doubled(least, limit, lambda batch: batch * per_example, _CPU_ACTIVATIONS)
     return max(1, min(most, budget // max(1, per_example)))
